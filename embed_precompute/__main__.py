@@ -1,0 +1,7 @@
+"""`python -m embed_precompute` is the program `embed-precompute`, as torchrun and srun start it."""
+
+import sys
+
+from embed_precompute.cli import main
+
+sys.exit(main())

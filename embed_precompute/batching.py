@@ -1,0 +1,76 @@
+"""Token batches of fixed shapes: which captions run together, and in what frame.
+
+Guarantees: every batch has exactly one of the given shapes, and a caption's shape follows from its
+own number of tokens alone. So a forward's frame never depends on a caption's neighbours, which is
+what makes an embedding bitwise a function of the caption. Every caption is in one batch, once.
+Costs: the last batch of each shape is filled up with copies of a filler caption, which are encoded
+and thrown away. numpy only; one copy of the ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embed_precompute.errors import InternalError
+
+Shape = tuple[int, int]
+"""(B, L): captions of one forward, tokens of each."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Input of one forward; lines past `len(rows)` are filler."""
+
+    input_ids: NDArray[np.int64]
+    """[B, L], padded on the right with the pad id."""
+    lengths: NDArray[np.int32]
+    """[B] real tokens of each line, special tokens included."""
+    rows: NDArray[np.int64]
+    """[n], n <= B: which captions (positions in the list given) the first n lines are."""
+
+
+def shape_of(num_tokens: int, shapes: Sequence[Shape]) -> Shape:
+    """The shape a caption of `num_tokens` runs in: the shortest that holds it."""
+    fitting = [shape for shape in shapes if shape[1] >= num_tokens]
+    if not fitting:
+        raise InternalError(f"A caption has {num_tokens} tokens: no shape of {shapes} holds it.")
+    return min(fitting, key=lambda shape: shape[1])
+
+
+def make_batches(
+    ids: Sequence[NDArray[np.integer[Any]]],
+    shapes: Sequence[Shape],
+    pad_id: int,
+    filler: NDArray[np.integer[Any]],
+) -> Iterator[TokenBatch]:
+    """Batches of all captions `ids` ([tokens] each): short shapes first, input order inside one.
+
+    `filler` ([tokens], the empty caption) fills the lines left over in a shape's last batch.
+    """
+    rows_of: dict[Shape, list[int]] = {}
+    for row, tokens in enumerate(ids):
+        rows_of.setdefault(shape_of(len(tokens), shapes), []).append(row)
+    for shape in sorted(rows_of, key=lambda shape: shape[1]):
+        rows = rows_of[shape]
+        for start in range(0, len(rows), shape[0]):
+            yield _batch(ids, rows[start : start + shape[0]], shape, pad_id, filler)
+
+
+def _batch(
+    ids: Sequence[NDArray[np.integer[Any]]],
+    rows: list[int],
+    shape: Shape,
+    pad_id: int,
+    filler: NDArray[np.integer[Any]],
+) -> TokenBatch:
+    lines = [ids[row] for row in rows] + [filler] * (shape[0] - len(rows))
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    for line, tokens in enumerate(lines):
+        input_ids[line, : len(tokens)] = tokens
+    lengths = np.array([len(tokens) for tokens in lines], dtype=np.int32)
+    return TokenBatch(input_ids, lengths, np.array(rows, dtype=np.int64))

@@ -1,0 +1,280 @@
+"""The command line: parse, build, call. The only module that prints.
+
+Guarantees: a user's mistake ends with one message and its exit code, never with a traceback; what a
+command gives goes to stdout, everything else to stderr.
+Costs: `--help` and parsing import neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from embed_precompute import __version__
+from embed_precompute.config import Config
+from embed_precompute.config_file import describe_keys, load_config, to_yaml
+from embed_precompute.distributed import DistContext
+from embed_precompute.errors import (
+    EXIT_BUG,
+    EXIT_COMPLETE,
+    EXIT_FAILED_SAMPLES,
+    EXIT_INCOMPLETE,
+    EXIT_INTERRUPTED,
+    EXIT_VERIFICATION,
+    EmbedPrecomputeError,
+)
+
+EXIT_HELP = """exit codes:
+  0 complete   1 bug   2 usage or bad input   3 conflict of fingerprint, plan or inputs
+  4 verification failed   5 incomplete: run again   6 finished, but samples failed
+  74 I/O (space, quota)   75 interrupted: run again
+torchrun flattens exit codes: ask `embed-precompute status DIR` in scripts."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; give its exit code."""
+    parser = _parser()
+    arguments, overrides = parser.parse_known_args(argv)
+    if overrides and not hasattr(arguments, "config"):
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    try:
+        command: Callable[..., int] = arguments.command
+        if hasattr(arguments, "config"):
+            config = load_config(arguments.config, overrides)
+            if arguments.print_config:
+                print(to_yaml(config), end="")
+                return EXIT_COMPLETE
+            return command(config, arguments)
+        return command(arguments)
+    except EmbedPrecomputeError as error:
+        print(f"embed-precompute: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("embed-precompute: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `embed-precompute info DIR | head`
+        sys.stderr.close()
+        return EXIT_COMPLETE
+    except Exception:
+        traceback.print_exc()
+        print(
+            f"embed-precompute {__version__}: this is a bug; please report the lines above.",
+            file=sys.stderr,
+        )
+        return EXIT_BUG
+
+
+class _Command(argparse.ArgumentParser):
+    """A subcommand; one that takes a CONFIG lists the configuration's keys in its help."""
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        if not self.get_default("shows_keys"):
+            return text
+        return f"{text}\nconfiguration, in CONFIG or as --section.key VALUE:\n{describe_keys()}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="embed-precompute",
+        description="Precompute the text embeddings of a caption table as verified shards.",
+        epilog=EXIT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Command)
+
+    run = _config_command(commands, "run", _run, "make the dataset, or go on with it")
+    run.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
+
+    plan = _config_command(commands, "plan", _plan, "show what a run would make; no model, no GPU")
+    plan.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
+    plan.add_argument("--write", action="store_true", help="write plan.json ahead of the run")
+    plan.add_argument(
+        "--sample",
+        type=_count,
+        default=10_000,
+        metavar="N",
+        help="captions that are tokenised for the figures, from the first on; 0 = all "
+        "(default: %(default)s)",
+    )
+
+    status = _folder_command(commands, "status", _status, "what is done, left and failed")
+    status.add_argument("--json", action="store_true", help="as one line of JSON")
+
+    verify = _folder_command(commands, "verify", _verify, "check the stored bytes")
+    verify.add_argument(
+        "--level",
+        choices=("quick", "full"),
+        default="full",
+        help="quick: sizes, headers, digests of small files; full: every byte "
+        "(default: %(default)s)",
+    )
+
+    _folder_command(commands, "finalize", _finalize, "manifest and index from the unit records")
+
+    info = _folder_command(commands, "info", _info, "what a dataset holds")
+    info.add_argument("--id", metavar="SAMPLE_ID", help="one sample: text, tokens, place, norms")
+    return parser
+
+
+def _config_command(
+    commands: Any, name: str, command: Callable[[Config, Any], int], text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        usage=f"embed-precompute {name} CONFIG [--section.key VALUE ...] [options]",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("--print_config", action="store_true", help="print the config and exit")
+    parser.set_defaults(command=command, shows_keys=True)
+    return parser
+
+
+def _folder_command(
+    commands: Any, name: str, command: Callable[[Any], int], text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}."
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the dataset's folder")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = _count(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("expected 1 or more")
+    return value
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose folder is made with its first line: a refused run leaves nothing."""
+
+    def _open(self) -> Any:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+
+def _set_up_logging(dist: DistContext, root: Path) -> None:
+    """stderr: INFO on rank 0, warnings on the others. logs/rank-NNNNN.log: everything."""
+    logger = logging.getLogger("embed_precompute")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    where = f"[rank {dist.rank}/{dist.world_size} {socket.gethostname()}]"
+    form = logging.Formatter(f"%(asctime)s {where} %(levelname)s %(message)s")
+    console = logging.StreamHandler(sys.stderr)
+    console.setLevel(logging.INFO if dist.is_main else logging.WARNING)
+    to_file = _LogFile(root / "logs" / f"rank-{dist.rank:05d}.log", encoding="utf-8", delay=True)
+    for handler in (console, to_file):
+        handler.setFormatter(form)
+    for earlier in logger.handlers:
+        earlier.close()
+    logger.handlers = [console, to_file]
+
+
+def _run(config: Config, arguments: Any) -> int:
+    from embed_precompute.pipeline import run
+
+    dist = DistContext.detect()
+    _set_up_logging(dist, Path(config.output.path))
+    result = run(config, arguments.limit, dist)
+    if result.manifest is None:
+        return EXIT_COMPLETE  # a peer finalises, and says so
+    for line in _summary(result.root, result.manifest):
+        print(line)
+    if result.samples:
+        print(
+            f"  this rank encoded {result.samples:,} samples in {result.seconds:.1f} s "
+            f"({result.samples / result.seconds:,.1f} captions/s, model loading included)"
+        )
+    return EXIT_FAILED_SAMPLES if result.num_failed else EXIT_COMPLETE
+
+
+def _summary(root: Path, manifest: dict[str, Any]) -> list[str]:
+    counts = manifest["counts"]
+    lines = [
+        f"{root}: complete, {counts['samples']:,} samples of {counts['rows']:,} rows in "
+        f"{counts['units']:,} shards, fingerprint {manifest['fingerprint'][:16]}"
+    ]
+    status = ", ".join(f"{name} {n:,}" for name, n in counts["status"].items() if n)
+    lines.append(f"  status: {status}; {counts['stored']:,} distinct embeddings stored")
+    for name, encoder in counts["encoders"].items():
+        lines.append(
+            f"  {name}: {encoder['tokens']:,} tokens, {encoder['truncated']:,} captions truncated"
+        )
+    if len(manifest["environments"]) > 1:
+        lines.append(f"  made in {len(manifest['environments'])} environments, see manifest.json")
+    return lines
+
+
+def _plan(config: Config, arguments: Any) -> int:
+    from embed_precompute.estimate import estimate_lines
+    from embed_precompute.preflight import prepare, publish
+
+    prepared = prepare(config, arguments.limit)
+    for line in estimate_lines(prepared, arguments.sample or None):
+        print(line)
+    if arguments.write:
+        publish(prepared)
+        print(f"written: {prepared.root / 'plan.json'}")
+    return EXIT_COMPLETE
+
+
+def _status(arguments: Any) -> int:
+    from embed_precompute.info import read_status
+
+    status = read_status(arguments.folder)
+    if arguments.json:
+        print(json.dumps(status.to_json(), ensure_ascii=False))
+    else:
+        for line in status.lines():
+            print(line)
+    if not status.complete:
+        return EXIT_INCOMPLETE
+    return EXIT_FAILED_SAMPLES if status.failed_samples else EXIT_COMPLETE
+
+
+def _verify(arguments: Any) -> int:
+    from embed_precompute.verify import verify
+
+    report = verify(arguments.folder, arguments.level)
+    for problem in report.problems:
+        print(problem)
+    print(report.summary())
+    return EXIT_VERIFICATION if report.problems else EXIT_COMPLETE
+
+
+def _finalize(arguments: Any) -> int:
+    from embed_precompute.store.manifest import finalize
+
+    for line in _summary(arguments.folder, finalize(arguments.folder)):
+        print(line)
+    return EXIT_COMPLETE
+
+
+def _info(arguments: Any) -> int:
+    from embed_precompute.info import dataset_lines, sample_lines
+
+    folder = arguments.folder
+    lines = dataset_lines(folder) if arguments.id is None else sample_lines(folder, arguments.id)
+    for line in lines:
+        print(line)
+    return EXIT_COMPLETE

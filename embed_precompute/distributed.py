@@ -1,0 +1,227 @@
+"""Which process this is, and how work is dealt out. The only module that reads the environment.
+
+Guarantees: `DistContext.detect` gives the same answer under torchrun, srun, accelerate and alone;
+claiming is an optimisation and never carries correctness: whatever the store says, or if it is
+gone, a rank ends only when every unit has a record, and a unit computed twice is published once.
+Costs: one round trip to torchrun's TCPStore per unit; no collective, no lock, no clock. torch is
+imported only to reach the store.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+from embed_precompute.errors import InputError
+
+STORE_TIMEOUT = timedelta(seconds=30)
+NULL_UNIT = -1
+"""The null embedding is claimed like a unit; it comes first."""
+
+
+@dataclass(frozen=True)
+class DistContext:
+    """This process among its peers, in torchrun's terms."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    source: str = "alone"
+    """torchrun, slurm or alone: where the numbers come from."""
+    run_id: str = ""
+    restart_count: int = 0
+    store_host: str | None = None
+    store_port: int = 0
+
+    @classmethod
+    def detect(cls, environ: Mapping[str, str] | None = None) -> DistContext:
+        """Read `environ` (this process's by default); torchrun's variables win over Slurm's."""
+        env = os.environ if environ is None else environ
+        if "RANK" in env:
+            return cls._from_torchrun(env)
+        if "SLURM_PROCID" in env and _number(env, "SLURM_NTASKS", 1) >= 1 and _in_step(env):
+            return cls._from_slurm(env)
+        return cls()
+
+    @classmethod
+    def _from_torchrun(cls, env: Mapping[str, str]) -> DistContext:
+        agent_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return cls(
+            rank=_number(env, "RANK", 0),
+            world_size=_number(env, "WORLD_SIZE", 1),
+            local_rank=_number(env, "LOCAL_RANK", 0),
+            local_world_size=_number(env, "LOCAL_WORLD_SIZE", 1),
+            source="torchrun",
+            run_id=env.get("TORCHELASTIC_RUN_ID", ""),
+            restart_count=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
+            store_host=env.get("MASTER_ADDR") if agent_store else None,
+            store_port=_number(env, "MASTER_PORT", 0),
+        )._checked()
+
+    @classmethod
+    def _from_slurm(cls, env: Mapping[str, str]) -> DistContext:
+        tasks = _number(env, "SLURM_NTASKS", 1)
+        # An array of steps is one long row of ranks: element i holds ranks [i * tasks, (i+1) *
+        # tasks).
+        count = _number(env, "SLURM_ARRAY_TASK_COUNT", 1)
+        first = _number(env, "SLURM_ARRAY_TASK_MIN", 0)
+        step = max(1, _number(env, "SLURM_ARRAY_TASK_STEP", 1))
+        element = (_number(env, "SLURM_ARRAY_TASK_ID", first) - first) // step
+        return cls(
+            rank=element * tasks + _number(env, "SLURM_PROCID", 0),
+            world_size=count * tasks,
+            local_rank=_number(env, "SLURM_LOCALID", 0),
+            local_world_size=_leading_number(env.get("SLURM_TASKS_PER_NODE", "1")),
+            source="slurm",
+            run_id=env.get("SLURM_JOB_ID", ""),
+            restart_count=_number(env, "SLURM_RESTART_COUNT", 0),
+        )._checked()
+
+    def _checked(self) -> DistContext:
+        if not 0 <= self.rank < self.world_size:
+            raise InputError(
+                f"rank {self.rank} of {self.world_size} from {self.source}: expected a rank below "
+                "the world size. Check RANK and WORLD_SIZE, or SLURM_PROCID and SLURM_NTASKS."
+            )
+        return self
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def _number(env: Mapping[str, str], name: str, default: int) -> int:
+    text = env.get(name)
+    if text is None or text == "":
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{name} is {text!r} in the environment: expected a number.") from None
+
+
+def _leading_number(text: str) -> int:
+    """Slurm writes "4(x2),3": the first number is enough, it is only shown."""
+    digits = "".join(c for c in text.split("(")[0].split(",")[0] if c.isdigit())
+    return int(digits) if digits else 1
+
+
+def _in_step(env: Mapping[str, str]) -> bool:
+    """True inside `srun`; the batch script itself has SLURM_PROCID=0 too and must run alone."""
+    return "SLURM_STEP_ID" in env and env.get("SLURM_STEP_NODELIST") is not None
+
+
+class CounterStore(Protocol):
+    """What claiming needs of torchrun's TCPStore."""
+
+    def add(self, key: str, amount: int, /) -> int: ...
+
+
+def connect_store(dist: DistContext) -> CounterStore | None:
+    """torchrun's store, or None when there is none or it cannot be reached: claims do without."""
+    if dist.store_host is None or dist.world_size == 1:
+        return None
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    try:
+        store = TCPStore(
+            dist.store_host,
+            dist.store_port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=STORE_TIMEOUT,
+        )
+    except (RuntimeError, ValueError):
+        return None
+    return _AgentStore(store)
+
+
+class _AgentStore:
+    """TCPStore with its own error type turned into one the claimer can meet without torch."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def add(self, key: str, amount: int, /) -> int:
+        try:
+            return int(self._store.add(key, amount))
+        except RuntimeError as error:  # torch.distributed.DistError is a RuntimeError
+            raise ConnectionError(str(error)) from None
+
+
+class Claims:
+    """Deals units to this rank: first each unit to one rank, then whatever still has no record.
+
+    `is_done(unit)` looks for the unit's record. Iterating yields units to compute; a unit may be
+    computed by two ranks at the very end, which is harmless. `swept` tells whether the unit now
+    being computed may also be under way elsewhere.
+    """
+
+    def __init__(
+        self,
+        dist: DistContext,
+        plan: str,
+        num_units: int,
+        is_done: Callable[[int], bool],
+        store: CounterStore | None = None,
+    ) -> None:
+        self._dist = dist
+        self._order = range(NULL_UNIT, num_units)
+        self._is_done = is_done
+        self._store = store
+        nonce = f"{dist.run_id}/{dist.restart_count}/{dist.world_size}/{plan[:16]}"
+        self._prefix = f"embed_precompute/{nonce}"
+        self._key: str | None = None
+        self.swept = False
+
+    def __iter__(self) -> Iterator[int]:
+        dealt = self._strided() if self._store is None else self._counted(self._store)
+        for unit in dealt:
+            if not self._is_done(unit):
+                yield unit
+        self.swept = True
+        start = len(self._order) * self._dist.rank // self._dist.world_size
+        for position in range(len(self._order)):
+            unit = self._order[(start + position) % len(self._order)]
+            if not self._is_done(unit):
+                yield unit
+
+    def _strided(self) -> Iterator[int]:
+        yield from self._order[self._dist.rank :: self._dist.world_size]
+
+    def _counted(self, store: CounterStore) -> Iterator[int]:
+        """Positions from a shared counter; if the store goes away, the sweep does the rest."""
+        try:
+            key = f"{self._generation(store)}/next"
+            while True:
+                position = store.add(key, 1) - 1
+                if position >= len(self._order):
+                    return
+                yield self._order[position]
+        except ConnectionError:
+            return
+
+    def _generation(self, store: CounterStore) -> str:
+        """The key prefix of this rendezvous: the store outlives a rendezvous and keeps its keys.
+
+        Every rank arrives once, so the arrivals of one rendezvous are one block of `world_size`
+        numbers. A rank that died before it arrived shifts the blocks of a later rendezvous of the
+        same size; its ranks then share units badly and the sweep makes up for it.
+        """
+        if self._key is None:
+            arrival = store.add(f"{self._prefix}/arrivals", 1) - 1
+            self._key = f"{self._prefix}/{arrival // self._dist.world_size}"
+        return self._key
+
+    def take_finalize(self) -> bool:
+        """True for the first rank that asks, so that not every rank builds the same index."""
+        if self._store is None:
+            return True
+        try:
+            return self._store.add(f"{self._generation(self._store)}/finalize", 1) == 1
+        except ConnectionError:
+            return True

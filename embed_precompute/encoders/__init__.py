@@ -1,0 +1,219 @@
+"""Encoders: from a configuration to what is run, and from token batches to embeddings.
+
+Guarantees: `resolve` finds everything that decides an embedding's bytes (weights by digest,
+tokenizer by its ids, shapes, dtype, implementation) and refuses a pair of checkpoint and tokenizer
+that cannot work, before anything is encoded. `build` gives the encoder that keeps to it.
+Costs: importing this is free of torch and transformers; `resolve` loads a tokenizer and reads the
+weights once for their digest; only `build` loads a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from embed_precompute.batching import Shape, TokenBatch, shape_of
+from embed_precompute.config import EncoderConfig
+from embed_precompute.encoders.checkpoint import Checkpoint, locate, open_checkpoint
+from embed_precompute.encoders.tokenizer import CaptionTokenizer, Tokenized
+from embed_precompute.errors import InputError, InternalError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CaptionTokenizer", "ResolvedEncoder", "TextEncoder", "Tokenized", "build", "resolve"]
+
+IMPLEMENTATIONS = {"hf": "embed_precompute.encoders.hf"}
+"""Name of an implementation -> module with `build(resolved, device, output_dtype)`."""
+
+# What transformers takes for a key that config.json leaves out.
+DEFAULT_WIDTH = 512
+DEFAULT_VOCABULARY = {"t5": 32128, "mt5": 250112, "umt5": 250112}
+DEFAULT_CLIP_VOCABULARY = 49408
+DEFAULT_CLIP_POSITIONS = 77
+DEFAULT_CLIP_EOS = 49407
+ARGMAX_EOS = 2
+"""eos_token_id of CLIP configs older than transformers 4.31: pooled at the highest id instead."""
+
+
+@dataclass(frozen=True)
+class ResolvedEncoder:
+    """One encoder with everything decided: checkpoint, tokenizer, shapes, implementation."""
+
+    name: str
+    config: EncoderConfig
+    folder: Path
+    tokenizer: CaptionTokenizer
+    model_type: str
+    weights: str
+    """Digest of weights and config.json."""
+    dim: int
+    pooled: bool
+    """True: one vector per caption (CLIP); False: one per stored token (T5)."""
+    shapes: tuple[Shape, ...]
+    """(B, L) of every forward, short ones first."""
+    null_shape: Shape
+    """(B, L) of the forward that makes the null embedding."""
+    padded_length: int | None
+    """T5 with attention_mask none: the one L, and the stored length. None otherwise."""
+    implementation: str
+
+    def spec(self) -> dict[str, Any]:
+        """What of this encoder changes bytes, as JSON: its part of the fingerprint."""
+        return {
+            "kind": self.config.kind,
+            "model_type": self.model_type,
+            "weights": self.weights,
+            "tokenizer": self.tokenizer.digest,
+            "pad_token_id": self.tokenizer.pad_id,
+            "max_length": self.config.resolved_max_length,
+            "attention_mask": self.config.attention_mask,
+            "seq_align": self.config.seq_align,
+            "added_tokens": self.config.added_tokens,
+            "dtype": self.config.dtype,
+            "shapes": [list(shape) for shape in self.shapes],
+            "null_shape": list(self.null_shape),
+            "padded_length": self.padded_length,
+            "pooled": self.pooled,
+            "dim": self.dim,
+            "implementation": self.implementation,
+        }
+
+
+class TextEncoder(Protocol):
+    """Runs token batches through a frozen text encoder."""
+
+    resolved: ResolvedEncoder
+
+    def encode(self, batch: TokenBatch) -> torch.Tensor:
+        """Embeddings of a batch on the CPU, contiguous, in the output dtype.
+
+        [B, L, D] (t5) or [B, C] (clip), filler lines included; with attention_mask padding the
+        positions behind a line's length mean nothing. `batch` has one of the resolved shapes.
+        """
+        ...
+
+
+def resolve(name: str, config: EncoderConfig, padded_length: int | None = None) -> ResolvedEncoder:
+    """Decide everything about encoder `name`; loads no model.
+
+    `padded_length` is for t5 with attention_mask none: L found from a column of added_tokens; when
+    not given it follows from the config. Raises InputError naming the field of `encoders.<name>`.
+    """
+    where = f"encoders.{name}"
+    checkpoint = open_checkpoint(
+        f"{where}.pretrained", config.pretrained, config.revision, config.kind
+    )
+    if config.tokenizer is None:
+        tokenizer_where, folder = f"{where}.pretrained", checkpoint.folder
+    else:
+        tokenizer_where = f"{where}.tokenizer"
+        folder = locate(tokenizer_where, config.tokenizer, None)
+    tokenizer = CaptionTokenizer(tokenizer_where, folder, config.resolved_max_length)
+    _check_vocabulary(tokenizer_where, checkpoint, tokenizer)
+    if config.kind == "clip":
+        _check_clip(where, tokenizer_where, config, checkpoint, tokenizer)
+        width = checkpoint.text_config.get("hidden_size", DEFAULT_WIDTH)
+    else:
+        width = checkpoint.text_config.get("d_model", DEFAULT_WIDTH)
+    if config.kind == "t5" and config.attention_mask == "none":
+        length = _padded_length(where, config, padded_length)
+        shapes: tuple[Shape, ...] = (_t5_shape(config, length),)
+        null_shape = _t5_shape(config, config.padded_length(0))
+    else:
+        length = None
+        shapes = _bucket_shapes(where, config, tokenizer)
+        null_shape = shape_of(len(tokenizer.filler), shapes)
+    return ResolvedEncoder(
+        name=name,
+        config=config,
+        folder=checkpoint.folder,
+        tokenizer=tokenizer,
+        model_type=checkpoint.model_type,
+        weights=checkpoint.weights,
+        dim=int(width),
+        pooled=config.kind == "clip",
+        shapes=shapes,
+        null_shape=null_shape,
+        padded_length=length,
+        # One implementation so far, so `auto` is it; the choice must not depend on the device, for
+        # what is chosen is part of the fingerprint.
+        implementation="hf" if config.implementation == "auto" else config.implementation,
+    )
+
+
+def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> TextEncoder:
+    """Load the model onto `device` (cpu, cuda, cuda:N). Raises InputError: damaged checkpoint."""
+    module = importlib.import_module(IMPLEMENTATIONS[resolved.implementation])
+    return cast(TextEncoder, module.build(resolved, device, output_dtype))
+
+
+def _padded_length(where: str, config: EncoderConfig, padded_length: int | None) -> int:
+    if padded_length is not None:
+        return padded_length
+    if isinstance(config.added_tokens, str):
+        raise InternalError(
+            f"{where}.added_tokens is the column {config.added_tokens!r}: resolve() needs the "
+            "padded length that the captions' values give."
+        )
+    return config.padded_length(config.added_tokens)
+
+
+def _t5_shape(config: EncoderConfig, length: int) -> Shape:
+    return max(1, config.batch_tokens // length), length
+
+
+def _bucket_shapes(
+    where: str, config: EncoderConfig, tokenizer: CaptionTokenizer
+) -> tuple[Shape, ...]:
+    """A shape per bucket. Every bucket must hold the empty caption, which fills up batches."""
+    buckets = config.resolved_buckets()
+    if buckets[0] < len(tokenizer.filler):
+        raise InputError(
+            f"{where}.buckets has {buckets[0]}: the empty caption has {len(tokenizer.filler)} "
+            "tokens, so nothing fits it. Remove that bucket."
+        )
+    if config.kind == "clip":
+        return tuple((config.batch_size, bucket) for bucket in buckets)
+    return tuple(_t5_shape(config, bucket) for bucket in buckets)
+
+
+def _check_vocabulary(where: str, checkpoint: Checkpoint, tokenizer: CaptionTokenizer) -> None:
+    default = DEFAULT_VOCABULARY.get(checkpoint.model_type, DEFAULT_CLIP_VOCABULARY)
+    rows = int(checkpoint.text_config.get("vocab_size", default))
+    if tokenizer.max_id >= rows:
+        raise InputError(
+            f"{where}: the tokenizer has ids up to {tokenizer.max_id}, but the model in "
+            f"{checkpoint.folder} has {rows} embeddings. This is another model's tokenizer."
+        )
+
+
+def _check_clip(
+    where: str,
+    tokenizer_where: str,
+    config: EncoderConfig,
+    checkpoint: Checkpoint,
+    tokenizer: CaptionTokenizer,
+) -> None:
+    """The caption fits the model's positions, and the model pools at the tokenizer's end token.
+
+    transformers pools at the first token that equals the config's eos_token_id, or, where that is
+    2, at the highest id. Where it finds none it silently pools at position 0.
+    """
+    positions = int(checkpoint.text_config.get("max_position_embeddings", DEFAULT_CLIP_POSITIONS))
+    if config.resolved_max_length > positions:
+        raise InputError(
+            f"{where}.max_length is {config.resolved_max_length}: the model in {checkpoint.folder} "
+            f"has {positions} positions. Lower it."
+        )
+    eos = checkpoint.text_config.get("eos_token_id", DEFAULT_CLIP_EOS)
+    pooled_at = tokenizer.max_id if eos == ARGMAX_EOS else eos
+    if pooled_at != tokenizer.eos_id:
+        rule = "the highest id (eos_token_id is 2)" if eos == ARGMAX_EOS else "eos_token_id"
+        raise InputError(
+            f"{tokenizer_where}: the tokenizer ends captions with id {tokenizer.eos_id}, but the "
+            f"model in {checkpoint.folder} pools at {rule}, {pooled_at}. Use the tokenizer of this "
+            "checkpoint, or correct eos_token_id in config.json."
+        )

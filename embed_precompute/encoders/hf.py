@@ -1,0 +1,180 @@
+"""The reference implementation: transformers' own T5 and CLIP, run on fixed shapes.
+
+Guarantees: the numbers are those of the transformers model for the same ids, and bitwise a function
+of the caption and the shape, whatever the other lines hold. attention_mask none calls the model
+without a mask, as Open-Sora does. Every weight comes from the checkpoint, in the dtype asked.
+Costs: weights once in memory in the asked dtype (memory-mapped where the file has that dtype);
+no compilation, no fused kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from embed_precompute.batching import TokenBatch
+from embed_precompute.encoders import ResolvedEncoder
+from embed_precompute.encoders.checkpoint import MODEL_CLASSES, quiet_transformers
+from embed_precompute.errors import InputError, InternalError
+
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+ENCODER_PREFIXES = {"t5": ("encoder.",), "clip": ("text_model.", "encoder.")}
+"""How the text encoder's weights begin in a checkpoint that may hold more than it (transformers 5
+drops `text_model.` before it reports)."""
+HARMLESS_LEFTOVERS = ("position_ids", "embed_tokens.weight")
+"""Buffers that older versions saved, and the second name of T5's shared embedding."""
+
+
+class HfEncoder:
+    """A transformers text encoder with its mode decided once."""
+
+    def __init__(self, resolved: ResolvedEncoder, device: str, output_dtype: str) -> None:
+        self.resolved = resolved
+        self._device = torch.device(device)
+        self._output_dtype: torch.dtype = getattr(torch, output_dtype)
+        self._masked = resolved.config.attention_mask == "padding"
+        self._output = "pooler_output" if resolved.pooled else "last_hidden_state"
+        self._shapes = {*resolved.shapes, resolved.null_shape}
+        model = load_model(resolved)
+        with _out_of_memory(
+            f"encoders.{resolved.name}: the weights do not fit on {device}. Use a device with more "
+            "memory, or a smaller dtype."
+        ):
+            self._model = model.to(self._device)
+
+    def encode(self, batch: TokenBatch) -> torch.Tensor:
+        """See `TextEncoder.encode`."""
+        if batch.input_ids.shape not in self._shapes:
+            raise InternalError(f"A batch is {batch.input_ids.shape}: expected {self._shapes}.")
+        with torch.inference_mode(), _out_of_memory(self._too_large(batch)):
+            input_ids = torch.from_numpy(batch.input_ids).to(self._device, non_blocking=True)
+            output = self._model(input_ids=input_ids, attention_mask=self._mask(batch))
+            embeddings: torch.Tensor = getattr(output, self._output)
+            return embeddings.to(self._output_dtype).cpu().contiguous()
+
+    def _mask(self, batch: TokenBatch) -> torch.Tensor | None:
+        if not self._masked:
+            return None
+        mask = padding_mask(batch.lengths, batch.input_ids.shape[1], self._model.dtype)
+        return mask.to(self._device, non_blocking=True)
+
+    def _too_large(self, batch: TokenBatch) -> str:
+        captions, length = batch.input_ids.shape
+        config, name = self.resolved.config, self.resolved.name
+        field = "batch_size" if config.kind == "clip" else "batch_tokens"
+        return (
+            f"encoders.{name}.{field} is {getattr(config, field)}: a forward of {captions} "
+            f"captions x {length} tokens does not fit in the memory of {self._device}. Lower it "
+            "(batch shapes are part of the fingerprint, so this starts a new dataset)."
+        )
+
+
+def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> HfEncoder:
+    return HfEncoder(resolved, device, output_dtype)
+
+
+def padding_mask(lengths: NDArray[np.int32], length: int, dtype: torch.dtype) -> torch.Tensor:
+    """Mask under which only a line's first `lengths` tokens are attended.
+
+    transformers 4: [B, L], 1 for real tokens. From 5 on the finished additive mask, [B, 1, 1, L]:
+    given [B, L] it leaves the mask out when no line of the batch has a pad, and then a caption's
+    kernel would depend on its neighbours.
+    """
+    real = torch.arange(length)[None, :] < torch.from_numpy(lengths)[:, None]  # [B, L]
+    if not TRANSFORMERS_5:
+        return real.to(torch.int64)
+    additive = torch.zeros(real.shape, dtype=dtype).masked_fill(~real, torch.finfo(dtype).min)
+    return additive[:, None, None, :]
+
+
+def load_model(resolved: ResolvedEncoder) -> Any:
+    """The model on the CPU, in eval mode, every weight from the checkpoint in the asked dtype.
+
+    Raises InputError naming weights that are missing, of another shape, or of layers that
+    config.json does not have.
+    """
+    config, folder = resolved.config, resolved.folder
+    where = f"encoders.{resolved.name}.pretrained"
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    model_class = getattr(transformers, MODEL_CLASSES[config.kind][resolved.model_type])
+    with quiet_transformers():
+        try:
+            model, loading = model_class.from_pretrained(
+                str(folder),
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported to us instead of raised; refused below
+                **{"dtype" if TRANSFORMERS_5 else "torch_dtype": dtype},
+            )
+        except Exception as error:  # safetensors and transformers raise many kinds for damage
+            reason = " ".join(str(error).split())[:600]
+            raise InputError(
+                f"{where}: {folder} cannot be loaded as {model_class.__name__} "
+                f"({type(error).__name__}: {reason}). Check that config.json belongs to these "
+                "weights and that the files are complete."
+            ) from error
+    _check_loading(f"{where}: {folder}", config.kind, loading)
+    width = model.config.hidden_size if resolved.pooled else model.config.d_model
+    if width != resolved.dim:
+        raise InternalError(f"{where}: the model gives {width} numbers, not {resolved.dim}.")
+    _check_dtype(where, model, dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _check_loading(where: str, kind: str, loading: dict[str, Any]) -> None:
+    # transformers 4 gives names, 5 gives (name, shape, shape).
+    mismatched = [key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]]
+    if mismatched:
+        raise InputError(
+            f"{where} has weights of other shapes than its config.json says: {_some(mismatched)}. "
+            "Use the config.json of these weights."
+        )
+    if loading["missing_keys"]:
+        raise InputError(
+            f"{where} lacks weights that its config.json asks for: "
+            f"{_some(loading['missing_keys'])}. Download or convert the checkpoint again."
+        )
+    # A decoder, a vision tower or a projection may be left over; parts of the encoder may not.
+    leftovers = [
+        key
+        for key in loading["unexpected_keys"]
+        if key.startswith(ENCODER_PREFIXES[kind]) and not key.endswith(HARMLESS_LEFTOVERS)
+    ]
+    if leftovers:
+        raise InputError(
+            f"{where} has encoder weights that its config.json does not know: {_some(leftovers)}. "
+            "Use the config.json of these weights."
+        )
+
+
+def _check_dtype(where: str, model: Any, dtype: torch.dtype) -> None:
+    for name, parameter in model.named_parameters():
+        # T5's wo overflows in float16, so transformers keeps it in float32 there.
+        kept = parameter.dtype == torch.float32 and dtype == torch.float16 and ".wo." in name
+        if parameter.dtype != dtype and not kept:
+            raise InternalError(f"{where}: {name} is {parameter.dtype}, asked was {dtype}.")
+
+
+def _some(keys: Any) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+@contextlib.contextmanager
+def _out_of_memory(message: str) -> Iterator[None]:
+    """Say `message` when memory runs out, on a GPU or in the CPU's allocator."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(message) from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise InputError(message) from error

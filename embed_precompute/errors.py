@@ -1,0 +1,67 @@
+"""Every failure a user can cause or meet, and the exit code it ends the program with.
+
+Guarantees: an `EmbedPrecomputeError` carries one message that says what was found, what was
+expected and what to do; the CLI prints it without a traceback. Anything else that escapes is a bug
+(exit 1).
+Costs: nothing; stdlib only.
+"""
+
+from __future__ import annotations
+
+EXIT_COMPLETE = 0
+EXIT_BUG = 1
+EXIT_USAGE = 2
+EXIT_CONFLICT = 3
+EXIT_VERIFICATION = 4
+EXIT_INCOMPLETE = 5
+EXIT_FAILED_SAMPLES = 6
+EXIT_IO = 74
+EXIT_INTERRUPTED = 75
+
+
+class EmbedPrecomputeError(Exception):
+    """Base of every error with a message meant for a person."""
+
+    exit_code = EXIT_BUG
+
+
+class InputError(EmbedPrecomputeError):
+    """Bad usage, configuration, captions or checkpoint: the user can mend it (exit 2)."""
+
+    exit_code = EXIT_USAGE
+
+
+class ConflictError(EmbedPrecomputeError):
+    """The output belongs to another fingerprint, plan or input (exit 3)."""
+
+    exit_code = EXIT_CONFLICT
+
+
+class VerificationError(EmbedPrecomputeError):
+    """Stored bytes are not what the records say (exit 4)."""
+
+    exit_code = EXIT_VERIFICATION
+
+
+class IncompleteError(EmbedPrecomputeError):
+    """The dataset is not finished: running the same command again goes on (exit 5)."""
+
+    exit_code = EXIT_INCOMPLETE
+
+
+class StorageError(EmbedPrecomputeError):
+    """A write, fsync or publish failed: no space, quota, I/O error (exit 74)."""
+
+    exit_code = EXIT_IO
+
+
+class InterruptedRunError(EmbedPrecomputeError):
+    """A signal asked the run to stop; what was committed stays (exit 75)."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
+class InternalError(EmbedPrecomputeError):
+    """A promise of this program was broken, such as two different results for one unit (exit 1)."""
+
+    exit_code = EXIT_BUG

@@ -1,0 +1,390 @@
+"""The run: read -> tokenise -> encode -> write, overlapped; resumed by running it again.
+
+Guarantees: a unit is committed whole or not at all; an error in any stage stops this rank and is
+raised, never swallowed; a run returns only when every unit of the plan has a record and the dataset
+is finalised (by this rank or a peer). There is no collective and no rank waits for another.
+Costs: one reader thread, one writer thread; memory holds the token ids of `prefetch_units` + 1
+units and `write_queue_batches` encoded batches.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+
+from embed_precompute import encoders as encoder_registry
+from embed_precompute.batching import make_batches
+from embed_precompute.config import Config
+from embed_precompute.config_file import to_yaml
+from embed_precompute.distributed import NULL_UNIT, Claims, DistContext, connect_store
+from embed_precompute.encoders import TextEncoder
+from embed_precompute.errors import (
+    ConflictError,
+    IncompleteError,
+    InterruptedRunError,
+)
+from embed_precompute.plan import Plan, differing_fields
+from embed_precompute.preflight import (
+    Prepared,
+    environment,
+    prepare,
+    publish,
+    resolve_device,
+)
+from embed_precompute.progress import Progress
+from embed_precompute.samples import FAILURES
+from embed_precompute.store.commit import replace_bytes
+from embed_precompute.store.manifest import (
+    committed_units,
+    finalize,
+    null_paths,
+    read_record,
+    unit_paths,
+)
+from embed_precompute.units import Unit, UnitWriter, read_unit
+
+log = logging.getLogger(__name__)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+POLL_S = 0.1
+
+
+@dataclass
+class RunResult:
+    """What a finished `run` leaves: the root manifest, and what this rank did."""
+
+    root: Path
+    manifest: dict[str, Any] | None
+    """The content of manifest.json; None when a peer finalises the dataset."""
+    units: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+
+    @property
+    def num_failed(self) -> int:
+        if self.manifest is None:
+            return 0
+        status = self.manifest["counts"]["status"]
+        return sum(status[failure.label] for failure in FAILURES)
+
+
+def run(config: Config, limit: int | None = None, dist: DistContext | None = None) -> RunResult:
+    """Make the dataset of `config`, or finish one that is under way; see `embed-precompute run`."""
+    dist = dist or DistContext.detect()
+    prepared = publish(prepare(config, limit, dist))
+    root, plan = prepared.root, prepared.plan
+    device = resolve_device(config.runtime.device, dist)
+    here = environment(device)
+    done = Committed(root)
+    _check_environment(config, root, done, here)
+    if dist.is_main:
+        _write_provenance(prepared, here, dist)
+    claims = Claims(dist, plan.plan_id, plan.num_units, done, connect_store(dist))
+    result = RunResult(root, None)
+    started = time.monotonic()
+    with stop_on_signals() as stop, Progress(root, plan, dist, config.runtime) as progress:
+        log.info("plan %s: %d of %d units are done", plan.plan_id[:16], done.units, plan.num_units)
+        if not done.everything(plan):
+            text_encoders = _build_encoders(prepared, device)
+            progress.start()
+            for record in _Stages(prepared, text_encoders, claims, done, here, stop, dist).run():
+                result.units += 1
+                result.samples += record.get("num_samples", 0)
+    result.seconds = time.monotonic() - started
+    if claims.take_finalize():
+        result.manifest = finalize(root)
+    return result
+
+
+class Committed:
+    """Which units have a record: one listing at the start, then one `stat` per question."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._units = committed_units(root)
+        if null_paths(root).record.exists():
+            self._units.add(NULL_UNIT)
+
+    @property
+    def units(self) -> int:
+        return len(self._units - {NULL_UNIT})
+
+    def any_unit(self) -> int | None:
+        return min(self._units, default=None)
+
+    def everything(self, plan: Plan) -> bool:
+        return len(self._units) > plan.num_units  # the null embedding is one more
+
+    def __call__(self, unit: int) -> bool:
+        if unit in self._units:
+            return True
+        paths = null_paths(self._root) if unit == NULL_UNIT else unit_paths(self._root, unit)
+        if paths.record.exists():
+            self._units.add(unit)
+        return unit in self._units
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that TERM, INT, USR1 and USR2 set; a second signal ends the process at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            sys.exit(128 + number)
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may install handlers; the caller has its own
+        return
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _build_encoders(prepared: Prepared, device: str) -> list[TextEncoder]:
+    """Load every encoder and run one forward of each shape, so that a shape that does not fit in
+    memory fails now and not after an hour."""
+    dtype = prepared.config.output.dtype
+    built = []
+    for resolved in prepared.encoders:
+        encoder = encoder_registry.build(resolved, device, dtype)
+        for shape in sorted({*resolved.shapes, resolved.null_shape}):
+            filler = resolved.tokenizer.filler
+            for batch in make_batches([filler], (shape,), resolved.tokenizer.pad_id, filler):
+                encoder.encode(batch)
+        built.append(encoder)
+    return built
+
+
+def _write_provenance(prepared: Prepared, here: dict[str, str], dist: DistContext) -> None:
+    """config.yaml and run.json: for people, outside every digest."""
+    replace_bytes(prepared.root / "config.yaml", to_yaml(prepared.config).encode())
+    facts = {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "world_size": dist.world_size,
+        "launched_by": dist.source,
+        "python": sys.version.split()[0],
+        "environment": here,
+        "checkpoints": {e.name: str(e.folder) for e in prepared.encoders},
+    }
+    payload = json.dumps(facts, indent=2, ensure_ascii=False).encode() + b"\n"
+    replace_bytes(prepared.root / "run.json", payload)
+
+
+def _check_environment(config: Config, root: Path, done: Committed, here: dict[str, str]) -> None:
+    """Compare this environment with that of a committed unit: warn, or refuse if configured."""
+    unit = done.any_unit()
+    if unit is None:
+        return
+    earlier = read_record(root, None if unit == NULL_UNIT else unit)["environment"]
+    differing = differing_fields(earlier, here)
+    if not differing:
+        return
+    message = (
+        f"{root} was begun in another environment ({'; '.join(differing)}). Equal bytes are "
+        "promised within one environment only; the manifest lists all of them."
+    )
+    if config.runtime.on_environment_change == "refuse":
+        raise ConflictError(
+            f"{message} Give the old environment back, or set runtime.on_environment_change warn."
+        )
+    log.warning("%s", message)
+
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Channel(Generic[T]):
+    """A bounded queue between two stages that ends when any stage stops."""
+
+    size: int
+    halted: threading.Event
+    items: queue.Queue[T | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.items = queue.Queue(self.size)
+
+    def put(self, item: T | None) -> bool:
+        """False when the pipeline has stopped and nobody will take the item."""
+        while not self.halted.is_set():
+            try:
+                self.items.put(item, timeout=POLL_S)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self) -> Iterator[T]:
+        while not self.halted.is_set():
+            try:
+                item = self.items.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
+            yield item
+
+
+@dataclass
+class _Encoded:
+    """A message to the writer: a batch of `unit`, or its end when `values` is None."""
+
+    unit: Unit
+    name: str = ""
+    rows: np.ndarray | None = None
+    values: torch.Tensor | None = None
+    abandoned: bool = False
+
+
+class _Stages:
+    """The three stages of one rank and the channels between them."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        text_encoders: list[TextEncoder],
+        claims: Claims,
+        done: Callable[[int], bool],
+        here: dict[str, str],
+        stop: threading.Event,
+        dist: DistContext,
+    ) -> None:
+        self._prepared, self._encoders, self._claims = prepared, text_encoders, claims
+        self._plan: Plan = prepared.plan
+        self._done, self._here, self._stop = done, here, stop
+        runtime = prepared.config.runtime
+        self._max_failed = runtime.max_failed_samples
+        self._num_failed = 0
+        self._halted = threading.Event()
+        self._error: BaseException | None = None
+        self._units: _Channel[Unit] = _Channel(runtime.prefetch_units, self._halted)
+        self._batches: _Channel[_Encoded] = _Channel(runtime.write_queue_batches, self._halted)
+        self._records: list[dict[str, Any]] = []
+        self._metrics = prepared.root / "logs" / f"metrics-{dist.rank:05d}.jsonl"
+
+    def run(self) -> list[dict[str, Any]]:
+        """Run until nothing is left to claim; give the records this rank committed."""
+        threads = [
+            threading.Thread(target=self._guard, args=(stage,), name=stage.__name__, daemon=True)
+            for stage in (self._read, self._write)
+        ]
+        for thread in threads:
+            thread.start()
+        self._guard(self._encode)
+        for thread in threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+        if self._stop.is_set():
+            raise InterruptedRunError(
+                "stopped by a signal; committed shards stay. Run the same command again to go on."
+            )
+        return self._records
+
+    def _guard(self, stage: Callable[[], None]) -> None:
+        try:
+            stage()
+        except BaseException as error:
+            if self._error is None:
+                self._error = error
+            self._halted.set()
+
+    def _read(self) -> None:
+        plan = self._plan
+        reader = self._prepared.table.reader(plan.num_rows, plan.last_row_samples)
+        for number in self._claims:
+            if self._stop.is_set():
+                break
+            unit = read_unit(plan, number, reader, self._prepared.encoders)
+            unit.swept = self._claims.swept
+            if not self._units.put(unit):
+                return
+        self._units.put(None)
+
+    def _encode(self) -> None:
+        for unit in self._units:
+            for name, rows, values in self._encoded_batches(unit):
+                if not self._batches.put(_Encoded(unit, name, rows, values)):
+                    return
+                if self._stop.is_set():
+                    self._halted.set()
+                    return
+                if unit.swept and self._done(unit.number):
+                    break
+            else:
+                self._batches.put(_Encoded(unit))
+                continue
+            self._batches.put(_Encoded(unit, abandoned=True))
+        self._batches.put(None)
+
+    def _encoded_batches(self, unit: Unit) -> Iterator[tuple[str, np.ndarray, torch.Tensor]]:
+        for encoder in self._encoders:
+            resolved = encoder.resolved
+            shapes = (resolved.null_shape,) if unit.is_null else resolved.shapes
+            ids = unit.tokens[resolved.name].ids
+            tokenizer = resolved.tokenizer
+            for batch in make_batches(ids, shapes, tokenizer.pad_id, tokenizer.filler):
+                yield resolved.name, batch.rows, encoder.encode(batch)
+
+    def _write(self) -> None:
+        messages = iter(self._batches)
+        for message in messages:
+            started = time.monotonic()
+            with UnitWriter(self._prepared.root, self._plan, message.unit, self._here) as writer:
+                current: _Encoded | None = message
+                while current is not None and current.values is not None:
+                    assert current.rows is not None
+                    writer.write(current.name, current.rows, current.values)
+                    current = next(messages, None)
+                if current is None or current.abandoned:
+                    continue  # stopped, or a peer has committed this unit
+                self._count_failures(message.unit)
+                record = writer.commit()
+            self._records.append(record)
+            self._log_metrics(message.unit, record, time.monotonic() - started)
+
+    def _count_failures(self, unit: Unit) -> None:
+        failed = sum(row in unit.failures for row in unit.stored_row)
+        self._num_failed += failed
+        if self._num_failed > self._max_failed:
+            row, reason = next(iter(unit.failures.items()))
+            sample = unit.samples[unit.stored_row.index(row)]
+            raise IncompleteError(
+                f"{self._num_failed} samples failed, more than runtime.max_failed_samples "
+                f"({self._max_failed}); the last unit was dropped. First of it: sample "
+                f"{sample.sample_id!r}, row {sample.row}: {reason}. Mend the cause, or raise the "
+                "limit, and run again."
+            )
+
+    def _log_metrics(self, unit: Unit, record: dict[str, Any], seconds: float) -> None:
+        self._metrics.parent.mkdir(parents=True, exist_ok=True)
+        line = {
+            "time": round(time.time(), 3),
+            "unit": unit.number,
+            "samples": len(unit.samples),
+            "stored": unit.num_stored,
+            "tokens": {name: sum(map(len, t.ids)) for name, t in unit.tokens.items()},
+            "shard_bytes": record["files"]["shard"]["bytes"],
+            "seconds": round(seconds, 4),
+        }
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

@@ -1,0 +1,282 @@
+"""Everything that is decided before the first unit: resolved spec, scanned input, plan, estimates.
+
+Guarantees: a wrong configuration, caption table or checkpoint fails here, before anything is
+written; every rank ends with the same plan, and a run that would change what the output holds is
+refused (exit 3) naming each differing field or file.
+Costs: reads footers, tokenizers and weight digests; the rank that makes the plan also reads the id
+column once (8 bytes a row) and tokenises the first 10,000 rows. No model and no GPU is touched.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embed_precompute import encoders as encoder_registry
+from embed_precompute.captions import CaptionTable, Scan
+from embed_precompute.config import FORMAT_VERSION, Config, digest_of
+from embed_precompute.distributed import DistContext
+from embed_precompute.encoders import ResolvedEncoder
+from embed_precompute.errors import InputError
+from embed_precompute.plan import (
+    Inputs,
+    Plan,
+    auto_samples_per_shard,
+    check_same,
+    rows_per_unit,
+)
+from embed_precompute.samples import Sample
+from embed_precompute.store.commit import publish_bytes, read_sealed, seal
+
+PLAN_FILE = "plan.json"
+ESTIMATE_ROWS = 10_000
+PLAN_POLL_S = 0.2
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that is ready to run (or, before `publish`, to be looked at)."""
+
+    config: Config
+    root: Path
+    table: CaptionTable
+    encoders: tuple[ResolvedEncoder, ...]
+    plan: Plan
+    """The published plan, or the one that `publish` will write."""
+
+
+def prepare(config: Config, limit: int | None = None, dist: DistContext | None = None) -> Prepared:
+    """Check everything and give the plan: the stored one, rank 0's, or one made here.
+
+    Nothing is written. Rank 0, or a process without peers, makes the plan at once; another rank
+    waits `runtime.plan_timeout_s` for it and then makes the same one.
+    """
+    dist = dist or DistContext()
+    root = Path(config.output.path)
+    table = CaptionTable.open(config.captions, _added_token_columns(config))
+    stored = _stored_plan(root)
+    if stored is None and not dist.is_main:
+        stored = _wait_for_plan(root, config.runtime.plan_timeout_s)
+    if stored is not None:
+        resolved = _resolve_encoders(config, _stored_padded_lengths(stored))
+        plan = stored
+        _check_stored(config, table, resolved, stored, limit)
+    else:
+        scan = table.scan(limit)
+        resolved = _resolve_encoders(config, _padded_lengths(config, scan))
+        plan = _make_plan(config, table, scan, resolved, limit)
+    return Prepared(config, root, table, resolved, plan)
+
+
+def publish(prepared: Prepared) -> Prepared:
+    """Write plan.json unless it is there; the stored plan, whoever wrote it, is in force."""
+    publish_bytes(prepared.root / PLAN_FILE, seal(prepared.plan.to_json()))
+    stored = _stored_plan(prepared.root)
+    assert stored is not None
+    plan = prepared.plan
+    check_same(stored, plan.fingerprint, plan.spec, plan.inputs, plan.samples_per_shard)
+    return Prepared(prepared.config, prepared.root, prepared.table, prepared.encoders, stored)
+
+
+def environment(device: str) -> dict[str, str]:
+    """What bytes may depend on besides the spec: full library versions, device, CPU capability."""
+    import torch
+
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "transformers", "tokenizers", "pyarrow", "numpy")
+    }
+    versions["torch"] = torch.__version__  # with the build, such as +cpu or +cu124
+    on_gpu = device.startswith("cuda")
+    return {
+        **versions,
+        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def resolve_device(device: str, dist: DistContext) -> str:
+    """`auto` is this rank's GPU among the visible ones, or the CPU."""
+    import torch
+
+    if device != "auto":
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError(
+                f"runtime.device is {device} but torch {torch.__version__} sees no GPU: install a "
+                "CUDA build of torch, check CUDA_VISIBLE_DEVICES, or use runtime.device auto."
+            )
+        return device
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{dist.local_rank % torch.cuda.device_count()}"
+
+
+def resolved_spec(
+    config: Config, table: CaptionTable, encoders: tuple[ResolvedEncoder, ...]
+) -> dict[str, Any]:
+    """What a caption becomes; its hash is the fingerprint."""
+    order = ("ftfy", "nfc", "whitespace")
+    return {
+        "format_version": FORMAT_VERSION,
+        "captions": {
+            "recipe": table.resolved_recipe(),
+            "normalize": [name for name in order if name in config.captions.normalize],
+        },
+        "encoders": {encoder.name: encoder.spec() for encoder in encoders},
+        "output": {"dtype": config.output.dtype, "codec": config.output.codec},
+    }
+
+
+def stored_bytes_per_token(encoder: ResolvedEncoder, config: Config) -> int:
+    """Bytes of one stored vector of `encoder`."""
+    return encoder.dim * DTYPE_BYTES[config.output.dtype]
+
+
+def _added_token_columns(config: Config) -> list[str]:
+    return [e.added_tokens for e in config.encoders.values() if isinstance(e.added_tokens, str)]
+
+
+def _stored_plan(root: Path) -> Plan | None:
+    path = root / PLAN_FILE
+    return Plan.from_json(read_sealed(path, "plan")) if path.exists() else None
+
+
+def _wait_for_plan(root: Path, timeout_s: float) -> Plan | None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        plan = _stored_plan(root)
+        if plan is not None:
+            return plan
+        time.sleep(PLAN_POLL_S)
+    return None
+
+
+def _stored_padded_lengths(plan: Plan) -> dict[str, int | None]:
+    return {name: spec["padded_length"] for name, spec in plan.spec["encoders"].items()}
+
+
+def _padded_lengths(config: Config, scan: Scan) -> dict[str, int | None]:
+    """The one padded length of each padded T5 encoder; several are an error that lists them."""
+    lengths: dict[str, int | None] = {}
+    for name, encoder in config.encoders.items():
+        if encoder.kind != "t5" or encoder.attention_mask != "none":
+            lengths[name] = None
+        elif isinstance(encoder.added_tokens, int):
+            lengths[name] = encoder.padded_length(encoder.added_tokens)
+        else:
+            rows: dict[int, int] = {}
+            for value, count in scan.added_tokens[encoder.added_tokens].items():
+                length = encoder.padded_length(value)
+                rows[length] = rows.get(length, 0) + count
+            if len(rows) > 1:
+                listed = ", ".join(f"{length} ({rows[length]} rows)" for length in sorted(rows))
+                raise InputError(
+                    f"encoders.{name}: column {encoder.added_tokens!r} with seq_align "
+                    f"{encoder.seq_align} leads to {len(rows)} padded lengths: {listed}. Pads are "
+                    "attended, so one dataset has one length: split the captions and make one "
+                    "dataset per length."
+                )
+            lengths[name] = next(iter(rows), encoder.padded_length(0))
+    return lengths
+
+
+def _resolve_encoders(
+    config: Config, padded_lengths: dict[str, int | None]
+) -> tuple[ResolvedEncoder, ...]:
+    return tuple(
+        encoder_registry.resolve(name, config.encoders[name], padded_lengths.get(name))
+        for name in sorted(config.encoders)
+    )
+
+
+def _inputs(config: Config, table: CaptionTable, limit: int | None) -> Inputs:
+    return Inputs(
+        files=tuple(
+            {
+                "path": file.path,
+                "bytes": file.bytes,
+                "rows": file.rows,
+                "footer_sha256": file.footer_sha256,
+            }
+            for file in table.files
+        ),
+        text_column=config.captions.text_column,
+        id_column=config.captions.id_column,
+        limit=limit,
+    )
+
+
+def _check_stored(
+    config: Config,
+    table: CaptionTable,
+    encoders: tuple[ResolvedEncoder, ...],
+    stored: Plan,
+    limit: int | None,
+) -> None:
+    spec = resolved_spec(config, table, encoders)
+    wanted = config.output.samples_per_shard
+    check_same(
+        stored,
+        digest_of(spec),
+        spec,
+        _inputs(config, table, limit),
+        None if wanted == "auto" else wanted,
+    )
+
+
+def _make_plan(
+    config: Config,
+    table: CaptionTable,
+    scan: Scan,
+    encoders: tuple[ResolvedEncoder, ...],
+    limit: int | None,
+) -> Plan:
+    spec = resolved_spec(config, table, encoders)
+    samples_per_shard = config.output.samples_per_shard
+    if samples_per_shard == "auto":
+        rows = min(ESTIMATE_ROWS, scan.num_rows)
+        samples = table.reader(scan.num_rows, scan.last_row_samples).read(0, rows)
+        samples_per_shard = auto_samples_per_shard(_bytes_per_sample(config, encoders, samples))
+    return Plan(
+        fingerprint=digest_of(spec),
+        spec=spec,
+        inputs=_inputs(config, table, limit),
+        num_rows=scan.num_rows,
+        num_samples=scan.num_samples,
+        last_row_samples=scan.last_row_samples,
+        samples_per_shard=samples_per_shard,
+        rows_per_unit=rows_per_unit(samples_per_shard, scan.num_rows, scan.num_samples),
+    )
+
+
+def _bytes_per_sample(
+    config: Config, encoders: tuple[ResolvedEncoder, ...], samples: list[Sample]
+) -> float:
+    texts = [sample.text for sample in samples if sample.text is not None]
+    total = 0.0
+    for encoder in encoders:
+        vector = stored_bytes_per_token(encoder, config)
+        if encoder.pooled:
+            total += vector
+        elif encoder.padded_length is not None:
+            total += vector * encoder.padded_length
+        elif texts:
+            tokens = encoder.tokenizer.encode(texts).num_tokens
+            total += vector * sum(tokens) / len(tokens)
+    return total
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
+            for line in cpuinfo:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

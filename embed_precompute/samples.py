@@ -1,0 +1,50 @@
+"""A sample: one caption of the input, and what became of it.
+
+Guarantees: every caption of the input is exactly one `Sample` with exactly one `Status`; only a
+sample whose status is `OK` carries text to encode.
+Costs: stdlib only.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Status(enum.IntEnum):
+    """What became of a sample: the number is in index/status.npy, the label everywhere else."""
+
+    OK = 0
+    NULL_TEXT = 1
+    """The caption, or a column its recipe needs, is null."""
+    INVALID_TEXT = 2
+    """The caption is not UTF-8, or its recipe cannot be applied to this row."""
+    EMPTY_LIST = 3
+    """The row's list of captions has no entry."""
+    NON_FINITE = 4
+    """The encoder gave inf or nan: our failure, counted and named."""
+    ERROR = 5
+    """Encoding failed for this sample: our failure, counted and named."""
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+INPUT_FACTS = (Status.NULL_TEXT, Status.INVALID_TEXT, Status.EMPTY_LIST)
+FAILURES = (Status.NON_FINITE, Status.ERROR)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One caption: `row` is its input row (0-based over all files in plan order)."""
+
+    sample_id: str
+    row: int
+    text: str | None
+    """The text that is encoded (normalised, recipe applied); None unless status is OK."""
+    status: Status = Status.OK
+    error: str | None = None
+    """Why, when status is not OK."""
+    added_tokens: int = 0
+    """Tokens the video adds to this sample's sequence (attention_mask none)."""

@@ -1,0 +1,214 @@
+"""The small JSON files of a dataset: plan, unit records, the null record; and where files are.
+
+Guarantees: a record that is returned has exactly the keys, types and file names of the format, and
+belongs to the unit it was asked for; no path in a file is ever followed. Which units are committed
+is a folder listing, nothing is parsed for it.
+Costs: a listing is O(files); reading a record is one small file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embed_precompute.config import ENCODER_NAME, FORMAT_VERSION
+from embed_precompute.errors import IncompleteError, InputError, StorageError, VerificationError
+from embed_precompute.samples import Status
+from embed_precompute.store.commit import read_sealed
+
+UNITS_PER_FOLDER = 1000
+CODECS = ("raw",)
+_DTYPES = ("bfloat16", "float16", "float32")
+_HEX = re.compile(r"[0-9a-f]{64}")
+_RECORD_NAME = re.compile(r"shard-([0-9]{6,18})\.json")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What an encoder stores: tensor `text_<name>`."""
+
+    name: str
+    """The encoder's name."""
+    pooled: bool
+    """True: one vector per row, [n, dim]; False: a sequence per row, packed [total_tokens, dim]."""
+    dim: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class UnitPaths:
+    """The files of one unit; the record is published last and makes it count."""
+
+    shard: Path
+    rows: Path
+    record: Path
+
+
+def unit_paths(root: Path, unit: int) -> UnitPaths:
+    folder = root / "shards" / f"{unit // UNITS_PER_FOLDER:03d}"
+    stem = f"shard-{unit:06d}"
+    return UnitPaths(
+        folder / f"{stem}.safetensors", folder / f"{stem}.rows.parquet", folder / f"{stem}.json"
+    )
+
+
+def null_paths(root: Path) -> UnitPaths:
+    """The files of the null embedding, which is a shard of one row; it has no rows part."""
+    return UnitPaths(root / "null.safetensors", root / "null.rows.parquet", root / "null.json")
+
+
+def committed_units(root: Path) -> set[int]:
+    """The units that have a record, by listing `shards/*`."""
+    units = set()
+    try:
+        for folder in _entries(root / "shards"):
+            for entry in _entries(Path(folder.path)) if folder.is_dir() else ():
+                match = _RECORD_NAME.fullmatch(entry.name)
+                unit = int(match[1]) if match else -1
+                if match and unit_paths(root, unit).record == Path(entry.path):
+                    units.add(unit)
+    except OSError as error:
+        raise StorageError(f"{root / 'shards'}: listing failed: {error}.") from error
+    return units
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+def read_plan(root: Path) -> dict[str, Any]:
+    """plan.json, with what the store needs of it checked."""
+    path = root / "plan.json"
+    try:
+        plan = read_sealed(path, "plan")
+    except FileNotFoundError:
+        raise InputError(f"{root} is not a dataset of embed-precompute: no plan.json.") from None
+    needed: dict[str, Any] = {"fingerprint": _HEX, "plan": _HEX, "spec": dict}
+    needed |= dict.fromkeys(("num_rows", "num_samples", "rows_per_unit", "num_units"), int)
+    _require(path, {key: plan.get(key) for key in needed}, needed)
+    if plan["num_units"] != -(-plan["num_rows"] // max(1, plan["rows_per_unit"])):
+        raise VerificationError(f"{path}: its units do not hold its {plan['num_rows']} rows.")
+    return plan
+
+
+def stored_tensors(spec: Mapping[str, Any]) -> tuple[StoredTensor, ...]:
+    """What each encoder of a resolved spec stores, sorted by name."""
+    shape = {"dtype": str, "codec": str}
+    problem = _mismatch(spec.get("output"), shape, "spec.output")
+    encoders = spec.get("encoders")
+    if not problem and (not isinstance(encoders, dict) or not encoders):
+        problem = "spec.encoders: expected at least one encoder"
+    if problem:
+        raise VerificationError(f"the plan's {problem}.")
+    dtype, codec = spec["output"]["dtype"], spec["output"]["codec"]
+    if codec not in CODECS or dtype not in _DTYPES:
+        raise VerificationError(
+            f"the dataset has codec {codec!r} and dtype {dtype!r}: this program reads codec "
+            f"{' or '.join(CODECS)} and {', '.join(_DTYPES)}. Use the version that wrote it."
+        )
+    tensors = []
+    for name, encoder in sorted(spec["encoders"].items()):
+        encoder = encoder if isinstance(encoder, dict) else {}
+        found = {key: encoder.get(key) for key in ("pooled", "dim")}
+        problem = _mismatch(found, {"pooled": bool, "dim": int}, f"spec.encoders.{name}")
+        if problem or not ENCODER_NAME.fullmatch(name):
+            raise VerificationError(f"the plan's {problem or f'encoder name {name!r} is bad'}.")
+        tensors.append(StoredTensor(name, encoder["pooled"], encoder["dim"], dtype))
+    return tuple(tensors)
+
+
+def read_record(root: Path, unit: int | None) -> dict[str, Any]:
+    """The record of a unit, or the null embedding's for None; IncompleteError when it has none."""
+    paths = null_paths(root) if unit is None else unit_paths(root, unit)
+    try:
+        record = read_sealed(paths.record, "null" if unit is None else "unit")
+    except FileNotFoundError:
+        raise IncompleteError(
+            f"{paths.record} is missing: not committed yet. Run the same command again."
+        ) from None
+    _require(paths.record, record, _null_shape(paths) if unit is None else _shape(paths, unit))
+    if unit is not None:
+        status = record["status"]
+        if sum(status.values()) != record["num_samples"]:
+            raise VerificationError(f"{paths.record}: status does not add up to num_samples.")
+        if record["num_stored"] > status[Status.OK.label]:
+            raise VerificationError(f"{paths.record}: more rows stored than samples are ok.")
+    return record
+
+
+def _file_shape(path: Path) -> dict[str, Any]:
+    return {"name": path.name, "bytes": int, "sha256": _HEX}
+
+
+def _common_shape() -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": _HEX,
+        "plan": _HEX,
+        "environment": {str: str},
+        "digest": _HEX,
+    }
+
+
+def _null_shape(paths: UnitPaths) -> dict[str, Any]:
+    return {
+        **_common_shape(),
+        "kind": "null",
+        "encoders": {str: {"length": int, "tokens": int}},
+        "files": {"shard": _file_shape(paths.shard)},
+    }
+
+
+def _shape(paths: UnitPaths, unit: int) -> dict[str, Any]:
+    return {
+        **_common_shape(),
+        "kind": "unit",
+        "unit": unit,
+        "first_row": int,
+        "num_rows": int,
+        "num_samples": int,
+        "num_stored": int,
+        "status": {status.label: int for status in Status},
+        "rows_sha256": _HEX,
+        "encoders": {str: {"tokens": int, "truncated": int, "stored_tokens": int}},
+        "files": {"shard": _file_shape(paths.shard), "rows": _file_shape(paths.rows)},
+        "adopted_shard": bool,
+    }
+
+
+def _require(path: Path, value: Any, shape: Any) -> None:
+    problem = _mismatch(value, shape, "it")
+    if problem:
+        raise VerificationError(f"{path} is not as the format says: {problem}.")
+
+
+def _mismatch(value: Any, shape: Any, where: str) -> str | None:
+    """How `value` differs from `shape`, or None.
+
+    A shape is a type (int: 0 or more), a pattern, a literal value, `{str: shape}` for any keys, or
+    a dictionary of exact keys.
+    """
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{where} is {value!r:.80}, expected an object"
+        free = shape.get(str)
+        if free is None and value.keys() != shape.keys():
+            return f"{where} has keys {sorted(value)}, expected {sorted(shape)}"
+        problems = (_mismatch(v, free or shape[k], f"{where}.{k}") for k, v in value.items())
+        return next((problem for problem in problems if problem), None)
+    if isinstance(shape, re.Pattern):
+        fits = isinstance(value, str) and shape.fullmatch(value) is not None
+    elif isinstance(shape, type):
+        fits = type(value) is shape and not (isinstance(value, int) and value < 0)
+    else:
+        fits = type(value) is type(shape) and value == shape
+    expected = shape.__name__ if isinstance(shape, type) else getattr(shape, "pattern", shape)
+    return None if fits else f"{where} is {value!r:.80}, expected {expected}"

@@ -1,0 +1,197 @@
+"""Rows parts: what became of each sample of a unit, with the text that was encoded.
+
+Guarantees: every sample of a unit is one row, in input order; equal samples give equal bytes (one
+version of pyarrow). Page checksums are written and checked, but they leave out page headers and the
+footer: only the sha256 in the unit's record covers the whole part.
+Costs: a part is made in memory (a unit's texts, compressed); reading holds one batch of rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embed_precompute.config import canonical_json
+from embed_precompute.errors import VerificationError
+from embed_precompute.samples import Status
+
+ROW_GROUP_ROWS = 4096
+ROW_GROUP_TEXT_BYTES = 64 << 20
+READ_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """What became of one sample, and where it is."""
+
+    sample_id: str
+    row: int
+    """Input row."""
+    status: Status
+    error: str | None
+    index: int | None
+    """Stored row in the unit's shard; None unless status is OK."""
+    tokens: Mapping[str, int]
+    """Per encoder the real tokens; this and the next two are stored only when status is OK."""
+    lengths: Mapping[str, int]
+    """Per encoder the vectors stored; 1 when pooled."""
+    truncated: Mapping[str, bool]
+    text: str | None
+    """The encoded text; None where there is none."""
+
+
+def rows_schema(encoders: Sequence[str], *, text: bool = True) -> pa.Schema:
+    """Columns of a rows part; without `text`, of manifest.parquet."""
+    fields = [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("index", pa.int32()),
+    ]
+    for name in sorted(encoders):
+        fields += [
+            pa.field(f"{name}_tokens", pa.int32()),
+            pa.field(f"{name}_length", pa.int32()),
+            pa.field(f"{name}_truncated", pa.bool_()),
+        ]
+    fields.append(pa.field("text_sha256", pa.string()))
+    if text:
+        fields.append(pa.field("text", pa.string()))
+    return pa.schema(fields)
+
+
+def rows_digest(samples: Iterable[StoredSample]) -> str:
+    """sha256 over the canonical JSON of [sample_id, text] and a newline, for every sample."""
+    sha = hashlib.sha256()
+    for sample in samples:
+        sha.update(canonical_json([sample.sample_id, sample.text]) + b"\n")
+    return sha.hexdigest()
+
+
+def rows_part_bytes(unit: int, encoders: Sequence[str], samples: Sequence[StoredSample]) -> bytes:
+    """The rows part of a unit."""
+    schema = rows_schema(encoders)
+    sink = pa.BufferOutputStream()
+    with parquet_writer(sink, schema) as writer:
+        for group in _row_groups(samples):
+            writer.write_batch(_batch(unit, encoders, group, schema))
+    return bytes(sink.getvalue())
+
+
+def parquet_writer(sink: Any, schema: pa.Schema) -> pq.ParquetWriter:
+    """The one way this format writes Parquet; every option that changes bytes is fixed here."""
+    return pq.ParquetWriter(
+        sink,
+        schema,
+        version="2.6",
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=["status", "error"],
+        write_statistics=["sample_id", "row", "status", "shard", "index"],
+        data_page_version="1.0",
+        store_schema=False,
+        write_page_checksum=True,
+    )
+
+
+def _row_groups(samples: Sequence[StoredSample]) -> Iterator[Sequence[StoredSample]]:
+    """Runs of samples with bounded rows and text: a reader decodes a row group's page at a time,
+    but an Arrow string array ends at 2 GiB."""
+    first = text_bytes = 0
+    for i, sample in enumerate(samples):
+        text_bytes += len(sample.text or "") * 4
+        if i - first == ROW_GROUP_ROWS or (text_bytes > ROW_GROUP_TEXT_BYTES and i > first):
+            yield samples[first:i]
+            first, text_bytes = i, len(sample.text or "") * 4
+    if first < len(samples):
+        yield samples[first:]
+
+
+def _batch(
+    unit: int, encoders: Sequence[str], samples: Sequence[StoredSample], schema: pa.Schema
+) -> pa.RecordBatch:
+    columns: dict[str, list[Any]] = {
+        "sample_id": [s.sample_id for s in samples],
+        "row": [s.row for s in samples],
+        "status": [s.status.label for s in samples],
+        "error": [s.error for s in samples],
+        "shard": [unit] * len(samples),
+        "index": [s.index if s.status is Status.OK else None for s in samples],
+        "text_sha256": [_text_sha256(s.text) for s in samples],
+        "text": [s.text for s in samples],
+    }
+    for name in encoders:
+        values = [_encoder_values(s, name) for s in samples]
+        for i, column in enumerate(("tokens", "length", "truncated")):
+            columns[f"{name}_{column}"] = [value[i] for value in values]
+    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _encoder_values(sample: StoredSample, name: str) -> tuple[Any, Any, Any]:
+    if sample.status is not Status.OK:
+        return None, None, None
+    return sample.tokens[name], sample.lengths[name], sample.truncated[name]
+
+
+def _text_sha256(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def iter_batches(
+    path: Path, encoders: Sequence[str], *, text: bool = True
+) -> Iterator[pa.RecordBatch]:
+    """A rows part in batches of at most 4,096 rows, with or without the text column.
+
+    VerificationError naming the file when it is missing, damaged, or has other columns.
+    """
+    try:
+        with pq.ParquetFile(
+            path, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 20
+        ) as file:
+            schema = rows_schema(encoders)
+            if not file.schema_arrow.equals(schema):
+                raise VerificationError(
+                    f"{path} has columns {file.schema_arrow.names}: expected {schema.names}, with "
+                    "the types of the format."
+                )
+            names = rows_schema(encoders, text=text).names
+            yield from file.iter_batches(READ_ROWS, columns=names, use_threads=False)
+    except FileNotFoundError:
+        raise VerificationError(f"{path} is missing, though its unit is committed.") from None
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names not in UTF-8
+        raise VerificationError(f"{path} is damaged: {error}.") from error
+
+
+def read_samples(path: Path, encoders: Sequence[str]) -> Iterator[StoredSample]:
+    """The samples of a rows part, in order."""
+    statuses = {status.label: status for status in Status}
+    for batch in iter_batches(path, encoders):
+        try:
+            entries = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            raise VerificationError(f"{path} is damaged: {error}.") from error
+        for entry in entries:
+            status = statuses.get(entry["status"])
+            if status is None:
+                raise VerificationError(f"{path} has unknown status {entry['status']!r}.")
+            ok = status is Status.OK
+            yield StoredSample(
+                sample_id=entry["sample_id"],
+                row=entry["row"],
+                status=status,
+                error=entry["error"],
+                index=entry["index"],
+                tokens={name: entry[f"{name}_tokens"] for name in encoders} if ok else {},
+                lengths={name: entry[f"{name}_length"] for name in encoders} if ok else {},
+                truncated={name: entry[f"{name}_truncated"] for name in encoders} if ok else {},
+                text=entry["text"],
+            )

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Set up a virtual environment and run all checks: lint, format, types, layers, tests.
+#
+#   scripts/test.sh [VENV]                      the current stack (default .venv-test)
+#   STACK=colossalai scripts/test.sh [VENV]     torch 2.5.1 with transformers 4.51.3, which ColossalAI
+#                                               0.5.0 pins: tests only (default .venv-colossalai)
+#
+# PYTHON=python3.12   another interpreter        TORCH_SPEC=torch==2.13.0   the current stack's torch
+# PYTEST_ARGS="-x -k store"   passed to pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+stack=${STACK:-current}
+case $stack in
+    current)
+        venv=${1:-.venv-test}
+        pins=("${TORCH_SPEC:-torch==2.13.0}")
+        ;;
+    colossalai)
+        venv=${1:-.venv-colossalai}
+        pins=(torch==2.5.1 transformers==4.51.3)
+        ;;
+    *)
+        echo "STACK is '$stack': expected current or colossalai." >&2
+        exit 2
+        ;;
+esac
+step() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
+
+step "virtual environment $venv ($stack)"
+[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${pins[@]}" --editable ".[dev]"
+bin=$(cd "$venv/bin" && pwd)
+export PATH="$bin:$PATH" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
+
+if [ "$stack" = current ]; then
+    step "ruff check"
+    ruff check .
+    step "ruff format --check"
+    ruff format --check .
+    step "mypy --strict"
+    mypy
+    step "lint-imports"
+    lint-imports
+fi
+step "pytest"
+# shellcheck disable=SC2086  # PYTEST_ARGS is a list of words
+python -m pytest ${PYTEST_ARGS:-}
+step "all checks passed ($stack)"

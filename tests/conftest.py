@@ -1,0 +1,78 @@
+"""Shared by the tests: tiny checkpoints, made once a session, and captions run through them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is imported
+# Tiny models gain nothing from threads, and spinning threads slow every other process down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from make_demo import demo_captions, write_clip, write_t5
+
+if TYPE_CHECKING:
+    import torch
+
+    from embed_precompute.encoders import TextEncoder
+
+CORPUS_ROWS = 200
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Digests of test files stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    """Captions the tiny tokenizers are trained on."""
+    texts: list[str] = demo_captions(CORPUS_ROWS).column("text").to_pylist()
+    return texts
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Path:
+    return write_t5(tmp_path_factory.mktemp("checkpoints") / "t5", corpus)
+
+
+@pytest.fixture(scope="session")
+def tiny_umt5(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Path:
+    return write_t5(tmp_path_factory.mktemp("checkpoints") / "umt5", corpus, model_type="umt5")
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Path:
+    return write_clip(tmp_path_factory.mktemp("checkpoints") / "clip", corpus)
+
+
+Encode = Callable[["TextEncoder", Sequence[str]], "list[torch.Tensor]"]
+
+
+@pytest.fixture(scope="session")
+def encode() -> Encode:
+    """Captions -> what is stored of each: [length, D], masked only real tokens, or pooled [C]."""
+    from embed_precompute.batching import make_batches
+
+    def run(encoder: TextEncoder, texts: Sequence[str]) -> list[torch.Tensor]:
+        resolved = encoder.resolved
+        tokenizer = resolved.tokenizer
+        ids = tokenizer.encode(texts).ids
+        stored: dict[int, torch.Tensor] = {}
+        for batch in make_batches(ids, resolved.shapes, tokenizer.pad_id, tokenizer.filler):
+            output = encoder.encode(batch)
+            masked = resolved.config.attention_mask == "padding"
+            for line, row in enumerate(batch.rows.tolist()):
+                stop = int(batch.lengths[line]) if masked else None
+                stored[row] = output[line] if resolved.pooled else output[line, :stop]
+        return [stored[row] for row in range(len(texts))]
+
+    return run

@@ -1,0 +1,623 @@
+"""Captions: every kind of table becomes the samples that its rows say, in plan order."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+import pytest
+
+from embed_precompute.captions import CaptionTable, Scan
+from embed_precompute.captions import ids as ids_module
+from embed_precompute.captions.recipes import make_normalizer, target_fps
+from embed_precompute.captions.rows import RowCursor
+from embed_precompute.config import CaptionsConfig, RecipeConfig, canonical_json
+from embed_precompute.errors import ConflictError, InputError
+from embed_precompute.samples import Sample, Status
+
+OPENSORA = RecipeConfig(kind="opensora", motion_column="score")
+
+
+def write(path: Path, columns: dict[str, Any], **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, **options)
+    return path
+
+
+def rows(count: int, first: int = 0) -> dict[str, Any]:
+    numbers = range(first, first + count)
+    return {"id": [f"c{i}" for i in numbers], "text": [f"caption {i}" for i in numbers]}
+
+
+def config(path: Path | str, **fields: Any) -> CaptionsConfig:
+    return CaptionsConfig(str(path), **fields)
+
+
+def read_all(table: CaptionTable) -> list[Sample]:
+    return table.reader().read(0, table.num_rows)
+
+
+def texts(path: Path, **fields: Any) -> list[str | None]:
+    return [sample.text for sample in read_all(CaptionTable.open(config(path, **fields)))]
+
+
+def paths(table: CaptionTable) -> list[str]:
+    return [file.path for file in table.files]
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def test_one_file_is_its_samples_and_its_footer(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", rows(3))
+    table = CaptionTable.open(config(file))
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[-8:-4], "little")
+    (found,) = table.files
+    assert (found.path, found.bytes, found.rows) == ("a.parquet", len(raw), 3)
+    assert found.footer_sha256 == hashlib.sha256(raw[-8 - length : -8]).hexdigest()
+    assert read_all(table) == [Sample(f"c{i}", i, f"caption {i}") for i in range(3)]
+    assert (table.num_rows, table.is_list) == (3, False)
+    assert table.scan() == Scan(3, 3, None, {})
+
+
+def test_a_footer_larger_than_the_first_read(tmp_path: Path) -> None:
+    wide = {**rows(2), **{f"column_{i:05d}": [1, 2] for i in range(2000)}}
+    file = write(tmp_path / "a.parquet", wide)
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[-8:-4], "little")
+    assert length > 64 * 1024
+    table = CaptionTable.open(config(file))
+    assert table.files[0].footer_sha256 == hashlib.sha256(raw[-8 - length : -8]).hexdigest()
+    assert [sample.text for sample in read_all(table)] == ["caption 0", "caption 1"]
+
+
+def test_a_folder_is_nested_sorted_bytewise_and_free_of_other_files(tmp_path: Path) -> None:
+    names = ["b.parquet", "a/z.parquet", "a/deep/er/k.PQ", "a.parquet", "B.parquet", "é.parquet"]
+    for i, name in enumerate(names):
+        write(tmp_path / name, rows(2, 10 * i))
+    for name in ("_SUCCESS", ".hidden.parquet", "_temporary/x.parquet", ".git/y.parquet", "n.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"not parquet")
+    table = CaptionTable.open(config(f"{tmp_path}/"))
+    expected = sorted(names, key=lambda name: name.encode())
+    assert paths(table) == expected
+    assert [s.sample_id for s in read_all(table)] == [
+        f"c{10 * names.index(name) + k}" for name in expected for k in (0, 1)
+    ]
+    assert [s.row for s in read_all(table)] == list(range(12))
+
+
+def test_linked_files_are_read_and_linked_loops_are_not(tmp_path: Path) -> None:
+    real = write(tmp_path / "blobs" / "0a1b", rows(2))
+    linked = write(tmp_path / "elsewhere" / "z.parquet", rows(2, 5)).parent
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    (folder / "a.parquet").symlink_to(real)
+    (folder / "loop").symlink_to(folder)
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "more").symlink_to(linked)
+    assert paths(CaptionTable.open(config(folder))) == ["a.parquet", "more/z.parquet"]
+
+
+def test_globs(tmp_path: Path) -> None:
+    for i, name in enumerate(
+        ["x/a.parquet", "x/b.parquet", "y/a.parquet", "x/c.data", "x/_SUCCESS"]
+    ):
+        write(tmp_path / name, rows(1, i))
+    write(tmp_path / "x" / "part.parquet" / "p0.parquet", rows(1, 9))
+    assert paths(CaptionTable.open(config(tmp_path / "*" / "a.parquet"))) == [
+        "x/a.parquet",
+        "y/a.parquet",
+    ]
+    assert paths(CaptionTable.open(config(tmp_path / "**" / "[bc].*"))) == ["x/b.parquet"]
+    assert paths(CaptionTable.open(config(tmp_path / "x" / "*.data"))) == ["c.data"]
+    assert paths(CaptionTable.open(config(tmp_path / "x" / "*"))) == [
+        "a.parquet",
+        "b.parquet",
+        "part.parquet/p0.parquet",
+    ]
+    literal = write(tmp_path / "take[1].parquet", rows(1))
+    assert paths(CaptionTable.open(config(literal))) == ["take[1].parquet"]
+
+
+def test_file_uri_and_relative_path_give_the_same_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "my captions" / "a.parquet", rows(2))
+    write(tmp_path / "my captions" / "s" / "b.parquet", rows(2, 2))
+    plain = CaptionTable.open(config(tmp_path / "my captions"))
+    uri = f"file://{tmp_path}/my%20captions"
+    assert CaptionTable.open(config(uri)).files == plain.files
+    assert paths(CaptionTable.open(config(uri + "/*.parquet"))) == ["a.parquet"]
+    monkeypatch.chdir(tmp_path)
+    assert CaptionTable.open(config("my captions")).files == plain.files
+
+
+def test_other_uris_go_through_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The remote branch, on a file system that is not the local one."""
+    for i, name in enumerate(["d/a.parquet", "d/e/b.parquet", "d/e/_c.parquet", "d/n.txt"]):
+        write(tmp_path / "bucket" / name, rows(2, 10 * i))
+    remote = pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
+    asked: list[str] = []
+
+    def from_uri(uri: str) -> tuple[Any, str]:
+        asked.append(uri)
+        return remote, uri.partition("://")[2].partition("?")[0]
+
+    fake = types.SimpleNamespace(from_uri=from_uri)
+    monkeypatch.setattr(pyarrow.fs, "FileSystem", fake)
+    assert paths(CaptionTable.open(config("s3://bucket/d?region=eu"))) == [
+        "a.parquet",
+        "e/b.parquet",
+    ]
+    assert asked == ["s3://bucket/d?region=eu"]
+    table = CaptionTable.open(config("s3://bucket/**/[ab].parquet"))
+    assert paths(table) == ["d/a.parquet", "d/e/b.parquet"]
+    assert [s.sample_id for s in read_all(table)] == ["c0", "c1", "c10", "c11"]
+    assert paths(CaptionTable.open(config("s3://bucket/d/*.parquet"))) == ["a.parquet"]
+    assert paths(CaptionTable.open(config("s3://bucket/[!x]"))) == ["d/a.parquet", "d/e/b.parquet"]
+    assert paths(CaptionTable.open(config("s3://bucket/d/a.parquet"))) == ["a.parquet"]
+    with pytest.raises(InputError, match="does not exist"):
+        CaptionTable.open(config("s3://bucket/nowhere"))
+
+
+def test_a_file_that_changes_after_open_is_a_conflict(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", rows(3))
+    table = CaptionTable.open(config(file))
+    write(file, rows(4))
+    with pytest.raises(ConflictError, match=r"a\.parquet changed since it was planned"):
+        table.scan()
+
+
+# --- rows --------------------------------------------------------------------------------------
+
+
+def folder_of_groups(tmp_path: Path) -> Path:
+    """10 + 0 + 23 rows in row groups of 4, 7 and an empty file between."""
+    write(tmp_path / "a.parquet", rows(10), row_group_size=4)
+    empty = {"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}
+    write(tmp_path / "b.parquet", empty)
+    write(tmp_path / "c.parquet", rows(23, 10), row_group_size=7)
+    return tmp_path
+
+
+@pytest.mark.parametrize("step", [1, 3, 7, 33])
+def test_any_step_crosses_row_groups_and_files(tmp_path: Path, step: int) -> None:
+    table = CaptionTable.open(config(folder_of_groups(tmp_path)))
+    reader = table.reader()
+    samples: list[Sample] = []
+    for first in range(0, table.num_rows, step):
+        samples += reader.read(first, min(step, table.num_rows - first))
+    assert samples == [Sample(f"c{i}", i, f"caption {i}") for i in range(33)]
+
+
+def test_the_cursor_goes_forward_once_and_back_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = CaptionTable.open(config(folder_of_groups(tmp_path)))
+    opened: list[int] = []
+    original = RowCursor._open_group
+
+    def counted(self: RowCursor, row: int) -> None:
+        opened.append(row)
+        original(self, row)
+
+    monkeypatch.setattr(RowCursor, "_open_group", counted)
+    reader = table.reader()
+    for first in (0, 2, 3, 9, 11, 16, 30):  # skips a group; rows of one group share its decode
+        assert [s.row for s in reader.read(first, 2)] == [first, first + 1]
+    assert opened == [0, 4, 9, 10, 17, 30, 31]
+    assert [s.row for s in reader.read(1, 3)] == [1, 2, 3]  # back
+    assert [s.sample_id for s in reader.read(0, 33)] == [f"c{i}" for i in range(33)]
+    assert reader.read(5, 0) == []
+    reader.close()
+    assert [s.row for s in reader.read(20, 1)] == [20]
+    with pytest.raises(ValueError, match="of 33"):
+        reader.read(30, 4)
+
+
+def test_memory_is_a_batch_whatever_the_row_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wide rows make small batches; narrow rows never more than the cap."""
+    sizes: list[tuple[int, int]] = []
+    original = RowCursor._advance
+
+    def noted(self: RowCursor) -> None:
+        original(self)
+        sizes.append((len(self._batch), self._batch.nbytes))
+
+    monkeypatch.setattr(RowCursor, "_advance", noted)
+    wide = {"id": list(range(1000)), "text": [f"{i} " + "x" * 40_000 for i in range(1000)]}
+    wide_file = write(tmp_path / "w.parquet", wide, compression="zstd", use_dictionary=False)
+    assert len(read_all(CaptionTable.open(config(wide_file)))) == 1000
+    assert max(num_bytes for _, num_bytes in sizes) < 8 << 20
+    sizes.clear()
+    narrow = write(tmp_path / "n.parquet", {"id": list(range(50_000)), "text": ["x"] * 50_000})
+    table = CaptionTable.open(config(narrow))
+    assert len(read_all(table)) == 50_000
+    assert max(num_rows for num_rows, _ in sizes) <= 2048
+    sizes.clear()
+    table.scan()
+    assert max(num_rows for num_rows, _ in sizes) <= 16384
+
+
+# --- types -------------------------------------------------------------------------------------
+
+CAPTIONS = ["a dog", "", None, "naïve ☕ 犬", "a dog", "x" * 300]
+
+
+@pytest.mark.parametrize(
+    "arrow_type",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.dictionary(pa.int8(), pa.string()),
+    ],
+    ids=str,
+)
+def test_scalar_text_types(tmp_path: Path, arrow_type: Any) -> None:
+    array = pa.array(CAPTIONS, pa.string()).cast(arrow_type)
+    file = write(tmp_path / "a.parquet", {"id": range(6), "text": array}, row_group_size=4)
+    assert pq.ParquetFile(file).schema_arrow.field("text").type == arrow_type
+    samples = read_all(CaptionTable.open(config(file)))
+    assert [sample.text for sample in samples] == CAPTIONS
+    assert [sample.status for sample in samples] == [
+        Status.NULL_TEXT if text is None else Status.OK for text in CAPTIONS
+    ]
+    assert samples[2] == Sample("2", 2, None, Status.NULL_TEXT, "column 'text' is null")
+
+
+@pytest.mark.parametrize(
+    "arrow_type",
+    [
+        pa.list_(pa.string()),
+        pa.large_list(pa.string()),
+        pa.list_(pa.large_string()),
+        pa.large_list(pa.string_view()),
+        pa.list_(pa.dictionary(pa.int32(), pa.string())),
+    ],
+    ids=str,
+)
+def test_list_text_gives_a_sample_per_caption(tmp_path: Path, arrow_type: Any) -> None:
+    lists = [["a", "b"], [], None, ["c", None, ""], ["d"]]
+    file = write(
+        tmp_path / "a.parquet",
+        {"id": ["r", "s", "t", "u", "v"], "text": pa.array(lists, arrow_type)},
+        row_group_size=2,
+    )
+    table = CaptionTable.open(config(file))
+    assert table.is_list
+    assert table.scan() == Scan(5, 8, None, {})
+    expected = [
+        Sample("r#0", 0, "a"),
+        Sample("r#1", 0, "b"),
+        Sample("s#0", 1, None, Status.EMPTY_LIST, "column 'text' is an empty list"),
+        Sample("t#0", 2, None, Status.NULL_TEXT, "column 'text' is null"),
+        Sample("u#0", 3, "c"),
+        Sample("u#1", 3, None, Status.NULL_TEXT, "column 'text' is null"),
+        Sample("u#2", 3, ""),
+        Sample("v#0", 4, "d"),
+    ]
+    assert read_all(table) == expected
+    assert table.reader().read(3, 1) == expected[4:7]
+    assert table.reader().read(1, 2) == expected[2:4]
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (pa.array([7, -3, 2**40]), ["7", "-3", "1099511627776"]),
+        (pa.array([7, 3, 2**64 - 1], pa.uint64()), ["7", "3", "18446744073709551615"]),
+        (pa.array([1, 2, 3], pa.int8()), ["1", "2", "3"]),
+        (pa.array(["b", "", "é"]), ["b", "", "é"]),
+        (pa.array(["b", "a", "c"]).dictionary_encode(), ["b", "a", "c"]),
+        (pa.array(["b", "a", "c"], pa.string_view()), ["b", "a", "c"]),
+        (pa.array(["01", "1", "1#0"], pa.large_string()), ["01", "1", "1#0"]),
+    ],
+    ids=str,
+)
+def test_ids(tmp_path: Path, array: Any, expected: list[str]) -> None:
+    file = write(tmp_path / "a.parquet", {"key": array, "cap": ["x", "y", "z"]})
+    table = CaptionTable.open(config(file, id_column="key", text_column="cap"))
+    assert table.scan().num_rows == 3
+    assert [sample.sample_id for sample in read_all(table)] == expected
+
+
+def test_no_id_column_counts_rows_over_files(tmp_path: Path) -> None:
+    table = CaptionTable.open(config(folder_of_groups(tmp_path), id_column=None))
+    assert [sample.sample_id for sample in read_all(table)] == [str(i) for i in range(33)]
+    assert table.scan() == Scan(33, 33, None, {})
+    assert table.scan(limit=5) == Scan(5, 5, None, {})
+
+
+def test_equal_hashes_of_different_ids_are_no_duplicates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ids_module, "xxhash", types.SimpleNamespace(xxh3_64_intdigest=len))
+    monkeypatch.setattr(ids_module, "SUSPECTS", 1)
+    table = CaptionTable.open(config(folder_of_groups(tmp_path)))
+    assert table.scan().num_rows == 33
+    write(tmp_path / "d.parquet", {"id": ["c100", "c32"], "text": ["x", "y"]})
+    with pytest.raises(InputError, match=r"d\.parquet, row 1 .* repeats id 'c32'"):
+        CaptionTable.open(config(tmp_path)).scan()
+
+
+def test_signed_and_unsigned_ids_that_share_bits_are_not_equal(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {"id": pa.array([-1]), "text": ["x"]})
+    write(tmp_path / "b.parquet", {"id": pa.array([2**64 - 1], pa.uint64()), "text": ["x"]})
+    assert CaptionTable.open(config(tmp_path)).scan().num_rows == 2
+
+
+def test_the_id_check_holds_eight_bytes_a_row(tmp_path: Path) -> None:
+    table = CaptionTable.open(config(write(tmp_path / "a.parquet", rows(1000))))
+    check = ids_module.IdCheck(table.row_map, "id", table.num_rows)
+    assert check._hashes.nbytes == 8 * 1000
+
+
+# --- limits and added tokens -------------------------------------------------------------------
+
+
+def test_a_limit_takes_the_first_samples(tmp_path: Path) -> None:
+    table = CaptionTable.open(config(folder_of_groups(tmp_path)))
+    assert table.scan(limit=12) == Scan(12, 12, None, {})
+    assert table.scan(limit=99) == Scan(33, 33, None, {})
+    reader = table.reader(num_rows=12)
+    assert len(reader.read(0, 12)) == 12
+    with pytest.raises(ValueError, match="of 12"):
+        reader.read(11, 2)
+    with pytest.raises(InputError, match="--limit is 0"):
+        table.scan(limit=0)
+
+
+@pytest.mark.parametrize("limit", range(1, 10))
+def test_a_limit_may_cut_a_list(tmp_path: Path, limit: int) -> None:
+    lists = [["a", "b", "c"], None, [], ["d", "e", "f"]]
+    file = write(tmp_path / "a.parquet", {"id": range(4), "text": lists}, row_group_size=3)
+    table = CaptionTable.open(config(file))
+    everything = read_all(table)
+    scan = table.scan(limit)
+    assert scan.num_samples == min(limit, 8)
+    assert scan.num_rows == [1, 1, 1, 2, 3, 4, 4, 4, 4][limit - 1]
+    assert scan.last_row_samples == [1, 2, None, None, None, 1, 2, None, None][limit - 1]
+    reader = table.reader(scan.num_rows, scan.last_row_samples)
+    assert reader.read(0, scan.num_rows) == everything[:limit]
+
+
+def test_ids_behind_the_limit_are_not_checked(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", {"id": ["a", "b", "a"], "text": ["x", "y", "z"]})
+    table = CaptionTable.open(config(file))
+    assert table.scan(limit=2).num_rows == 2
+    with pytest.raises(InputError, match="repeats id 'a'"):
+        table.scan()
+
+
+def test_added_tokens_are_counted_and_carried(tmp_path: Path) -> None:
+    columns = {**rows(5), "tokens": [1000, 0, 1000, 1001, 0], "other": pa.array([1] * 5, pa.int8())}
+    file = write(tmp_path / "a.parquet", columns, row_group_size=2)
+    table = CaptionTable.open(config(file), ["tokens", "other", "tokens"])
+    assert table.scan().added_tokens == {"tokens": {0: 2, 1000: 2, 1001: 1}, "other": {1: 5}}
+    assert table.scan(limit=3).added_tokens["tokens"] == {0: 1, 1000: 2}
+    assert [s.added_tokens for s in read_all(table)] == [1000, 0, 1000, 1001, 0]
+
+
+# --- recipes -----------------------------------------------------------------------------------
+
+
+def test_template(tmp_path: Path) -> None:
+    columns = {
+        "id": range(4),
+        "caption": ["a {dog}", "b", None, "c"],
+        "fps": [24.0, None, 1.0, 29.97],
+        "kind": pa.array(["x", "y", "z", "w"]).dictionary_encode(),
+        "n": pa.array([1, 2, 3, 4], pa.int16()),
+    }
+    file = write(tmp_path / "a.parquet", columns)
+    recipe = RecipeConfig(kind="template", template="{text}: {fps:.1f} FPS, {kind}{n} {{}} {text}.")
+    table = CaptionTable.open(config(file, text_column="caption", recipe=recipe))
+    first, second, third, fourth = read_all(table)
+    assert first.text == "a {dog}: 24.0 FPS, x1 {} a {dog}."
+    assert second == Sample("1", 1, None, Status.NULL_TEXT, "column 'fps' is null")
+    assert third == Sample("2", 2, None, Status.NULL_TEXT, "column 'caption' is null")
+    assert fourth.text == "c: 30.0 FPS, w4 {} c."
+    assert table.resolved_recipe() == {"kind": "template", "template": recipe.template}
+
+
+def test_template_shows_a_column_as_python_does(tmp_path: Path) -> None:
+    recipe = RecipeConfig(kind="template", template="{text} {fps} FPS.")
+    file = write(tmp_path / "i.parquet", {"id": [1], "text": ["a"], "fps": [24]})
+    assert texts(file, recipe=recipe) == ["a 24 FPS."]
+    file = write(tmp_path / "f.parquet", {"id": [1], "text": ["a"], "fps": [24.0]})
+    assert texts(file, recipe=recipe) == ["a 24.0 FPS."]
+
+
+def opensora_texts(path: Path, columns: dict[str, Any], recipe: RecipeConfig) -> list[str | None]:
+    num_rows = len(next(iter(columns.values())))
+    file = write(path / "a.parquet", {"id": range(num_rows), "text": ["a"] * num_rows, **columns})
+    return texts(file, recipe=recipe)
+
+
+def test_opensora_float_fps_and_missing_values(tmp_path: Path) -> None:
+    columns = {
+        "fps": [15.0, 16.0, 24.0, 29.97, 0.0, None, math.nan, 60.0, 12.5],
+        "score": [0.4, 0.5, None, math.nan, 3.0, 2.49, None, 10.5, 1.0],
+    }
+    assert opensora_texts(tmp_path, columns, OPENSORA) == [
+        "a 15.0 FPS, 0 motion score.",
+        "a 16 FPS, 1 motion score.",
+        "a 12 FPS.",
+        "a 14 FPS.",
+        "a 3 motion score.",
+        "a 2 motion score.",
+        "a",
+        "a 15 FPS, 11 motion score.",
+        "a 12.5 FPS, 1 motion score.",
+    ]
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize("null_in", ["nowhere", "first", "second"])
+def test_opensora_integer_fps_prints_as_pandas_reads_it(
+    tmp_path: Path, statistics: bool, null_in: str
+) -> None:
+    """One null anywhere makes the whole column float64 in pandas, of every file."""
+    for name in ("first", "second"):
+        fps = pa.array([15, None if name == null_in else 10, 24], pa.int32())
+        columns = {"id": [name + c for c in "xyz"], "text": ["a"] * 3, "fps": fps}
+        write(tmp_path / f"{name}.parquet", columns, write_statistics=statistics, row_group_size=2)
+    recipe = RecipeConfig(kind="opensora")
+    table = CaptionTable.open(config(tmp_path, recipe=recipe))
+    found = [sample.text for sample in read_all(table)]
+    if null_in == "nowhere":
+        assert found == ["a 15 FPS.", "a 10 FPS.", "a 12 FPS."] * 2
+        assert table.resolved_recipe()["fps_format"] == "int"
+    else:
+        clean, holed = (
+            ["a 15.0 FPS.", "a 10.0 FPS.", "a 12 FPS."],
+            ["a 15.0 FPS.", "a", "a 12 FPS."],
+        )
+        assert found == (holed + clean if null_in == "first" else clean + holed)
+        assert table.resolved_recipe()["fps_format"] == "float"
+
+
+def test_opensora_float32_prints_as_a_python_float(tmp_path: Path) -> None:
+    columns = {"fps": pa.array([9.97, 15], pa.float32())}
+    assert opensora_texts(tmp_path, columns, RecipeConfig(kind="opensora")) == [
+        "a 9.970000267028809 FPS.",
+        "a 15.0 FPS.",
+    ]
+
+
+def test_opensora_integer_scores(tmp_path: Path) -> None:
+    recipe = RecipeConfig(kind="opensora", fps_column=None, motion_column="score")
+    scores = {"score": pa.array([3, None, -2], pa.int8())}
+    assert opensora_texts(tmp_path, scores, recipe) == [
+        "a 3 motion score.",
+        "a",
+        "a -1 motion score.",  # int(-1.5): Python cuts towards zero, and so does Open-Sora
+    ]
+
+
+@pytest.mark.parametrize("fps_max", [None, 999, 5000])
+def test_opensora_without_a_maximum_leaves_fps_out(tmp_path: Path, fps_max: int | None) -> None:
+    """The column is not even needed then."""
+    recipe = RecipeConfig(kind="opensora", fps_max=fps_max)
+    file = write(tmp_path / "b.parquet", {"id": [1], "text": ["a"]})
+    table = CaptionTable.open(config(file, recipe=recipe))
+    assert [sample.text for sample in read_all(table)] == ["a"]
+    assert table.resolved_recipe() == {
+        "kind": "opensora",
+        "fps_column": None,
+        "fps_max": None,
+        "fps_format": None,
+        "motion_column": None,
+    }
+
+
+def test_opensora_largest_maximum_that_counts(tmp_path: Path) -> None:
+    recipe = RecipeConfig(kind="opensora", fps_max=998)
+    assert opensora_texts(tmp_path, {"fps": [24, 1000]}, recipe) == ["a 24 FPS.", "a 500 FPS."]
+
+
+def test_opensora_infinite_numbers_are_invalid(tmp_path: Path) -> None:
+    columns = {
+        "id": range(3),
+        "text": ["a", "b", "c"],
+        "fps": [math.inf, 24.0, -math.inf],
+        "score": [1.0, math.inf, 1.0],
+    }
+    file = write(tmp_path / "a.parquet", columns)
+    samples = read_all(CaptionTable.open(config(file, recipe=OPENSORA)))
+    assert [s.status for s in samples] == [Status.INVALID_TEXT] * 3
+    assert [s.error for s in samples] == [
+        "column 'fps' is inf",
+        "column 'score' is inf",
+        "column 'fps' is -inf",
+    ]
+
+
+def test_opensora_on_null_and_empty_captions_and_lists(tmp_path: Path) -> None:
+    lists = [["a", None, ""], []]
+    file = write(tmp_path / "a.parquet", {"id": [1, 2], "text": lists, "fps": [8, 8]})
+    recipe = RecipeConfig(kind="opensora")
+    assert texts(file, recipe=recipe) == ["a 8 FPS.", None, " 8 FPS.", None]
+
+
+@pytest.mark.parametrize(
+    ("fps", "fps_max", "expected"),
+    [(15, 16, 15), (16, 16, 16), (17, 16, 8), (32, 16, 16), (33, 16, 11), (1.5, 1, 0), (-1, 9, -1)],
+)
+def test_target_fps(fps: float, fps_max: int, expected: float) -> None:
+    assert target_fps(fps, fps_max) == expected
+
+
+def test_opensora_fps_that_rounds_to_nothing_has_no_part(tmp_path: Path) -> None:
+    recipe = RecipeConfig(kind="opensora", fps_max=1)
+    assert opensora_texts(tmp_path, {"fps": [1.5, 1.0]}, recipe) == ["a", "a 1 FPS."]
+
+
+def test_the_resolved_recipe_is_canonical_json(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", {**rows(1), "fps": [24], "score": [1.0]})
+    table = CaptionTable.open(config(file, recipe=OPENSORA))
+    assert canonical_json(table.resolved_recipe()) == (
+        b'{"fps_column":"fps","fps_format":"int","fps_max":16,"kind":"opensora",'
+        b'"motion_column":"score"}'
+    )
+    assert CaptionTable.open(config(file)).resolved_recipe() == {"kind": "none"}
+
+
+# --- normalisation -----------------------------------------------------------------------------
+
+
+def test_normalisation_is_off_by_default(tmp_path: Path) -> None:
+    raw = "  e\u0301\u00a0 x\n"
+    file = write(tmp_path / "a.parquet", {"id": [1], "text": [raw]})
+    assert texts(file) == [raw]
+    assert texts(file, normalize=("nfc",)) == ["  \u00e9\u00a0 x\n"]
+    assert texts(file, normalize=("whitespace",)) == ["e\u0301 x"]
+    assert texts(file, normalize=("whitespace", "nfc")) == ["\u00e9 x"]
+
+
+def test_normalisation_comes_before_the_recipe(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", {"id": [1], "text": [" a  b "]})
+    recipe = RecipeConfig(kind="template", template="<{text}>  .")
+    assert texts(file, normalize=("whitespace",), recipe=recipe) == ["<a b>  ."]
+
+
+def test_ftfy_runs_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = types.ModuleType("ftfy")
+    fake.fix_text = lambda text: text.replace("&amp;", "  &")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ftfy", fake)
+    normalize = make_normalizer(("whitespace", "ftfy"))
+    assert normalize is not None
+    assert normalize("a&amp;b") == "a &b"
+
+
+def test_ftfy_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(InputError, match="pip install ftfy"):
+        make_normalizer(("ftfy",))
+
+
+def test_nothing_is_left_open(tmp_path: Path) -> None:
+    """A scan and a closed reader hold no file."""
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no /proc")
+    table = CaptionTable.open(config(folder_of_groups(tmp_path)))
+    before = len(os.listdir("/proc/self/fd"))
+    table.scan()
+    reader = table.reader()
+    reader.read(0, 20)
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before

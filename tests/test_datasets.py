@@ -1,0 +1,414 @@
+"""EmbeddingDataset and collate_embeddings: what a training job sees."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from handmade import embedding, write_dataset, write_units
+from jobs import clean_environment
+from torch.utils.data import DataLoader
+
+from embed_precompute.datasets import EmbeddingDataset, SampleLookupError, collate_embeddings
+from embed_precompute.errors import (
+    ConflictError,
+    IncompleteError,
+    InputError,
+    VerificationError,
+)
+from embed_precompute.store.commit import read_sealed, replace_bytes, seal
+from embed_precompute.store.manifest import finalize
+from embed_precompute.store.records import unit_paths
+
+# s1 is null, s3 is not finite, s0, s4 and s7 are equal (s4 and s7 are in other shards).
+TEXTS = ["a b c", None, "", "nan", "a b c", "d e", "f é", "a b c"]
+OK = [0, 2, 4, 5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("datasets") / "out"
+    write_dataset(folder, TEXTS)
+    return folder
+
+
+@pytest.fixture
+def own_root(tmp_path: Path) -> Path:
+    """A dataset that a test may damage."""
+    write_dataset(tmp_path / "out", TEXTS)
+    return tmp_path / "out"
+
+
+def check(sample: dict[str, Any], row: int, first: int = 0) -> None:
+    text = TEXTS[row]
+    assert text is not None
+    assert list(sample) == ["id", "text_clip", "text_t5"]
+    assert sample["id"] == f"s{first + row}"
+    for name in ("clip", "t5"):
+        torch.testing.assert_close(sample[f"text_{name}"], embedding(name, text), rtol=0, atol=0)
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verify", ["never", "rows"])
+@pytest.mark.parametrize("copy", [True, False])
+def test_samples_in_input_order(root: Path, verify: Any, copy: bool) -> None:
+    dataset = EmbeddingDataset(root, verify, copy=copy)
+    assert len(dataset) == len(OK)
+    for i, row in enumerate(OK):
+        check(dataset[i], row)
+        check(dataset[i - len(OK)], row)
+        check(dataset[np.int64(i)], row)
+    assert [sample["id"] for sample in dataset] == [f"s{row}" for row in OK]
+
+
+@pytest.mark.parametrize("i", [len(OK), -len(OK) - 1, 10**20])
+def test_index_out_of_range(root: Path, i: int) -> None:
+    with pytest.raises(IndexError, match="the dataset has 6 samples"):
+        EmbeddingDataset(root)[i]
+
+
+def test_batch_keeps_the_order_asked_for(root: Path) -> None:
+    asked = [5, 0, -1, 0, 3]
+    samples = EmbeddingDataset(root).__getitems__(asked)
+    for i, sample in zip(asked, samples, strict=True):
+        check(sample, OK[i])
+    assert EmbeddingDataset(root).__getitems__([]) == []
+
+
+def test_tensors_own_their_memory(root: Path) -> None:
+    dataset = EmbeddingDataset(root)
+    before = dataset[0]["text_t5"].clone()
+    for tensor in (dataset[0]["text_t5"], dataset.null["text_t5"]):
+        assert tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        tensor.zero_()
+    assert torch.equal(dataset[0]["text_t5"], before)
+    assert dataset.null["text_t5"].any()
+    shared = EmbeddingDataset(root, copy=False)
+    assert shared[0]["text_t5"].untyped_storage().nbytes() > before.nbytes
+
+
+def test_null_and_facts(root: Path) -> None:
+    dataset = EmbeddingDataset(root, "rows")
+    for name in ("clip", "t5"):
+        assert torch.equal(dataset.null[f"text_{name}"], embedding(name, ""))
+    manifest = read_sealed(root / "manifest.json")
+    assert dataset.manifest == manifest
+    assert dataset.fingerprint == manifest["fingerprint"]
+    assert dataset.encoders["t5"] == {
+        "tensor": "text_t5",
+        "pooled": False,
+        "dim": 4,
+        "dtype": "bfloat16",
+    }
+
+
+def test_index_of(root: Path) -> None:
+    dataset = EmbeddingDataset(root)
+    assert [dataset.index_of(f"s{row}") for row in OK] == list(range(len(OK)))
+    for sample_id, message in [
+        ("s1", "its status is null_text"),
+        ("s3", "its status is non_finite"),
+        ("s99", "'s99' is not in"),
+        ("\ud800", "is not in"),
+    ]:
+        with pytest.raises(SampleLookupError, match=message) as caught:
+            dataset.index_of(sample_id)
+        assert isinstance(caught.value, (InputError, KeyError))
+        assert not str(caught.value).startswith(("'", '"'))
+
+
+def test_nothing_is_mapped_until_it_is_touched(root: Path) -> None:
+    dataset = EmbeddingDataset(root, max_open_shards=2)
+    assert len(dataset) == 6
+    assert dataset._folders[0]._index is None
+    for i in range(6):
+        check(dataset[i], OK[i])
+        assert len(dataset._shards) <= 2
+    assert list(dataset._shards) == [(0, 1), (0, 2)]  # the last used
+
+
+def test_relative_path_survives_another_folder(
+    root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(root.parent)
+    dataset = EmbeddingDataset("out")
+    monkeypatch.chdir(tmp_path)
+    check(dataset[0], 0)
+
+
+# --- processes and threads ------------------------------------------------------------------------
+
+
+class Subclass(EmbeddingDataset):
+    """What people do: one more field and one more key."""
+
+    def __init__(self, path: Path, tag: int) -> None:
+        super().__init__(path)
+        self.tag = tag
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {**super().__getitem__(i), "tag": self.tag}
+
+
+def test_pickle_holds_no_mapping(root: Path) -> None:
+    dataset = Subclass(root, 7)
+    dataset[0]
+    assert dataset._shards
+    payload = pickle.dumps(dataset)
+    assert len(payload) < 8_000
+    again = pickle.loads(payload)
+    assert (again._shards, again._folders[0]._index) == ({}, None)
+    assert [sample["tag"] for sample in again.__getitems__([1, 0])] == [7, 7]
+    check({k: v for k, v in again[0].items() if k != "tag"}, 0)
+
+
+@pytest.mark.parametrize(
+    ("workers", "context"), [(0, None), (2, "fork"), (2, "spawn")], ids=["0", "fork", "spawn"]
+)
+def test_data_loader(root: Path, workers: int, context: str | None) -> None:
+    dataset = EmbeddingDataset(root, "rows")
+    dataset[0]  # a worker that is forked finds it open
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=4,
+        num_workers=workers,
+        multiprocessing_context=context,
+        collate_fn=partial(collate_embeddings, length=6),
+    )
+    batches = list(loader)
+    assert [sample_id for batch in batches for sample_id in batch["id"]] == [f"s{i}" for i in OK]
+    assert [tuple(batch["text_t5"].shape) for batch in batches] == [(4, 6, 4), (2, 6, 4)]
+    for k, row in enumerate(OK):
+        batch, line = batches[k // 4], k % 4
+        length = int(batch["text_t5_length"][line])
+        text_t5 = batch["text_t5"][line, :length]
+        check({"id": f"s{row}", "text_clip": batch["text_clip"][line], "text_t5": text_t5}, row)
+
+
+def test_error_in_a_worker_keeps_its_kind(own_root: Path) -> None:
+    unit_paths(own_root, 1).shard.unlink()
+    loader: DataLoader[Any] = DataLoader(
+        EmbeddingDataset(own_root), num_workers=1, collate_fn=collate_embeddings
+    )
+    with pytest.raises(VerificationError, match="shard-000001"):
+        list(loader)
+
+
+def test_threads_share_one_dataset(root: Path) -> None:
+    dataset = EmbeddingDataset(root, "rows", max_open_shards=1)
+
+    def read(k: int) -> None:
+        for i in np.random.default_rng(k).permutation(6).tolist() * 5:
+            check(dataset[i], OK[i])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
+    assert len(dataset._shards) <= 4
+
+
+def test_reading_imports_neither_transformers_nor_pyarrow(root: Path) -> None:
+    code = (
+        "import sys; from embed_precompute import EmbeddingDataset"
+        "; EmbeddingDataset(sys.argv[1])[0]"
+        "; found = {'transformers', 'pyarrow', 'jsonargparse'} & set(sys.modules)"
+        "; sys.exit(f'imported {found}' if found else 0)"
+    )
+    words = [sys.executable, "-c", code, str(root)]
+    done = subprocess.run(
+        words, env=clean_environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# --- several folders ------------------------------------------------------------------------------
+
+
+def test_folders_of_one_fingerprint_are_one_dataset(root: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "more", TEXTS, samples_per_shard=5, first=100)
+    dataset = EmbeddingDataset([root, str(tmp_path / "more"), root])
+    assert len(dataset) == 18
+    for i in range(18):
+        check(dataset[i], OK[i % 6], first=100 if 6 <= i < 12 else 0)
+        check(dataset[i - 18], OK[i % 6], first=100 if 6 <= i < 12 else 0)
+    assert dataset.index_of("s105") == 9
+    assert dataset.index_of("s5") == 3
+    with pytest.raises(SampleLookupError, match=r"non_finite.*more --id s103"):
+        dataset.index_of("s103")
+    samples = pickle.loads(pickle.dumps(dataset)).__getitems__([17, 6, 0])
+    assert [sample["id"] for sample in samples] == ["s7", "s100", "s0"]
+
+
+def test_other_fingerprint_is_refused(root: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "other", ["x"], normalize=["nfc"])
+    message = r"captions.normalize: \[\] -> \['nfc'\]"
+    with pytest.raises(ConflictError, match=message) as caught:
+        EmbeddingDataset([root, tmp_path / "other"])
+    assert str(root) in str(caught.value)
+    assert str(tmp_path / "other") in str(caught.value)
+
+
+# --- refused and damaged --------------------------------------------------------------------------
+
+
+def test_what_is_no_finished_dataset(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a folder"):
+        EmbeddingDataset(tmp_path / "absent")
+    with pytest.raises(InputError, match="holds no dataset"):
+        EmbeddingDataset(tmp_path)
+    with pytest.raises(InputError, match="no folder is given"):
+        EmbeddingDataset([])
+    write_units(tmp_path, ["a"])
+    with pytest.raises(IncompleteError, match="embed-precompute finalize"):
+        EmbeddingDataset(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"verify": "row"}, {"max_open_shards": 0}])
+def test_bad_options(root: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="expected"):
+        EmbeddingDataset(root, **options)
+
+
+def edit_manifest(root: Path, **changes: Any) -> None:
+    manifest = {**read_sealed(root / "manifest.json"), **changes}
+    replace_bytes(root / "manifest.json", seal(manifest))
+
+
+def test_unknown_codec_version_and_shape_are_refused(own_root: Path) -> None:
+    spec = read_sealed(own_root / "manifest.json")["spec"]
+    edit_manifest(own_root, spec={**spec, "output": {"dtype": "bfloat16", "codec": "zstd"}})
+    with pytest.raises(VerificationError, match="codec 'zstd'"):
+        EmbeddingDataset(own_root)
+    for bad in ([], {}, {"output": spec["output"], "encoders": {"t5": 3}}):
+        edit_manifest(own_root, spec=bad)
+        with pytest.raises(VerificationError):
+            EmbeddingDataset(own_root)
+    edit_manifest(own_root, spec=spec, counts={})
+    with pytest.raises(VerificationError, match="'status'"):
+        EmbeddingDataset(own_root)
+    edit_manifest(own_root, format_version=2)
+    with pytest.raises(VerificationError, match="format_version 2"):
+        EmbeddingDataset(own_root)
+
+
+def test_finalised_anew_while_open(own_root: Path) -> None:
+    dataset = EmbeddingDataset(own_root)
+    edit_manifest(own_root, environments=[])
+    with pytest.raises(VerificationError, match="open the dataset again"):
+        dataset[0]
+
+
+def test_every_changed_byte_of_a_row_is_found(own_root: Path) -> None:
+    path = unit_paths(own_root, 1).shard
+    sound = path.read_bytes()
+    # Unit 1 stores "a b c" and "d e" ("nan" is not stored): (3 + 4 * 4) and (3 + 3 * 4) values.
+    num_bytes = 2 * (3 + 16 + 3 + 12)
+    for offset in range(len(sound) - num_bytes, len(sound)):
+        damaged = bytearray(sound)
+        damaged[offset] ^= 1 << (offset % 8)
+        path.write_bytes(damaged)
+        dataset = EmbeddingDataset(own_root, "rows")
+        with pytest.raises(VerificationError, match=r"shard-000001.*sample 's[45]'.*checksum"):
+            dataset.__getitems__([2, 3])
+        check(dataset[0], 0)
+
+
+def test_damaged_null_is_found(own_root: Path) -> None:
+    path = own_root / "null.safetensors"
+    payload = bytearray(path.read_bytes())
+    payload[-1] ^= 1
+    path.write_bytes(payload)
+    with pytest.raises(VerificationError, match=r"null.safetensors is damaged: text_t5"):
+        _ = EmbeddingDataset(own_root, "rows").null
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("index", 99), ("index", -7), ("shard", 99), ("shard", -1), ("ok", -1)]
+)
+@pytest.mark.parametrize("verify", ["never", "rows"])
+def test_damaged_index_does_not_end_a_loop(
+    own_root: Path, name: str, value: int, verify: Any
+) -> None:
+    path = own_root / "index" / f"{name}.npy"
+    array = np.load(path)
+    array[-1] = value
+    np.save(path, array)
+    with pytest.raises(VerificationError):
+        list(EmbeddingDataset(own_root, verify))  # type: ignore[call-overload]
+
+
+def test_row_of_another_length_is_found(own_root: Path) -> None:
+    path = own_root / "index" / "length_t5.npy"
+    array = np.load(path)
+    array[0] = 3
+    np.save(path, array)
+    with pytest.raises(VerificationError, match=r"'s0': found 4 vectors.*the index says 3"):
+        EmbeddingDataset(own_root)[0]
+
+
+def test_finalize_mends_the_index(own_root: Path) -> None:
+    (own_root / "index" / "ok.npy").unlink()
+    with pytest.raises(VerificationError, match=r"ok.npy"):
+        EmbeddingDataset(own_root)[0]
+    finalize(own_root)
+    check(EmbeddingDataset(own_root)[0], 0)
+
+
+# --- collate --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("length", [None, 5, 3])
+def test_collate(dtype: torch.dtype, length: int | None) -> None:
+    samples = [
+        {"id": "a", "text_t5": torch.ones(2, 4, dtype=dtype), "text_clip": torch.ones(3)},
+        {"id": "b", "text_t5": torch.full((3, 4), 2, dtype=dtype), "text_clip": torch.zeros(3)},
+    ]
+    batch = collate_embeddings(samples, length)
+    assert list(batch) == ["id", "text_t5", "text_t5_length", "text_t5_mask", "text_clip"]
+    assert batch["id"] == ["a", "b"]
+    assert batch["text_t5"].dtype == dtype
+    assert batch["text_t5"].shape == (2, length or 3, 4)
+    assert batch["text_t5_length"].tolist() == [2, 3]
+    assert batch["text_t5_length"].dtype == torch.int64
+    mask = batch["text_t5_mask"]
+    assert mask.dtype == torch.bool
+    assert mask.sum(1).tolist() == [2, 3]
+    assert mask[0, :2].all()
+    assert torch.equal(batch["text_t5"][..., 0].ne(0), mask)
+    assert torch.equal(batch["text_clip"], torch.tensor([[1.0] * 3, [0.0] * 3]))
+
+
+def test_collate_never_cuts() -> None:
+    samples = [{"id": "a", "text_t5": torch.ones(2, 4)}, {"id": "b", "text_t5": torch.ones(3, 4)}]
+    with pytest.raises(InputError, match=r"sample 'b' has 3 vectors in text_t5.*length=2"):
+        collate_embeddings(samples, 2)
+
+
+def test_collate_refuses_what_it_does_not_know() -> None:
+    one = {"id": "a", "text_t5": torch.ones(2, 4)}
+    with pytest.raises(InputError, match="without samples"):
+        collate_embeddings([])
+    with pytest.raises(InputError, match="have keys"):
+        collate_embeddings([one, {"id": "b"}])
+    with pytest.raises(InputError, match="not video"):
+        collate_embeddings([{**one, "video": torch.ones(1)}])
+    with pytest.raises(InputError, match="text_t5_length"):
+        collate_embeddings([{**one, "text_t5_length": torch.ones(3)}])
+
+
+def test_collate_null(root: Path) -> None:
+    null = EmbeddingDataset(root).null
+    batch = collate_embeddings([null, null])
+    assert "id" not in batch
+    assert batch["text_t5"].shape == (2, 1, 4)

@@ -1,0 +1,366 @@
+"""The bytes on disk are the specification (README, "Format").
+
+Everything expected here is built from struct, json and hashlib by the written rules, or stands as
+a literal; none of it comes from the store. A change that breaks one of these tests changes the
+format: it needs a new format version, not a new golden value. Parquet is held to its schema and
+values, since its bytes differ between versions of pyarrow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import xxhash
+
+from embed_precompute.samples import Status
+from embed_precompute.store.commit import publish_bytes, seal
+from embed_precompute.store.manifest import (
+    StoredSample,
+    finalize,
+    null_paths,
+    rows_digest,
+    rows_part_bytes,
+    stored_tensors,
+    unit_paths,
+)
+from embed_precompute.store.shards import ShardWriter
+
+FINGERPRINT = "0123456789abcdef" * 4
+PLAN = "fedcba9876543210" * 4
+SPEC: dict[str, Any] = {
+    "format_version": 1,
+    "encoders": {"clip": {"pooled": True, "dim": 2}, "t5": {"pooled": False, "dim": 4}},
+    "output": {"codec": "raw", "dtype": "bfloat16"},
+}
+# Stored rows of unit 0: a vector of clip, and a sequence of t5, by value.
+CLIP = [[1.0, -2.0], [0.5, 3.0]]
+T5 = [[[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]], [[-1.0, 0.0, 0.25, 96.0]]]
+SAMPLES = [
+    StoredSample(
+        "a", 0, Status.OK, None, 0, {"clip": 3, "t5": 2}, {"clip": 1, "t5": 2},
+        {"clip": False, "t5": True}, "one caption",
+    ),
+    StoredSample("b", 1, Status.NULL_TEXT, "text is null", None, {}, {}, {}, None),
+    StoredSample(
+        "ü", 2, Status.OK, None, 1, {"clip": 4, "t5": 1}, {"clip": 1, "t5": 1},
+        {"clip": False, "t5": False}, 'zwei "ü"',
+    ),
+]  # fmt: skip
+
+SHARD_SHA256 = "6c5703772f2772c59a784853cd1cdba8e0e4e10fd1c68e949c63c682c655ea57"
+ROOT_FILES_SHA256 = "215b2043690dc490e15481472f998c98fc95b432a95a9513dd7e11467ba208be"
+# offsets 0 2 3; xxh3 of two clip rows and two t5 rows; clip; t5
+DATA_HEX = (
+    "0000000000000000 0200000000000000 0300000000000000 "
+    "2b2bc5e0a6488eca 9b20ef7b2596f50e 84fec801f75b9146 5ec2e48078190e8a "
+    "803f00c0003f4040 "
+    "803f004040408040 a040c040e0400041 80bf0000803ec042"
+)
+
+
+def canonical(value: Any) -> bytes:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.encode()
+
+
+def sealed(body: dict[str, Any]) -> bytes:
+    digest = hashlib.sha256(canonical(body)).hexdigest()
+    return canonical({**body, "digest": digest}) + b"\n"
+
+
+def bf16(values: list[float]) -> bytes:
+    """bfloat16 is the upper half of float32; every value here is exact in it."""
+    return b"".join(struct.pack("<f", value)[2:] for value in values)
+
+
+def described(payload: bytes) -> dict[str, Any]:
+    return {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
+
+
+def shard_bytes(
+    unit: int | None, clip: list[list[float]], t5: list[list[list[float]]], header: str
+) -> bytes:
+    clip_rows = [bf16(row) for row in clip]
+    t5_rows = [b"".join(bf16(vector) for vector in row) for row in t5]
+    starts = [0]
+    for row in t5:
+        starts.append(starts[-1] + len(row))
+    data = struct.pack(f"<{len(starts)}q", *starts)
+    for rows in (clip_rows, t5_rows):
+        data += struct.pack(f"<{len(rows)}Q", *(xxhash.xxh3_64_intdigest(row) for row in rows))
+    data += b"".join(clip_rows) + b"".join(t5_rows)
+    text = header.encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def header(unit: str, entries: str) -> str:
+    metadata = '{\\"fingerprint\\":\\"%s\\",\\"format_version\\":1,\\"unit\\":%s}'
+    metadata %= (FINGERPRINT, unit)
+    return '{"__metadata__":{"embed_precompute":"' + metadata + '"},' + entries + "}"
+
+
+UNIT_HEADER = header(
+    "0",
+    '"text_t5_offsets":{"dtype":"I64","shape":[3],"data_offsets":[0,24]},'
+    '"text_clip_xxh3":{"dtype":"U64","shape":[2],"data_offsets":[24,40]},'
+    '"text_t5_xxh3":{"dtype":"U64","shape":[2],"data_offsets":[40,56]},'
+    '"text_clip":{"dtype":"BF16","shape":[2,2],"data_offsets":[56,64]},'
+    '"text_t5":{"dtype":"BF16","shape":[3,4],"data_offsets":[64,88]}',
+)
+NULL_HEADER = header(
+    "null",
+    '"text_t5_offsets":{"dtype":"I64","shape":[2],"data_offsets":[0,16]},'
+    '"text_clip_xxh3":{"dtype":"U64","shape":[1],"data_offsets":[16,24]},'
+    '"text_t5_xxh3":{"dtype":"U64","shape":[1],"data_offsets":[24,32]},'
+    '"text_clip":{"dtype":"BF16","shape":[1,2],"data_offsets":[32,36]},'
+    '"text_t5":{"dtype":"BF16","shape":[1,4],"data_offsets":[36,44]}',
+)
+UNIT_SHARD = shard_bytes(0, CLIP, T5, UNIT_HEADER)
+NULL_SHARD = shard_bytes(None, CLIP[1:], T5[1:], NULL_HEADER)
+
+RECORD_HEAD = {
+    "format_version": 1,
+    "fingerprint": FINGERPRINT,
+    "plan": PLAN,
+    "environment": {"device": "cpu", "torch": "2.5.1"},
+}
+
+
+def write_shard(
+    path: Path, unit: int | None, clip: list[list[float]], t5: list[list[list[float]]]
+) -> None:
+    """Through the store, last row first."""
+    lengths = {"t5": [len(row) for row in t5]}
+    tensors = stored_tensors(SPEC)
+    with ShardWriter(path, FINGERPRINT, unit, tensors, lengths, num_rows=len(t5)) as writer:
+        for row in reversed(range(len(t5))):
+            writer.write("t5", row, torch.tensor(t5[row], dtype=torch.bfloat16))
+            writer.write("clip", row, torch.tensor(clip[row], dtype=torch.bfloat16))
+        writer.finish()
+        writer.publish()
+
+
+def plan_body() -> dict[str, Any]:
+    return {
+        "format_version": 1,
+        "kind": "plan",
+        "fingerprint": FINGERPRINT,
+        "plan": PLAN,
+        "spec": SPEC,
+        "inputs": [{"path": "c.parquet", "bytes": 9, "rows": 3, "footer_sha256": "0" * 64}],
+        "columns": {"text": "text", "id": "id"},
+        "limit": None,
+        "num_rows": 3,
+        "num_samples": 3,
+        "last_row_samples": None,
+        "rows_per_unit": 4,
+        "samples_per_shard": 4,
+        "num_units": 1,
+    }
+
+
+def record_body(rows: bytes) -> dict[str, Any]:
+    lines = b'["a","one caption"]\n["b",null]\n' + '["ü","zwei \\"ü\\""]\n'.encode()
+    counts = {"ok": 2, "null_text": 1}
+    labels = ("ok", "null_text", "invalid_text", "empty_list", "non_finite", "error")
+    return {
+        **RECORD_HEAD,
+        "kind": "unit",
+        "unit": 0,
+        "first_row": 0,
+        "num_rows": 3,
+        "num_samples": 3,
+        "num_stored": 2,
+        "status": {label: counts.get(label, 0) for label in labels},
+        "rows_sha256": hashlib.sha256(lines).hexdigest(),
+        "encoders": {
+            "clip": {"tokens": 7, "truncated": 0, "stored_tokens": 2},
+            "t5": {"tokens": 3, "truncated": 1, "stored_tokens": 3},
+        },
+        "files": {
+            "shard": {"name": "shard-000000.safetensors", **described(UNIT_SHARD)},
+            "rows": {"name": "shard-000000.rows.parquet", **described(rows)},
+        },
+        "adopted_shard": False,
+    }
+
+
+def null_body() -> dict[str, Any]:
+    return {
+        **RECORD_HEAD,
+        "kind": "null",
+        "encoders": {"clip": {"length": 1, "tokens": 2}, "t5": {"length": 1, "tokens": 1}},
+        "files": {"shard": {"name": "null.safetensors", **described(NULL_SHARD)}},
+    }
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("golden")
+    publish_bytes(root / "plan.json", seal(plan_body()))
+    paths = unit_paths(root, 0)
+    write_shard(paths.shard, 0, CLIP, T5)
+    write_shard(null_paths(root).shard, None, CLIP[1:], T5[1:])
+    rows = rows_part_bytes(0, ["clip", "t5"], SAMPLES)
+    publish_bytes(paths.rows, rows)
+    publish_bytes(paths.record, seal(record_body(rows)))
+    publish_bytes(null_paths(root).record, seal(null_body()))
+    finalize(root)
+    return root
+
+
+def test_files(dataset: Path) -> None:
+    files = sorted(str(p.relative_to(dataset)) for p in dataset.rglob("*") if p.is_file())
+    names = (
+        "id_hash id_offsets id_order ids index length_clip length_t5 ok shard shards status "
+        "xxh3_clip xxh3_t5"
+    )
+    assert files == [
+        *(f"index/{name}.npy" for name in names.split()),
+        "manifest.json",
+        "manifest.parquet",
+        "null.json",
+        "null.safetensors",
+        "plan.json",
+        "shards/000/shard-000000.json",
+        "shards/000/shard-000000.rows.parquet",
+        "shards/000/shard-000000.safetensors",
+    ]
+
+
+def test_shard(dataset: Path) -> None:
+    raw = (dataset / "shards/000/shard-000000.safetensors").read_bytes()
+    assert raw == UNIT_SHARD
+    assert hashlib.sha256(raw).hexdigest() == SHARD_SHA256
+    data = raw[8 + struct.unpack("<Q", raw[:8])[0] :]
+    assert data.hex(" ", 8) == DATA_HEX
+    assert (dataset / "null.safetensors").read_bytes() == NULL_SHARD
+
+
+def test_sealed_json(dataset: Path) -> None:
+    rows = (dataset / "shards/000/shard-000000.rows.parquet").read_bytes()
+    assert (dataset / "plan.json").read_bytes() == sealed(plan_body())
+    assert (dataset / "shards/000/shard-000000.json").read_bytes() == sealed(record_body(rows))
+    assert (dataset / "null.json").read_bytes() == sealed(null_body())
+    assert rows_digest(SAMPLES) == record_body(rows)["rows_sha256"]
+    literal = b'{"a":["\xc3\xbc\\n",null,1,true],"format_version":1,"kind":"x"}'
+    digest = "bdeb0696fcf619a42ebc2ab7e25b4a99d608cce11b7bf6956e8b4e2910ef50fc"
+    assert hashlib.sha256(literal).hexdigest() == digest
+    expected = b'{"a":["\xc3\xbc\\n",null,1,true],"digest":"%s",' % digest.encode()
+    body = {"kind": "x", "format_version": 1, "a": ["ü\n", None, 1, True]}
+    assert seal(body) == expected + b'"format_version":1,"kind":"x"}\n'
+
+
+def npy(descr: str, shape: str, data: bytes) -> bytes:
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}"
+    return b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(117).encode() + b"\n" + data
+
+
+def test_index(dataset: Path) -> None:
+    sums = {
+        "clip": [xxhash.xxh3_64_intdigest(bf16(row)) for row in CLIP],
+        "t5": [xxhash.xxh3_64_intdigest(bf16([v for t in row for v in t])) for row in T5],
+    }
+    ids = [b"a", b"b", "ü".encode()]
+    hashed = sorted((xxhash.xxh3_64_intdigest(each), k) for k, each in enumerate(ids))
+    expected = {
+        "status": npy("|u1", "(3,)", bytes([0, 1, 0])),
+        "shard": npy("<i4", "(3,)", struct.pack("<3i", 0, 0, 0)),
+        "index": npy("<i4", "(3,)", struct.pack("<3i", 0, -1, 1)),
+        "length_clip": npy("<i4", "(3,)", struct.pack("<3i", 1, 0, 1)),
+        "length_t5": npy("<i4", "(3,)", struct.pack("<3i", 2, 0, 1)),
+        "ids": npy("|u1", "(4,)", "abü".encode()),
+        "id_offsets": npy("<i8", "(4,)", struct.pack("<4q", 0, 1, 2, 4)),
+        "id_hash": npy("<u8", "(3,)", struct.pack("<3Q", *(h for h, _ in hashed))),
+        "id_order": npy("<i8", "(3,)", struct.pack("<3q", *(k for _, k in hashed))),
+        "ok": npy("<i8", "(2,)", struct.pack("<2q", 0, 2)),
+        "shards": npy("<i8", "(1, 3)", struct.pack("<3q", 0, 3, 2)),
+    }
+    for name, (first, second) in sums.items():
+        expected[f"xxh3_{name}"] = npy("<u8", "(3,)", struct.pack("<3Q", first, 0, second))
+    for name, payload in expected.items():
+        assert (dataset / f"index/{name}.npy").read_bytes() == payload, name
+
+
+def test_root_manifest(dataset: Path) -> None:
+    names = [str(p.relative_to(dataset)) for p in dataset.rglob("*") if p.is_file()]
+    files = {
+        name: described((dataset / name).read_bytes())
+        for name in names
+        if name != "manifest.json" and not name.startswith("shards/")
+    }
+    rows = (dataset / "shards/000/shard-000000.rows.parquet").read_bytes()
+    record = record_body(rows)
+    digest = hashlib.sha256(canonical(record)).hexdigest()
+    tensor = {"dtype": "bfloat16"}
+    body = {
+        "format_version": 1,
+        "kind": "dataset",
+        "fingerprint": FINGERPRINT,
+        "plan": PLAN,
+        "spec": SPEC,
+        "encoders": {
+            "clip": {**tensor, "tensor": "text_clip", "pooled": True, "dim": 2},
+            "t5": {**tensor, "tensor": "text_t5", "pooled": False, "dim": 4},
+        },
+        "counts": {
+            "rows": 3,
+            "samples": 3,
+            "units": 1,
+            "stored": 2,
+            "status": record["status"],
+            "encoders": record["encoders"],
+        },
+        "environments": [{"environment": RECORD_HEAD["environment"], "units": 1}],
+        "records_sha256": hashlib.sha256(f"{digest}\n".encode()).hexdigest(),
+        "files": files,
+    }
+    assert (dataset / "manifest.json").read_bytes() == sealed(body)
+    del files["manifest.parquet"]
+    assert hashlib.sha256(canonical(files)).hexdigest() == ROOT_FILES_SHA256
+
+
+def test_parquet(dataset: Path) -> None:
+    columns: dict[str, tuple[pa.DataType, bool, list[Any]]] = {
+        "sample_id": (pa.string(), False, ["a", "b", "ü"]),
+        "row": (pa.int64(), False, [0, 1, 2]),
+        "status": (pa.string(), False, ["ok", "null_text", "ok"]),
+        "error": (pa.string(), True, [None, "text is null", None]),
+        "shard": (pa.int32(), False, [0, 0, 0]),
+        "index": (pa.int32(), True, [0, None, 1]),
+        "clip_tokens": (pa.int32(), True, [3, None, 4]),
+        "clip_length": (pa.int32(), True, [1, None, 1]),
+        "clip_truncated": (pa.bool_(), True, [False, None, False]),
+        "t5_tokens": (pa.int32(), True, [2, None, 1]),
+        "t5_length": (pa.int32(), True, [2, None, 1]),
+        "t5_truncated": (pa.bool_(), True, [True, None, False]),
+        "text_sha256": (
+            pa.string(),
+            True,
+            [
+                hashlib.sha256(b"one caption").hexdigest(),
+                None,
+                hashlib.sha256('zwei "ü"'.encode()).hexdigest(),
+            ],
+        ),
+    }
+    text = {"text": (pa.string(), True, ["one caption", None, 'zwei "ü"'])}
+    for path, expected in (
+        ("manifest.parquet", columns),
+        ("shards/000/shard-000000.rows.parquet", {**columns, **text}),
+    ):
+        table = pq.ParquetFile(dataset / path, page_checksum_verification=True).read()
+        fields = [pa.field(name, kind, null) for name, (kind, null, _) in expected.items()]
+        assert table.schema.equals(pa.schema(fields), check_metadata=True)
+        assert table.to_pydict() == {name: values for name, (_, _, values) in expected.items()}
+        first = pq.ParquetFile(dataset / path).metadata.row_group(0).column(0)
+        assert first.compression == "ZSTD"

@@ -1,0 +1,110 @@
+"""The surface is frozen: growth of the CLI or the Python names is a decision, not an accident."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from jobs import call, clean_environment, execute
+
+import embed_precompute
+from embed_precompute import config, errors
+
+COMMANDS = {
+    "run": {"--limit", "--print_config"},
+    "plan": {"--limit", "--print_config", "--sample", "--write"},
+    "status": {"--json"},
+    "verify": {"--level"},
+    "finalize": set(),
+    "info": {"--id"},
+}
+PUBLIC = {"Config", "EmbeddingDataset", "collate_embeddings", "load_config", "run"}
+SECTIONS = {
+    config.CaptionsConfig: "path text_column id_column recipe normalize on_bad_text",
+    config.RecipeConfig: "kind template fps_column fps_max motion_column",
+    config.EncoderConfig: "kind pretrained revision tokenizer max_length attention_mask seq_align "
+    "added_tokens dtype batch_tokens batch_size buckets implementation",
+    config.OutputConfig: "path samples_per_shard dtype codec",
+    config.RuntimeConfig: "device max_failed_samples on_environment_change plan_timeout_s "
+    "prefetch_units write_queue_batches progress_interval_s",
+    config.Config: "captions encoders output runtime",
+}
+EXIT_CODES = {
+    "EXIT_COMPLETE": 0,
+    "EXIT_BUG": 1,
+    "EXIT_USAGE": 2,
+    "EXIT_CONFLICT": 3,
+    "EXIT_VERIFICATION": 4,
+    "EXIT_INCOMPLETE": 5,
+    "EXIT_FAILED_SAMPLES": 6,
+    "EXIT_IO": 74,
+    "EXIT_INTERRUPTED": 75,
+}
+
+
+def options_in(help_text: str) -> set[str]:
+    own = help_text.split("configuration, in CONFIG")[0]
+    words = own.replace(",", " ").replace("[", " ").replace("]", " ").split()
+    return {w for w in words if w.startswith("--") and w not in ("--help", "--section.key")}
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_options_are_frozen(name: str) -> None:
+    shown = execute(name, "--help")
+    assert shown.returncode == 0
+    assert options_in(shown.stdout) == COMMANDS[name]
+
+
+def test_commands_are_frozen() -> None:
+    shown = execute("--help").stdout
+    block = shown.split("COMMAND\n")[1].split("\n\n")[0]
+    assert {line.split()[0] for line in block.splitlines()} == set(COMMANDS)
+
+
+def test_public_names_are_frozen_and_importable() -> None:
+    assert set(embed_precompute.__all__) == PUBLIC
+    for name in PUBLIC:
+        assert getattr(embed_precompute, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Runn'"):
+        embed_precompute.Runn  # noqa: B018
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_configuration_keys_are_frozen(section: type) -> None:
+    assert [field.name for field in fields(section)] == SECTIONS[section].split()
+
+
+def test_exit_codes_are_frozen() -> None:
+    found = {name: value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+    assert found == EXIT_CODES
+
+
+def test_import_and_help_bring_no_heavy_library() -> None:
+    code = (
+        "import sys, embed_precompute.cli as cli\n"
+        "try: cli.main(['run', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_mistake_has_no_traceback() -> None:
+    for words in (["run", "absent.yaml"], ["status", "absent"], ["info", "absent"]):
+        code, _, said = call(*words)
+        assert code == 2, said
+        assert said.startswith("embed-precompute: error:")
+        assert "Traceback" not in said
+    unknown = execute("status", "absent", "--nope")
+    assert unknown.returncode == 2
+    assert "--nope" in unknown.stderr
