@@ -23,6 +23,8 @@ from embed_precompute.errors import InputError
 FORMAT_VERSION = 1
 ENCODER_NAME = re.compile(r"^[a-z][a-z0-9_]{0,31}$")
 
+RESERVED_ENDINGS = ("_offsets", "_xxh3", "_length", "_mask", "_tokens", "_truncated")
+
 DType = Literal["bfloat16", "float16", "float32"]
 Normalization = Literal["ftfy", "nfc", "whitespace"]
 Implementation = Literal["auto", "hf"]
@@ -278,4 +280,9 @@ class Config:
             _require(
                 ENCODER_NAME.match(name) is not None,
                 f"encoders.{name}: expected a name of lower-case letters, digits and _.",
+            )
+            _require(
+                not name.endswith(RESERVED_ENDINGS),
+                f"encoders.{name}: the endings {', '.join(RESERVED_ENDINGS)} are taken by tensors "
+                "that stand beside an encoder's. Choose another name.",
             )

@@ -16,7 +16,7 @@ import contextlib
 import operator
 import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -160,6 +160,10 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self._ends[-1]
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for i in range(len(self)):
+            yield self[i]
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         """Sample `i`: {"id": str, "text_<name>": Tensor [L, D], or [C] when pooled, ...}."""
         return self._sample(*self._locate(i))
@@ -223,7 +227,7 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
             raise VerificationError(f"sample {sample_id!r}: {error}") from error
         found: dict[str, Any] = {"id": sample_id}
         for tensor in folder.tensors:
-            # An IndexError here would end a `for sample in dataset` as if it were complete.
+            # Not an IndexError: to whoever iterates by index, that would be the dataset's end.
             if not 0 <= row < reader.num_rows:
                 what = f"no row {row}, it has {reader.num_rows}"
                 raise _row_damaged(folder, reader, sample_id, what)

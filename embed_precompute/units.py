@@ -29,7 +29,7 @@ from embed_precompute.store.commit import (
     Outcome,
     StoredFile,
     digest_file,
-    make_folder,
+    move_aside,
     publish_bytes,
     seal,
 )
@@ -178,7 +178,7 @@ class UnitWriter:
         """
         path, num_rows = self._paths.shard, len(ours.kept)
         if self._is_orphan(path) and not self._is_sound(path, num_rows):
-            self._move_aside(path)
+            move_aside(self._root, path)
         if self._shard.publish() is not Outcome.DIFFERENT or self._paths.record.exists():
             return ours, False
         found = digest_file(path)
@@ -198,11 +198,6 @@ class UnitWriter:
             )
         except (VerificationError, StorageError):
             return False
-
-    def _move_aside(self, path: Path) -> None:
-        quarantine = self._root / "_quarantine"
-        make_folder(quarantine)
-        path.replace(quarantine / path.name)
 
     def _earlier_record(self, shard: ShardFile) -> dict[str, Any]:
         """The record that was there first. Different bytes in one environment are a bug of ours."""
@@ -259,7 +254,7 @@ class UnitWriter:
         path, names = self._paths.rows, [tensor.name for tensor in self._tensors]
         rows = rows_part_bytes(self._unit.number, names, samples)
         if self._is_orphan(path) and not _says(path, names, samples):
-            self._move_aside(path)
+            move_aside(self._root, path)
         if publish_bytes(path, rows) is Outcome.DIFFERENT and not self._paths.record.exists():
             return digest_file(path)
         return StoredFile(path.name, len(rows), hashlib.sha256(rows).hexdigest())

@@ -65,6 +65,7 @@ def test_yaml_round_trip(yaml_file: Path, tmp_path: Path) -> None:
         (["--encoders.clip.buckets", "[99]"], "1..max_length"),
         (["--captions.recipe.kind", "foo"], "foo"),
         (["--output.samples_per_shard", "0"], "expected 1 or more"),
+        (["--encoders", "{t5_xxh3: {kind: t5, pretrained: x}}"], "Choose another name"),
         (["--runtime.device", "tpu"], "expected auto, cpu, cuda"),
         (["--output.path"], "has no value"),
         (["output.path", "x"], "unexpected argument"),

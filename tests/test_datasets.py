@@ -67,7 +67,7 @@ def test_samples_in_input_order(root: Path, verify: Any, copy: bool) -> None:
     for i, row in enumerate(OK):
         check(dataset[i], row)
         check(dataset[i - len(OK)], row)
-        check(dataset[np.int64(i)], row)
+        check(dataset[np.int64(i)], row)  # type: ignore[index]
     assert [sample["id"] for sample in dataset] == [f"s{row}" for row in OK]
 
 
@@ -289,7 +289,8 @@ def test_unknown_codec_version_and_shape_are_refused(own_root: Path) -> None:
     edit_manifest(own_root, spec={**spec, "output": {"dtype": "bfloat16", "codec": "zstd"}})
     with pytest.raises(VerificationError, match="codec 'zstd'"):
         EmbeddingDataset(own_root)
-    for bad in ([], {}, {"output": spec["output"], "encoders": {"t5": 3}}):
+    wrong: list[Any] = [[], {}, {"output": spec["output"], "encoders": {"t5": 3}}]
+    for bad in wrong:
         edit_manifest(own_root, spec=bad)
         with pytest.raises(VerificationError):
             EmbeddingDataset(own_root)
@@ -344,7 +345,10 @@ def test_damaged_index_does_not_end_a_loop(
     array[-1] = value
     np.save(path, array)
     with pytest.raises(VerificationError):
-        list(EmbeddingDataset(own_root, verify))  # type: ignore[call-overload]
+        list(EmbeddingDataset(own_root, verify))
+    dataset = EmbeddingDataset(own_root, verify)
+    with pytest.raises(VerificationError):
+        dataset[len(dataset) - 1]
 
 
 def test_row_of_another_length_is_found(own_root: Path) -> None:

@@ -129,7 +129,7 @@ def test_stray_files_are_notes(root: Path) -> None:
 def test_no_dataset(tmp_path: Path) -> None:
     for call in (verify, read_status, dataset_lines):
         with pytest.raises(InputError, match="is not a folder"):
-            call(tmp_path / "absent")  # type: ignore[operator]
+            call(tmp_path / "absent")
     with pytest.raises(InputError, match="holds no dataset"):
         verify(tmp_path)
     with pytest.raises(InputError, match="not a dataset"):

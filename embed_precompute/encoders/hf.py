@@ -37,6 +37,7 @@ class HfEncoder:
     def __init__(self, resolved: ResolvedEncoder, device: str, output_dtype: str) -> None:
         self.resolved = resolved
         self._device = torch.device(device)
+        self._dtype: torch.dtype = getattr(torch, resolved.config.dtype)
         self._output_dtype: torch.dtype = getattr(torch, output_dtype)
         self._masked = resolved.config.attention_mask == "padding"
         self._output = "pooler_output" if resolved.pooled else "last_hidden_state"
@@ -61,7 +62,7 @@ class HfEncoder:
     def _mask(self, batch: TokenBatch) -> torch.Tensor | None:
         if not self._masked:
             return None
-        mask = padding_mask(batch.lengths, batch.input_ids.shape[1], self._model.dtype)
+        mask = padding_mask(batch.lengths, batch.input_ids.shape[1], self._dtype)
         return mask.to(self._device, non_blocking=True)
 
     def _too_large(self, batch: TokenBatch) -> str:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 TEMP_PREFIX = ".tmp-"
+QUARANTINE = "_quarantine"
 PIECE_BYTES = 8 << 20
 MAX_JSON_BYTES = 64 << 20
 
@@ -398,6 +399,20 @@ def replace_bytes(target: Path, payload: bytes) -> bool:
     with StagedFile(target, len(payload)) as staged:
         staged.write(payload)
         return staged.replace()
+
+
+def move_aside(root: Path, path: Path) -> None:
+    """Takes a damaged file out of the dataset, into `_quarantine/` of `root`."""
+    folder = root / QUARANTINE
+    make_folder(folder)
+    try:
+        os.replace(path, folder / f"{path.name}-{secrets.token_hex(6)}")
+        _sync_folder(folder)
+        _sync_folder(path.parent)
+    except FileNotFoundError:
+        return  # a peer did it
+    except OSError as error:
+        raise _storage_error(path, "moving it to quarantine", error) from error
 
 
 def remove_file(path: Path) -> None:
