@@ -179,15 +179,17 @@ class Claims:
         self.swept = False
 
     def __iter__(self) -> Iterator[int]:
+        mine: set[int] = set()  # still under way here when the sweep begins: not to be done twice
         dealt = self._strided() if self._store is None else self._counted(self._store)
         for unit in dealt:
             if not self._is_done(unit):
+                mine.add(unit)
                 yield unit
         self.swept = True
         start = len(self._order) * self._dist.rank // self._dist.world_size
         for position in range(len(self._order)):
             unit = self._order[(start + position) % len(self._order)]
-            if not self._is_done(unit):
+            if unit not in mine and not self._is_done(unit):
                 yield unit
 
     def _strided(self) -> Iterator[int]:

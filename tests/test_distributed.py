@@ -167,3 +167,11 @@ def test_finished_units_are_skipped() -> None:
     done = {NULL_UNIT, 0, 2}
     claims = Claims(DistContext(), "p", 4, done.__contains__, Counters())
     assert list_units(claims, done) == [1, 3]
+
+
+@pytest.mark.parametrize("with_store", [True, False])
+def test_a_rank_does_not_sweep_what_it_still_has_under_way(with_store: bool) -> None:
+    """Units are claimed ahead of their commit: none of them is done while this rank claims."""
+    store = Counters() if with_store else None
+    claims = Claims(DistContext(), "p", 5, lambda unit: False, store)
+    assert list(claims) == [NULL_UNIT, 0, 1, 2, 3, 4]
