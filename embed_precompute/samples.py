@@ -46,5 +46,3 @@ class Sample:
     status: Status = Status.OK
     error: str | None = None
     """Why, when status is not OK."""
-    added_tokens: int = 0
-    """Tokens the video adds to this sample's sequence (attention_mask none)."""

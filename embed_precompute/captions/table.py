@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -192,8 +192,7 @@ class CaptionReader:
         self._config = table.config
         self._num_rows = num_rows
         self._last_row_samples = last_row_samples
-        self._added_column = table.integer_columns[0] if table.integer_columns else None
-        names = [self._config.text_column, self._config.id_column, self._added_column]
+        names = [self._config.text_column, self._config.id_column]
         columns = dict.fromkeys([*filter(None, names), *table.recipe.columns])
         self._cursor = RowCursor(table.row_map, list(columns), READ_ROWS)
         self._as_it_is = isinstance(table.recipe, PlainRecipe) and table.normalize is None
@@ -218,11 +217,9 @@ class CaptionReader:
         column = batch.column(self._config.text_column)
         captions = strings(column, self._config.text_column)
         ids, rows = self._ids(first, batch), range(first, first + len(batch))
-        added = self._added(first, batch)
         if self._as_it_is and set(map(type, captions)) == {str}:
-            ok, why = [Status.OK] * len(batch), [None] * len(batch)
-            return map(Sample, ids, rows, captions, ok, why, added)
-        return map(self._sample, ids, rows, captions, self._recipe_rows(batch), added)
+            return map(Sample, ids, rows, cast("list[str]", captions))
+        return map(self._sample, ids, rows, captions, self._recipe_rows(batch))
 
     def _list_samples(self, first: int, batch: Any) -> Iterator[Sample]:
         name = self._config.text_column
@@ -230,13 +227,8 @@ class CaptionReader:
         lengths = entries_per_row(column).tolist()
         nulls = column.is_null().to_pylist()
         captions = iter(strings(column.flatten(), name))
-        fields = zip(
-            self._ids(first, batch),
-            self._recipe_rows(batch),
-            self._added(first, batch),
-            strict=True,
-        )
-        for i, (row_id, row_values, added) in enumerate(fields):
+        fields = zip(self._ids(first, batch), self._recipe_rows(batch), strict=True)
+        for i, (row_id, row_values) in enumerate(fields):
             row = first + i
             entries: list[str | Problem | None] = [next(captions) for _ in range(lengths[i])]
             if nulls[i]:
@@ -246,7 +238,7 @@ class CaptionReader:
             if row == self._num_rows - 1:
                 entries = entries[: self._last_row_samples]
             for k, caption in enumerate(entries):
-                yield self._sample(f"{row_id}#{k}", row, caption, row_values, added)
+                yield self._sample(f"{row_id}#{k}", row, caption, row_values)
 
     def _sample(
         self,
@@ -254,7 +246,6 @@ class CaptionReader:
         row: int,
         caption: str | Problem | None,
         row_values: Sequence[Any],
-        added: int,
     ) -> Sample:
         text: str | Problem
         if caption is None:
@@ -267,20 +258,14 @@ class CaptionReader:
                 caption = self._table.normalize(caption)
             text = self._table.recipe.render(caption, row_values)
         if isinstance(text, Problem):
-            return Sample(sample_id, row, None, text.status, text.error, added)
-        return Sample(sample_id, row, text, Status.OK, None, added)
+            return Sample(sample_id, row, None, text.status, text.error)
+        return Sample(sample_id, row, text)
 
     def _ids(self, first: int, batch: Any) -> list[str]:
         column = self._config.id_column
         if column is None:
             return list(map(str, range(first, first + len(batch))))
         return id_strings(batch.column(column), column, self._table.row_map, first)
-
-    def _added(self, first: int, batch: Any) -> list[int]:
-        if self._added_column is None:
-            return [0] * len(batch)
-        column = batch.column(self._added_column)
-        return integers(column, self._added_column, self._table.row_map, first)
 
     def _recipe_rows(self, batch: Any) -> Sequence[Sequence[Any]]:
         columns = [values(batch.column(name), name) for name in self._table.recipe.columns]
