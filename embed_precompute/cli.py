@@ -191,9 +191,11 @@ def _set_up_logging(dist: DistContext, root: Path) -> None:
 
 
 def _run(config: Config, arguments: Any) -> int:
-    from embed_precompute.pipeline import run
+    from embed_precompute.preemption import stop_on_signals
 
     dist = DistContext.detect()
+    with stop_on_signals(config.runtime.grace_s):  # this import takes seconds
+        from embed_precompute.pipeline import run
     _set_up_logging(dist, Path(config.output.path))
     result = run(config, arguments.limit, dist)
     if result.manifest is None:

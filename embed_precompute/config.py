@@ -246,9 +246,11 @@ class RuntimeConfig:
     """Encoded batches that may wait for the writer."""
     progress_interval_s: float = 60.0
     """Seconds between progress lines when the output is not a terminal."""
+    grace_s: float = 20.0
+    """Seconds a rank has after a stop signal to commit its unit; torchrun kills after 30."""
 
     def __post_init__(self) -> None:
-        for name in ("max_failed_samples", "plan_timeout_s", "progress_interval_s"):
+        for name in ("max_failed_samples", "plan_timeout_s", "progress_interval_s", "grace_s"):
             value = getattr(self, name)
             _require(value >= 0, f"runtime.{name} is {value}: below 0.")
         for name in ("prefetch_units", "write_queue_batches"):

@@ -93,6 +93,11 @@ class DistContext:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def has_agent(self) -> bool:
+        """Whether torchrun's agent is the parent of this process, and waits for it."""
+        return self.source == "torchrun" and bool(self.run_id)
+
 
 def _number(env: Mapping[str, str], name: str, default: int) -> int:
     text = env.get(name)
@@ -156,9 +161,10 @@ class _AgentStore:
 class Claims:
     """Deals units to this rank: first each unit to one rank, then whatever still has no record.
 
-    `is_done(unit)` looks for the unit's record. Iterating yields units to compute; a unit may be
-    computed by two ranks at the very end, which is harmless. `swept` tells whether the unit now
-    being computed may also be under way elsewhere.
+    `is_done(unit)` looks for the unit's record; `refresh` lists all records anew, before the sweep
+    asks for each unit. Iterating yields units to compute; a unit may be computed by two ranks at
+    the very end, which is harmless. `swept` tells whether the unit now being computed may also be
+    under way elsewhere.
     """
 
     def __init__(
@@ -168,11 +174,13 @@ class Claims:
         num_units: int,
         is_done: Callable[[int], bool],
         store: CounterStore | None = None,
+        refresh: Callable[[], None] = lambda: None,
     ) -> None:
         self._dist = dist
         self._order = range(NULL_UNIT, num_units)
         self._is_done = is_done
         self._store = store
+        self._refresh = refresh
         nonce = f"{dist.run_id}/{dist.restart_count}/{dist.world_size}/{plan[:16]}"
         self._prefix = f"embed_precompute/{nonce}"
         self._key: str | None = None
@@ -186,6 +194,7 @@ class Claims:
                 mine.add(unit)
                 yield unit
         self.swept = True
+        self._refresh()
         start = len(self._order) * self._dist.rank // self._dist.world_size
         for position in range(len(self._order)):
             unit = self._order[(start + position) % len(self._order)]

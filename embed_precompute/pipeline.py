@@ -12,15 +12,12 @@ from __future__ import annotations
 import json
 import logging
 import queue
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -35,9 +32,9 @@ from embed_precompute.encoders import TextEncoder
 from embed_precompute.errors import (
     ConflictError,
     IncompleteError,
-    InterruptedRunError,
 )
 from embed_precompute.plan import Plan, differing_fields
+from embed_precompute.preemption import StopRequest, stop_on_signals
 from embed_precompute.preflight import (
     Prepared,
     environment,
@@ -48,6 +45,7 @@ from embed_precompute.preflight import (
 from embed_precompute.progress import Progress
 from embed_precompute.samples import FAILURES
 from embed_precompute.store.commit import replace_bytes
+from embed_precompute.store.leftovers import remove_dead
 from embed_precompute.store.manifest import (
     committed_units,
     finalize,
@@ -58,8 +56,10 @@ from embed_precompute.store.manifest import (
 from embed_precompute.units import Unit, UnitWriter, read_unit
 
 log = logging.getLogger(__name__)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL_S = 0.1
+READER_JOIN_S = 2.0
+COMMIT_SHARE = 0.25
+"""Share of the grace that is kept for a commit, before one was timed."""
 
 
 @dataclass
@@ -84,6 +84,11 @@ class RunResult:
 def run(config: Config, limit: int | None = None, dist: DistContext | None = None) -> RunResult:
     """Make the dataset of `config`, or finish one that is under way; see `embed-precompute run`."""
     dist = dist or DistContext.detect()
+    with stop_on_signals(config.runtime.grace_s, dist) as stop:
+        return _run(config, limit, dist, stop)
+
+
+def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest) -> RunResult:
     prepared = publish(prepare(config, limit, dist))
     root, plan = prepared.root, prepared.plan
     device = resolve_device(config.runtime.device, dist)
@@ -92,17 +97,23 @@ def run(config: Config, limit: int | None = None, dist: DistContext | None = Non
     _check_environment(config, root, done, here)
     if dist.is_main:
         _write_provenance(prepared, here, dist)
-    claims = Claims(dist, plan.plan_id, plan.num_units, done, connect_store(dist))
+    if dist.local_rank == 0 and (leftovers := remove_dead(root)):
+        log.info("%d temporary files of writers that died here are removed", leftovers)
+    claims = Claims(
+        dist, plan.plan_id, plan.num_units, done, connect_store(dist), refresh=done.refresh
+    )
     result = RunResult(root, None)
     started = time.monotonic()
-    with stop_on_signals() as stop, Progress(root, plan, dist, config.runtime) as progress:
+    with Progress(root, plan, dist, config.runtime) as progress:
         log.info("plan %s: %d of %d units are done", plan.plan_id[:16], done.units, plan.num_units)
         if not done.everything(plan):
             text_encoders = _build_encoders(prepared, device)
             progress.start()
-            for record in _Stages(prepared, text_encoders, claims, done, here, stop, dist).run():
-                result.units += 1
-                result.samples += record.get("num_samples", 0)
+            stages = _Stages(prepared, text_encoders, claims, done, here, stop, dist)
+            with stop.finishing():
+                records = stages.run()
+            result.units = len(records)
+            result.samples = sum(record.get("num_samples", 0) for record in records)
     result.seconds = time.monotonic() - started
     if claims.take_finalize():
         result.manifest = finalize(root)
@@ -110,12 +121,17 @@ def run(config: Config, limit: int | None = None, dist: DistContext | None = Non
 
 
 class Committed:
-    """Which units have a record: one listing at the start, then one `stat` per question."""
+    """Which units have a record: a listing at the start, then one `stat` per question."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._units = committed_units(root)
-        if null_paths(root).record.exists():
+        self._units: set[int] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """List again: cheaper than asking for many units one by one."""
+        self._units = committed_units(self._root)
+        if null_paths(self._root).record.exists():
             self._units.add(NULL_UNIT)
 
     @property
@@ -135,27 +151,6 @@ class Committed:
         if paths.record.exists():
             self._units.add(unit)
         return unit in self._units
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that TERM, INT, USR1 and USR2 set; a second signal ends the process at once."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            sys.exit(128 + number)
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may install handlers; the caller has its own
-        return
-    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _build_encoders(prepared: Prepared, device: str) -> list[TextEncoder]:
@@ -265,7 +260,7 @@ class _Stages:
         claims: Claims,
         done: Callable[[int], bool],
         here: dict[str, str],
-        stop: threading.Event,
+        stop: StopRequest,
         dist: DistContext,
     ) -> None:
         self._prepared, self._encoders, self._claims = prepared, text_encoders, claims
@@ -279,6 +274,8 @@ class _Stages:
         self._units: _Channel[Unit] = _Channel(runtime.prefetch_units, self._halted)
         self._batches: _Channel[_Encoded] = _Channel(runtime.write_queue_batches, self._halted)
         self._records: list[dict[str, Any]] = []
+        self._unit_s = 0.0
+        self._commit_s = COMMIT_SHARE * runtime.grace_s
         self._metrics = prepared.root / "logs" / f"metrics-{dist.rank:05d}.jsonl"
 
     def run(self) -> list[dict[str, Any]]:
@@ -290,14 +287,14 @@ class _Stages:
         for thread in threads:
             thread.start()
         self._guard(self._encode)
-        for thread in threads:
-            thread.join()
+        reader, writer = threads
+        writer.join()
+        # A reader that waits for a store whose agent died must not use up the grace.
+        reader.join(READER_JOIN_S if self._stop.is_set() else None)
         if self._error is not None:
             raise self._error
         if self._stop.is_set():
-            raise InterruptedRunError(
-                "stopped by a signal; committed shards stay. Run the same command again to go on."
-            )
+            raise self._stop.error()
         return self._records
 
     def _guard(self, stage: Callable[[], None]) -> None:
@@ -322,19 +319,28 @@ class _Stages:
 
     def _encode(self) -> None:
         for unit in self._units:
+            if self._stop.is_set():
+                continue  # it was only read ahead
+            began = time.monotonic()
             for name, rows, values in self._encoded_batches(unit):
                 if not self._batches.put(_Encoded(unit, name, rows, values)):
                     return
-                if self._stop.is_set():
+                if self._stop.is_set() and not self._fits_grace(began):
                     self._halted.set()
                     return
                 if unit.swept and self._done(unit.number):
                     break
             else:
                 self._batches.put(_Encoded(unit))
+                self._unit_s = max(self._unit_s, time.monotonic() - began)
                 continue
             self._batches.put(_Encoded(unit, abandoned=True))
         self._batches.put(None)
+
+    def _fits_grace(self, began: float) -> bool:
+        """Whether a unit begun then can be committed before this process is ended."""
+        left = max(0.0, began + self._unit_s - time.monotonic())
+        return left + self._commit_s < self._stop.seconds_left()
 
     def _encoded_batches(self, unit: Unit) -> Iterator[tuple[str, np.ndarray, torch.Tensor]]:
         for encoder in self._encoders:
@@ -358,7 +364,10 @@ class _Stages:
                 if current is None or current.abandoned:
                     continue  # stopped, or a peer has committed this unit
                 self._count_failures(message.unit)
+                commit_began = time.monotonic()
                 record = writer.commit()
+                if not message.unit.is_null:
+                    self._commit_s = 1.5 * (time.monotonic() - commit_began)
             self._records.append(record)
             self._log_metrics(message.unit, record, time.monotonic() - started)
 

@@ -1,10 +1,10 @@
 """How far the whole job is, shown by rank 0.
 
-Guarantees: the bar counts committed samples of *all* ranks, read from the records, so a restart
-shows what is really done. Off a terminal it is one line a minute. A failure to look never stops the
-job.
+Guarantees: the bar counts committed samples of *all* ranks, so a restart shows what is really done.
+Off a terminal it is one line a minute. A failure to look never stops the job.
 Costs: a thread on rank 0 that lists the shard folders every few seconds and reads each new record
-once; nothing on other ranks.
+once; what was committed before the start is counted by the plan, without reading; nothing on other
+ranks.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Progress:
         """Begin to count; what is committed by now is the starting point of every rate."""
         if not self._active:
             return
-        self._look()
+        self._count_committed()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
         self._thread.start()
 
@@ -93,6 +93,16 @@ class Progress:
             f"{self._samples:,} of {self._plan.num_samples:,} captions committed by all ranks, "
             f"{rate:,.1f} captions/s, {token_rate:,.0f} tokens/s, {eta}"
         )
+
+    def _count_committed(self) -> None:
+        """What is there at the start: samples by the plan, in proportion where rows hold lists."""
+        plan = self._plan
+        try:
+            self._seen = {unit for unit in committed_units(self._root) if unit < plan.num_units}
+        except EmbedPrecomputeError as error:
+            log.debug("progress not read: %s", error)
+        rows = sum(plan.unit_rows(unit)[1] for unit in self._seen)
+        self._samples = rows * plan.num_samples // max(1, plan.num_rows)
 
     def _look(self) -> None:
         try:

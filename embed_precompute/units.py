@@ -29,10 +29,10 @@ from embed_precompute.store.commit import (
     Outcome,
     StoredFile,
     digest_file,
-    move_aside,
     publish_bytes,
     seal,
 )
+from embed_precompute.store.leftovers import move_aside
 from embed_precompute.store.manifest import (
     StoredSample,
     null_paths,

@@ -28,7 +28,7 @@ from embed_precompute.errors import (
     StorageError,
     VerificationError,
 )
-from embed_precompute.store import commit
+from embed_precompute.store import leftovers as leftover_files
 from embed_precompute.store.commit import (
     Outcome,
     StagedFile,
@@ -169,7 +169,7 @@ def test_staged_file_removed_by_finaliser(tmp_path: Path) -> None:
         other.write(b"two")
         third.write(b"one")
         publish_bytes(target, b"one")
-        commit.remove_leftovers(tmp_path)
+        leftover_files.remove_leftovers(tmp_path)
         assert staged.publish() is Outcome.SAME
         assert other.publish() is Outcome.DIFFERENT
         assert not third.replace()

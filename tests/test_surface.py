@@ -28,7 +28,7 @@ SECTIONS = {
     "added_tokens dtype batch_tokens batch_size buckets implementation",
     config.OutputConfig: "path samples_per_shard dtype codec",
     config.RuntimeConfig: "device max_failed_samples on_environment_change plan_timeout_s "
-    "prefetch_units write_queue_batches progress_interval_s",
+    "prefetch_units write_queue_batches progress_interval_s grace_s",
     config.Config: "captions encoders output runtime",
 }
 EXIT_CODES = {

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 TEMP_PREFIX = ".tmp-"
-QUARANTINE = "_quarantine"
 PIECE_BYTES = 8 << 20
 MAX_JSON_BYTES = 64 << 20
 
@@ -111,6 +111,32 @@ def read_sealed(path: Path, kind: str | None = None) -> dict[str, Any]:
     return obj
 
 
+_staged: set[Path] = set()
+"""Temporary files of this process: they go when it ends in a hurry."""
+
+
+def staged_files() -> frozenset[Path]:
+    """The temporary files this process has now."""
+    return frozenset(_staged.copy())
+
+
+def drop_staged_files() -> None:
+    """Removes this process's temporary files; only for a process that ends right after."""
+    for path in staged_files():
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+@functools.cache
+def this_host() -> str:
+    """The machine, and the pid namespace on it, within which a pid names one process."""
+    host = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:64]
+    try:
+        return f"{host}.{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return host
+
+
 def digest_file(path: Path) -> StoredFile:
     """Size and sha256 of a file, in one sequential pass; FileNotFoundError when it is missing."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -139,12 +165,13 @@ def make_folder(folder: Path) -> None:
     for new in reversed(missing):
         try:
             new.mkdir(exist_ok=True)
-            _sync_folder(new.parent)
+            sync_folder(new.parent)
         except OSError as error:
-            raise _storage_error(new, "making this folder", error) from error
+            raise storage_error(new, "making this folder", error) from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """fsync of a folder: the names in it are durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -155,7 +182,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _storage_error(path: Path, action: str, error: OSError, needed: int = 0) -> StorageError:
+def storage_error(path: Path, action: str, error: OSError, needed: int = 0) -> StorageError:
     """StorageError with what is needed and what is there."""
     code = errno.errorcode.get(error.errno or 0, "unknown error")
     room = ""
@@ -174,9 +201,10 @@ def _storage_error(path: Path, action: str, error: OSError, needed: int = 0) -> 
 class StagedFile:
     """A file without a final name; `publish` or `replace` gives it one, anything else drops it.
 
-    The temporary file is `.tmp-<name>-<host>-<pid>-<random>` in the target's folder. Its mode is
-    0666 less the umask (and default ACLs), applied by the kernel when it is created, so no thread's
-    umask is touched. Not for use by several threads at once.
+    The temporary file is `.tmp-<name>-<host>-<pid>-<random>` in the target's folder; the host has
+    the number of its pid namespace, so that `leftovers` can tell whether the writer still lives.
+    Its mode is 0666 less the umask (and default ACLs), applied by the kernel when it is created, so
+    no thread's umask is touched. Not for use by several threads at once.
     """
 
     def __init__(self, target: Path, expected_bytes: int = 0) -> None:
@@ -186,13 +214,14 @@ class StagedFile:
         self._digest: StoredFile | None = None
         self._identity: tuple[int, int] | None = None
         make_folder(target.parent)
-        host = re.sub(r"[^A-Za-z0-9.-]", "_", socket.gethostname())[:64]
-        tag = f"{host}-{os.getpid()}-{secrets.token_hex(6)}"
+        tag = f"{this_host()}-{os.getpid()}-{secrets.token_hex(6)}"
         self._temp = target.parent / f"{TEMP_PREFIX}{target.name}-{tag}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        _staged.add(self._temp)
         try:
             self._fd = os.open(self._temp, flags, 0o666)
         except OSError as error:
+            _staged.discard(self._temp)
             raise self._error("creating its temporary file", error) from error
 
     def __enter__(self) -> StagedFile:
@@ -310,6 +339,7 @@ class StagedFile:
             self._close()
         with contextlib.suppress(OSError):
             os.unlink(self._temp)
+        _staged.discard(self._temp)
 
     def _finish(self) -> None:
         """Digest, fsync, close: some file systems report a full disk only at close."""
@@ -379,12 +409,12 @@ class StagedFile:
 
     def _sync_parent(self) -> None:
         try:
-            _sync_folder(self.target.parent)
+            sync_folder(self.target.parent)
         except OSError as error:
             raise self._error("fsync of its folder", error) from error
 
     def _error(self, action: str, error: OSError, needed: int = 0) -> StorageError:
-        return _storage_error(self.target, action, error, max(needed, self._expected_bytes))
+        return storage_error(self.target, action, error, max(needed, self._expected_bytes))
 
 
 def publish_bytes(target: Path, payload: bytes) -> Outcome:
@@ -399,39 +429,3 @@ def replace_bytes(target: Path, payload: bytes) -> bool:
     with StagedFile(target, len(payload)) as staged:
         staged.write(payload)
         return staged.replace()
-
-
-def move_aside(root: Path, path: Path) -> None:
-    """Takes a damaged file out of the dataset, into `_quarantine/` of `root`."""
-    folder = root / QUARANTINE
-    make_folder(folder)
-    try:
-        os.replace(path, folder / f"{path.name}-{secrets.token_hex(6)}")
-        _sync_folder(folder)
-        _sync_folder(path.parent)
-    except FileNotFoundError:
-        return  # a peer did it
-    except OSError as error:
-        raise _storage_error(path, "moving it to quarantine", error) from error
-
-
-def remove_file(path: Path) -> None:
-    """Removes a derived file durably; it may be gone already."""
-    try:
-        path.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _storage_error(path, "removing it", error) from error
-
-
-def remove_leftovers(*folders: Path) -> None:
-    """Removes the temporary files of processes that died, from a dataset that is complete.
-
-    A process that lives may lose one too, of a file that another has published: it finds that
-    file when it comes to publish its own.
-    """
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            for path in folder.glob(f"{TEMP_PREFIX}*"):
-                with contextlib.suppress(OSError):
-                    path.unlink()

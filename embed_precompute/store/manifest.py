@@ -28,13 +28,12 @@ from embed_precompute.store.commit import (
     StagedFile,
     StoredFile,
     digest_file,
-    remove_file,
-    remove_leftovers,
     replace_bytes,
     seal,
 )
 from embed_precompute.store.committed import CommittedUnit, check_null
 from embed_precompute.store.index import IndexWriter
+from embed_precompute.store.leftovers import remove_file, remove_leftovers
 from embed_precompute.store.records import (
     UnitPaths,
     committed_units,

@@ -24,6 +24,7 @@ UNITS_PER_FOLDER = 1000
 CODECS = ("raw",)
 _DTYPES = ("bfloat16", "float16", "float32")
 _HEX = re.compile(r"[0-9a-f]{64}")
+_FOLDER_NAME = re.compile(r"[0-9]{3,15}")
 _RECORD_NAME = re.compile(r"shard-([0-9]{6,18})\.json")
 
 
@@ -49,11 +50,19 @@ class UnitPaths:
 
 
 def unit_paths(root: Path, unit: int) -> UnitPaths:
-    folder = root / "shards" / f"{unit // UNITS_PER_FOLDER:03d}"
-    stem = f"shard-{unit:06d}"
+    folder = root / "shards" / _folder_name(unit)
+    stem = _stem(unit)
     return UnitPaths(
         folder / f"{stem}.safetensors", folder / f"{stem}.rows.parquet", folder / f"{stem}.json"
     )
+
+
+def _folder_name(unit: int) -> str:
+    return f"{unit // UNITS_PER_FOLDER:03d}"
+
+
+def _stem(unit: int) -> str:
+    return f"shard-{unit:06d}"
 
 
 def null_paths(root: Path) -> UnitPaths:
@@ -63,24 +72,26 @@ def null_paths(root: Path) -> UnitPaths:
 
 def committed_units(root: Path) -> set[int]:
     """The units that have a record, by listing `shards/*`."""
-    units = set()
+    units: set[int] = set()
+    shards = str(root / "shards")
     try:
-        for folder in _entries(root / "shards"):
-            for entry in _entries(Path(folder.path)) if folder.is_dir() else ():
-                match = _RECORD_NAME.fullmatch(entry.name)
+        for folder in _names(shards):
+            if _FOLDER_NAME.fullmatch(folder) is None:
+                continue
+            for name in _names(os.path.join(shards, folder)):
+                match = _RECORD_NAME.fullmatch(name) if name.endswith(".json") else None
                 unit = int(match[1]) if match else -1
-                if match and unit_paths(root, unit).record == Path(entry.path):
+                if match and folder == _folder_name(unit) and name == f"{_stem(unit)}.json":
                     units.add(unit)
     except OSError as error:
         raise StorageError(f"{root / 'shards'}: listing failed: {error}.") from error
     return units
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _names(folder: str) -> list[str]:
     try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except FileNotFoundError:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

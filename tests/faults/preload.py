@@ -1,0 +1,29 @@
+"""What a forked process finds imported; one thread per process, as many share few cores."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import threading
+
+import faults.table
+import handmade
+import tqdm
+import torch.distributed
+import transformers.models.clip.modeling_clip
+import transformers.models.t5.modeling_t5
+
+import embed_precompute.cli
+import embed_precompute.datasets
+import embed_precompute.estimate
+import embed_precompute.info
+import embed_precompute.pipeline
+import embed_precompute.verify
+
+# tqdm's default lock is a semaphore, which a killed process would leave behind.
+tqdm.tqdm.set_lock(threading.RLock())
+
+__all__ = ["embed_precompute", "faults", "handmade", "torch", "transformers"]

@@ -1,0 +1,249 @@
+"""Processes to hurt: a rank alone, or a gang of ranks under an agent as torchrun starts them.
+
+A start of Python with torch and transformers takes seconds, so all are forked from a server that
+has imported both (the standard library's forkserver). The agent imitates torchrun: it has a
+TCPStore that outlives restarts, sets the same variables, stops the gang when one rank fails, and
+starts it again up to `max_restarts` times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from faults.hooks import Hook, install
+from jobs import clean_environment
+
+# The server knows only what the environment tells it about where to find modules.
+_PATHS = [Path(__file__).parents[k] / name for k, name in ((2, "."), (2, "scripts"), (1, "."))]
+_FOUND = os.pathsep.join([*map(str, _PATHS), os.environ.get("PYTHONPATH", "")])
+os.environ["PYTHONPATH"] = _FOUND
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["faults.preload"])
+DRAIN_S = 30.0
+"""What torchrun leaves its workers between SIGTERM and SIGKILL."""
+Hooks = Sequence[Hook]
+
+
+def start(*words: str, log: Path, hooks: Hooks = ()) -> ForkServerProcess:
+    """`embed-precompute WORDS` in a process of its own; what it says is in `log`."""
+    return launch(_program, list(words), str(log), clean_environment(), list(hooks))
+
+
+def launch(function: Callable[..., None], *args: Any) -> ForkServerProcess:
+    """`function(*args)` in a process of its own."""
+    process = _CONTEXT.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def finish(process: ForkServerProcess, timeout: float = 120.0) -> int:
+    """The exit code; -9 when it had to be killed after `timeout`, too."""
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    code = process.exitcode
+    process.close()
+    assert code is not None
+    return code
+
+
+def execute(*words: str, log: Path, hooks: Hooks = (), timeout: float = 120.0) -> tuple[int, str]:
+    """Run to the end: (exit code, what it said)."""
+    log.unlink(missing_ok=True)
+    code = finish(start(*words, log=log, hooks=hooks), timeout)
+    return code, log.read_text(errors="replace") if log.exists() else ""
+
+
+def _program(words: list[str], log: str, env: dict[str, str], hooks: list[Hook]) -> None:
+    """The body of a rank; never returns."""
+    from embed_precompute.cli import main
+
+    os.environ.clear()
+    os.environ.update(env)
+    sink = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    source = os.open(os.devnull, os.O_RDONLY)
+    for fd, stream in ((source, 0), (sink, 1), (sink, 2)):
+        os.dup2(fd, stream)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w", 1) for fd in (1, 2))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+    code = 1
+    try:
+        install(hooks)
+        code = main(words)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+@dataclass
+class Gang:
+    """Ranks under an agent."""
+
+    agent: ForkServerProcess
+    board: Path
+    """The agent writes the pids of its ranks here."""
+    seen: set[int] = field(default_factory=set)
+
+    def ranks(self) -> list[int]:
+        """Pids of the ranks that are now alive, by rank."""
+        try:
+            pids = [int(word) for word in self.board.read_text().split()]
+        except FileNotFoundError:
+            return []
+        self.seen.update(pids)
+        return [pid for pid in pids if alive(pid)]
+
+    def all_ranks(self) -> list[int]:
+        """Every rank there ever was that is alive."""
+        self.ranks()
+        return [pid for pid in self.seen if alive(pid)]
+
+    def kill(self) -> None:
+        """SIGKILL for the agent and every rank."""
+        with contextlib.suppress(ProcessLookupError):
+            self.agent.kill()
+        self.agent.join()
+        for pid in self.all_ranks():
+            signal_to(pid, signal.SIGKILL)
+
+    def finish(self, timeout: float = 180.0) -> int:
+        code = finish(self.agent, timeout)
+        for pid in self.all_ranks():
+            signal_to(pid, signal.SIGKILL)
+        return code
+
+
+def start_gang(
+    *words: str,
+    log: Path,
+    world: int,
+    max_restarts: int = 0,
+    hooks: Hooks = (),
+    hooks_of: Mapping[int, Hooks] | None = None,
+) -> Gang:
+    """`world` ranks; `hooks` for each of them, `hooks_of` for some."""
+    board = log.with_suffix(f".{time.monotonic_ns()}.pids")
+    by_rank = [[*hooks, *(hooks_of or {}).get(rank, ())] for rank in range(world)]
+    agent = launch(_agent, list(words), str(log), by_rank, max_restarts, str(board))
+    return Gang(agent, board)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (OSError, IndexError):
+        return False
+
+
+def signal_to(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _agent(
+    words: list[str], log: str, hooks: list[list[Hook]], max_restarts: int, board: str
+) -> None:
+    port, server = _serve()
+    world = len(hooks)
+    code = 1
+    for restart in range(max_restarts + 1):
+        pids = []
+        for rank in range(world):
+            env = clean_environment(_variables(rank, world, restart, max_restarts, port))
+            pids.append(_fork(_program, words, log, env, hooks[rank]))
+        Path(f"{board}.new").write_text(" ".join(map(str, pids)))
+        os.replace(f"{board}.new", board)
+        if _all_succeed(set(pids)):
+            code = 0
+            break
+    signal_to(server, signal.SIGKILL)
+    os._exit(code)
+
+
+def _variables(rank: int, world: int, restart: int, max_restarts: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": f"gang-{port}",
+        "TORCHELASTIC_RESTART_COUNT": str(restart),
+        "TORCHELASTIC_MAX_RESTARTS": str(max_restarts),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def _fork(function: Callable[..., None], *args: Any) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function(*args)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def _all_succeed(pids: set[int]) -> bool:
+    """Wait for the gang; on the first failure stop the others, as torchrun does."""
+    while pids:
+        pid, status = os.waitpid(-1, 0)
+        if pid not in pids:
+            continue
+        pids.discard(pid)
+        if os.waitstatus_to_exitcode(status) == 0:
+            continue
+        for other in pids:
+            signal_to(other, signal.SIGTERM)
+        deadline = time.monotonic() + DRAIN_S
+        while pids and time.monotonic() < deadline:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+            pids.discard(pid)
+            time.sleep(0.01)
+        for other in pids:
+            signal_to(other, signal.SIGKILL)
+            os.waitpid(other, 0)
+        return False
+    return True
+
+
+def _serve() -> tuple[int, int]:
+    """A TCPStore in a process that dies with the agent: (port, pid)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    agent = os.getpid()
+
+    def serve() -> None:
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        while os.getppid() == agent:
+            time.sleep(0.2)
+        del store
+
+    pid = _fork(serve)
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return port, pid
+        time.sleep(0.01)

@@ -1,0 +1,27 @@
+"""The short form of the fault suite; the long form is `python -m tests.faults --long`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faults.lab import Finding, Lab
+from faults.table import CHECKS
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("faults"), seed=0, long=False)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_fault(check: Callable[[Lab], list[Finding]], lab: Lab) -> None:
+    findings = check(lab)
+    for finding in findings:
+        print(f"{finding.fault} {finding.injection}: {finding.measured}")
+    broken = [f"{f.fault} {f.injection}: {f.measured}" for f in findings if f.holds is False]
+    assert not broken, "\n".join(broken)
+    missing = [f.measured for f in findings if f.holds is None]
+    if missing and len(missing) == len(findings):
+        pytest.skip("; ".join(missing))
