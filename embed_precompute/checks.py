@@ -128,7 +128,10 @@ class SampleTable:
         self.path = path
         self._schema = rows_schema(encoders, text=False)
         self._file = pq.ParquetFile(
-            path, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 20
+            path.absolute(),  # pyarrow reads a relative name such as exp:3 as a URI
+            page_checksum_verification=True,
+            pre_buffer=False,
+            buffer_size=1 << 20,
         )
         if not self._file.schema_arrow.equals(self._schema):
             raise VerificationError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import socket
 import sys
 import traceback
@@ -27,6 +28,7 @@ from embed_precompute.errors import (
     EXIT_FAILED_SAMPLES,
     EXIT_INCOMPLETE,
     EXIT_INTERRUPTED,
+    EXIT_IO,
     EXIT_VERIFICATION,
     EmbedPrecomputeError,
 )
@@ -62,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `embed-precompute info DIR | head`
         sys.stderr.close()
         return EXIT_COMPLETE
+    except OSError as error:
+        print(
+            f"embed-precompute: error: {error}. Mend that (space, quota, permission) and run the "
+            "same command again.",
+            file=sys.stderr,
+        )
+        return EXIT_IO
     except Exception:
         traceback.print_exc()
         print(
@@ -135,7 +144,9 @@ def _config_command(
         usage=f"embed-precompute {name} CONFIG [--section.key VALUE ...] [options]",
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument("--print_config", action="store_true", help="print the config and exit")
+    parser.add_argument(
+        "--print_config", "--print-config", action="store_true", help="print the config and exit"
+    )
     parser.set_defaults(command=command, shows_keys=True)
     return parser
 
@@ -166,11 +177,20 @@ def _positive(text: str) -> int:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file whose folder is made with its first line: a refused run leaves nothing."""
+    """A log file whose folder is made with its first line: a refused run leaves nothing.
 
-    def _open(self) -> Any:
-        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
-        return super()._open()
+    A log that cannot be written never stops a job: it is given up.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            super().emit(record)
+        except OSError:
+            logging.getLogger("embed_precompute").removeHandler(self)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
+        logging.getLogger("embed_precompute").removeHandler(self)
 
 
 def _set_up_logging(dist: DistContext, root: Path) -> None:
@@ -196,7 +216,7 @@ def _run(config: Config, arguments: Any) -> int:
     dist = DistContext.detect()
     with stop_on_signals(config.runtime.grace_s):  # this import takes seconds
         from embed_precompute.pipeline import run
-    _set_up_logging(dist, Path(config.output.path))
+    _set_up_logging(dist, Path(os.path.expanduser(config.output.path)))
     result = run(config, arguments.limit, dist)
     if result.manifest is None:
         return EXIT_COMPLETE  # a peer finalises, and says so

@@ -29,6 +29,8 @@ DType = Literal["bfloat16", "float16", "float32"]
 Normalization = Literal["ftfy", "nfc", "whitespace"]
 Implementation = Literal["auto", "hf"]
 AttentionMask = Literal["none", "padding"]
+MOST_TOKENS = 1 << 26
+"""No forward is larger: 67 million tokens or captions; ids alone would be half a gigabyte."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -157,7 +159,10 @@ class EncoderConfig:
         for name in ("max_length", "seq_align", "batch_tokens", "batch_size"):
             value = getattr(self, name)
             if value is not None:
-                _require(value >= 1, f"encoder {name} is {value}: expected 1 or more.")
+                _require(
+                    1 <= value <= MOST_TOKENS,
+                    f"encoder {name} is {value}: expected 1 or more, at most {MOST_TOKENS}.",
+                )
         if isinstance(self.added_tokens, int):
             _require(
                 self.added_tokens >= 0, f"encoder added_tokens is {self.added_tokens}: below 0."
@@ -221,11 +226,18 @@ class OutputConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "output.path is empty: expected a folder.")
+        _require(
+            "://" not in self.path,
+            f"output.path is {self.path!r}: expected a folder that every rank mounts, not a URI.",
+        )
         if isinstance(self.samples_per_shard, int):
             _require(
                 self.samples_per_shard >= 1,
                 f"output.samples_per_shard is {self.samples_per_shard}: expected 1 or more.",
             )
+
+
+MOST_SECONDS = 10**9
 
 
 @dataclass(frozen=True)
@@ -252,7 +264,10 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         for name in ("max_failed_samples", "plan_timeout_s", "progress_interval_s", "grace_s"):
             value = getattr(self, name)
-            _require(value >= 0, f"runtime.{name} is {value}: below 0.")
+            _require(
+                0 <= value <= MOST_SECONDS,
+                f"runtime.{name} is {value}: expected 0 to {MOST_SECONDS}.",
+            )
         for name in ("prefetch_units", "write_queue_batches"):
             value = getattr(self, name)
             _require(value >= 1, f"runtime.{name} is {value}: expected 1 or more.")

@@ -193,6 +193,11 @@ def _check_keys(loaded: Any, owner: Any, path: str, prefix: str) -> None:
     """Reject keys of `loaded` that `owner` does not have, naming the nearest one it has."""
     if typing.get_origin(owner) is dict and isinstance(loaded, dict):
         for key, inner in loaded.items():
+            if not isinstance(key, str) or not isinstance(inner, dict):
+                raise InputError(
+                    f"{path}: {prefix}{key} is {inner!r}: expected a name such as t5, with the "
+                    "encoder's keys (kind, pretrained, ...) under it."
+                )
             _check_keys(inner, EncoderConfig, path, f"{prefix}{key}.")
     elif dataclasses.is_dataclass(owner) and isinstance(loaded, dict):
         known = _fields(owner)

@@ -70,7 +70,9 @@ class DistContext:
         count = _number(env, "SLURM_ARRAY_TASK_COUNT", 1)
         first = _number(env, "SLURM_ARRAY_TASK_MIN", 0)
         step = max(1, _number(env, "SLURM_ARRAY_TASK_STEP", 1))
-        element = (_number(env, "SLURM_ARRAY_TASK_ID", first) - first) // step
+        # A list with gaps (--array=1,5,9) wraps around: two elements then start at the same unit,
+        # which costs order and nothing else.
+        element = (_number(env, "SLURM_ARRAY_TASK_ID", first) - first) // step % count
         return cls(
             rank=element * tasks + _number(env, "SLURM_PROCID", 0),
             world_size=count * tasks,

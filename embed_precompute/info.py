@@ -93,7 +93,7 @@ class DatasetStatus:
         if self.failed_samples:
             lines.append(
                 f"  {self.failed_samples:,} samples failed: the status column of manifest.parquet "
-                "names them"
+                "names them (before that is there, each unit's rows part)"
             )
         if left or not self.null_done:
             lines.append("  not finalised: run the same command again to go on")

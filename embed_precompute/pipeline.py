@@ -1,9 +1,10 @@
 """The run: read -> tokenise -> encode -> write, overlapped; resumed by running it again.
 
 Guarantees: a unit is committed whole or not at all; an error in any stage stops this rank and is
-raised, never swallowed; a run returns only when every unit of the plan has a record and the dataset
-is finalised (by this rank or a peer). There is no collective and no rank waits for another.
-Costs: one reader thread, one writer thread; memory holds the token ids of `prefetch_units` + 1
+raised, never swallowed; a run returns only when every unit of the plan has a record, and the
+dataset is finalised or a peer has begun to finalise it. There is no collective and no rank waits
+for another.
+Costs: one reader thread, one writer thread; memory holds the token ids of `prefetch_units` + 3
 units and `write_queue_batches` encoded batches.
 """
 
@@ -32,6 +33,7 @@ from embed_precompute.encoders import TextEncoder
 from embed_precompute.errors import (
     ConflictError,
     IncompleteError,
+    StorageError,
 )
 from embed_precompute.plan import Plan, differing_fields
 from embed_precompute.preemption import StopRequest, stop_on_signals
@@ -89,13 +91,13 @@ def run(config: Config, limit: int | None = None, dist: DistContext | None = Non
 
 
 def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest) -> RunResult:
-    prepared = publish(prepare(config, limit, dist))
-    root, plan = prepared.root, prepared.plan
     device = resolve_device(config.runtime.device, dist)
     here = environment(device)
-    done = Committed(root)
-    _check_environment(config, root, done, here)
-    if dist.is_main:
+    prepared = publish(prepare(config, limit, dist))
+    root, plan = prepared.root, prepared.plan
+    done = Committed(root, plan)
+    check_record(prepared, done.any_unit(), here)
+    if dist.is_main and not done.everything():
         _write_provenance(prepared, here, dist)
     if dist.local_rank == 0 and (leftovers := remove_dead(root)):
         log.info("%d temporary files of writers that died here are removed", leftovers)
@@ -106,7 +108,7 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
     started = time.monotonic()
     with Progress(root, plan, dist, config.runtime) as progress:
         log.info("plan %s: %d of %d units are done", plan.plan_id[:16], done.units, plan.num_units)
-        if not done.everything(plan):
+        if not done.everything():
             text_encoders = _build_encoders(prepared, device)
             progress.start()
             stages = _Stages(prepared, text_encoders, claims, done, here, stop, dist)
@@ -123,14 +125,15 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
 class Committed:
     """Which units have a record: a listing at the start, then one `stat` per question."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, plan: Plan) -> None:
         self._root = root
+        self._all = {NULL_UNIT, *range(plan.num_units)}
         self._units: set[int] = set()
         self.refresh()
 
     def refresh(self) -> None:
         """List again: cheaper than asking for many units one by one."""
-        self._units = committed_units(self._root)
+        self._units = committed_units(self._root) & self._all
         if null_paths(self._root).record.exists():
             self._units.add(NULL_UNIT)
 
@@ -141,8 +144,8 @@ class Committed:
     def any_unit(self) -> int | None:
         return min(self._units, default=None)
 
-    def everything(self, plan: Plan) -> bool:
-        return len(self._units) > plan.num_units  # the null embedding is one more
+    def everything(self) -> bool:
+        return self._units == self._all
 
     def __call__(self, unit: int) -> bool:
         if unit in self._units:
@@ -170,7 +173,6 @@ def _build_encoders(prepared: Prepared, device: str) -> list[TextEncoder]:
 
 def _write_provenance(prepared: Prepared, here: dict[str, str], dist: DistContext) -> None:
     """config.yaml and run.json: for people, outside every digest."""
-    replace_bytes(prepared.root / "config.yaml", to_yaml(prepared.config).encode())
     facts = {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -180,17 +182,31 @@ def _write_provenance(prepared: Prepared, here: dict[str, str], dist: DistContex
         "environment": here,
         "checkpoints": {e.name: str(e.folder) for e in prepared.encoders},
     }
-    payload = json.dumps(facts, indent=2, ensure_ascii=False).encode() + b"\n"
-    replace_bytes(prepared.root / "run.json", payload)
+    payload = json.dumps(facts, indent=2).encode() + b"\n"
+    try:
+        yaml = to_yaml(prepared.config).encode(errors="backslashreplace")
+        replace_bytes(prepared.root / "config.yaml", yaml)
+        replace_bytes(prepared.root / "run.json", payload)
+    except StorageError as error:  # for people only: no reason to stop
+        log.warning("provenance is not written: %s", error)
 
 
-def _check_environment(config: Config, root: Path, done: Committed, here: dict[str, str]) -> None:
-    """Compare this environment with that of a committed unit: warn, or refuse if configured."""
-    unit = done.any_unit()
+def check_record(prepared: Prepared, unit: int | None, here: dict[str, str]) -> None:
+    """Compare plan and environment with those of a committed unit, if there is one.
+
+    Another plan is refused; another environment is warned of, or refused if so configured.
+    """
     if unit is None:
         return
-    earlier = read_record(root, None if unit == NULL_UNIT else unit)["environment"]
-    differing = differing_fields(earlier, here)
+    root, config, plan = prepared.root, prepared.config, prepared.plan
+    earlier = read_record(root, None if unit == NULL_UNIT else unit)
+    if earlier["plan"] != plan.plan_id:
+        raise ConflictError(
+            f"{root} holds units of another plan ({earlier['plan'][:16]}; plan.json has "
+            f"{plan.plan_id[:16]}): plan.json was removed or replaced. Put it back, or write to a "
+            "new output.path."
+        )
+    differing = differing_fields(earlier["environment"], here)
     if not differing:
         return
     message = (
@@ -268,7 +284,8 @@ class _Stages:
         self._done, self._here, self._stop = done, here, stop
         runtime = prepared.config.runtime
         self._max_failed = runtime.max_failed_samples
-        self._num_failed = 0
+        self._failed_of: dict[int, int] = {}
+        self._record_checked = False
         self._halted = threading.Event()
         self._error: BaseException | None = None
         self._units: _Channel[Unit] = _Channel(runtime.prefetch_units, self._halted)
@@ -363,7 +380,8 @@ class _Stages:
                     current = next(messages, None)
                 if current is None or current.abandoned:
                     continue  # stopped, or a peer has committed this unit
-                self._count_failures(message.unit)
+                self._check_failures(message.unit)
+                self._check_first_record()
                 commit_began = time.monotonic()
                 record = writer.commit()
                 if not message.unit.is_null:
@@ -371,21 +389,35 @@ class _Stages:
             self._records.append(record)
             self._log_metrics(message.unit, record, time.monotonic() - started)
 
-    def _count_failures(self, unit: Unit) -> None:
+    def _check_first_record(self) -> None:
+        """Ranks that start together see no record at first: compare with a peer's before we add."""
+        if not self._record_checked and self._done(NULL_UNIT):
+            check_record(self._prepared, NULL_UNIT, self._here)
+            self._record_checked = True
+
+    def _check_failures(self, unit: Unit) -> None:
+        """Stop when more samples have failed than allowed, in all units of all ranks and runs.
+
+        The records are read only when a unit has failures, each of them once.
+        """
         failed = sum(row in unit.failures for row in unit.stored_row)
-        self._num_failed += failed
-        if self._num_failed > self._max_failed:
+        if not failed:
+            return
+        for number in committed_units(self._prepared.root) - self._failed_of.keys():
+            status = read_record(self._prepared.root, number)["status"]
+            self._failed_of[number] = sum(status[failure.label] for failure in FAILURES)
+        total = failed + sum(self._failed_of.values())
+        if total > self._max_failed:
             row, reason = next(iter(unit.failures.items()))
             sample = unit.samples[unit.stored_row.index(row)]
             raise IncompleteError(
-                f"{self._num_failed} samples failed, more than runtime.max_failed_samples "
+                f"{total} samples failed, more than runtime.max_failed_samples "
                 f"({self._max_failed}); the last unit was dropped. First of it: sample "
                 f"{sample.sample_id!r}, row {sample.row}: {reason}. Mend the cause, or raise the "
                 "limit, and run again."
             )
 
     def _log_metrics(self, unit: Unit, record: dict[str, Any], seconds: float) -> None:
-        self._metrics.parent.mkdir(parents=True, exist_ok=True)
         line = {
             "time": round(time.time(), 3),
             "unit": unit.number,
@@ -395,5 +427,9 @@ class _Stages:
             "shard_bytes": record["files"]["shard"]["bytes"],
             "seconds": round(seconds, 4),
         }
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            self._metrics.parent.mkdir(parents=True, exist_ok=True)
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # figures for people: no reason to stop
+            log.warning("metrics are not written: %s", error)

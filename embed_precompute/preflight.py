@@ -10,6 +10,7 @@ column once (8 bytes a row) and tokenises the first 10,000 rows. No model and no
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import time
 from dataclasses import dataclass
@@ -57,13 +58,13 @@ def prepare(config: Config, limit: int | None = None, dist: DistContext | None =
     waits `runtime.plan_timeout_s` for it and then makes the same one.
     """
     dist = dist or DistContext()
-    root = Path(config.output.path)
+    root = output_folder(config)
     table = CaptionTable.open(config.captions, _added_token_columns(config))
     stored = _stored_plan(root)
     if stored is None and not dist.is_main:
         stored = _wait_for_plan(root, config.runtime.plan_timeout_s)
     if stored is not None:
-        resolved = _resolve_encoders(config, _stored_padded_lengths(stored))
+        resolved = _resolve_encoders(config, _stored_padded_lengths(config, stored))
         plan = stored
         _check_stored(config, table, resolved, stored, limit)
     else:
@@ -73,9 +74,18 @@ def prepare(config: Config, limit: int | None = None, dist: DistContext | None =
     return Prepared(config, root, table, resolved, plan)
 
 
+def output_folder(config: Config) -> Path:
+    """The dataset's folder; InputError when something else has its name."""
+    root = Path(os.path.expanduser(config.output.path))
+    if os.path.lexists(root) and not root.is_dir():
+        raise InputError(f"output.path {root} is not a folder: choose another, or move it away.")
+    return root
+
+
 def publish(prepared: Prepared) -> Prepared:
     """Write plan.json unless it is there; the stored plan, whoever wrote it, is in force."""
-    publish_bytes(prepared.root / PLAN_FILE, seal(prepared.plan.to_json()))
+    if _stored_plan(prepared.root) is None:
+        publish_bytes(prepared.root / PLAN_FILE, seal(prepared.plan.to_json()))
     stored = _stored_plan(prepared.root)
     assert stored is not None
     plan = prepared.plan
@@ -101,19 +111,20 @@ def environment(device: str) -> dict[str, str]:
 
 
 def resolve_device(device: str, dist: DistContext) -> str:
-    """`auto` is this rank's GPU among the visible ones, or the CPU."""
+    """`auto` is this rank's GPU among the visible ones, or the CPU; `cuda` insists on a GPU."""
     import torch
 
-    if device != "auto":
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise InputError(
-                f"runtime.device is {device} but torch {torch.__version__} sees no GPU: install a "
-                "CUDA build of torch, check CUDA_VISIBLE_DEVICES, or use runtime.device auto."
-            )
-        return device
-    if not torch.cuda.is_available():
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and count == 0):
         return "cpu"
-    return f"cuda:{dist.local_rank % torch.cuda.device_count()}"
+    if device in ("auto", "cuda") and count:
+        return f"cuda:{dist.local_rank % count}"
+    if int(device.partition(":")[2] or 0) < count:
+        return device
+    raise InputError(
+        f"runtime.device is {device} but torch {torch.__version__} sees {count} GPUs: install a "
+        "CUDA build of torch, check CUDA_VISIBLE_DEVICES, or use runtime.device auto."
+    )
 
 
 def resolved_spec(
@@ -156,8 +167,16 @@ def _wait_for_plan(root: Path, timeout_s: float) -> Plan | None:
     return None
 
 
-def _stored_padded_lengths(plan: Plan) -> dict[str, int | None]:
-    return {name: spec["padded_length"] for name, spec in plan.spec["encoders"].items()}
+def _stored_padded_lengths(config: Config, plan: Plan) -> dict[str, int | None]:
+    """Padded lengths as the plan has them. An encoder that the plan has otherwise, or not at all,
+    gets one that makes its spec differ, so that the conflict is named."""
+    lengths: dict[str, int | None] = {}
+    for name, encoder in config.encoders.items():
+        stored = plan.spec["encoders"].get(name, {}).get("padded_length")
+        padded = encoder.kind == "t5" and encoder.attention_mask == "none"
+        by_column = padded and isinstance(encoder.added_tokens, str)
+        lengths[name] = encoder.padded_length(0) if stored is None and by_column else stored
+    return lengths
 
 
 def _padded_lengths(config: Config, scan: Scan) -> dict[str, int | None]:

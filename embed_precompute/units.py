@@ -22,7 +22,7 @@ from embed_precompute.captions import CaptionReader
 from embed_precompute.config import FORMAT_VERSION
 from embed_precompute.distributed import NULL_UNIT
 from embed_precompute.encoders import ResolvedEncoder
-from embed_precompute.errors import InternalError, StorageError, VerificationError
+from embed_precompute.errors import InputError, InternalError, StorageError, VerificationError
 from embed_precompute.plan import Plan
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.commit import (
@@ -159,7 +159,7 @@ class UnitWriter:
     def commit(self) -> dict[str, Any]:
         """Publish shard, rows part and record; give the record in force (ours or a peer's)."""
         if self._unit.is_null and self._unit.failures:
-            raise InternalError(
+            raise InputError(
                 "the encoding of the empty caption is not finite: "
                 f"{self._unit.failures[0]}. float16 overflows in T5: use dtype bfloat16 or float32."
             )

@@ -72,7 +72,7 @@ class HfEncoder:
         return (
             f"encoders.{name}.{field} is {getattr(config, field)}: a forward of {captions} "
             f"captions x {length} tokens does not fit in the memory of {self._device}. Lower it "
-            "(batch shapes are part of the fingerprint, so this starts a new dataset)."
+            "and give a new output.path (batch shapes are part of the fingerprint)."
         )
 
 

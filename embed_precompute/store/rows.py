@@ -155,7 +155,10 @@ def iter_batches(
     """
     try:
         with pq.ParquetFile(
-            path, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 20
+            path.absolute(),  # pyarrow reads a relative name such as exp:3 as a URI
+            page_checksum_verification=True,
+            pre_buffer=False,
+            buffer_size=1 << 20,
         ) as file:
             schema = rows_schema(encoders)
             if not file.schema_arrow.equals(schema):

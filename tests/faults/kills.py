@@ -9,6 +9,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from jobs import clean_environment, command
+
 from faults.lab import Finding, Job, Lab, first_lines, wait_for
 from faults.processes import (
     Gang,
@@ -19,7 +21,6 @@ from faults.processes import (
     start,
     start_gang,
 )
-from jobs import clean_environment, command
 
 UNIT_S = 0.03
 """What a unit takes more in these runs, so that faults meet work."""

@@ -1,0 +1,211 @@
+"""What `run` does at its edges: odd inputs, odd outputs, failures, stray files, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from jobs import call, write_captions, write_job
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from embed_precompute import EmbeddingDataset
+
+TEXTS = [f"scene {i} of a film" for i in range(30)]
+FAILING = [f"Zq {i}" for i in range(8)]
+FINE = [f"scene {i}" for i in range(32)]
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    return write_captions(tmp_path / "in" / "captions.parquet", TEXTS)
+
+
+@pytest.fixture
+def job(captions: Path, tiny_t5: Path, tmp_path: Path) -> Path:
+    return write_job(tmp_path, captions, tiny_t5, None)
+
+
+def edit(job: Path, section: str, **fields: Any) -> None:
+    loaded = yaml.safe_load(job.read_text())
+    owner = loaded
+    for part in section.split("."):
+        owner = owner[part]
+    owner.update(fields)
+    job.write_text(yaml.safe_dump(loaded))
+
+
+def counts(root: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((root / "manifest.json").read_text())["counts"]
+    return found
+
+
+def test_only_clip(captions: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    assert call("run", str(write_job(tmp_path, captions, None, tiny_clip)))[0] == 0
+    dataset = EmbeddingDataset(tmp_path / "out", verify="rows")
+    assert set(dataset[0]) == {"id", "text_clip"}
+    assert len(dataset) == len(TEXTS)
+
+
+def test_only_bad_captions_make_a_dataset_without_samples(tiny_t5: Path, tmp_path: Path) -> None:
+    captions = write_captions(tmp_path / "in" / "captions.parquet", [None] * 25)
+    assert call("run", str(write_job(tmp_path, captions, tiny_t5, None)))[0] == 0
+    assert len(EmbeddingDataset(tmp_path / "out")) == 0
+    assert counts(tmp_path / "out")["status"]["null_text"] == 25
+    assert call("verify", str(tmp_path / "out"))[0] == 0
+
+
+def test_a_row_with_a_list_is_a_sample_per_caption(tiny_t5: Path, tmp_path: Path) -> None:
+    lists = [["a", "b"], [], None, ["c"], ["d", None, "e", "f"]] * 4
+    table = {"id": list(range(20)), "text": pa.array(lists, pa.list_(pa.string()))}
+    pq.write_table(pa.table(table), tmp_path / "captions.parquet", row_group_size=3)
+    job = write_job(tmp_path, tmp_path / "captions.parquet", tiny_t5, None, samples_per_shard=5)
+    assert call("run", str(job))[0] == 0
+    found = counts(tmp_path / "out")
+    assert (found["rows"], found["samples"]) == (20, 36)
+    expected = {"ok": 24, "null_text": 8, "empty_list": 4}
+    assert {k: v for k, v in found["status"].items() if v} == expected
+    dataset = EmbeddingDataset(tmp_path / "out")
+    assert [s["id"] for s in dataset][:4] == ["0#0", "0#1", "3#0", "4#0"]
+    shutil.rmtree(tmp_path / "out")
+    assert call("run", str(job), "--limit", "6")[0] == 0
+    assert counts(tmp_path / "out")["samples"] == 6
+
+
+@pytest.mark.parametrize("name", ["exp:3", "~job", "~", "name with % and spaces"])
+def test_output_folders_with_odd_names(
+    name: str, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    where = name if name.startswith("~") else f"made/{name}"
+    if name == "~job":
+        where = "./~job"
+    assert call("run", str(job), "--output.path", where)[0] == 0
+    assert call("verify", os.path.expanduser(where))[0] == 0
+
+
+def test_an_output_that_cannot_be_is_refused_before_the_scan(job: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    for where, said in ((str(taken), "not a folder"), ("s3://bucket/out", "not a URI")):
+        code, _, error = call("run", str(job), "--output.path", where)
+        assert (code, said in error) == (2, True), error
+    code, _, error = call("run", str(job), "--runtime.device", "cuda:99")
+    assert code == 2, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_logs_that_cannot_be_written_do_not_stop_the_job(job: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/logs").write_text("in the way")
+    code, _, error = call("run", str(job))
+    assert code == 0, error
+
+
+def test_records_beyond_the_plan_are_not_counted(job: Path, tmp_path: Path) -> None:
+    assert call("run", str(job))[0] == 0
+    folder = tmp_path / "out/shards/000"
+    shutil.copy(folder / "shard-000000.json", folder / "shard-000099.json")
+    for left in folder.glob("shard-000001.*"):
+        left.unlink()
+    code, _, error = call("run", str(job))
+    assert code == 0, error
+    assert (folder / "shard-000001.json").exists()
+
+
+def test_units_of_another_plan_are_refused_at_the_start(job: Path, tmp_path: Path) -> None:
+    assert call("run", str(job))[0] == 0
+    (tmp_path / "out/plan.json").unlink()
+    edit(job, "encoders.t5", max_length=20)
+    code, _, error = call("run", str(job))
+    assert code == 3, error
+    assert "units of another plan" in error
+
+
+@pytest.fixture
+def broken_t5(tiny_t5: Path, tmp_path: Path) -> Path:
+    """An encoder for which one token of `FAILING`, and of no `FINE` text, is not a number."""
+    folder = shutil.copytree(tiny_t5, tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    used = {i for text in ["", *FINE] for i in tokenizer(text).input_ids} | {tokenizer.pad_token_id}
+    rare = set.intersection(*(set(tokenizer(text).input_ids) for text in FAILING)) - used
+    weights["shared.weight"][min(rare)] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_failed_samples_are_counted_named_and_bounded(broken_t5: Path, tmp_path: Path) -> None:
+    texts = [text for i in range(8) for text in (FAILING[i], *FINE[4 * i : 4 * i + 4])]
+    captions = write_captions(tmp_path / "in" / "captions.parquet", texts)
+    job = write_job(tmp_path, captions, broken_t5, None)
+    for _ in range(3):  # a rerun does not lift the limit: what failed before counts
+        code, _, error = call("run", str(job), "--runtime.max_failed_samples", "4")
+        assert code == 5, error
+        assert "max_failed_samples" in error
+    code, out, error = call("run", str(job))
+    assert code == 6, error
+    assert "non_finite 8" in out
+    assert call("status", str(tmp_path / "out"))[0] == 6
+    dataset = EmbeddingDataset(tmp_path / "out", verify="rows")
+    assert len(dataset) == 32
+    assert all(torch.isfinite(sample["text_t5"]).all() for sample in dataset)
+    with pytest.raises(KeyError, match="non_finite"):
+        dataset.index_of("s5")
+
+
+def column_job(tmp_path: Path, tiny_t5: Path, added: list[int]) -> Path:
+    table = {"id": list(range(len(added))), "text": TEXTS[: len(added)], "added": added}
+    pq.write_table(pa.table(table), tmp_path / "captions.parquet")
+    captions = tmp_path / "captions.parquet"
+    return write_job(tmp_path, captions, tiny_t5, None, added_tokens="added", seq_align=8)
+
+
+def test_a_column_of_added_tokens_gives_the_padded_length(tiny_t5: Path, tmp_path: Path) -> None:
+    job = column_job(tmp_path, tiny_t5, [1003, 11, 19])
+    assert call("run", str(job))[0] == 0
+    dataset = EmbeddingDataset(tmp_path / "out")
+    assert dataset[0]["text_t5"].shape[0] == 29  # 24 tokens, until 3 more is a multiple of 8
+    assert dataset.null["text_t5"].shape[0] == 24
+    edit(job, "encoders.t5", attention_mask="padding", added_tokens=0, seq_align=1)
+    code, _, error = call("run", str(job))
+    assert code == 3, error
+    assert "encoders.t5.added_tokens: added -> 0" in error
+
+
+def test_a_plan_without_the_column_is_a_conflict(tiny_t5: Path, tmp_path: Path) -> None:
+    job = column_job(tmp_path, tiny_t5, [8, 16])
+    edit(job, "encoders.t5", attention_mask="padding", added_tokens=0, seq_align=1)
+    assert call("plan", str(job), "--write")[0] == 0
+    edit(job, "encoders.t5", attention_mask="none", added_tokens="added", seq_align=8)
+    code, _, error = call("run", str(job))
+    assert code == 3, error
+    assert "encoders.t5.attention_mask: padding -> none" in error
+
+
+def test_several_padded_lengths_are_listed_and_refused(tiny_t5: Path, tmp_path: Path) -> None:
+    code, _, error = call("run", str(column_job(tmp_path, tiny_t5, [8, 9, 16])))
+    assert code == 2, error
+    assert "24 (2 rows), 31 (1 rows)" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["plan.json", "null.json"])
+def test_a_damaged_root_file_is_named(name: str, job: Path, tmp_path: Path) -> None:
+    assert call("run", str(job))[0] == 0
+    path = tmp_path / "out" / name
+    payload = path.read_bytes()
+    path.unlink()
+    path.write_bytes(payload[:-20])
+    code, _, error = call("run", str(job))
+    assert code == 4, error
+    assert name in error
