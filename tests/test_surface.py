@@ -13,8 +13,8 @@ import embed_precompute
 from embed_precompute import config, errors
 
 COMMANDS = {
-    "run": {"--limit", "--print_config"},
-    "plan": {"--limit", "--print_config", "--sample", "--write"},
+    "run": {"--limit", "--print_config", "--print-config"},
+    "plan": {"--limit", "--print_config", "--print-config", "--sample", "--write"},
     "status": {"--json"},
     "verify": {"--level"},
     "finalize": set(),
