@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embed_precompute.errors import EmbedPrecomputeError, VerificationError
-from embed_precompute.samples import INPUT_FACTS, Status
+from embed_precompute.samples import FAILURES, INPUT_FACTS, Status
 from embed_precompute.store.commit import digest_file
 from embed_precompute.store.committed import CommittedUnit
 from embed_precompute.store.index import Array, DatasetIndex, id_hash
@@ -35,7 +35,8 @@ from embed_precompute.store.rows import (
 )
 from embed_precompute.store.shards import ShardReader, StoredTensor
 
-Level = Literal["quick", "full"]
+Level = Literal["quick", "full", "deep"]
+"""deep: as full, and random samples are encoded again (`reencode`)."""
 MAX_NOTES = 20
 
 
@@ -58,6 +59,20 @@ class Report:
     num_samples: int = 0
     num_bytes: int = 0
     """Bytes whose sha256 was compared."""
+    deep: str = ""
+    """What encoding again gave."""
+    plan_rejected: bool = False
+    null_rejected: bool = False
+    rejected_units: set[int] = field(default_factory=set)
+    """Units with a record, and a problem in one of their files."""
+    failed_units: set[int] = field(default_factory=set)
+    """Sound units that hold a sample whose status is a failure of ours."""
+    num_ok: dict[int, int] = field(default_factory=dict)
+    """Sound units and their samples whose status is ok."""
+
+    @property
+    def null_sound(self) -> bool:
+        return not self.null_missing and not self.null_rejected
 
     def summary(self) -> str:
         """What was checked and the outcome, then notes; several lines."""
@@ -70,6 +85,8 @@ class Report:
         if self.num_missing or self.null_missing:
             null = ", and so does the null embedding" if self.null_missing else ""
             lines.append(f"  {self.num_missing:,} units lack a record{null}: run the job again")
+        if self.deep:
+            lines.append(f"  {self.deep}")
         lines += [f"  note: {note}" for note in self.notes[:MAX_NOTES]]
         if len(self.notes) > MAX_NOTES:
             lines.append(f"  note: and {len(self.notes) - MAX_NOTES:,} more files like these")
@@ -178,12 +195,23 @@ class UnitCheck:
         self._report, self._plan, self._tensors = report, plan, tensors
         self._names = [tensor.name for tensor in tensors]
         self._index, self._table = index, table
-        self._full = report.level == "full"
+        self._full = report.level != "quick"
         self.id_hashes: list[Array] = []
         """Hashes of all ids, where no index could be asked whether they are unique."""
 
     def check(self, unit: int) -> dict[str, Any] | None:
         """Check unit `unit`; give its record if it can be read."""
+        report, before = self._report, len(self._report.problems)
+        record = self._check(unit)
+        if len(report.problems) > before:
+            report.rejected_units.add(unit)
+        elif record is not None:
+            report.num_ok[unit] = record["status"][Status.OK.label]
+            if any(record["status"][failure.label] for failure in FAILURES):
+                report.failed_units.add(unit)
+        return record
+
+    def _check(self, unit: int) -> dict[str, Any] | None:
         report, paths = self._report, unit_paths(self._report.root, unit)
         record: dict[str, Any] | None = None
         if not report.is_file(paths.record):

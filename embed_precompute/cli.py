@@ -121,10 +121,28 @@ def _parser() -> argparse.ArgumentParser:
     verify = _folder_command(commands, "verify", _verify, "check the stored bytes")
     verify.add_argument(
         "--level",
-        choices=("quick", "full"),
+        choices=("quick", "full", "deep"),
         default="full",
-        help="quick: sizes, headers, digests of small files; full: every byte "
-        "(default: %(default)s)",
+        help="quick: sizes, headers, digests of small files; full: every byte; deep: full, and "
+        "random samples are encoded again (default: %(default)s)",
+    )
+    verify.add_argument(
+        "--sample",
+        type=_count,
+        default=32,
+        metavar="N",
+        help="deep: how many samples are encoded again (default: %(default)s)",
+    )
+    verify.add_argument(
+        "--seed", type=_count, metavar="S", help="deep: which samples; it is printed (default: any)"
+    )
+    verify.add_argument("--device", default="auto", help="deep: as runtime.device")
+
+    repair = _folder_command(
+        commands, "repair", _repair, "quarantine what verify rejects, and open those units again"
+    )
+    repair.add_argument(
+        "--failed", action="store_true", help="open units with failed samples again too"
     )
 
     _folder_command(commands, "finalize", _finalize, "manifest and index from the unit records")
@@ -277,11 +295,26 @@ def _status(arguments: Any) -> int:
 def _verify(arguments: Any) -> int:
     from embed_precompute.verify import verify
 
-    report = verify(arguments.folder, arguments.level)
+    report = verify(
+        arguments.folder,
+        arguments.level,
+        num_samples=arguments.sample,
+        seed=arguments.seed,
+        device=arguments.device,
+    )
     for problem in report.problems:
         print(problem)
     print(report.summary())
     return EXIT_VERIFICATION if report.problems else EXIT_COMPLETE
+
+
+def _repair(arguments: Any) -> int:
+    from embed_precompute.repair import repair
+
+    repaired = repair(arguments.folder, failed=arguments.failed)
+    for line in (*repaired.problems, *repaired.lines()):
+        print(line)
+    return EXIT_COMPLETE if repaired.complete else EXIT_INCOMPLETE
 
 
 def _finalize(arguments: Any) -> int:

@@ -106,7 +106,7 @@ def read_status(root: Path) -> DatasetStatus:
     """How far the dataset in `root` is; InputError when there is none."""
     root = Path(root)
     plan = _read_plan(root)
-    done = sorted(committed_units(root) & set(range(plan["num_units"])))
+    done = sorted(unit for unit in committed_units(root) if unit < plan["num_units"])
     manifest = _read_manifest(root, plan)
     if manifest is not None and len(done) == plan["num_units"]:
         samples = dict(manifest["counts"]["status"])
@@ -267,7 +267,7 @@ def _read_manifest(root: Path, plan: Mapping[str, Any]) -> dict[str, Any] | None
 
 
 def _progress(root: Path, plan: Mapping[str, Any]) -> tuple[int, int]:
-    done = len(committed_units(root) & set(range(plan["num_units"])))
+    done = sum(unit < plan["num_units"] for unit in committed_units(root))
     return done, plan["num_units"] - done
 
 

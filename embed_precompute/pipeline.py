@@ -180,7 +180,7 @@ def _write_provenance(prepared: Prepared, here: dict[str, str], dist: DistContex
         "launched_by": dist.source,
         "python": sys.version.split()[0],
         "environment": here,
-        "checkpoints": {e.name: str(e.folder) for e in prepared.encoders},
+        "checkpoints": {e.name: str(e.folder.absolute()) for e in prepared.encoders},
     }
     payload = json.dumps(facts, indent=2).encode() + b"\n"
     try:

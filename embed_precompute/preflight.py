@@ -22,7 +22,7 @@ from embed_precompute.captions import CaptionTable, Scan
 from embed_precompute.config import FORMAT_VERSION, Config, digest_of
 from embed_precompute.distributed import DistContext
 from embed_precompute.encoders import ResolvedEncoder
-from embed_precompute.errors import InputError
+from embed_precompute.errors import ConflictError, InputError
 from embed_precompute.plan import (
     Inputs,
     Plan,
@@ -32,6 +32,7 @@ from embed_precompute.plan import (
 )
 from embed_precompute.samples import Sample
 from embed_precompute.store.commit import publish_bytes, read_sealed, seal
+from embed_precompute.store.records import committed_units, read_record
 
 PLAN_FILE = "plan.json"
 ESTIMATE_ROWS = 10_000
@@ -85,12 +86,29 @@ def output_folder(config: Config) -> Path:
 def publish(prepared: Prepared) -> Prepared:
     """Write plan.json unless it is there; the stored plan, whoever wrote it, is in force."""
     if _stored_plan(prepared.root) is None:
+        _refuse_foreign_units(prepared)
         publish_bytes(prepared.root / PLAN_FILE, seal(prepared.plan.to_json()))
     stored = _stored_plan(prepared.root)
     assert stored is not None
     plan = prepared.plan
     check_same(stored, plan.fingerprint, plan.spec, plan.inputs, plan.samples_per_shard)
     return Prepared(prepared.config, prepared.root, prepared.table, prepared.encoders, stored)
+
+
+def _refuse_foreign_units(prepared: Prepared) -> None:
+    """Where plan.json was lost, the units that are there must be of the plan that is made anew."""
+    unit = min(committed_units(prepared.root), default=None)
+    if unit is None:
+        return
+    record = read_record(prepared.root, unit)
+    if record["plan"] != prepared.plan.plan_id:
+        raise ConflictError(
+            f"{prepared.root} has no {PLAN_FILE}, and its units belong to another plan "
+            f"({record['plan'][:16]}, fingerprint {record['fingerprint'][:16]}) than this "
+            f"configuration makes ({prepared.plan.plan_id[:16]}, fingerprint "
+            f"{prepared.plan.fingerprint[:16]}). Give the configuration and captions back that "
+            "these units were made with, or write to a new output.path."
+        )
 
 
 def environment(device: str) -> dict[str, str]:

@@ -6,7 +6,8 @@ line that names the file, never a crash. Nothing is written. An unfinished datas
 as it goes.
 Costs: `quick` reads the small files and the shards' headers; `full` reads every shard twice (its
 sha256, then each row's checksum), one unit at a time: memory does not grow with the dataset, except
-by 8 bytes per sample for the id check where there is no sound index.
+by 8 bytes per sample for the id check where there is no sound index. `deep` is `full`, then encodes
+some samples again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from embed_precompute.store.commit import TEMP_PREFIX, read_sealed
 from embed_precompute.store.committed import check_null
 from embed_precompute.store.index import DatasetIndex, index_dtypes
 from embed_precompute.store.records import (
+    UnitPaths,
     committed_units,
     null_paths,
     read_plan,
@@ -39,24 +42,31 @@ from embed_precompute.store.records import (
 )
 from embed_precompute.store.shards import ShardReader, StoredTensor
 
-__all__ = ["Report", "verify"]
+__all__ = ["Report", "check_derived", "check_units", "verify"]
 
 DERIVED = ("manifest.json", "manifest.parquet", "index")
 PROVENANCE = ("config.yaml", "run.json", "logs", "_quarantine")
 SMALL_FILES = ("plan.json", "null.json", "null.safetensors")
+MAX_NAMED_MISSING = 20
 _UNIT_FILE = re.compile(r"shard-([0-9]{6,18})\.(?:safetensors|rows\.parquet|json)")
 
 
-def verify(root: Path, level: Level = "full") -> Report:
-    """Check the dataset in `root`; InputError when there is none."""
-    root = Path(root)
-    if level not in ("quick", "full"):
-        raise InputError(f"level is {level!r}: expected quick or full.")
-    if not root.is_dir():
-        raise InputError(f"{root} is not a folder. Expected the output.path of a run.")
-    if not any(os.path.lexists(root / name) for name in ("plan.json", "manifest.json", "shards")):
-        raise InputError(f"{root} holds no dataset: no plan.json, manifest.json or shards.")
-    check = _Verification(Report(root, level))
+def verify(
+    root: Path,
+    level: Level = "full",
+    *,
+    num_samples: int = 32,
+    seed: int | None = None,
+    device: str = "auto",
+) -> Report:
+    """Check the dataset in `root`; InputError when there is none.
+
+    The last three are for `deep`: how many samples are encoded again, which (a seed that is not
+    given is drawn, and stands in the report), and where.
+    """
+    if level not in ("quick", "full", "deep"):
+        raise InputError(f"level is {level!r}: expected quick, full or deep.")
+    check = _begin(Path(root), level)
     check.plan_file()
     check.null_embedding()
     with contextlib.ExitStack() as stack:
@@ -64,14 +74,54 @@ def verify(root: Path, level: Level = "full") -> Report:
         check.units()
     check.totals()
     check.stray_files()
+    if level == "deep" and check.plan is not None and check.tensors:
+        # Not above: the encoders bring torch's whole weight, and transformers.
+        from embed_precompute.reencode import reencode
+
+        seed = secrets.randbits(32) if seed is None else seed
+        reencode(
+            check.report,
+            check.plan,
+            check.tensors,
+            num_samples=num_samples,
+            seed=seed,
+            device=device,
+        )
     return check.report
+
+
+def check_units(root: Path) -> Report:
+    """A full check of plan, null embedding and units, each by itself; nothing derived is read."""
+    check = _begin(Path(root), "full")
+    check.plan_file()
+    check.null_embedding()
+    check.units()
+    return check.report
+
+
+def check_derived(root: Path) -> Report:
+    """A full check of manifest.json, and of the files it lists against it."""
+    check = _begin(Path(root), "full")
+    check.plan_file()
+    check.report.problems.clear()
+    with contextlib.ExitStack() as stack:
+        check.derived_files(stack)
+    return check.report
+
+
+def _begin(root: Path, level: Level) -> _Verification:
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder. Expected the output.path of a run.")
+    if not any(os.path.lexists(root / name) for name in ("plan.json", "manifest.json", "shards")):
+        raise InputError(f"{root} holds no dataset: no plan.json, manifest.json or shards.")
+    return _Verification(Report(root, level))
 
 
 class _Verification:
     """One verification; its steps add what they find to the report."""
 
     def __init__(self, report: Report) -> None:
-        self.report, self.root, self.full = report, report.root, report.level == "full"
+        self.report, self.root, self.full = report, report.root, report.level != "quick"
         report.finalised = os.path.lexists(self.root / "manifest.json")
         self.plan: dict[str, Any] | None = None
         self.manifest: dict[str, Any] | None = None
@@ -82,9 +132,12 @@ class _Verification:
         self.sums = _Sums()
 
     def plan_file(self) -> None:
-        path = self.root / "plan.json"
-        if not self.report.is_file(path):
-            return
+        path, before = self.root / "plan.json", len(self.report.problems)
+        if self.report.is_file(path):
+            self._check_plan(path)
+        self.report.plan_rejected = len(self.report.problems) > before
+
+    def _check_plan(self, path: Path) -> None:
         with self.report.checking(path):
             stored = read_plan(self.root)
             rebuilt = {**Plan.from_json(stored).to_json(), "digest": stored["digest"]}
@@ -103,9 +156,12 @@ class _Verification:
         if not os.path.lexists(paths.record) and not self.report.finalised:
             self.report.null_missing = True
             return
-        sound = [self.report.is_file(path) for path in (paths.record, paths.shard)]
-        if not all(sound):
-            return
+        before = len(self.report.problems)
+        if all([self.report.is_file(path) for path in (paths.record, paths.shard)]):
+            self._check_null(paths)
+        self.report.null_rejected = len(self.report.problems) > before
+
+    def _check_null(self, paths: UnitPaths) -> None:
         with self.report.checking(paths.record):
             if self.plan is None:
                 entry = read_record(self.root, None)["files"]["shard"]
@@ -164,25 +220,39 @@ class _Verification:
         shards = self.root / "shards"
         with self.report.checking(shards):
             self.committed = sorted(committed_units(self.root))
-        planned = self.committed if self.plan is None else range(self.plan["num_units"])
-        self.report.num_units = len(planned)
+        num_units = len(self.committed) if self.plan is None else self.plan["num_units"]
+        self.report.num_units = num_units
         check = UnitCheck(self.report, self.plan, self.tensors, self.index, self.table)
-        committed = set(self.committed)
-        for unit in sorted(committed - set(planned)):
-            path = unit_paths(self.root, unit).record
-            self.report.problem(path, f"unit {unit}", f"only units below {len(planned)}")
-        for unit in planned:
-            if unit in committed:
-                record = check.check(unit)
-                self.sums.add(record)
-                continue
-            self.report.num_missing += 1
-            self.sums.add(None)
-            if self.report.finalised:
+        expected = 0
+        for unit in self.committed:
+            if self.plan is not None and unit >= num_units:
                 path = unit_paths(self.root, unit).record
-                self.report.problem(path, "no file", "a record: the dataset is finalised")
+                self.report.problem(path, f"unit {unit}", f"only units below {num_units}")
+                self.report.rejected_units.add(unit)
+                continue
+            if self.plan is not None:
+                self._missing(expected, unit)
+                expected = unit + 1
+            self.sums.add(check.check(unit))
+        if self.plan is not None:
+            self._missing(expected, num_units)
         names = [tensor.name for tensor in self.tensors]
         repeated_ids(self.report, self.committed, names, check.id_hashes)
+
+    def _missing(self, first: int, end: int) -> None:
+        """Units from `first` to before `end` have no record."""
+        if first >= end:
+            return
+        self.report.num_missing += end - first
+        self.sums.add(None)
+        if not self.report.finalised:
+            return
+        for unit in range(first, min(end, first + MAX_NAMED_MISSING)):
+            path = unit_paths(self.root, unit).record
+            self.report.problem(path, "no file", "a record: the dataset is finalised")
+        if end - first > MAX_NAMED_MISSING:
+            what = f"no record for units {first + MAX_NAMED_MISSING} to {end - 1} either"
+            self.report.problem(self.root / "shards", what, "one for each")
 
     def totals(self) -> None:
         """The sums of the records against plan.json, and all of manifest.json but its files."""

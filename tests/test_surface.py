@@ -16,7 +16,8 @@ COMMANDS = {
     "run": {"--limit", "--print_config", "--print-config"},
     "plan": {"--limit", "--print_config", "--print-config", "--sample", "--write"},
     "status": {"--json"},
-    "verify": {"--level"},
+    "verify": {"--level", "--sample", "--seed", "--device"},
+    "repair": {"--failed"},
     "finalize": set(),
     "info": {"--id"},
 }

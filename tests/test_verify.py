@@ -136,8 +136,8 @@ def test_no_dataset(tmp_path: Path) -> None:
         read_status(tmp_path)
     (tmp_path / "shards").mkdir()
     assert "plan.json: found No such file" in problems(tmp_path)[0]
-    with pytest.raises(InputError, match="expected quick or full"):
-        verify(tmp_path, "deep")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected quick, full or deep"):
+        verify(tmp_path, "deeper")  # type: ignore[arg-type]
 
 
 # --- damaged bytes --------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def read_sealed(path: Path, kind: str | None = None) -> dict[str, Any]:
         raise StorageError(f"{path}: reading failed: {error.strerror}.") from error
     if len(payload) > MAX_JSON_BYTES:
         raise VerificationError(f"{path} is over {MAX_JSON_BYTES} bytes: not one of our files.")
-    remedy = "Restore it, or remove it and run the same command again."
+    remedy = "Restore it, or use `embed-precompute repair` and run the job again."
     try:
         obj = json.loads(payload)
     except (ValueError, RecursionError) as error:

@@ -80,6 +80,16 @@ def finalize(root: Path) -> dict[str, Any]:
     IncompleteError while a unit or the null embedding has no record; VerificationError naming the
     file when one is not what its record says. Files that are right already are left alone.
     """
+    try:
+        return _finalize(root)
+    except VerificationError as error:
+        raise VerificationError(
+            f"{error} `embed-precompute repair {root}` takes what is damaged out of the way and "
+            "opens its unit again."
+        ) from error
+
+
+def _finalize(root: Path) -> dict[str, Any]:
     plan = read_plan(root)
     tensors = stored_tensors(plan["spec"])
     _require_complete(root, plan["num_units"])
@@ -114,7 +124,7 @@ def finalize(root: Path) -> dict[str, Any]:
 
 
 def _require_complete(root: Path, num_units: int) -> None:
-    missing = num_units - len(committed_units(root) & set(range(num_units)))
+    missing = num_units - sum(unit < num_units for unit in committed_units(root))
     null = "" if null_paths(root).record.exists() else " The null embedding is missing too."
     if missing or null:
         raise IncompleteError(

@@ -7,6 +7,7 @@ mkdir that touch the dataset's folder, in the order in which the process makes t
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import shutil
@@ -147,13 +148,17 @@ def _die_at(root: str, n: int, power: bool = False, seed: int = 0) -> None:
     Steps(root, before, after).install()
 
 
+def _writable(fd: int) -> bool:
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+
+
 def failing(root: str, kind: str, n: int, code: int, also: Sequence[str] = ()) -> Steps:
     """Steps whose n-th of `kind` fails with `code`; `lasting` in `also`: and all after it."""
     seen = [0]
 
     def before(number: int, name: str, subject: str, args: tuple[Any, ...]) -> None:
-        if name != kind:
-            return
+        if name != kind or (name == "close" and not _writable(args[0])):
+            return  # what was not written does not fail at close
         seen[0] += 1
         if seen[0] == n + 1 or ("lasting" in also and seen[0] > n):
             if name == "close":
