@@ -87,7 +87,7 @@ def run(config: Config, limit: int | None = None, dist: DistContext | None = Non
     prepared = publish(prepare(config, limit, dist))
     root, plan = prepared.root, prepared.plan
     device = resolve_device(config.runtime.device, dist)
-    here = environment(device)
+    here = environment(device, prepared.encoders)
     done = Committed(root)
     _check_environment(config, root, done, here)
     if dist.is_main:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def publish(prepared: Prepared) -> Prepared:
     return Prepared(prepared.config, prepared.root, prepared.table, prepared.encoders, stored)
 
 
-def environment(device: str) -> dict[str, str]:
+def environment(device: str, encoders: Sequence[ResolvedEncoder] = ()) -> dict[str, str]:
     """What bytes may depend on besides the spec: full library versions, device, CPU capability."""
     import torch
 
@@ -91,6 +92,8 @@ def environment(device: str) -> dict[str, str]:
         name: importlib.metadata.version(name)
         for name in ("torch", "transformers", "tokenizers", "pyarrow", "numpy")
     }
+    if any(encoder.implementation == "shardformer" for encoder in encoders):
+        versions["colossalai"] = importlib.metadata.version("colossalai")
     versions["torch"] = torch.__version__  # with the build, such as +cpu or +cu124
     on_gpu = device.startswith("cuda")
     return {
@@ -166,8 +169,8 @@ def _padded_lengths(config: Config, scan: Scan) -> dict[str, int | None]:
     for name, encoder in config.encoders.items():
         if encoder.kind != "t5" or encoder.attention_mask != "none":
             lengths[name] = None
-        elif isinstance(encoder.added_tokens, int):
-            lengths[name] = encoder.padded_length(encoder.added_tokens)
+        elif not isinstance(encoder.added_tokens, str):
+            lengths[name] = encoder.fixed_padded_length(f"encoders.{name}")
         else:
             rows: dict[int, int] = {}
             for value, count in scan.added_tokens[encoder.added_tokens].items():
