@@ -14,19 +14,43 @@ if TYPE_CHECKING:
     from embed_precompute.config import Config
     from embed_precompute.config_file import load_config
     from embed_precompute.datasets import EmbeddingDataset, collate_embeddings
+    from embed_precompute.encoders.embedder import HFEmbedder
+    from embed_precompute.encoders.shardformer import shardformer_t5
     from embed_precompute.pipeline import run
+    from embed_precompute.sampling import dropout_condition, prepare, prepare_ids
+    from embed_precompute.similarity import nearest_captions, prompt_similarity
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "HFEmbedder": "encoders.embedder",
+    "shardformer_t5": "encoders.shardformer",
     "Config": "config",
     "load_config": "config_file",
     "run": "pipeline",
+    "prepare": "sampling",
+    "prepare_ids": "sampling",
+    "dropout_condition": "sampling",
+    "nearest_captions": "similarity",
+    "prompt_similarity": "similarity",
     "EmbeddingDataset": "datasets",
     "collate_embeddings": "datasets",
 }
 
-__all__ = ["Config", "EmbeddingDataset", "collate_embeddings", "load_config", "run"]
+__all__ = [
+    "Config",
+    "EmbeddingDataset",
+    "HFEmbedder",
+    "collate_embeddings",
+    "dropout_condition",
+    "load_config",
+    "nearest_captions",
+    "prepare",
+    "prepare_ids",
+    "prompt_similarity",
+    "run",
+    "shardformer_t5",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,7 @@ from embed_precompute.errors import (
     EXIT_IO,
     EXIT_VERIFICATION,
     EmbedPrecomputeError,
+    StorageError,
 )
 
 EXIT_HELP = """exit codes:
@@ -118,6 +119,24 @@ def _parser() -> argparse.ArgumentParser:
     status = _folder_command(commands, "status", _status, "what is done, left and failed")
     status.add_argument("--json", action="store_true", help="as one line of JSON")
 
+    bench = _config_command(
+        commands, "bench", _bench, "encoder implementations side by side on this device"
+    )
+    bench.add_argument(
+        "--captions",
+        type=_positive,
+        metavar="N",
+        help="the first N captions (default: a batch of each of an encoder's shapes)",
+    )
+    bench.add_argument(
+        "--rounds",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="times each implementation has its turn (default: %(default)s)",
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
+
     verify = _folder_command(commands, "verify", _verify, "check the stored bytes")
     verify.add_argument(
         "--level",
@@ -148,8 +167,54 @@ def _parser() -> argparse.ArgumentParser:
     _folder_command(commands, "finalize", _finalize, "manifest and index from the unit records")
 
     info = _folder_command(commands, "info", _info, "what a dataset holds")
-    info.add_argument("--id", metavar="SAMPLE_ID", help="one sample: text, tokens, place, norms")
+    one = info.add_mutually_exclusive_group()
+    one.add_argument("--id", metavar="SAMPLE_ID", help="one sample: text, tokens, place, norms")
+    one.add_argument("--similar", metavar="SAMPLE_ID", help="the captions nearest to a sample's")
+    info.add_argument(
+        "--top",
+        type=_positive,
+        default=10,
+        metavar="N",
+        help="captions per encoder that --similar lists (default: %(default)s)",
+    )
+    _add_export(commands)
     return parser
+
+
+def _add_export(commands: Any) -> None:
+    parser = _folder_command(commands, "export", _export, "write a dataset for another program")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, or one to go on with")
+    parser.add_argument(
+        "--format", choices=("opensora",), required=True, help="Open-Sora v2's cached text"
+    )
+    parser.add_argument("--captions", metavar="PATH", help="the caption table, if it has moved")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
+    parser.add_argument("--ids", type=Path, metavar="FILE", help="only these ids, one per line")
+    parser.add_argument(
+        "--failed",
+        choices=("drop", "null"),
+        default="drop",
+        help="samples that are not ok: left out, or given the null embedding (default: drop)",
+    )
+    parser.add_argument(
+        "--pad-masked",
+        choices=("refuse", "zeros", "repeat_last"),
+        default="refuse",
+        help="what follows the tokens of a dataset with attention_mask padding (default: refuse)",
+    )
+    parser.add_argument(
+        "--trainer-dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="dtype of the null embeddings (default: bfloat16)",
+    )
+    parser.add_argument("--table", choices=("parquet", "csv"), default="parquet")
+    parser.add_argument("--memory-efficient", action="store_true", help="also in 10,000 parts")
+    parser.add_argument("--table-only", action="store_true", help="for the drop-in class: no .pt")
+    parser.add_argument("--path-prefix", metavar="DIR", help="OUT as the trainer sees it")
+    parser.add_argument("--t5", default="t5", metavar="NAME", help="encoder of text_t5")
+    parser.add_argument("--clip", default="clip", metavar="NAME", help="encoder of text_clip")
+    parser.add_argument("--recheck", action="store_true", help="read every file again")
 
 
 def _config_command(
@@ -278,6 +343,20 @@ def _plan(config: Config, arguments: Any) -> int:
     return EXIT_COMPLETE
 
 
+def _bench(config: Config, arguments: Any) -> int:
+    from embed_precompute.bench import bench
+
+    report = bench(config, arguments.captions, arguments.rounds)
+    for line in report.lines():
+        print(line)
+    if arguments.json is not None:
+        try:
+            arguments.json.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {arguments.json}: {error.strerror}.") from None
+    return EXIT_COMPLETE
+
+
 def _status(arguments: Any) -> int:
     from embed_precompute.info import read_status
 
@@ -329,7 +408,38 @@ def _info(arguments: Any) -> int:
     from embed_precompute.info import dataset_lines, sample_lines
 
     folder = arguments.folder
-    lines = dataset_lines(folder) if arguments.id is None else sample_lines(folder, arguments.id)
+    if arguments.similar is not None:
+        from embed_precompute.similarity import similar_lines
+
+        lines = similar_lines(folder, arguments.similar, arguments.top)
+    elif arguments.id is not None:
+        lines = sample_lines(folder, arguments.id)
+    else:
+        lines = dataset_lines(folder)
     for line in lines:
+        print(line)
+    return EXIT_COMPLETE
+
+
+def _export(arguments: Any) -> int:
+    from embed_precompute.export.instructions import export_lines
+    from embed_precompute.export.opensora import OpenSoraOptions, export_opensora, read_ids
+
+    options = OpenSoraOptions(
+        captions=arguments.captions,
+        t5=arguments.t5,
+        clip=arguments.clip,
+        failed=arguments.failed,
+        pad_masked=arguments.pad_masked,
+        trainer_dtype=arguments.trainer_dtype,
+        table=arguments.table,
+        memory_efficient=arguments.memory_efficient,
+        table_only=arguments.table_only,
+        path_prefix=arguments.path_prefix,
+        limit=arguments.limit,
+        ids=None if arguments.ids is None else read_ids(arguments.ids),
+        recheck=arguments.recheck,
+    )
+    for line in export_lines(export_opensora(arguments.folder, arguments.out, options)):
         print(line)
     return EXIT_COMPLETE

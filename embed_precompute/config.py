@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from embed_precompute.errors import InputError
+from embed_precompute.video_buckets import Bucket, Draw, table_buckets, video_tokens
 
 FORMAT_VERSION = 1
 ENCODER_NAME = re.compile(r"^[a-z][a-z0-9_]{0,31}$")
@@ -27,7 +28,7 @@ RESERVED_ENDINGS = ("_offsets", "_xxh3", "_length", "_mask", "_tokens", "_trunca
 
 DType = Literal["bfloat16", "float16", "float32"]
 Normalization = Literal["ftfy", "nfc", "whitespace"]
-Implementation = Literal["auto", "hf"]
+Implementation = Literal["auto", "hf", "shardformer"]
 AttentionMask = Literal["none", "padding"]
 MOST_TOKENS = 1 << 26
 """No forward is larger: 67 million tokens or captions; ids alone would be half a gigabyte."""
@@ -120,6 +121,66 @@ class CaptionsConfig:
         _require(bool(self.path), "captions.path is empty: expected a parquet file or folder.")
 
 
+NAMED_BUCKETS = 4
+"""Buckets that an error names per padded length; a table has hundreds."""
+
+
+@dataclass(frozen=True)
+class VideoTokensConfig:
+    """Tokens the video adds to the sequence, from the buckets the trainer puts its clips in."""
+
+    buckets: tuple[tuple[int, int, int], ...] | None = None
+    """[frames, height, width] of every bucket, in pixels; this or bucket_config."""
+    bucket_config: dict[str, dict[int, Draw]] | None = None
+    """Open-Sora's table: resolution (256px, 720p) -> frames -> [probability, batch size]."""
+    time_compression_ratio: int = 4
+    """Frames per latent frame, as in the trainer's autoencoder."""
+    spatial_compression_ratio: int = 8
+    """Pixels per latent, in height and width; times patch_size: its ae_spatial_compression."""
+    patch_size: int = 2
+    """Latents per token, in height and width, as the trainer's patch_size."""
+
+    def check(self) -> None:
+        """Raises InputError. Not at construction: jsonargparse would wrap it in its own words."""
+        for name in ("time_compression_ratio", "spatial_compression_ratio", "patch_size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"encoder added_tokens.{name} is {value}: expected 1 or more.")
+        _require(
+            (self.buckets is None) != (self.bucket_config is None),
+            "encoder added_tokens as a mapping needs one of buckets and bucket_config; set the "
+            "other to null.",
+        )
+        buckets = self.all_buckets()
+        _require(bool(buckets), "encoder added_tokens has no bucket that a clip could be in.")
+        for bucket in buckets:
+            _require(
+                min(bucket.frames, bucket.height, bucket.width) >= 1,
+                f"encoder added_tokens has the bucket {bucket}: expected frames, height and width "
+                "of 1 or more.",
+            )
+        self.by_tokens()
+
+    def all_buckets(self) -> list[Bucket]:
+        """The buckets, in the order given."""
+        if self.buckets is not None:
+            return [Bucket(*bucket) for bucket in self.buckets]
+        size_multiple = self.spatial_compression_ratio * self.patch_size
+        return table_buckets(self.bucket_config or {}, size_multiple)
+
+    def by_tokens(self) -> dict[int, list[Bucket]]:
+        """The buckets by the tokens they add, fewest first."""
+        found: dict[int, list[Bucket]] = {}
+        for bucket in self.all_buckets():
+            tokens = video_tokens(
+                bucket,
+                self.time_compression_ratio,
+                self.spatial_compression_ratio,
+                self.patch_size,
+            )
+            found.setdefault(tokens, []).append(bucket)
+        return dict(sorted(found.items()))
+
+
 DEFAULT_CLIP_BUCKETS = (16, 32, 48, 64)
 DEFAULT_T5_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384)
 
@@ -142,8 +203,8 @@ class EncoderConfig:
     """t5: `none` = Open-Sora (pads are attended, all stored); `padding` = only real tokens."""
     seq_align: int = 1
     """t5, attention_mask none: pad until (added_tokens + length) is a multiple of this."""
-    added_tokens: int | str = 0
-    """t5: tokens the video adds to the sequence, a number or the name of an integer column."""
+    added_tokens: int | VideoTokensConfig | str = 0
+    """t5: tokens the video adds: a number, the name of an integer column, or buckets (below)."""
     dtype: DType = "bfloat16"
     """dtype the encoder computes in."""
     batch_tokens: int = 16384
@@ -153,7 +214,7 @@ class EncoderConfig:
     buckets: tuple[int, ...] | None = None
     """Lengths a forward may have below the longest: clip, and t5 with attention_mask padding."""
     implementation: Implementation = "auto"
-    """hf: plain transformers, the reference. auto: the fastest correct one on this device."""
+    """hf: transformers, the reference. shardformer: t5, ColossalAI's jit-fused layers. auto: hf."""
 
     def __post_init__(self) -> None:
         for name in ("max_length", "seq_align", "batch_tokens", "batch_size"):
@@ -163,7 +224,9 @@ class EncoderConfig:
                     1 <= value <= MOST_TOKENS,
                     f"encoder {name} is {value}: expected 1 or more, at most {MOST_TOKENS}.",
                 )
-        if isinstance(self.added_tokens, int):
+        if isinstance(self.added_tokens, VideoTokensConfig):
+            self.added_tokens.check()
+        elif isinstance(self.added_tokens, int):
             _require(
                 self.added_tokens >= 0, f"encoder added_tokens is {self.added_tokens}: below 0."
             )
@@ -172,6 +235,11 @@ class EncoderConfig:
                 self.attention_mask == "none" and self.seq_align == 1 and self.added_tokens == 0,
                 "a clip encoder takes no attention_mask, seq_align or added_tokens: CLIP is causal "
                 "and pooled at its end-of-text token, so pads cannot reach it. Remove the field.",
+            )
+            _require(
+                self.implementation != "shardformer",
+                "a clip encoder cannot have implementation shardformer: it is for t5 alone. Use hf "
+                "or auto.",
             )
         if self.attention_mask == "padding":
             _require(
@@ -203,12 +271,48 @@ class EncoderConfig:
         missing = -(added_tokens + self.resolved_max_length) % self.seq_align
         return self.resolved_max_length + missing
 
+    def fixed_padded_length(self, where: str) -> int | None:
+        """The one padded length where the config alone decides it; None: a column does.
+
+        Raises InputError naming `where`, when buckets lead to several lengths.
+        """
+        if isinstance(self.added_tokens, str):
+            return None
+        if isinstance(self.added_tokens, int):
+            return self.padded_length(self.added_tokens)
+        by_length: dict[int, dict[int, list[Bucket]]] = {}
+        for tokens, buckets in self.added_tokens.by_tokens().items():
+            by_length.setdefault(self.padded_length(tokens), {})[tokens] = buckets
+        if len(by_length) > 1:
+            lines = [_length_line(length, by_length[length]) for length in sorted(by_length)]
+            raise InputError(
+                f"{where}.added_tokens: the buckets with seq_align {self.seq_align} lead to "
+                f"{len(lines)} padded lengths:\n  " + "\n  ".join(lines) + "\n"
+                "Pads are attended, so one dataset has one length: make one dataset per length, "
+                "each with the added_tokens named above, or with only the buckets of that length."
+            )
+        return next(iter(by_length))
+
+    def added_tokens_spec(self) -> int | str | list[int]:
+        """`added_tokens` as JSON; buckets as the sorted counts, which are all that matters."""
+        if isinstance(self.added_tokens, VideoTokensConfig):
+            return list(self.added_tokens.by_tokens())
+        return self.added_tokens
+
     def resolved_buckets(self) -> tuple[int, ...]:
         """Sorted lengths a forward may have when a caption picks its own; ends at max_length."""
         default = DEFAULT_CLIP_BUCKETS if self.kind == "clip" else DEFAULT_T5_BUCKETS
         longest = self.resolved_max_length
         chosen = default if self.buckets is None else self.buckets
         return tuple(sorted({b for b in chosen if b < longest} | {longest}))
+
+
+def _length_line(length: int, by_tokens: dict[int, list[Bucket]]) -> str:
+    """One padded length in an error: how to ask for it, and which buckets need it."""
+    buckets = [bucket for of_tokens in by_tokens.values() for bucket in of_tokens]
+    named = ", ".join(map(str, buckets[:NAMED_BUCKETS]))
+    more = f" and {len(buckets) - NAMED_BUCKETS} more" if len(buckets) > NAMED_BUCKETS else ""
+    return f"{length}: added_tokens {next(iter(by_tokens))}, for {named}{more}"
 
 
 @dataclass(frozen=True)

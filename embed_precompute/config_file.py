@@ -19,6 +19,7 @@ import itertools
 import os
 import re
 import textwrap
+import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,10 @@ from jsonargparse import ArgumentParser
 
 from embed_precompute.config import Config, EncoderConfig
 from embed_precompute.errors import InputError
+
+BY_NAME = dict[str, EncoderConfig]
+"""The type of `encoders`: any name, then the fields of one."""
+UNIONS = (typing.Union, types.UnionType)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -80,10 +85,18 @@ def _walk(owner: Any, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any]
         hint, key = hints[field.name], prefix + field.name
         if dataclasses.is_dataclass(hint):
             yield from _walk(hint, f"{key}.")
-        elif typing.get_origin(hint) is dict:
+        elif hint == BY_NAME:
             yield from _walk(EncoderConfig, f"{key}.NAME.")
         else:
             yield key, field, hint, docs.get(field.name, "")
+            if (keyed := _mapping_in(hint)) is not None:
+                yield from _walk(keyed, f"{key}.")
+
+
+def _mapping_in(hint: Any) -> Any:
+    """The dataclass that a value of this type is, or may be; None where no keys are known."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
+    return next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
 
 
 def _field_docs(owner: Any) -> dict[str, str]:
@@ -106,8 +119,14 @@ def _type_name(hint: Any) -> str:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return " | ".join(str(choice) for choice in inner)
-    if origin is tuple:
+    if dataclasses.is_dataclass(hint):
+        return "mapping"
+    if origin is dict:
+        return f"mapping of {_type_name(inner[0])} to {_type_name(inner[1])}"
+    if origin is tuple and inner[1:] == (...,):
         return f"list of {_type_name(inner[0])}"
+    if origin is tuple:
+        return f"[{', '.join(map(_type_name, inner))}]"
     if inner:
         return " | ".join(_type_name(choice) for choice in inner)
     return {"NoneType": "null"}.get(hint.__name__, str(hint.__name__))
@@ -176,10 +195,11 @@ def _check_dotted(dotted: str) -> None:
     owner: Any = Config
     seen: list[str] = []
     for part in dotted.split("."):
-        if typing.get_origin(owner) is dict:  # encoders: any name, then the fields of one
+        keyed = _mapping_in(owner)
+        if owner == BY_NAME:
             owner = EncoderConfig
-        elif dataclasses.is_dataclass(owner):
-            known = _fields(owner)
+        elif keyed is not None:
+            known = _fields(keyed)
             if part not in known:
                 where = f" in {'.'.join(seen)}" if seen else ""
                 raise InputError(f"--{dotted}: no key {part!r}{where}; {_nearest(part, known)}")
@@ -191,7 +211,8 @@ def _check_dotted(dotted: str) -> None:
 
 def _check_keys(loaded: Any, owner: Any, path: str, prefix: str) -> None:
     """Reject keys of `loaded` that `owner` does not have, naming the nearest one it has."""
-    if typing.get_origin(owner) is dict and isinstance(loaded, dict):
+    keyed = _mapping_in(owner)
+    if owner == BY_NAME and isinstance(loaded, dict):
         for key, inner in loaded.items():
             if not isinstance(key, str) or not isinstance(inner, dict):
                 raise InputError(
@@ -199,8 +220,8 @@ def _check_keys(loaded: Any, owner: Any, path: str, prefix: str) -> None:
                     "encoder's keys (kind, pretrained, ...) under it."
                 )
             _check_keys(inner, EncoderConfig, path, f"{prefix}{key}.")
-    elif dataclasses.is_dataclass(owner) and isinstance(loaded, dict):
-        known = _fields(owner)
+    elif keyed is not None and isinstance(loaded, dict):
+        known = _fields(keyed)
         for key, inner in loaded.items():
             if key not in known:
                 raise InputError(f"{path}: unknown key {prefix}{key}; {_nearest(str(key), known)}")

@@ -92,8 +92,9 @@ def run(config: Config, limit: int | None = None, dist: DistContext | None = Non
 
 def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest) -> RunResult:
     device = resolve_device(config.runtime.device, dist)
-    here = environment(device)
-    prepared = publish(prepare(config, limit, dist))
+    prepared = prepare(config, limit, dist)
+    here = environment(device, prepared.encoders)
+    prepared = publish(prepared)
     root, plan = prepared.root, prepared.plan
     done = Committed(root, plan)
     check_record(prepared, done.any_unit(), here)

@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def _refuse_foreign_units(prepared: Prepared) -> None:
         )
 
 
-def environment(device: str) -> dict[str, str]:
+def environment(device: str, encoders: Sequence[ResolvedEncoder] = ()) -> dict[str, str]:
     """What bytes may depend on besides the spec: full library versions, device, CPU capability."""
     import torch
 
@@ -119,6 +120,8 @@ def environment(device: str) -> dict[str, str]:
         name: importlib.metadata.version(name)
         for name in ("torch", "transformers", "tokenizers", "pyarrow", "numpy")
     }
+    if any(encoder.implementation == "shardformer" for encoder in encoders):
+        versions["colossalai"] = importlib.metadata.version("colossalai")
     versions["torch"] = torch.__version__  # with the build, such as +cpu or +cu124
     on_gpu = device.startswith("cuda")
     return {
@@ -203,8 +206,8 @@ def _padded_lengths(config: Config, scan: Scan) -> dict[str, int | None]:
     for name, encoder in config.encoders.items():
         if encoder.kind != "t5" or encoder.attention_mask != "none":
             lengths[name] = None
-        elif isinstance(encoder.added_tokens, int):
-            lengths[name] = encoder.padded_length(encoder.added_tokens)
+        elif not isinstance(encoder.added_tokens, str):
+            lengths[name] = encoder.fixed_padded_length(f"encoders.{name}")
         else:
             rows: dict[int, int] = {}
             for value, count in scan.added_tokens[encoder.added_tokens].items():

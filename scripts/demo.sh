@@ -56,5 +56,7 @@ How to look at it (after: source $venv/bin/activate):
   embed-precompute status $demo/out
   embed-precompute info $demo/out
   embed-precompute info $demo/out --id clip-0000007
+  embed-precompute info $demo/out --similar clip-0000007
+  python scripts/train_example.py $demo/out
   python -c 'import pyarrow.parquet as pq; print(pq.read_table("$demo/out/manifest.parquet"))'
 END

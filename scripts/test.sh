@@ -3,7 +3,8 @@
 #
 #   scripts/test.sh [VENV]                      the current stack (default .venv-test)
 #   STACK=colossalai scripts/test.sh [VENV]     torch 2.5.1 with transformers 4.51.3, which ColossalAI
-#                                               0.5.0 pins: tests only (default .venv-colossalai)
+#                                               0.5.0 pins, and ColossalAI itself: tests only, those
+#                                               of Shardformer too (default .venv-colossalai)
 #
 # PYTHON=python3.12   another interpreter        TORCH_SPEC=torch==2.13.0   the current stack's torch
 # PYTEST_ARGS="-x -k store"   passed to pytest
@@ -15,10 +16,12 @@ case $stack in
     current)
         venv=${1:-.venv-test}
         pins=("${TORCH_SPEC:-torch==2.13.0}")
+        extras=dev
         ;;
     colossalai)
         venv=${1:-.venv-colossalai}
         pins=(torch==2.5.1 transformers==4.51.3)
+        extras=colossalai,dev
         ;;
     *)
         echo "STACK is '$stack': expected current or colossalai." >&2
@@ -29,10 +32,13 @@ step() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 
 step "virtual environment $venv ($stack)"
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${pins[@]}" --editable ".[dev]"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${pins[@]}" --editable ".[$extras]"
 bin=$(cd "$venv/bin" && pwd)
 export PATH="$bin:$PATH" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
+if [ "$stack" = colossalai ]; then  # without it the tests of Shardformer would be skipped
+    python -W ignore -c 'import colossalai; print("colossalai", colossalai.__version__)'
+fi
 
 if [ "$stack" = current ]; then
     step "ruff check"

@@ -247,7 +247,7 @@ def test_another_environment_warns_or_refuses(
     (tmp_path / "out/manifest.json").unlink()
     records(tmp_path / "out")[0].unlink()
     here = pipeline.environment("cpu")
-    monkeypatch.setattr(pipeline, "environment", lambda device: {**here, "device": "another"})
+    monkeypatch.setattr(pipeline, "environment", lambda *_: {**here, "device": "another"})
     refuse = ["--runtime.on_environment_change", "refuse"]
     code, _, said = call("run", str(job), "--limit", "13", *refuse)
     assert code == 3, said

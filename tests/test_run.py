@@ -128,7 +128,7 @@ def test_units_of_another_plan_are_refused_at_the_start(job: Path, tmp_path: Pat
     edit(job, "encoders.t5", max_length=20)
     code, _, error = call("run", str(job))
     assert code == 3, error
-    assert "units of another plan" in error
+    assert "its units belong to another plan" in error
 
 
 @pytest.fixture

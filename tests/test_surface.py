@@ -15,18 +15,39 @@ from embed_precompute import config, errors
 COMMANDS = {
     "run": {"--limit", "--print_config", "--print-config"},
     "plan": {"--limit", "--print_config", "--print-config", "--sample", "--write"},
+    "bench": {"--captions", "--json", "--print_config", "--print-config", "--rounds"},
     "status": {"--json"},
     "verify": {"--level", "--sample", "--seed", "--device"},
     "repair": {"--failed"},
     "finalize": set(),
-    "info": {"--id"},
+    "info": {"--id", "--similar", "--top"},
+    "export": {
+        *("--captions", "--clip", "--failed", "--format", "--ids", "--limit", "--memory-efficient"),
+        *("--pad-masked", "--path-prefix", "--recheck", "--t5", "--table", "--table-only"),
+        "--trainer-dtype",
+    },
 }
-PUBLIC = {"Config", "EmbeddingDataset", "collate_embeddings", "load_config", "run"}
+PUBLIC = {
+    "Config",
+    "EmbeddingDataset",
+    "HFEmbedder",
+    "collate_embeddings",
+    "dropout_condition",
+    "load_config",
+    "nearest_captions",
+    "prepare",
+    "prepare_ids",
+    "prompt_similarity",
+    "run",
+    "shardformer_t5",
+}
 SECTIONS = {
     config.CaptionsConfig: "path text_column id_column recipe normalize on_bad_text",
     config.RecipeConfig: "kind template fps_column fps_max motion_column",
     config.EncoderConfig: "kind pretrained revision tokenizer max_length attention_mask seq_align "
     "added_tokens dtype batch_tokens batch_size buckets implementation",
+    config.VideoTokensConfig: "buckets bucket_config time_compression_ratio "
+    "spatial_compression_ratio patch_size",
     config.OutputConfig: "path samples_per_shard dtype codec",
     config.RuntimeConfig: "device max_failed_samples on_environment_change plan_timeout_s "
     "prefetch_units write_queue_batches progress_interval_s grace_s",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from embed_precompute.batching import Shape, TokenBatch, shape_of
 from embed_precompute.config import EncoderConfig
+from embed_precompute.encoders import shardformer
 from embed_precompute.encoders.checkpoint import Checkpoint, locate, open_checkpoint
 from embed_precompute.encoders.tokenizer import CaptionTokenizer, Tokenized
 from embed_precompute.errors import InputError, InternalError
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CaptionTokenizer", "ResolvedEncoder", "TextEncoder", "Tokenized", "build", "resolve"]
 
-IMPLEMENTATIONS = {"hf": "embed_precompute.encoders.hf"}
+IMPLEMENTATIONS = {
+    "hf": "embed_precompute.encoders.hf",
+    "shardformer": "embed_precompute.encoders.shardformer",
+}
 """Name of an implementation -> module with `build(resolved, device, output_dtype)`."""
 
 # What transformers takes for a key that config.json leaves out.
@@ -71,7 +75,7 @@ class ResolvedEncoder:
             "max_length": self.config.resolved_max_length,
             "attention_mask": self.config.attention_mask,
             "seq_align": self.config.seq_align,
-            "added_tokens": self.config.added_tokens,
+            "added_tokens": self.config.added_tokens_spec(),
             "dtype": self.config.dtype,
             "shapes": [list(shape) for shape in self.shapes],
             "null_shape": list(self.null_shape),
@@ -95,6 +99,10 @@ class TextEncoder(Protocol):
         """
         ...
 
+    def weight_bytes(self) -> int:
+        """Bytes that the model's weights take on the device."""
+        ...
+
 
 def resolve(name: str, config: EncoderConfig, padded_length: int | None = None) -> ResolvedEncoder:
     """Decide everything about encoder `name`; loads no model.
@@ -106,6 +114,8 @@ def resolve(name: str, config: EncoderConfig, padded_length: int | None = None) 
     checkpoint = open_checkpoint(
         f"{where}.pretrained", config.pretrained, config.revision, config.kind
     )
+    if config.implementation == "shardformer":
+        shardformer.check_usable(f"{where}.implementation is shardformer", checkpoint.model_type)
     if config.tokenizer is None:
         tokenizer_where, folder = f"{where}.pretrained", checkpoint.folder
     else:
@@ -138,8 +148,8 @@ def resolve(name: str, config: EncoderConfig, padded_length: int | None = None) 
         shapes=shapes,
         null_shape=null_shape,
         padded_length=length,
-        # One implementation so far, so `auto` is it; the choice must not depend on the device, for
-        # what is chosen is part of the fingerprint.
+        # `auto` is the reference: Shardformer is no faster (`bench`). The choice must not depend on
+        # the device or on what is installed, for it is part of the fingerprint.
         implementation="hf" if config.implementation == "auto" else config.implementation,
     )
 
@@ -153,12 +163,13 @@ def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> TextEnco
 def _padded_length(where: str, config: EncoderConfig, padded_length: int | None) -> int:
     if padded_length is not None:
         return padded_length
-    if isinstance(config.added_tokens, str):
+    fixed = config.fixed_padded_length(where)
+    if fixed is None:
         raise InternalError(
             f"{where}.added_tokens is the column {config.added_tokens!r}: resolve() needs the "
             "padded length that the captions' values give."
         )
-    return config.padded_length(config.added_tokens)
+    return fixed
 
 
 def _t5_shape(config: EncoderConfig, length: int) -> Shape:

@@ -56,6 +56,28 @@ def open_checkpoint(where: str, pretrained: str, revision: str | None, kind: str
     Raises InputError: nothing there, no config.json, another kind of model, no safetensors.
     """
     folder = locate(where, pretrained, revision)
+    config, files = find_weights(where, pretrained, folder, kind)
+    try:
+        digests = [file_sha256(path) for path in files]
+    except OSError as error:
+        raise InputError(f"{where}: cannot read {error.filename}: {error.strerror}.") from error
+    model_type = str(config["model_type"])
+    text_config = config.get("text_config") if model_type == "clip" else None
+    return Checkpoint(
+        folder=folder,
+        model_type=model_type,
+        text_config=text_config if isinstance(text_config, dict) else config,
+        weights=digest_of({"config": _without_bookkeeping(config), "files": digests}),
+    )
+
+
+def find_weights(
+    where: str, pretrained: str, folder: Path, kind: str
+) -> tuple[dict[str, Any], list[Path]]:
+    """config.json of the checkpoint in `folder` and its weight files; reads no weights.
+
+    Raises InputError: no config.json, not an encoder of `kind`, no safetensors.
+    """
     config = _read_json(where, folder / "config.json")
     model_type = str(config.get("model_type"))
     if model_type not in MODEL_CLASSES[kind]:
@@ -64,18 +86,7 @@ def open_checkpoint(where: str, pretrained: str, revision: str | None, kind: str
             f"{where}: {folder / 'config.json'} has model_type {model_type!r}: an encoder of kind "
             f"{kind} takes {known}. Choose another checkpoint or kind."
         )
-    files = weight_files(where, pretrained, folder, MODEL_CLASSES[kind][model_type])
-    try:
-        digests = [file_sha256(path) for path in files]
-    except OSError as error:
-        raise InputError(f"{where}: cannot read {error.filename}: {error.strerror}.") from error
-    text_config = config.get("text_config") if model_type == "clip" else None
-    return Checkpoint(
-        folder=folder,
-        model_type=model_type,
-        text_config=text_config if isinstance(text_config, dict) else config,
-        weights=digest_of({"config": _without_bookkeeping(config), "files": digests}),
-    )
+    return config, weight_files(where, pretrained, folder, MODEL_CLASSES[kind][model_type])
 
 
 def locate(where: str, pretrained: str, revision: str | None) -> Path:

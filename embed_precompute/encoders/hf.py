@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,10 @@ HARMLESS_LEFTOVERS = ("position_ids", "embed_tokens.weight")
 class HfEncoder:
     """A transformers text encoder with its mode decided once."""
 
-    def __init__(self, resolved: ResolvedEncoder, device: str, output_dtype: str) -> None:
+    def __init__(
+        self, resolved: ResolvedEncoder, device: str, output_dtype: str, model: Any
+    ) -> None:
+        """`model` is what `load_model` gives, or that with other kernels."""
         self.resolved = resolved
         self._device = torch.device(device)
         self._dtype: torch.dtype = getattr(torch, resolved.config.dtype)
@@ -42,12 +46,16 @@ class HfEncoder:
         self._masked = resolved.config.attention_mask == "padding"
         self._output = "pooler_output" if resolved.pooled else "last_hidden_state"
         self._shapes = {*resolved.shapes, resolved.null_shape}
-        model = load_model(resolved)
         with _out_of_memory(
             f"encoders.{resolved.name}: the weights do not fit on {device}. Use a device with more "
             "memory, or a smaller dtype."
         ):
             self._model = model.to(self._device)
+
+    def weight_bytes(self) -> int:
+        """See `TextEncoder.weight_bytes`."""
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def encode(self, batch: TokenBatch) -> torch.Tensor:
         """See `TextEncoder.encode`."""
@@ -77,7 +85,7 @@ class HfEncoder:
 
 
 def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> HfEncoder:
-    return HfEncoder(resolved, device, output_dtype)
+    return HfEncoder(resolved, device, output_dtype, load_model(resolved))
 
 
 def padding_mask(lengths: NDArray[np.int32], length: int, dtype: torch.dtype) -> torch.Tensor:
@@ -97,23 +105,45 @@ def padding_mask(lengths: NDArray[np.int32], length: int, dtype: torch.dtype) ->
 def load_model(resolved: ResolvedEncoder) -> Any:
     """The model on the CPU, in eval mode, every weight from the checkpoint in the asked dtype.
 
+    Raises InputError as `load_checkpoint` does.
+    """
+    where = f"encoders.{resolved.name}.pretrained"
+    dtype: torch.dtype = getattr(torch, resolved.config.dtype)
+    model = load_checkpoint(
+        where, resolved.folder, resolved.config.kind, resolved.model_type, dtype=dtype
+    )
+    width = model.config.hidden_size if resolved.pooled else model.config.d_model
+    if width != resolved.dim:
+        raise InternalError(f"{where}: the model gives {width} numbers, not {resolved.dim}.")
+    _check_dtype(where, model, dtype)
+    return model
+
+
+def load_checkpoint(
+    where: str,
+    folder: Path,
+    kind: str,
+    model_type: str,
+    *,
+    dtype: torch.dtype | str,
+    **hf_kwargs: Any,
+) -> Any:
+    """The text encoder in `folder`, in eval mode; `hf_kwargs` go to transformers' from_pretrained.
+
     Raises InputError naming weights that are missing, of another shape, or of layers that
     config.json does not have.
     """
-    config, folder = resolved.config, resolved.folder
-    where = f"encoders.{resolved.name}.pretrained"
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    model_class = getattr(transformers, MODEL_CLASSES[config.kind][resolved.model_type])
+    model_class = getattr(transformers, MODEL_CLASSES[kind][model_type])
+    ours = {
+        "use_safetensors": True,
+        "local_files_only": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # reported to us instead of raised; refused below
+        "dtype" if TRANSFORMERS_5 else "torch_dtype": dtype,
+    }
     with quiet_transformers():
         try:
-            model, loading = model_class.from_pretrained(
-                str(folder),
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported to us instead of raised; refused below
-                **{"dtype" if TRANSFORMERS_5 else "torch_dtype": dtype},
-            )
+            model, loading = model_class.from_pretrained(str(folder), **{**hf_kwargs, **ours})
         except Exception as error:  # safetensors and transformers raise many kinds for damage
             reason = " ".join(str(error).split())[:600]
             raise InputError(
@@ -121,11 +151,7 @@ def load_model(resolved: ResolvedEncoder) -> Any:
                 f"({type(error).__name__}: {reason}). Check that config.json belongs to these "
                 "weights and that the files are complete."
             ) from error
-    _check_loading(f"{where}: {folder}", config.kind, loading)
-    width = model.config.hidden_size if resolved.pooled else model.config.d_model
-    if width != resolved.dim:
-        raise InternalError(f"{where}: the model gives {width} numbers, not {resolved.dim}.")
-    _check_dtype(where, model, dtype)
+    _check_loading(f"{where}: {folder}", kind, loading)
     return model.eval().requires_grad_(False)
 
 

@@ -81,8 +81,7 @@ class CaptionTokenizer:
 
     def __init__(self, where: str, folder: Path, max_length: int) -> None:
         """`where` is the config field errors name. Raises InputError: no usable fast tokenizer."""
-        tokenizer = _load(where, folder)
-        _check(where, folder, tokenizer)
+        tokenizer = load_tokenizer(where, folder)
         self.max_length = max_length
         self.eos_id = int(tokenizer.eos_token_id)
         self.pad_id = int(tokenizer.pad_token_id)
@@ -133,6 +132,13 @@ class CaptionTokenizer:
         self._truncate(len(self.filler) + 7)
         cut = self._encode(list(PROBES))
         return digest_of({"whole": [i.tolist() for i in whole], "cut": [i.tolist() for i in cut]})
+
+
+def load_tokenizer(where: str, folder: Path) -> Any:
+    """transformers' fast tokenizer of a folder. Raises InputError: none there, or an unfit one."""
+    tokenizer = _load(where, folder)
+    _check(where, folder, tokenizer)
+    return tokenizer
 
 
 def _load(where: str, folder: Path) -> Any:

@@ -301,8 +301,10 @@ def _out_of_order(calls: list[tuple[str, ...]]) -> tuple[list[str], set[str]]:
         if folder not in later:
             problems.append(f"{target}: its folder is never fsynced")
     for at, (name, subject, _) in enumerate(calls):
-        if name == "mkdir" and Path(subject).name != "logs" and not any(
-            call[:2] == ("fsync", os.path.dirname(subject)) for call in calls[at:]
+        if (
+            name == "mkdir"
+            and Path(subject).name != "logs"
+            and not any(call[:2] == ("fsync", os.path.dirname(subject)) for call in calls[at:])
         ):
             problems.append(f"{subject}: made, and its parent is never fsynced")
     return problems, published

@@ -129,7 +129,7 @@ def f01_torchrun(lab: Lab) -> list[Finding]:
             for _ in range(2):
                 before = len(job.records())
                 wait_for(
-                    lambda before=before, process=process: (
+                    lambda before=before, process=process, job=job: (
                         len(job.records()) > before or process.poll() is not None
                     )
                 )

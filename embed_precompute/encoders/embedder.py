@@ -1,0 +1,151 @@
+"""`HFEmbedder`: a frozen text encoder as an `nn.Module`, called as Open-Sora calls its own.
+
+Guarantees: in fp32 bit for bit what Open-Sora's text embedder gives in the same library versions,
+for the same batch, attention implementation and tokenizer class: padded to `max_length`, padded
+further for `seq_align`, no attention mask, T5's last hidden state or CLIP's pooled output. Every
+weight comes from the checkpoint. Weights are safetensors only.
+Costs: the weights, in float32 unless a dtype is given, and one forward a call over max_length
+positions per caption; no gradients.
+
+The tokenizer is the checkpoint's *fast* one (`HFEmbedder.tokenizer`; printed with the module), as
+in a precompute job, where Open-Sora takes the slow classes. They differ on a few captions; to have
+a slow one, assign it to `tokenizer` (transformers 4 only: 5 has none).
+
+Follows opensora/models/text/conditioner.py of hpcaitech/Open-Sora. Different here: the kind of
+model is an argument instead of a look at the name, and mT5 and umT5 load in their own classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from embed_precompute.encoders.checkpoint import find_weights, locate
+from embed_precompute.encoders.hf import load_checkpoint
+from embed_precompute.encoders.shardformer import shardformer_t5
+from embed_precompute.encoders.tokenizer import load_tokenizer
+from embed_precompute.errors import InputError
+
+KINDS = {"T5EncoderModel": "t5", "CLIPTextModel": "clip"}
+MAX_LENGTHS = {"t5": 512, "clip": 77}
+OUTPUT_KEYS = {"t5": "last_hidden_state", "clip": "pooler_output"}
+WHERE = "HFEmbedder.from_pretrained"
+
+
+class HFEmbedder(nn.Module):
+    """Captions to embeddings: [B, L, D] of T5, [B, C] of CLIP."""
+
+    def __init__(
+        self,
+        from_pretrained: str,
+        max_length: int | None = None,
+        hf_module: Literal["T5EncoderModel", "CLIPTextModel"] = "T5EncoderModel",
+        shardformer: bool = False,
+        **hf_kwargs: Any,
+    ) -> None:
+        """Load the encoder and its tokenizer from a folder or hub id.
+
+        `max_length`: tokens per caption, special tokens included; 512 for T5 and 77 for CLIP when
+        not given. `hf_kwargs`: `torch_dtype` or `dtype` (float32 when not given), `device_map`,
+        `attn_implementation`, `revision` and whatever else transformers' from_pretrained takes.
+        Raises InputError: no such checkpoint, another kind of model, damaged or pickled weights, no
+        fast tokenizer; with `shardformer` also what `shardformer_t5` raises.
+        """
+        super().__init__()
+        if hf_module not in KINDS:
+            raise InputError(
+                f"HFEmbedder.hf_module is {hf_module!r}: expected {' or '.join(KINDS)}."
+            )
+        kind = KINDS[hf_module]
+        self.is_clip = kind == "clip"
+        self.max_length = MAX_LENGTHS[kind] if max_length is None else max_length
+        self.output_key = OUTPUT_KEYS[kind]
+        if shardformer and self.is_clip:
+            raise InputError("HFEmbedder.shardformer is for T5EncoderModel only. Remove it.")
+        folder = locate(WHERE, from_pretrained, hf_kwargs.pop("revision", None))
+        config, _ = find_weights(WHERE, from_pretrained, folder, kind)
+        self.tokenizer = load_tokenizer(WHERE, folder)
+        model = load_checkpoint(
+            WHERE, folder, kind, config["model_type"], dtype=_dtype_of(hf_kwargs), **hf_kwargs
+        )
+        self._check_length(model)
+        self.hf_module: Any = shardformer_t5(model) if shardformer else model
+
+    def forward(
+        self, text: str | Sequence[str], added_tokens: int = 0, seq_align: int = 1
+    ) -> torch.Tensor:
+        """Embeddings of captions, on the model's device and in its dtype.
+
+        T5: [B, L, D], L the first length from max_length on for which `added_tokens` + L is a
+        multiple of `seq_align`. CLIP: [B, C]; InputError where seq_align would pad, for CLIP has no
+        positions behind its last.
+        """
+        input_ids = self._padded([text] if isinstance(text, str) else list(text))
+        if added_tokens < 0 or seq_align < 1:
+            raise InputError(
+                f"HFEmbedder: added_tokens is {added_tokens} and seq_align {seq_align}: expected 0 "
+                "or more and 1 or more."
+            )
+        missing = -(added_tokens + input_ids.shape[1]) % seq_align
+        if missing and self.is_clip:
+            raise InputError(
+                f"HFEmbedder: seq_align {seq_align} with added_tokens {added_tokens} would pad "
+                f"CLIP from {input_ids.shape[1]} tokens to {input_ids.shape[1] + missing}: it is "
+                "for T5. Call the CLIP embedder with the text alone."
+            )
+        if missing:
+            pad_id = self.tokenizer.pad_token_id
+            input_ids = nn.functional.pad(input_ids, (0, missing), value=pad_id)
+        output = self.hf_module(
+            input_ids=input_ids.to(self.hf_module.device),
+            attention_mask=None,
+            output_hidden_states=False,
+        )
+        embeddings: torch.Tensor = output[self.output_key]
+        return embeddings
+
+    def extra_repr(self) -> str:
+        """What print(module) says beside the model: above all, the tokenizer that is in use."""
+        fast = "fast" if getattr(self.tokenizer, "is_fast", False) else "slow"
+        return (
+            f"tokenizer={type(self.tokenizer).__name__} ({fast}), max_length={self.max_length}, "
+            f"output_key={self.output_key}"
+        )
+
+    def _padded(self, captions: list[str]) -> torch.Tensor:
+        """[B, max_length] ids."""
+        if not captions:
+            raise InputError("HFEmbedder: text is an empty list. Give at least one caption.")
+        encoding = self.tokenizer(
+            captions,
+            truncation=True,
+            max_length=self.max_length,
+            padding="max_length",
+            return_tensors="pt",
+        )
+        input_ids: torch.Tensor = encoding["input_ids"]
+        return input_ids
+
+    def _check_length(self, model: Any) -> None:
+        if self.max_length < 1:
+            raise InputError(f"HFEmbedder.max_length is {self.max_length}: expected 1 or more.")
+        positions = model.config.max_position_embeddings if self.is_clip else self.max_length
+        if self.max_length > positions:
+            raise InputError(
+                f"HFEmbedder.max_length is {self.max_length}: this CLIP model has {positions} "
+                "positions. Lower it."
+            )
+
+
+def _dtype_of(hf_kwargs: dict[str, Any]) -> Any:
+    """Take the dtype out of `hf_kwargs`, under transformers' old name or its new one."""
+    given = [hf_kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in hf_kwargs]
+    if len(given) == 2:
+        raise InputError("HFEmbedder was given both dtype and torch_dtype. Give one of them.")
+    if not hf_kwargs.pop("use_safetensors", True):
+        raise InputError("HFEmbedder reads safetensors only. Remove use_safetensors=False.")
+    # transformers 5 would take the checkpoint's dtype; 4, which Open-Sora runs on, takes float32.
+    return given[0] if given else torch.float32

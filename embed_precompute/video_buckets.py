@@ -1,0 +1,151 @@
+"""How many tokens a video bucket adds to the sequence: Open-Sora's bucket table as arithmetic.
+
+Guarantees: the pixel sizes are those Open-Sora's bucket sampler makes for a resolution name, and
+the token counts those of its latents after patching; a bucket that its trainer could not patch, or
+never draws from, is refused or left out.
+Costs: stdlib only; a table of 64 rows takes milliseconds.
+
+Facts from hpcaitech/Open-Sora: opensora/datasets/aspect.py (sizes), datasets/bucket.py (what is
+drawn), utils/sampling.py (patches), and get_latent_size of its two autoencoders.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from embed_precompute.errors import InputError
+
+# Width to height; the sampler uses each of them upright and on its side.
+ASPECT_RATIOS = (
+    (2.39, 1.0), (2.0, 1.0), (16.0, 9.0), (1.85, 1.0), (9.0, 16.0), (5.0, 8.0), (3.0, 2.0),
+    (4.0, 3.0), (1.0, 1.0),
+)  # fmt: skip
+RESOLUTION = re.compile(r"(\d+)(px|p)(?:_(?:(max)|ar(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)))?")
+
+Ratio = tuple[float, float]
+"""(width, height), in any unit."""
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+Draw = tuple[float | tuple[float, float], int]
+"""What Open-Sora's bucket_config holds of a number of frames: probability or probabilities, and
+the batch size."""
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """The shape of the clips in one batch of the trainer."""
+
+    frames: int
+    height: int
+    width: int
+    """Pixels, as `height`."""
+    resolution: str = ""
+    """Its name in the bucket table, if it comes from one."""
+
+    def __str__(self) -> str:
+        return f"{self.resolution} {self.frames}x{self.height}x{self.width}".strip()
+
+
+def video_tokens(bucket: Bucket, time_ratio: int, spatial_ratio: int, patch_size: int) -> int:
+    """Latent frames x (height / patch) x (width / patch) of `bucket`.
+
+    A side of n pixels, or n frames, makes ceil(n / ratio) latents. Raises InputError where the
+    latents do not divide into patches.
+    """
+    frames = -(-bucket.frames // time_ratio)
+    height, width = (-(-side // spatial_ratio) for side in (bucket.height, bucket.width))
+    if height % patch_size or width % patch_size:
+        raise InputError(
+            f"bucket {bucket} has latents of {height} x {width} with a spatial_compression_ratio "
+            f"of {spatial_ratio}: they do not divide into patches of {patch_size} x {patch_size}. "
+            f"Use sizes in pixels that are multiples of {spatial_ratio * patch_size}."
+        )
+    return frames * (height // patch_size) * (width // patch_size)
+
+
+def table_buckets(table: Mapping[str, Mapping[int, Draw]], size_multiple: int) -> list[Bucket]:
+    """Every bucket that a table like Open-Sora's `bucket_config` can give a clip to.
+
+    `size_multiple` is what heights and widths are multiples of: its ae_spatial_compression.
+    """
+    return [
+        Bucket(frames, height, width, resolution)
+        for resolution, by_frames in table.items()
+        for height, width in resolution_sizes(resolution, size_multiple)
+        for frames, draw in sorted(by_frames.items())
+        if _is_drawn(draw)
+    ]
+
+
+def resolution_sizes(resolution: str, size_multiple: int) -> list[Size]:
+    """The sizes of a resolution: "256px" (256 x 256 pixels in all), "720p" (720 x 1280 in all).
+
+    "256px_max" is the one with most pixels, "256px_ar16:9" the one of that ratio.
+    """
+    match = RESOLUTION.fullmatch(resolution)
+    if match is None or int(match[1]) == 0:
+        raise InputError(
+            f"bucket_config: {resolution!r} is no resolution. Expected a name such as 256px, 720p, "
+            "256px_max or 256px_ar16:9."
+        )
+    side = int(match[1])
+    pixels = side * side if match[2] == "px" else int(side * side / 9 * 16)
+    by_ratio = dict(_sizes_by_ratio(pixels, size_multiple, resolution))
+    if match[3]:
+        return [max(by_ratio.values(), key=_area)]
+    if match[4]:
+        ratio = (float(match[4]), float(match[5]))
+        if ratio not in by_ratio:
+            known = ", ".join(f"{w:g}:{h:g}" for w, h in sorted(by_ratio))
+            raise InputError(
+                f"bucket_config: {resolution!r} has a ratio of {ratio[0]:g}:{ratio[1]:g}; expected "
+                f"one of {known}."
+            )
+        return [by_ratio[ratio]]
+    return sorted(set(by_ratio.values()))
+
+
+def _area(size: Size) -> int:
+    return size[0] * size[1]
+
+
+def _sizes_by_ratio(pixels: int, multiple: int, resolution: str) -> Iterator[tuple[Ratio, Size]]:
+    """(ratio, size) upright, then on the side; a later size of a ratio replaces an earlier one."""
+    upright: dict[Ratio, Size] = {}
+    for ratio in ASPECT_RATIOS:
+        size = _nearest_size(pixels, ratio, multiple)
+        if min(size) <= 0:
+            raise InputError(
+                f"bucket_config: {resolution!r} is too small for sizes that are multiples of "
+                f"{multiple} pixels (spatial_compression_ratio x patch_size)."
+            )
+        if size not in upright.values():
+            upright[ratio] = size
+    yield from upright.items()
+    for (across, down), (height, width) in upright.items():
+        yield (down, across), (width, height)
+
+
+def _nearest_size(pixels: int, ratio: Ratio, multiple: int) -> Size:
+    """Rounded down to the multiple, then one step in one direction if that is nearer to `pixels`.
+
+    Floats in this order of operations: another order could round another way.
+    """
+    width = int(math.sqrt(pixels * (ratio[0] / ratio[1])) // multiple) * multiple
+    if width == 0:
+        return 0, 0
+    height = int((pixels / width) // multiple) * multiple
+    steps = ((0, 0), (-multiple, 0), (multiple, 0), (0, -multiple), (0, multiple))
+    sizes = [(height + down, width + across) for down, across in steps]
+    return min(sizes, key=lambda size: abs(_area(size) - pixels))
+
+
+def _is_drawn(draw: Draw) -> bool:
+    """Whether the sampler ever puts a clip there: of two probabilities the second is to skip."""
+    probability = draw[0]
+    if isinstance(probability, (tuple, list)):
+        return probability[0] > 0 and probability[1] < 1
+    return probability > 0

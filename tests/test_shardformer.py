@@ -1,0 +1,231 @@
+"""Shardformer on ColossalAI for real; where that is not installed, only that it is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import transformers
+from jobs import call, write_captions, write_job
+
+from embed_precompute import EmbeddingDataset, HFEmbedder, shardformer_t5
+from embed_precompute.config import EncoderConfig
+from embed_precompute.encoders import build, resolve
+from embed_precompute.encoders import shardformer as module
+from embed_precompute.errors import InputError
+from make_demo import write_t5
+
+if TYPE_CHECKING:
+    from conftest import Encode
+
+COLOSSALAI = find_spec("colossalai") is not None
+needs_colossalai = pytest.mark.skipif(not COLOSSALAI, reason="ColossalAI is not installed")
+without_colossalai = pytest.mark.skipif(COLOSSALAI, reason="ColossalAI is installed")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def model_of(folder: Path, kind: str = "t5", dtype: str = "float32") -> Any:
+    name = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+    class_name = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+    model_class = getattr(transformers, class_name[kind])
+    return model_class.from_pretrained(folder, **{name: getattr(torch, dtype)})
+
+
+def hidden(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        output: torch.Tensor = model(input_ids=input_ids, attention_mask=None).last_hidden_state
+    return output
+
+
+@pytest.fixture(scope="module", params=["t5", "relu", "mt5"])
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, corpus: list[str]
+) -> tuple[str, Path]:
+    kind = "mt5" if request.param == "mt5" else "t5"
+    folder = tmp_path_factory.mktemp("shardformer") / "model"
+    return kind, write_t5(folder, corpus, model_type=kind, gated=request.param != "relu")
+
+
+@needs_colossalai
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_bit_is_the_references(checkpoint: tuple[str, Path], dtype: str) -> None:
+    kind, folder = checkpoint
+    plain, optimised = (model_of(folder, kind, dtype).eval() for _ in range(2))
+    given = shardformer_t5(optimised)
+    assert given is optimised
+    input_ids = torch.randint(2, 1000, (3, 40), generator=torch.Generator().manual_seed(0))
+    for _ in range(3):  # torch.jit specialises its code in the second and third call
+        assert torch.equal(hidden(given, input_ids), hidden(plain, input_ids))
+
+
+@needs_colossalai
+def test_layers_are_replaced_and_dropout_add_is_jit_fused(tiny_t5: Path) -> None:
+    model = shardformer_t5(model_of(tiny_t5))
+    for block in model.encoder.block:
+        for layer in block.layer:
+            assert layer.forward.__func__.__module__ == "colossalai.shardformer.modeling.t5"
+            assert layer.dropout_add.__func__.__module__ == "colossalai.shardformer.modeling.jit"
+
+
+@needs_colossalai
+def test_frozen_and_in_eval_mode_whatever_it_was(tiny_t5: Path) -> None:
+    model = model_of(tiny_t5).train()
+    optimised = shardformer_t5(model)
+    assert not any(part.training for part in optimised.modules())
+    assert not any(parameter.requires_grad for parameter in optimised.parameters())
+
+
+@needs_colossalai
+def test_dtypes_are_kept_and_wo_stays_in_float32(tiny_t5: Path) -> None:
+    model = model_of(tiny_t5, dtype="float16")
+    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert set(before.values()) == {torch.float16, torch.float32}
+    after = {n: p.dtype for n, p in shardformer_t5(model).named_parameters()}
+    assert after == before
+
+
+@needs_colossalai
+def test_twice_is_once(tiny_t5: Path) -> None:
+    input_ids = torch.arange(2, 34)[None]
+    once = shardformer_t5(model_of(tiny_t5))
+    assert torch.equal(hidden(shardformer_t5(once), input_ids), hidden(once, input_ids))
+
+
+@needs_colossalai
+def test_policy_refuses_what_it_does_not_do(tiny_t5: Path) -> None:
+    from colossalai.shardformer import ShardConfig, ShardFormer
+
+    from embed_precompute.encoders.shardformer import T5EncoderPolicy
+
+    for name in (
+        "enable_tensor_parallelism",
+        "enable_sequence_parallelism",
+        "enable_flash_attention",
+        "enable_fused_normalization",
+        "pipeline_stage_manager",
+    ):
+        shard_config = ShardConfig(enable_tensor_parallelism=False, enable_jit_fused=True)
+        setattr(shard_config, name, True)
+        with pytest.raises(InputError, match=rf"ShardConfig.{name} is set, but there is no "):
+            ShardFormer(shard_config).optimize(model_of(tiny_t5), policy=T5EncoderPolicy())
+
+
+@needs_colossalai
+def test_policy_without_jit_changes_nothing(tiny_t5: Path) -> None:
+    from colossalai.shardformer import ShardConfig, ShardFormer
+
+    from embed_precompute.encoders.shardformer import T5EncoderPolicy
+
+    shard_config = ShardConfig(enable_tensor_parallelism=False)
+    model, _ = ShardFormer(shard_config).optimize(model_of(tiny_t5), policy=T5EncoderPolicy())
+    assert "forward" not in vars(model.encoder.block[0].layer[0])
+
+
+@needs_colossalai
+def test_embedder_by_argument_and_as_the_document_does_it(tiny_t5: Path) -> None:
+    plain = HFEmbedder(str(tiny_t5), 32)
+    texts = ["a red fox", ""]
+    expected = plain(texts, added_tokens=3, seq_align=8)
+    by_argument = HFEmbedder(str(tiny_t5), 32, shardformer=True)
+    assert torch.equal(by_argument(texts, added_tokens=3, seq_align=8), expected)
+    plain.hf_module = shardformer_t5(plain.hf_module)
+    assert torch.equal(plain(texts, added_tokens=3, seq_align=8), expected)
+
+
+@needs_colossalai
+@pytest.mark.parametrize("mask", ["none", "padding"])
+def test_job_implementation_gives_hfs_bits(
+    encode: Encode, tiny_t5: Path, corpus: list[str], mask: Any
+) -> None:
+    def encoded(implementation: Any) -> list[torch.Tensor]:
+        config = EncoderConfig(
+            "t5",
+            str(tiny_t5),
+            max_length=48,
+            attention_mask=mask,
+            dtype="float32",
+            batch_tokens=192,
+            implementation=implementation,
+        )
+        return encode(build(resolve("t5", config), "cpu", "float32"), ["", *corpus[:9]])
+
+    for ours, theirs in zip(encoded("shardformer"), encoded("hf"), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@needs_colossalai
+def test_a_whole_run(tmp_path: Path, tiny_t5: Path, corpus: list[str]) -> None:
+    captions = write_captions(tmp_path / "captions.parquet", corpus[:12])
+    roots: list[Path] = []
+    for implementation in ("hf", "shardformer"):
+        folder = tmp_path / implementation
+        folder.mkdir()
+        job = write_job(folder, captions, tiny_t5, None, implementation=implementation)
+        code, _, said = call("run", str(job))
+        assert code == 0, said
+        roots.append(folder / "out")
+    plain, optimised = (EmbeddingDataset(root) for root in roots)
+    for number in range(12):
+        assert torch.equal(plain[number]["text_t5"], optimised[number]["text_t5"])
+    record = (roots[1] / "shards/000/shard-000000.json").read_text()
+    assert '"colossalai":"0.5' in record
+    with pytest.raises(Exception, match="implementation"):  # another fingerprint
+        EmbeddingDataset(roots)
+
+
+def test_umt5_is_refused(tiny_umt5: Path) -> None:
+    with pytest.raises(InputError, match="of type 'umt5', but Shardformer's layers fit t5 and mt5"):
+        shardformer_t5(model_of(tiny_umt5, "umt5"))
+
+
+def test_transformers_5_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "5.23.0")
+    with pytest.raises(InputError, match=r"this is transformers 5.23.0, whose T5 layers"):
+        module.check_usable("shardformer_t5", "t5")
+
+
+def test_missing_colossalai_says_how_to_install(
+    tiny_t5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    words = r"ColossalAI is not installed.*pip install 'embed-precompute\[colossalai\]'"
+    with pytest.raises(InputError, match=words):
+        shardformer_t5(model_of(tiny_t5))
+    with pytest.raises(InputError, match=words):
+        HFEmbedder(str(tiny_t5), 16, shardformer=True)
+    with pytest.raises(InputError, match=words):
+        module.__getattr__("T5EncoderPolicy")
+
+
+@without_colossalai
+def test_a_run_without_colossalai_leaves_nothing(
+    tmp_path: Path, tiny_t5: Path, corpus: list[str]
+) -> None:
+    captions = write_captions(tmp_path / "captions.parquet", corpus[:3])
+    job = write_job(tmp_path, captions, tiny_t5, None, implementation="shardformer")
+    code, _, said = call("run", str(job))
+    assert code == 2
+    assert "encoders.t5.implementation is shardformer: ColossalAI is not installed" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_clip_cannot_be_shardformer(tiny_clip: Path) -> None:
+    with pytest.raises(InputError, match="a clip encoder cannot have implementation shardformer"):
+        EncoderConfig("clip", str(tiny_clip), implementation="shardformer")
+
+
+def test_implementation_is_in_the_fingerprint(tiny_t5: Path) -> None:
+    resolved = resolve("t5", EncoderConfig("t5", str(tiny_t5), max_length=16))
+    other = dataclasses.replace(resolved, implementation="shardformer")
+    assert resolved.spec() != other.spec()
+    assert resolved.implementation == "hf"  # auto
+
+
+def test_other_names_are_not_there() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'T5DecoderPolicy'"):
+        module.T5DecoderPolicy  # noqa: B018

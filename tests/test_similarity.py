@@ -1,0 +1,175 @@
+"""Similar captions: against a brute-force search, and through an embedder."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from handmade import write_dataset, write_units
+from jobs import call, write_captions, write_job
+
+from embed_precompute import EmbeddingDataset, HFEmbedder, nearest_captions, prompt_similarity
+from embed_precompute.errors import IncompleteError, InputError
+from embed_precompute.similarity import cosine
+
+REPEATED = 3
+"""The caption, by number, that more samples have."""
+
+
+@pytest.fixture(scope="module")
+def texts(corpus: list[str]) -> list[str | None]:
+    found: list[str | None] = list(dict.fromkeys(corpus))[:40]
+    found[7] = found[25] = found[38] = found[REPEATED]  # in its unit and in others
+    found[30] = found[12]
+    found[20] = None
+    return found
+
+
+@pytest.fixture(scope="module")
+def dataset(
+    tmp_path_factory: pytest.TempPathFactory,
+    texts: list[str | None],
+    tiny_t5: Path,
+    tiny_clip: Path,
+) -> Path:
+    """40 samples in four units, padded to 24, so that pads are stored."""
+    folder = tmp_path_factory.mktemp("similar")
+    captions = write_captions(folder / "captions.parquet", texts)
+    job = write_job(folder, captions, tiny_t5, tiny_clip)
+    code, _, said = call("run", str(job))
+    assert code == 0, said
+    return folder / "out"
+
+
+def cosine_by_hand(a: list[float], b: list[float]) -> float:
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
+
+
+def means_by_hand(root: Path) -> dict[str, dict[str, list[float]]]:
+    """Per tensor, sample id -> the mean of its real tokens, in Python floats."""
+    manifest = pq.read_table(root / "manifest.parquet").to_pylist()
+    tokens = {row["sample_id"]: row["t5_tokens"] for row in manifest}
+    means: dict[str, dict[str, list[float]]] = {"t5": {}, "clip": {}}
+    for sample in EmbeddingDataset(root):
+        vectors = sample["text_t5"].tolist()[: tokens[sample["id"]]]
+        assert len(vectors) < 24 or len(sample["text_t5"]) == 24
+        columns = zip(*vectors, strict=True)
+        means["t5"][sample["id"]] = [sum(column) / len(vectors) for column in columns]
+        means["clip"][sample["id"]] = sample["text_clip"].tolist()
+    return means
+
+
+@pytest.mark.parametrize("sample_id", ["s0", f"s{REPEATED}", "s30", "s39"])
+@pytest.mark.parametrize("top", [1, 5, 100])
+def test_nearest_are_those_of_a_brute_force_search(
+    dataset: Path, texts: list[str | None], sample_id: str, top: int
+) -> None:
+    found = nearest_captions(dataset, sample_id, top)
+    own = texts[int(sample_id[1:])]
+    assert found.text == own
+    assert found.others == texts.count(own) - 1
+    means = means_by_hand(dataset)
+    first = {text: f"s{texts.index(text)}" for text in texts if text not in (None, own)}
+    for name, by_id in means.items():
+        similarity = {i: cosine_by_hand(by_id[sample_id], by_id[i]) for i in first.values()}
+        expected = sorted(first.values(), key=lambda i: -similarity[i])[:top]
+        assert [n.sample_id for n in found.neighbours[name]] == expected
+        for n in found.neighbours[name]:
+            assert n.similarity[name] == pytest.approx(similarity[n.sample_id], abs=1e-5)
+            other = "clip" if name == "t5" else "t5"
+            value = cosine_by_hand(means[other][sample_id], means[other][n.sample_id])
+            assert n.similarity[other] == pytest.approx(value, abs=1e-5)
+            assert first[n.text] == n.sample_id
+            assert n.others == texts.count(n.text) - 1
+
+
+def test_the_command(dataset: Path, texts: list[str | None]) -> None:
+    code, out, said = call("info", str(dataset), "--similar", f"s{REPEATED}", "--top", "2")
+    assert code == 0, said
+    lines = out.splitlines()
+    assert lines[0] == f"id: s{REPEATED}"
+    assert lines[1] == f"encoded text: {texts[REPEATED]!r}"
+    assert lines[2] == "other samples with this text: 3"
+    assert lines[3] == "nearest by text_clip (cosine similarity):"
+    assert lines[6] == "nearest by text_t5 (cosine similarity):"
+    assert len(lines) == 9
+    nearest = nearest_captions(dataset, f"s{REPEATED}", 2).neighbours["t5"][0]
+    values = f"{nearest.similarity['t5']:.4f}, clip {nearest.similarity['clip']:.4f}"
+    assert lines[7].startswith(f"  {values}  {nearest.sample_id}")
+
+
+def test_a_sample_without_an_embedding_is_refused(dataset: Path) -> None:
+    with pytest.raises(InputError, match="its status is null_text"):
+        nearest_captions(dataset, "s20")
+    with pytest.raises(InputError, match="'nobody' is not in"):
+        nearest_captions(dataset, "nobody")
+    with pytest.raises(InputError, match="top is 0"):
+        nearest_captions(dataset, "s0", 0)
+    code, _, said = call("info", str(dataset), "--similar", "s20")
+    assert code == 2
+    assert "null_text" in said
+
+
+def test_edges(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "alone", ["only one", None, "only one"])
+    alone = nearest_captions(tmp_path / "alone", "s0")
+    assert alone.others == 1
+    assert alone.neighbours == {"clip": [], "t5": []}
+    assert "none: the dataset" in call("info", str(tmp_path / "alone"), "--similar", "s0")[1]
+    write_units(tmp_path / "open", ["a", "b"])
+    with pytest.raises(IncompleteError, match="not finished"):
+        nearest_captions(tmp_path / "open", "s0")
+
+
+def test_ranks_and_counts_over_many_units(tmp_path: Path) -> None:
+    """Many units of captions that repeat: counts are whole, ranks those of a full sort."""
+    texts = [f"word{i % 23} more{i % 7}" for i in range(400)]
+    write_dataset(tmp_path, texts, samples_per_shard=16)
+    few, many = nearest_captions(tmp_path, "s5", 4), nearest_captions(tmp_path, "s5", 1000)
+    for name in ("clip", "t5"):
+        assert few.neighbours[name] == many.neighbours[name][:4]
+        assert len(many.neighbours[name]) == 23 * 7 - 1
+        values = [n.similarity[name] for n in many.neighbours[name]]
+        assert values == sorted(values, reverse=True)
+        others = {n.text: n.others for n in many.neighbours[name]}
+        assert all(others[text] == texts.count(text) - 1 for text in others)
+
+
+# --- prompts -----------------------------------------------------------------------------------
+
+
+def test_prompts(tiny_t5: Path, tiny_clip: Path, corpus: list[str]) -> None:
+    """Section 9.1 of the document, for all pairs; T5's pads do not count."""
+    prompts = [corpus[0], "a red fox", corpus[7], "a red fox", *corpus[20:30]]
+    t5 = HFEmbedder(str(tiny_t5), max_length=40)
+    clip = HFEmbedder(str(tiny_clip), max_length=77, hf_module="CLIPTextModel")
+    for embedder in (t5, clip):
+        found = prompt_similarity(embedder, prompts)
+        assert found.shape == (14, 14)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, found.T)
+        assert torch.equal(found.diagonal(), torch.ones(14))
+        assert found[1, 3] == pytest.approx(1, abs=1e-6)
+        assert (found[0, 1] < 0.9999).item()
+    embedding = clip([prompts[0], prompts[1]])
+    expected = torch.cosine_similarity(embedding[0], embedding[1], dim=0)
+    assert prompt_similarity(clip, prompts)[0, 1] == pytest.approx(expected.item(), abs=1e-5)
+    one, other = (t5([p])[0, : len(t5.tokenizer(p)["input_ids"])].mean(0) for p in prompts[:2])
+    expected = torch.cosine_similarity(one, other, dim=0)
+    assert prompt_similarity(t5, prompts[:2])[0, 1] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_no_prompts(tiny_t5: Path) -> None:
+    for prompts in ([], "one string"):
+        with pytest.raises(InputError, match="expected a list"):
+            prompt_similarity(HFEmbedder(str(tiny_t5), max_length=40), prompts)
+
+
+def test_cosine() -> None:
+    a = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    b = torch.tensor([[6.0, 8.0], [-4.0, 3.0], [-3.0, -4.0]])
+    assert cosine(a, b).tolist() == [[1.0, 0.0, -1.0], [0.0, 0.0, 0.0]]

@@ -1,0 +1,62 @@
+"""The worked training example: it learns from our datasets, and minds seq_align."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import call, write_captions, write_job
+
+import train_example
+from embed_precompute import EmbeddingDataset
+from embed_precompute.errors import InputError
+
+VIDEO_TOKENS = 2 * 2 * 3  # of train_example.LATENT_SHAPE with its patch size
+
+
+def made(folder: Path, texts: list[str], t5: Path, clip: Path, **fields: Any) -> EmbeddingDataset:
+    captions = write_captions(folder / "captions.parquet", texts)
+    code, _, said = call("run", str(write_job(folder, captions, t5, clip, **fields)))
+    assert code == 0, said
+    return EmbeddingDataset(folder / "out")
+
+
+def trainer(dataset: EmbeddingDataset, seq_align: int = 1) -> train_example.Trainer:
+    return train_example.Trainer(dataset, 8, seq_align, torch.device("cpu"), seed=0)
+
+
+def test_it_learns_and_uses_its_condition(
+    tmp_path: Path, corpus: list[str], tiny_t5: Path, tiny_clip: Path
+) -> None:
+    dataset = made(tmp_path, corpus[:24], tiny_t5, tiny_clip)
+    run = trainer(dataset)
+    losses = run.train(200)
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert run.evaluate(0.0) < 0.9 * run.evaluate(1.0), "captions lower the loss"
+    assert trainer(dataset).train(3) == trainer(dataset).train(3)
+
+
+def test_seq_align_must_be_the_datasets(
+    tmp_path: Path, corpus: list[str], tiny_t5: Path, tiny_clip: Path
+) -> None:
+    texts = corpus[:8]
+    plain = made(tmp_path / "plain", texts, tiny_t5, tiny_clip)
+    with pytest.raises(
+        InputError, match=f"seq_align 5 and encoders.t5.added_tokens {VIDEO_TOKENS}"
+    ):
+        trainer(plain, seq_align=5).train(1)
+    asked = {"seq_align": 5, "added_tokens": VIDEO_TOKENS}
+    fitting = made(tmp_path / "fitting", texts, tiny_t5, tiny_clip, **asked)
+    assert fitting[0]["text_t5"].shape[0] == 28  # 24, padded until it fits
+    assert fitting.null["text_t5"].shape[0] == 25  # padded with 0 added tokens, as Open-Sora's
+    assert len(trainer(fitting, seq_align=5).train(2)) == 2
+
+
+def test_what_it_cannot_train_on_is_said(
+    tmp_path: Path, corpus: list[str], tiny_t5: Path, tiny_clip: Path
+) -> None:
+    masked = made(tmp_path, corpus[:8], tiny_t5, tiny_clip, attention_mask="padding")
+    with pytest.raises(SystemExit, match="attention_mask none"):
+        trainer(masked)
