@@ -8,6 +8,8 @@ Costs: `--help` and parsing import neither torch nor transformers.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import logging
 import socket
@@ -27,6 +29,7 @@ from embed_precompute.errors import (
     EXIT_FAILED_SAMPLES,
     EXIT_INCOMPLETE,
     EXIT_INTERRUPTED,
+    EXIT_IO,
     EXIT_VERIFICATION,
     EmbedPrecomputeError,
 )
@@ -36,6 +39,10 @@ EXIT_HELP = """exit codes:
   4 verification failed   5 incomplete: run again   6 finished, but samples failed
   74 I/O (space, quota)   75 interrupted: run again
 torchrun flattens exit codes: ask `embed-precompute status DIR` in scripts."""
+IO_ERRORS = frozenset(
+    (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ENFILE, errno.EMFILE)
+)
+"""What a disk or a network answers: no bug of ours, wherever it surfaces."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,13 +69,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `embed-precompute info DIR | head`
         sys.stderr.close()
         return EXIT_COMPLETE
-    except Exception:
-        traceback.print_exc()
+    except OSError as error:
+        if error.errno not in IO_ERRORS:
+            return _bug()
+        where = f"{error.filename}: " if error.filename else ""
         print(
-            f"embed-precompute {__version__}: this is a bug; please report the lines above.",
+            f"embed-precompute: error: {where}{error.strerror} "
+            f"({errno.errorcode[error.errno]}). Mend that and run the same command again.",
             file=sys.stderr,
         )
-        return EXIT_BUG
+        return EXIT_IO
+    except Exception:
+        return _bug()
+
+
+def _bug() -> int:
+    """Report the exception at hand."""
+    traceback.print_exc()
+    print(
+        f"embed-precompute {__version__}: this is a bug; please report the lines above.",
+        file=sys.stderr,
+    )
+    return EXIT_BUG
 
 
 class _Command(argparse.ArgumentParser):
@@ -189,6 +211,15 @@ class _LogFile(logging.FileHandler):
     def _open(self) -> Any:
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
         return super()._open()
+
+    # A log that cannot be written (no space, no permission) stops no job: stderr has the lines too.
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Called by `emit`; the default prints a traceback for each line."""
 
 
 def _set_up_logging(dist: DistContext, root: Path) -> None:

@@ -29,14 +29,13 @@ from embed_precompute.config import Config
 from embed_precompute.config_file import to_yaml
 from embed_precompute.distributed import NULL_UNIT, Claims, DistContext, connect_store
 from embed_precompute.encoders import TextEncoder
-from embed_precompute.errors import (
-    ConflictError,
-    IncompleteError,
-)
+from embed_precompute.errors import ConflictError, IncompleteError
+from embed_precompute.isolate import encode_batch
 from embed_precompute.plan import Plan, differing_fields
 from embed_precompute.preemption import StopRequest, stop_on_signals
 from embed_precompute.preflight import (
     Prepared,
+    check_room,
     environment,
     prepare,
     publish,
@@ -96,6 +95,7 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
     done = Committed(root)
     _check_environment(config, root, done, here)
     if dist.is_main:
+        check_room(prepared, done.units)
         _write_provenance(prepared, here, dist)
     if dist.local_rank == 0 and (leftovers := remove_dead(root)):
         log.info("%d temporary files of writers that died here are removed", leftovers)
@@ -247,6 +247,7 @@ class _Encoded:
     name: str = ""
     rows: np.ndarray | None = None
     values: torch.Tensor | None = None
+    failed: dict[int, str] = field(default_factory=dict)
     abandoned: bool = False
 
 
@@ -322,8 +323,8 @@ class _Stages:
             if self._stop.is_set():
                 continue  # it was only read ahead
             began = time.monotonic()
-            for name, rows, values in self._encoded_batches(unit):
-                if not self._batches.put(_Encoded(unit, name, rows, values)):
+            for encoded in self._encoded_batches(unit):
+                if not self._batches.put(encoded):
                     return
                 if self._stop.is_set() and not self._fits_grace(began):
                     self._halted.set()
@@ -342,14 +343,15 @@ class _Stages:
         left = max(0.0, began + self._unit_s - time.monotonic())
         return left + self._commit_s < self._stop.seconds_left()
 
-    def _encoded_batches(self, unit: Unit) -> Iterator[tuple[str, np.ndarray, torch.Tensor]]:
+    def _encoded_batches(self, unit: Unit) -> Iterator[_Encoded]:
         for encoder in self._encoders:
             resolved = encoder.resolved
             shapes = (resolved.null_shape,) if unit.is_null else resolved.shapes
             ids = unit.tokens[resolved.name].ids
             tokenizer = resolved.tokenizer
             for batch in make_batches(ids, shapes, tokenizer.pad_id, tokenizer.filler):
-                yield resolved.name, batch.rows, encoder.encode(batch)
+                values, failed = encode_batch(encoder, batch)
+                yield _Encoded(unit, resolved.name, batch.rows, values, failed)
 
     def _write(self) -> None:
         messages = iter(self._batches)
@@ -359,7 +361,7 @@ class _Stages:
                 current: _Encoded | None = message
                 while current is not None and current.values is not None:
                     assert current.rows is not None
-                    writer.write(current.name, current.rows, current.values)
+                    writer.write(current.name, current.rows, current.values, current.failed)
                     current = next(messages, None)
                 if current is None or current.abandoned:
                     continue  # stopped, or a peer has committed this unit
@@ -375,7 +377,7 @@ class _Stages:
         failed = sum(row in unit.failures for row in unit.stored_row)
         self._num_failed += failed
         if self._num_failed > self._max_failed:
-            row, reason = next(iter(unit.failures.items()))
+            row, (_, reason) = next(iter(unit.failures.items()))
             sample = unit.samples[unit.stored_row.index(row)]
             raise IncompleteError(
                 f"{self._num_failed} samples failed, more than runtime.max_failed_samples "
@@ -385,7 +387,6 @@ class _Stages:
             )
 
     def _log_metrics(self, unit: Unit, record: dict[str, Any], seconds: float) -> None:
-        self._metrics.parent.mkdir(parents=True, exist_ok=True)
         line = {
             "time": round(time.time(), 3),
             "unit": unit.number,
@@ -395,5 +396,9 @@ class _Stages:
             "shard_bytes": record["files"]["shard"]["bytes"],
             "seconds": round(seconds, 4),
         }
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            self._metrics.parent.mkdir(parents=True, exist_ok=True)
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # figures for people: the dataset does not need them
+            log.warning("%s: not written: %s", self._metrics, error.strerror)
