@@ -8,6 +8,8 @@ Costs: `--help` and parsing import neither torch nor transformers.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -39,6 +41,11 @@ EXIT_HELP = """exit codes:
   4 verification failed   5 incomplete: run again   6 finished, but samples failed
   74 I/O (space, quota)   75 interrupted: run again
 torchrun flattens exit codes: ask `embed-precompute status DIR` in scripts."""
+IO_ERRORS = frozenset(
+    getattr(errno, name)
+    for name in "EIO ENOSPC EDQUOT EROFS ESTALE ENFILE EMFILE EACCES EPERM".split()
+)
+"""What a disk, a network or a permission answers: no bug of ours, wherever it surfaces."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,19 +73,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return EXIT_COMPLETE
     except OSError as error:
+        if error.errno not in IO_ERRORS:
+            return _bug()
+        where = f"{error.filename}: " if error.filename else ""
         print(
-            f"embed-precompute: error: {error}. Mend that (space, quota, permission) and run the "
-            "same command again.",
+            f"embed-precompute: error: {where}{error.strerror} "
+            f"({errno.errorcode[error.errno]}). Mend that and run the same command again.",
             file=sys.stderr,
         )
         return EXIT_IO
     except Exception:
-        traceback.print_exc()
-        print(
-            f"embed-precompute {__version__}: this is a bug; please report the lines above.",
-            file=sys.stderr,
-        )
-        return EXIT_BUG
+        return _bug()
+
+
+def _bug() -> int:
+    """Report the exception at hand."""
+    traceback.print_exc()
+    print(
+        f"embed-precompute {__version__}: this is a bug; please report the lines above.",
+        file=sys.stderr,
+    )
+    return EXIT_BUG
 
 
 class _Command(argparse.ArgumentParser):
@@ -262,18 +277,16 @@ def _positive(text: str) -> int:
 class _LogFile(logging.FileHandler):
     """A log file whose folder is made with its first line: a refused run leaves nothing.
 
-    A log that cannot be written never stops a job: it is given up.
+    A log that cannot be written (no space, no permission) stops no job: stderr has the lines too.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
+        with contextlib.suppress(OSError):
             Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
             super().emit(record)
-        except OSError:
-            logging.getLogger("embed_precompute").removeHandler(self)
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
-        logging.getLogger("embed_precompute").removeHandler(self)
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Called by `emit`; the default prints a traceback for each line."""
 
 
 def _set_up_logging(dist: DistContext, root: Path) -> None:

@@ -29,9 +29,8 @@ from torch.utils.data import Dataset
 from embed_precompute.errors import ConflictError, IncompleteError, InputError, VerificationError
 from embed_precompute.plan import MAX_NAMED_DIFFERENCES, differing_fields
 from embed_precompute.samples import Status
-from embed_precompute.store.commit import read_sealed
 from embed_precompute.store.index import DatasetIndex
-from embed_precompute.store.records import null_paths, stored_tensors, unit_paths
+from embed_precompute.store.records import null_paths, read_manifest, stored_tensors, unit_paths
 from embed_precompute.store.shards import ShardReader
 
 AnyPath = str | os.PathLike[str]
@@ -265,7 +264,7 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
 
 def _read_manifest(root: Path) -> dict[str, Any]:
     try:
-        return read_sealed(root / "manifest.json", "dataset")
+        return read_manifest(root)
     except FileNotFoundError:
         pass
     if (root / "plan.json").is_file():

@@ -8,21 +8,19 @@ find duplicates).
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from embed_precompute.encoders import ResolvedEncoder
-from embed_precompute.preflight import Prepared, stored_bytes_per_token
+from embed_precompute.preflight import FILES_PER_UNIT, Prepared, stored_bytes_per_token
 from embed_precompute.samples import Sample, Status
+from embed_precompute.store.space import room_at
 
 PIECE_ROWS = 10_000
-FILES_PER_UNIT = 3
 ROWS_BYTES_PER_SAMPLE = 60
 """A rows part's bytes per sample beside the text, compressed: measured, an estimate."""
 
@@ -134,29 +132,25 @@ def _disk_lines(prepared: Prepared, figures: Figures) -> list[str]:
             length = encoder.padded_length
             vectors = sums.tokens if length is None else figures.encoded * length
         total += scale * vectors * stored_bytes_per_token(encoder, prepared.config)
-    free = free_bytes(prepared.root)
+    room = room_at(prepared.root)
+    free = room.bytes
     files = plan.num_units * FILES_PER_UNIT + 4
     lines = [
         f"output     {plan.num_units:,} shards of up to {plan.samples_per_shard:,} samples, about "
         f"{files:,} files",
         f"disk       about {_size(total)} (equal texts in a shard are stored once, which can only "
-        f"make it less), {_size(free)} free at {prepared.root}",
+        f"make it less), {_size(free)} free at {prepared.root} ({room.bytes_limit})",
     ]
+    if files > room.files:
+        lines.append(
+            f"WARNING    {room.files_limit} allows {room.files:,} more files, {files:,} are needed"
+        )
     if total > free:
         lines.append(
-            f"WARNING    the file system lacks {_size(total - free)}: the run would stop with exit "
-            "74 and go on when there is space"
+            f"WARNING    {room.bytes_limit} lacks {_size(total - free)}: the run would stop with "
+            "exit 74 and go on when there is space"
         )
     return lines
-
-
-def free_bytes(root: Path) -> int:
-    """Bytes a user may still write on the file system that `root` is on, or will be on."""
-    folder = root.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    facts = os.statvfs(folder)
-    return facts.f_bavail * facts.f_frsize
 
 
 def _size(count: float) -> str:

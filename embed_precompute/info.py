@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from embed_precompute.errors import IncompleteError, InputError
+from embed_precompute.plan import Plan
 from embed_precompute.samples import FAILURES, Status
-from embed_precompute.store.commit import read_sealed
 from embed_precompute.store.index import DatasetIndex
 from embed_precompute.store.records import (
     committed_units,
     null_paths,
+    read_manifest,
     read_plan,
     read_record,
     stored_tensors,
@@ -30,8 +31,6 @@ from embed_precompute.store.records import (
 )
 from embed_precompute.store.rows import StoredSample, read_samples
 from embed_precompute.store.shards import ShardReader
-
-MANIFEST_FILE = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def dataset_lines(root: Path) -> list[str]:
     """What the dataset in `root` is: identity, inputs, encoders, counts, size."""
     root = Path(root)
     status = read_status(root)
-    plan = read_plan(root)
+    plan = _read_plan(root)
     lines = status.lines()
     lines += [f"  fingerprint {status.fingerprint}", f"  plan        {status.plan}"]
     files = plan["inputs"]
@@ -254,13 +253,15 @@ def _input_place(plan: Mapping[str, Any], row: int) -> str:
 def _read_plan(root: Path) -> dict[str, Any]:
     if not root.is_dir():
         raise InputError(f"{root} is not a folder. Expected the output.path of a run.")
-    return read_plan(root)
+    plan = read_plan(root)
+    Plan.from_json(plan)
+    return plan
 
 
 def _read_manifest(root: Path, plan: Mapping[str, Any]) -> dict[str, Any] | None:
     """manifest.json, if it is there and of this plan."""
     try:
-        manifest = read_sealed(root / MANIFEST_FILE, "dataset")
+        manifest = read_manifest(root)
     except FileNotFoundError:
         return None
     return manifest if manifest.get("plan") == plan["plan"] else None

@@ -30,15 +30,13 @@ from embed_precompute.config import Config
 from embed_precompute.config_file import to_yaml
 from embed_precompute.distributed import NULL_UNIT, Claims, DistContext, connect_store
 from embed_precompute.encoders import TextEncoder
-from embed_precompute.errors import (
-    ConflictError,
-    IncompleteError,
-    StorageError,
-)
+from embed_precompute.errors import ConflictError, IncompleteError, StorageError
+from embed_precompute.isolate import encode_batch
 from embed_precompute.plan import Plan, differing_fields
 from embed_precompute.preemption import StopRequest, stop_on_signals
 from embed_precompute.preflight import (
     Prepared,
+    check_room,
     environment,
     prepare,
     publish,
@@ -99,6 +97,7 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
     done = Committed(root, plan)
     check_record(prepared, done.any_unit(), here)
     if dist.is_main and not done.everything():
+        check_room(prepared, done.units)
         _write_provenance(prepared, here, dist)
     if dist.local_rank == 0 and (leftovers := remove_dead(root)):
         log.info("%d temporary files of writers that died here are removed", leftovers)
@@ -264,6 +263,7 @@ class _Encoded:
     name: str = ""
     rows: np.ndarray | None = None
     values: torch.Tensor | None = None
+    failed: dict[int, str] = field(default_factory=dict)
     abandoned: bool = False
 
 
@@ -340,8 +340,8 @@ class _Stages:
             if self._stop.is_set():
                 continue  # it was only read ahead
             began = time.monotonic()
-            for name, rows, values in self._encoded_batches(unit):
-                if not self._batches.put(_Encoded(unit, name, rows, values)):
+            for encoded in self._encoded_batches(unit):
+                if not self._batches.put(encoded):
                     return
                 if self._stop.is_set() and not self._fits_grace(began):
                     self._halted.set()
@@ -360,14 +360,15 @@ class _Stages:
         left = max(0.0, began + self._unit_s - time.monotonic())
         return left + self._commit_s < self._stop.seconds_left()
 
-    def _encoded_batches(self, unit: Unit) -> Iterator[tuple[str, np.ndarray, torch.Tensor]]:
+    def _encoded_batches(self, unit: Unit) -> Iterator[_Encoded]:
         for encoder in self._encoders:
             resolved = encoder.resolved
             shapes = (resolved.null_shape,) if unit.is_null else resolved.shapes
             ids = unit.tokens[resolved.name].ids
             tokenizer = resolved.tokenizer
             for batch in make_batches(ids, shapes, tokenizer.pad_id, tokenizer.filler):
-                yield resolved.name, batch.rows, encoder.encode(batch)
+                values, failed = encode_batch(encoder, batch)
+                yield _Encoded(unit, resolved.name, batch.rows, values, failed)
 
     def _write(self) -> None:
         messages = iter(self._batches)
@@ -377,7 +378,7 @@ class _Stages:
                 current: _Encoded | None = message
                 while current is not None and current.values is not None:
                     assert current.rows is not None
-                    writer.write(current.name, current.rows, current.values)
+                    writer.write(current.name, current.rows, current.values, current.failed)
                     current = next(messages, None)
                 if current is None or current.abandoned:
                     continue  # stopped, or a peer has committed this unit
@@ -409,7 +410,7 @@ class _Stages:
             self._failed_of[number] = sum(status[failure.label] for failure in FAILURES)
         total = failed + sum(self._failed_of.values())
         if total > self._max_failed:
-            row, reason = next(iter(unit.failures.items()))
+            row, (_, reason) = next(iter(unit.failures.items()))
             sample = unit.samples[unit.stored_row.index(row)]
             raise IncompleteError(
                 f"{total} samples failed, more than runtime.max_failed_samples "
@@ -432,5 +433,5 @@ class _Stages:
             self._metrics.parent.mkdir(parents=True, exist_ok=True)
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        except OSError as error:  # figures for people: no reason to stop
-            log.warning("metrics are not written: %s", error)
+        except OSError as error:  # figures for people: the dataset does not need them
+            log.warning("%s: not written: %s", self._metrics, error.strerror)

@@ -3,21 +3,43 @@
 Guarantees: a plan is a pure function of the resolved spec, the input files and the shard size; it
 names no rank, and whoever makes it makes the same bytes. Comparing two plans names every field or
 file that differs.
-Costs: O(files) in memory and on disk; stdlib only.
+Costs: O(files) in memory and on disk.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embed_precompute.config import FORMAT_VERSION, digest_of
-from embed_precompute.errors import ConflictError
+from embed_precompute.errors import ConflictError, VerificationError
+from embed_precompute.store.records import mismatch
 
 AUTO_SHARD_BYTES = 1 << 30
 AUTO_MAX_SAMPLES = 4096
 MAX_NAMED_DIFFERENCES = 8
+MAX_UNITS = 1 << 31
+"""The index stores a unit's number in 32 bits."""
+_HEX = re.compile(r"[0-9a-f]{64}")
+_SHAPE: dict[str, Any] = {
+    "format_version": FORMAT_VERSION,
+    "kind": "plan",
+    "digest": _HEX,
+    "fingerprint": _HEX,
+    "plan": _HEX,
+    "spec": dict,
+    "inputs": [{"path": str, "bytes": int, "rows": int, "footer_sha256": _HEX}],
+    "columns": {"text": str, "id": (str, None)},
+    "limit": (int, None),
+    "num_rows": int,
+    "num_samples": int,
+    "last_row_samples": (int, None),
+    "samples_per_shard": int,
+    "rows_per_unit": int,
+    "num_units": int,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +97,33 @@ class Plan:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Plan:
+        """The plan in plan.json; VerificationError unless it is one this program would make."""
+        problem = mismatch(dict(stored), _SHAPE, "it")
+        if problem:
+            raise VerificationError(f"plan.json is not as the format says: {problem}.")
+        plan = cls._from_json(stored)
+        plan._require_consistent(stored)
+        return plan
+
+    def _require_consistent(self, stored: Mapping[str, Any]) -> None:
+        """Whether what is derived follows from the rest."""
+        rows = sum(file["rows"] for file in self.inputs.files)
+        problem = None
+        if not 0 < self.num_rows <= rows or (self.inputs.limit is None and self.num_rows < rows):
+            problem = f"num_rows {self.num_rows} of {rows} rows in its inputs"
+        elif self.samples_per_shard < 1 or self.num_samples < self.num_rows:
+            problem = f"{self.num_samples} samples, {self.samples_per_shard} to a shard"
+        elif self.rows_per_unit < 1:
+            problem = f"rows_per_unit {self.rows_per_unit}"
+        elif not stored["num_units"] == self.num_units < MAX_UNITS:
+            problem = f"num_units {stored['num_units']}"
+        elif (stored["fingerprint"], stored["plan"]) != (digest_of(self.spec), self.plan_id):
+            problem = "a fingerprint or plan that is not the digest of what it names"
+        if problem:
+            raise VerificationError(f"plan.json contradicts itself: it has {problem}.")
+
+    @classmethod
+    def _from_json(cls, stored: Mapping[str, Any]) -> Plan:
         return cls(
             fingerprint=stored["fingerprint"],
             spec=stored["spec"],

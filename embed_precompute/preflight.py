@@ -10,6 +10,7 @@ column once (8 bytes a row) and tokenises the first 10,000 rows. No model and no
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import time
@@ -23,7 +24,7 @@ from embed_precompute.captions import CaptionTable, Scan
 from embed_precompute.config import FORMAT_VERSION, Config, digest_of
 from embed_precompute.distributed import DistContext
 from embed_precompute.encoders import ResolvedEncoder
-from embed_precompute.errors import ConflictError, InputError
+from embed_precompute.errors import ConflictError, InputError, StorageError
 from embed_precompute.plan import (
     Inputs,
     Plan,
@@ -32,10 +33,14 @@ from embed_precompute.plan import (
     rows_per_unit,
 )
 from embed_precompute.samples import Sample
-from embed_precompute.store.commit import publish_bytes, read_sealed, seal
-from embed_precompute.store.records import committed_units, read_record
+from embed_precompute.store.commit import MAX_JSON_BYTES, publish_bytes, read_sealed, seal
+from embed_precompute.store.records import committed_units, read_record, refuse_linked_folders
+from embed_precompute.store.space import room_at
 
+log = logging.getLogger(__name__)
 PLAN_FILE = "plan.json"
+ROOM_ROWS = 1000
+FILES_PER_UNIT = 3
 ESTIMATE_ROWS = 10_000
 PLAN_POLL_S = 0.2
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -86,9 +91,16 @@ def output_folder(config: Config) -> Path:
 
 def publish(prepared: Prepared) -> Prepared:
     """Write plan.json unless it is there; the stored plan, whoever wrote it, is in force."""
+    refuse_linked_folders(prepared.root)
     if _stored_plan(prepared.root) is None:
         _refuse_foreign_units(prepared)
-        publish_bytes(prepared.root / PLAN_FILE, seal(prepared.plan.to_json()))
+        payload = seal(prepared.plan.to_json())
+        if len(payload) > MAX_JSON_BYTES:
+            raise InputError(
+                f"{PLAN_FILE} would have {len(payload):,} bytes for {len(prepared.table.files):,} "
+                f"input files: at most {MAX_JSON_BYTES:,} are read back. Merge the parquet files."
+            )
+        publish_bytes(prepared.root / PLAN_FILE, payload)
     stored = _stored_plan(prepared.root)
     assert stored is not None
     plan = prepared.plan
@@ -109,6 +121,44 @@ def _refuse_foreign_units(prepared: Prepared) -> None:
             f"configuration makes ({prepared.plan.plan_id[:16]}, fingerprint "
             f"{prepared.plan.fingerprint[:16]}). Give the configuration and captions back that "
             "these units were made with, or write to a new output.path."
+        )
+
+
+def check_room(prepared: Prepared, units_done: int) -> None:
+    """Whether the rest of the dataset fits where it goes: a warning when not, StorageError (exit
+    74) when not even one shard does. An estimate from the first captions that are left."""
+    plan, root = prepared.plan, prepared.root
+    units_left = plan.num_units - units_done
+    if units_left <= 0:
+        return
+    first, num_rows = plan.unit_rows(0)
+    reader = prepared.table.reader(plan.num_rows, plan.last_row_samples)
+    samples = reader.read(first, min(num_rows, ROOM_ROWS))
+    reader.close()
+    # Equal texts of a shard are stored once.
+    distinct = list({sample.text: sample for sample in samples}.values())
+    per_sample = _bytes_per_sample(prepared.config, prepared.encoders, distinct)
+    per_row = per_sample * len(distinct) / max(1, min(num_rows, ROOM_ROWS))
+    one, total = (
+        int(per_row * rows) for rows in (num_rows, plan.num_rows * units_left / plan.num_units)
+    )
+    files = units_left * FILES_PER_UNIT
+    room = room_at(root)
+    if room.bytes < one or room.files < FILES_PER_UNIT:
+        raise StorageError(
+            f"{root}: a shard needs about {one:,} bytes and {FILES_PER_UNIT} files; "
+            f"{room.bytes_limit} allows {room.bytes:,} bytes, {room.files_limit} {room.files:,} "
+            f"files. The rest of the dataset needs about {total:,} bytes. Make room, or write to "
+            "another output.path."
+        )
+    if room.bytes < total or room.files < files:
+        log.warning(
+            "%s: the rest of the dataset needs about %s bytes and %s files; %s allows %s bytes, %s "
+            "%s files. The run will stop with exit 74 when they are used up, and go on from there "
+            "when there is room.",
+            root,
+            *(f"{total:,}", f"{files:,}", room.bytes_limit, f"{room.bytes:,}"),
+            *(room.files_limit, f"{room.files:,}"),
         )
 
 

@@ -70,7 +70,7 @@ class Unit:
     tokens: dict[str, EncodedTokens]
     swept: bool = False
     """Another rank may be at the same unit."""
-    failures: dict[int, str] = field(default_factory=dict)
+    failures: dict[int, tuple[Status, str]] = field(default_factory=dict)
     """Stored rows that must not be stored, and why."""
 
     @property
@@ -140,28 +140,44 @@ class UnitWriter:
     def __exit__(self, *exception: object) -> None:
         self._shard.discard()
 
-    def write(self, name: str, rows: np.ndarray, values: torch.Tensor) -> None:
+    def write(
+        self,
+        name: str,
+        rows: np.ndarray,
+        values: torch.Tensor,
+        failed: Mapping[int, str] | None = None,
+    ) -> None:
         """Write a batch of encoder `name`: line i of `values` ([B, L, D] or [B, C]) is `rows[i]`.
 
-        Lines beyond `rows` are filler. A row that holds inf or nan is not stored.
+        Lines beyond `rows` are filler. A row that holds inf or nan is not stored, nor is one of
+        `failed` (row -> reason).
         """
+        failed = failed or {}
         lengths = self._unit.tokens[name].lengths
         pooled = values.dim() == 2
         finite = bool(torch.isfinite(values[: len(rows)]).all())
         for line, row in enumerate(rows.tolist()):
+            if row in failed:
+                self._reject(row, Status.ERROR, f"text_{name}: {failed[row]}")
+                continue
             vectors = values[line] if pooled else values[line, : lengths[row]]
             if not finite and not bool(torch.isfinite(vectors).all()):
-                self._unit.failures[row] = f"text_{name} holds inf or nan"
-                self._shard.reject(row)
+                self._reject(row, Status.NON_FINITE, f"text_{name} holds inf or nan")
                 continue
             self._shard.write(name, row, vectors)
+
+    def _reject(self, row: int, status: Status, reason: str) -> None:
+        # Encoders come in a fixed order, so the first failure of a row is always the same one.
+        self._unit.failures.setdefault(row, (status, reason))
+        self._shard.reject(row)
 
     def commit(self) -> dict[str, Any]:
         """Publish shard, rows part and record; give the record in force (ours or a peer's)."""
         if self._unit.is_null and self._unit.failures:
+            reason = self._unit.failures[0][1]
             raise InputError(
-                "the encoding of the empty caption is not finite: "
-                f"{self._unit.failures[0]}. float16 overflows in T5: use dtype bfloat16 or float32."
+                f"the encoding of the empty caption failed: {reason}. float16 overflows in T5: use "
+                "dtype bfloat16 or float32."
             )
         shard, adopted = self._settle_shard(self._shard.finish())
         record = self._record(shard, adopted)
@@ -266,7 +282,7 @@ class UnitWriter:
             if row is None or row not in position:
                 status, error = sample.status, sample.error
                 if row is not None:
-                    status, error = Status.NON_FINITE, self._unit.failures[row]
+                    status, error = self._unit.failures[row]
                 stored.append(
                     StoredSample(
                         sample.sample_id, sample.row, status, error, None, {}, {}, {}, sample.text

@@ -28,13 +28,14 @@ from embed_precompute.checks import Level, Report, SampleTable, UnitCheck, check
 from embed_precompute.config import FORMAT_VERSION, canonical_json, digest_of
 from embed_precompute.errors import InputError
 from embed_precompute.plan import Plan, flatten
-from embed_precompute.store.commit import TEMP_PREFIX, read_sealed
+from embed_precompute.store.commit import TEMP_PREFIX
 from embed_precompute.store.committed import check_null
 from embed_precompute.store.index import DatasetIndex, index_dtypes
 from embed_precompute.store.records import (
     UnitPaths,
     committed_units,
     null_paths,
+    read_manifest,
     read_plan,
     read_record,
     stored_tensors,
@@ -177,7 +178,7 @@ class _Verification:
         if not self.report.finalised or not self.report.is_file(path):
             return
         with self.report.checking(path):
-            self.manifest = manifest = read_sealed(path, "dataset")
+            self.manifest = manifest = read_manifest(self.root)
             encoders = sorted(manifest["encoders"])
             index_files = [f"index/{name}.npy" for name in index_dtypes(encoders)]
             expected = {*SMALL_FILES, "manifest.parquet", *index_files}

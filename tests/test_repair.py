@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -10,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from handmade import write_dataset, write_units
+from handmade import make_plan, write_dataset, write_units
 from jobs import call, dataset_bytes, write_captions, write_job
 
 from embed_precompute import preflight, reencode
 from embed_precompute import repair as repair_module
 from embed_precompute.encoders.hf import HfEncoder
 from embed_precompute.samples import Status
-from embed_precompute.store.commit import read_sealed, replace_bytes, seal
+from embed_precompute.store.commit import replace_bytes, seal
 from embed_precompute.store.leftovers import QUARANTINE
 from embed_precompute.store.records import null_paths, read_record, unit_paths
 from embed_precompute.verify import verify
@@ -287,11 +288,18 @@ def test_repair_that_dies_half_way(
 
 
 def test_a_plan_of_absurd_size_is_checked_in_no_time(tmp_path: Path) -> None:
+    """All of it is consistent, so the units that are missing are the only problem."""
+    small = make_plan(3, 3)
     write_dataset(tmp_path, ["a", "b", "c"])
-    plan = read_sealed(tmp_path / "plan.json")
-    plan["inputs"][0]["rows"] = plan["num_rows"] = plan["num_samples"] = 10**17
-    plan["num_units"] = -(-(10**17) // plan["rows_per_unit"])
-    replace_bytes(tmp_path / "plan.json", seal(plan))
+    rows = 10**9
+    file = {**small.inputs.files[0], "rows": rows}
+    plan = dataclasses.replace(
+        small,
+        inputs=dataclasses.replace(small.inputs, files=(file,)),
+        num_rows=rows,
+        num_samples=rows,
+    )
+    replace_bytes(tmp_path / "plan.json", seal(plan.to_json()))
     report = verify(tmp_path)
     assert any("shards" in line for line in report.problems)
     assert len(report.problems) < 100

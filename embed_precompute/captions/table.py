@@ -46,6 +46,9 @@ from embed_precompute.config import CaptionsConfig
 from embed_precompute.errors import InputError
 from embed_precompute.samples import Sample, Status
 
+MAX_CAPTION_CHARS = 1 << 20
+"""More is no caption: an encoder takes a few hundred tokens, and tokenising takes many times the
+text's memory."""
 READ_ROWS = 2048
 SCAN_ROWS = 16384
 MAX_ADDED_TOKENS = 1 << 16
@@ -217,7 +220,8 @@ class CaptionReader:
         column = batch.column(self._config.text_column)
         captions = strings(column, self._config.text_column)
         ids, rows = self._ids(first, batch), range(first, first + len(batch))
-        if self._as_it_is and set(map(type, captions)) == {str}:
+        whole = self._as_it_is and set(map(type, captions)) == {str}
+        if whole and max(len(str(caption)) for caption in captions) <= MAX_CAPTION_CHARS:
             return map(Sample, ids, rows, cast("list[str]", captions))
         return map(self._sample, ids, rows, captions, self._recipe_rows(batch))
 
@@ -257,6 +261,9 @@ class CaptionReader:
             if self._table.normalize is not None:
                 caption = self._table.normalize(caption)
             text = self._table.recipe.render(caption, row_values)
+            if isinstance(text, str) and len(text) > MAX_CAPTION_CHARS:
+                long = f"the caption has {len(text)} characters, more than {MAX_CAPTION_CHARS}"
+                text = Problem(Status.INVALID_TEXT, long)
         if isinstance(text, Problem):
             return Sample(sample_id, row, None, text.status, text.error)
         return Sample(sample_id, row, text)

@@ -3,24 +3,21 @@
 Guarantees: only safetensors is ever read. The digest depends on the weights' bytes and on the
 config's values, never on a folder's name or place. What is on this machine is used before the hub
 is asked.
-Costs: the first digest of a file reads it once (about 1 GB/s); it is remembered by path, size,
-mtime and inode under XDG_CACHE_HOME/embed_precompute. No torch; the hub client only for a hub id.
+Costs: the digests of the weights (`digests`). No torch; the hub client only for a hub id.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embed_precompute.config import canonical_json, digest_of
+from embed_precompute.config import digest_of
+from embed_precompute.encoders.digests import file_sha256
 from embed_precompute.errors import InputError
 
 MODEL_CLASSES: dict[str, dict[str, str]] = {
@@ -33,7 +30,6 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-SHA256 = re.compile(r"[0-9a-f]{64}")
 BOOKKEEPING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
 """Keys of config.json that say how it was saved, not what the model computes."""
 
@@ -209,53 +205,6 @@ def _without_bookkeeping(config: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in BOOKKEEPING}
     nested = {k: _without_bookkeeping(v) for k, v in kept.items() if isinstance(v, dict)}
     return {**kept, **nested}
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, remembered as long as its path, size, mtime and inode stay."""
-    real = path.resolve()
-    if real.parent.name == "blobs" and SHA256.fullmatch(real.name):
-        return real.name  # the hub's cache names a large file by its sha256
-    status = real.stat()
-    key = [str(real), status.st_size, status.st_mtime_ns, status.st_ino]
-    entry = _cache_folder() / "sha256" / f"{digest_of(key)}.json"
-    known = _recall(entry, key)
-    if known is not None:
-        return known
-    digest = hashlib.sha256()
-    with real.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    after = real.stat()
-    if [after.st_size, after.st_mtime_ns, after.st_ino] != key[1:]:
-        raise InputError(f"{real} changed while it was read. Run again when it is complete.")
-    _remember(entry, key, digest.hexdigest())
-    return digest.hexdigest()
-
-
-def _cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "embed_precompute"
-
-
-def _recall(entry: Path, key: list[Any]) -> str | None:
-    try:
-        stored = json.loads(entry.read_bytes())
-        if stored["file"] == key and SHA256.fullmatch(stored["sha256"]):
-            return str(stored["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no entry, or a damaged one: hash again
-    return None
-
-
-def _remember(entry: Path, key: list[Any], sha256: str) -> None:
-    # A cache that cannot be written costs time, not correctness.
-    with contextlib.suppress(OSError):
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=entry.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(canonical_json({"file": key, "sha256": sha256}))
-        os.replace(temporary, entry)
 
 
 @contextlib.contextmanager

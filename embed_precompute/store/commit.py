@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 
 TEMP_PREFIX = ".tmp-"
 PIECE_BYTES = 8 << 20
-MAX_JSON_BYTES = 64 << 20
+MAX_JSON_BYTES = 16 << 20
+MAX_RECORD_BYTES = 1 << 20
+MAX_JSON_ITEMS = 1 << 19
+"""What a JSON file of ours may hold, so that parsing a hostile one takes little memory: an empty
+list is 2 bytes in the file and 64 in memory."""
 
 # What file systems without hard links answer to link().
 _NO_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS})
@@ -75,15 +79,18 @@ def read_sealed(path: Path, kind: str | None = None) -> dict[str, Any]:
     exact bytes of `seal` (a flipped bit, a torn write, a version or kind this program does not
     know) is VerificationError.
     """
+    limit = MAX_RECORD_BYTES if kind in ("unit", "null") else MAX_JSON_BYTES
     try:
         with path.open("rb") as file:
-            payload = file.read(MAX_JSON_BYTES + 1)
+            payload = file.read(limit + 1)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise StorageError(f"{path}: reading failed: {error.strerror}.") from error
-    if len(payload) > MAX_JSON_BYTES:
-        raise VerificationError(f"{path} is over {MAX_JSON_BYTES} bytes: not one of our files.")
+    if len(payload) > limit:
+        raise VerificationError(f"{path} is over {limit} bytes: not one of our files.")
+    if sum(payload.count(mark) for mark in b",[{") > MAX_JSON_ITEMS:
+        raise VerificationError(f"{path} has over {MAX_JSON_ITEMS} values: not one of our files.")
     remedy = "Restore it, or use `embed-precompute repair` and run the job again."
     try:
         obj = json.loads(payload)

@@ -8,6 +8,7 @@ arrays, a look-up by id is a binary search and loads no table.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ import xxhash
 from embed_precompute.config import ENCODER_NAME
 from embed_precompute.errors import IncompleteError, VerificationError
 from embed_precompute.samples import Status
-from embed_precompute.store.commit import StagedFile, read_sealed
+from embed_precompute.store.commit import StagedFile
+from embed_precompute.store.records import read_manifest
 
 NPY_HEADER_BYTES = 128
 SORT_ENTRIES = 1 << 20
@@ -75,12 +77,16 @@ class _ArrayFile:
     def finish(self, size: int | None = None) -> StagedFile:
         """Writes the header for `size` elements (those appended, if not given)."""
         size = self._size if size is None else size
-        shape = f"({size // self._columns}, {self._columns})" if self._columns else f"({size},)"
-        text = f"{{'descr': '{self._descr}', 'fortran_order': False, 'shape': {shape}, }}"
-        text = text.ljust(NPY_HEADER_BYTES - 11) + "\n"
-        header = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
-        self.staged.pwrite(header, 0)
+        shape = (size // self._columns, self._columns) if self._columns else (size,)
+        self.staged.pwrite(_npy_header(self._descr, shape), 0)
         return self.staged
+
+
+def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
+    """The header of a .npy file, version 1.0, filled up to 128 bytes."""
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}"
+    text = text.ljust(NPY_HEADER_BYTES - 11) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
 
 
 class IndexWriter:
@@ -190,7 +196,7 @@ class DatasetIndex:
     def __init__(self, root: Path) -> None:
         self.root = root
         try:
-            self.manifest = read_sealed(root / "manifest.json", "dataset")
+            self.manifest = read_manifest(root)
         except FileNotFoundError:
             raise IncompleteError(
                 f"{root} has no manifest.json: the dataset is not finished. Run the job again, or "
@@ -257,11 +263,16 @@ class DatasetIndex:
             expected = self.manifest["files"][f"index/{name}.npy"]["bytes"]
             if path.stat().st_size != expected:
                 raise ValueError(f"{path.stat().st_size} bytes, manifest.json says {expected}")
-            mode = None if expected == NPY_HEADER_BYTES else "r"  # an empty array cannot be mapped
-            array: Array = np.load(path, mmap_mode=mode, allow_pickle=False)  # type: ignore[arg-type]
-            fits = array.ndim == 1 if shape is None else array.shape == shape
-            if array.dtype != np.dtype(dtype) or not fits:
-                raise ValueError(f"{array.dtype} {array.shape}, expected {dtype} {shape}")
+            shape = (expected - NPY_HEADER_BYTES,) if shape is None else shape
+            with path.open("rb") as file:
+                if file.read(NPY_HEADER_BYTES) != _npy_header(dtype, shape):
+                    raise ValueError(f"another header than that of {dtype} {shape}")
+            size = np.dtype(dtype).itemsize * math.prod(shape) + NPY_HEADER_BYTES
+            if size != expected:
+                raise ValueError(f"{expected} bytes, {dtype} {shape} has {size}")
+            if 0 in shape:  # it cannot be mapped
+                return np.empty(shape, dtype)
+            array = np.memmap(path, dtype, "r", NPY_HEADER_BYTES, shape)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise VerificationError(
                 f"{path} is not the array it should be: {error}. `embed-precompute finalize` makes "

@@ -88,6 +88,18 @@ def committed_units(root: Path) -> set[int]:
     return units
 
 
+def refuse_linked_folders(root: Path) -> None:
+    """InputError when a folder of the dataset is a link: nothing is written outside the root."""
+    folders = [root / name for name in ("shards", "index", "logs", "_quarantine")]
+    folders += [root / "shards" / name for name in _names(str(root / "shards"))]
+    for folder in folders:
+        if os.path.islink(folder):
+            raise InputError(
+                f"{folder} is a link to {os.readlink(folder)!r}: a dataset is written below its "
+                "own folder only. Move the whole dataset there and link output.path itself."
+            )
+
+
 def _names(folder: str) -> list[str]:
     try:
         return os.listdir(folder)
@@ -113,7 +125,7 @@ def read_plan(root: Path) -> dict[str, Any]:
 def stored_tensors(spec: Mapping[str, Any]) -> tuple[StoredTensor, ...]:
     """What each encoder of a resolved spec stores, sorted by name."""
     shape = {"dtype": str, "codec": str}
-    problem = _mismatch(spec.get("output"), shape, "spec.output")
+    problem = mismatch(spec.get("output"), shape, "spec.output")
     encoders = spec.get("encoders")
     if not problem and (not isinstance(encoders, dict) or not encoders):
         problem = "spec.encoders: expected at least one encoder"
@@ -129,11 +141,19 @@ def stored_tensors(spec: Mapping[str, Any]) -> tuple[StoredTensor, ...]:
     for name, encoder in sorted(spec["encoders"].items()):
         encoder = encoder if isinstance(encoder, dict) else {}
         found = {key: encoder.get(key) for key in ("pooled", "dim")}
-        problem = _mismatch(found, {"pooled": bool, "dim": int}, f"spec.encoders.{name}")
+        problem = mismatch(found, {"pooled": bool, "dim": int}, f"spec.encoders.{name}")
         if problem or not ENCODER_NAME.fullmatch(name):
             raise VerificationError(f"the plan's {problem or f'encoder name {name!r} is bad'}.")
         tensors.append(StoredTensor(name, encoder["pooled"], encoder["dim"], dtype))
     return tuple(tensors)
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """manifest.json; FileNotFoundError while the dataset is not finalised."""
+    path = root / "manifest.json"
+    manifest = read_sealed(path, "dataset")
+    _require(path, manifest, _MANIFEST_SHAPE)
+    return manifest
 
 
 def read_record(root: Path, unit: int | None) -> dict[str, Any]:
@@ -195,26 +215,53 @@ def _shape(paths: UnitPaths, unit: int) -> dict[str, Any]:
     }
 
 
+_MANIFEST_SHAPE: dict[str, Any] = {
+    "format_version": FORMAT_VERSION,
+    "kind": "dataset",
+    "fingerprint": _HEX,
+    "plan": _HEX,
+    "spec": dict,
+    "encoders": {str: {"tensor": str, "pooled": bool, "dim": int, "dtype": str}},
+    "counts": {
+        **dict.fromkeys(("rows", "samples", "units", "stored"), int),
+        "status": {status.label: int for status in Status},
+        "encoders": {str: {"tokens": int, "truncated": int, "stored_tokens": int}},
+    },
+    "environments": [{"environment": {str: str}, "units": int}],
+    "records_sha256": _HEX,
+    "files": {str: {"bytes": int, "sha256": _HEX}},
+    "digest": _HEX,
+}
+
+
 def _require(path: Path, value: Any, shape: Any) -> None:
-    problem = _mismatch(value, shape, "it")
+    problem = mismatch(value, shape, "it")
     if problem:
         raise VerificationError(f"{path} is not as the format says: {problem}.")
 
 
-def _mismatch(value: Any, shape: Any, where: str) -> str | None:
+def mismatch(value: Any, shape: Any, where: str) -> str | None:
     """How `value` differs from `shape`, or None.
 
-    A shape is a type (int: 0 or more), a pattern, a literal value, `{str: shape}` for any keys, or
-    a dictionary of exact keys.
+    A shape is a type (int: 0 or more), a pattern, a literal value, `[shape]` for a list, a tuple of
+    shapes that are all allowed, `{str: shape}` for any keys, or a dictionary of exact keys.
     """
+    if isinstance(shape, tuple):
+        problems = [mismatch(value, choice, where) for choice in shape]
+        return problems[0] if all(problems) else None
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{where} is {value!r:.80}, expected a list"
+        entries = (mismatch(v, shape[0], f"{where}[{i}]") for i, v in enumerate(value))
+        return next((problem for problem in entries if problem), None)
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return f"{where} is {value!r:.80}, expected an object"
         free = shape.get(str)
         if free is None and value.keys() != shape.keys():
             return f"{where} has keys {sorted(value)}, expected {sorted(shape)}"
-        problems = (_mismatch(v, free or shape[k], f"{where}.{k}") for k, v in value.items())
-        return next((problem for problem in problems if problem), None)
+        fields = (mismatch(v, free or shape[k], f"{where}.{k}") for k, v in value.items())
+        return next((problem for problem in fields if problem), None)
     if isinstance(shape, re.Pattern):
         fits = isinstance(value, str) and shape.fullmatch(value) is not None
     elif isinstance(shape, type):

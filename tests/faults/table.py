@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from faults import commits, kills
+from faults import commits, damage, errors, hostile, kills, peers
 from faults.lab import Finding, Lab
 
 CHECKS: tuple[Callable[[Lab], list[Finding]], ...] = (
@@ -14,11 +14,24 @@ CHECKS: tuple[Callable[[Lab], list[Finding]], ...] = (
     commits.f02_run,
     kills.f03_signals,
     kills.f04_world_sizes,
+    damage.f05_bits,
+    damage.f05_verify,
+    damage.f06_damage,
+    damage.f06_run,
     commits.f07_errors,
     commits.f07_run,
     commits.f07_tmpfs,
+    peers.f08_two_jobs,
+    peers.f09_another_spec,
+    peers.f09_input,
+    damage.f10_torn,
+    peers.f11_clocks,
+    peers.f12_late,
     kills.f13_stopped,
     kills.f13_slow,
+    errors.f14_poison,
+    errors.f14_raises,
+    hostile.f15_hostile,
     commits.f16_order,
     commits.f17_umask,
     kills.f19_orphans,

@@ -1,0 +1,66 @@
+"""One forward, and which of its samples are to blame when it fails.
+
+Guarantees: a sample that the encoder cannot take does not stop the run: it gets the reason, and its
+neighbours the embeddings they would have had, for an embedding does not depend on them. What is no
+sample's fault (memory, a device that is lost, an encoder that fails for the empty caption too) is
+raised as it came.
+Costs: nothing while all goes well; one forward per caption of a batch that fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from embed_precompute.batching import TokenBatch, make_batches
+from embed_precompute.encoders import TextEncoder
+from embed_precompute.errors import EmbedPrecomputeError
+
+MAX_REASON = 200
+
+
+def encode_batch(encoder: TextEncoder, batch: TokenBatch) -> tuple[torch.Tensor, dict[int, str]]:
+    """The embeddings of a batch, and a reason for every caption (of `batch.rows`) without one."""
+    try:
+        return encoder.encode(batch), {}
+    except (EmbedPrecomputeError, MemoryError):
+        raise
+    except Exception as error:
+        if _lost_device(error):
+            raise
+        return _one_by_one(encoder, batch, error)
+
+
+def _lost_device(error: Exception) -> bool:
+    """After such an error every further forward fails, whatever it holds."""
+    kind = getattr(torch, "AcceleratorError", None)
+    return (kind is not None and isinstance(error, kind)) or "CUDA error" in str(error)
+
+
+def _one_by_one(
+    encoder: TextEncoder, batch: TokenBatch, first_error: Exception
+) -> tuple[torch.Tensor, dict[int, str]]:
+    try:
+        values = encoder.encode(next(_alone(encoder, batch, None))).clone()
+    except Exception:
+        raise first_error from None  # not even the empty caption: no sample is to blame
+    reasons: dict[int, str] = {}
+    for line, row in enumerate(batch.rows.tolist()):
+        try:
+            values[line] = encoder.encode(next(_alone(encoder, batch, line)))[0]
+        except EmbedPrecomputeError:
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())[:MAX_REASON]
+            reasons[row] = f"the encoder failed: {type(error).__name__}: {text}"
+    return values, reasons
+
+
+def _alone(encoder: TextEncoder, batch: TokenBatch, line: int | None) -> Iterator[TokenBatch]:
+    """A batch of the same shape with one caption of `batch` in it, or none, and filler."""
+    tokenizer = encoder.resolved.tokenizer
+    ids = tokenizer.filler if line is None else batch.input_ids[line, : batch.lengths[line]]
+    frame = (int(batch.input_ids.shape[0]), int(batch.input_ids.shape[1]))
+    return make_batches([np.asarray(ids)], (frame,), tokenizer.pad_id, tokenizer.filler)

@@ -1,0 +1,56 @@
+"""F15: files made to hurt whoever reads them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections import Counter
+
+from faults.hostile_worker import attack
+from faults.lab import Finding, Lab, first_lines
+
+BATCH = 250
+MAX_MIB = 512
+MAX_S = 2.0
+
+
+def f15_hostile(lab: Lab) -> list[Finding]:
+    """Mutated files of every kind, read in processes that import no transformers."""
+    spawn = multiprocessing.get_context("spawn")
+    problems: list[str] = []
+    kinds: Counter[str] = Counter()
+    slowest, largest = 0.0, 0
+    total = lab.size(500, 10_000)
+    for batch in range(-(-total // BATCH)):
+        folder = lab.new("f15", ram=True)
+        report = folder / "report.jsonl"
+        arguments = (str(folder), lab.rng.getrandbits(32), BATCH, str(report))
+        process = spawn.Process(target=attack, args=arguments)
+        process.start()
+        process.join(BATCH * MAX_S + 60)
+        if process.exitcode is None:
+            process.kill()
+        trials = [json.loads(line) for line in report.read_text().splitlines()]
+        if process.exitcode != 0 or len(trials) != BATCH:
+            last = trials[-1]["what"] if trials else "none"
+            problems.append(f"batch {batch}: exit {process.exitcode} after {last}")
+        for trial in trials:
+            kinds[trial["what"].split(":")[0]] += 1
+            slowest = max(slowest, trial["seconds"])
+            largest = max(largest, trial["peak_mib"])
+            problems += [f"{trial['what']}: {p}" for p in trial["problems"]]
+            if trial["seconds"] > MAX_S:
+                problems.append(f"{trial['what']}: {trial['seconds']:.1f} s")
+            if trial["peak_mib"] > MAX_MIB:
+                problems.append(f"{trial['what']}: {trial['peak_mib']} MiB")
+    listed = ", ".join(f"{kind} {n}" for kind, n in sorted(kinds.items()))
+    return [
+        Finding(
+            "F15", "mutated safetensors, JSON (sealed anew), index, rows and caption parquet; "
+            "traversal names; bombs",
+            "no crash, no traceback, no code, nothing outside the root, 512 MiB, 2 s each",
+            f"{sum(kinds.values())} files ({listed}): {len(problems)} wrong, slowest "
+            f"{slowest:.2f} s, largest {largest} MiB resident {first_lines(problems, 6)}",
+            not problems,
+        )
+    ]  # fmt: skip

@@ -1,0 +1,249 @@
+"""Failed samples, full disks, and files that are not what they seem: bounded and named."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from handmade import write_dataset
+from jobs import call, dataset_bytes, write_captions, write_job
+
+from embed_precompute import preflight
+from embed_precompute.encoders.hf import HfEncoder
+from embed_precompute.errors import EmbedPrecomputeError, VerificationError
+from embed_precompute.info import dataset_lines, read_status
+from embed_precompute.store.commit import read_sealed, seal
+from embed_precompute.store.index import DatasetIndex
+from embed_precompute.store.manifest import finalize
+from embed_precompute.store.records import read_record, unit_paths
+from embed_precompute.store.rows import read_samples
+from embed_precompute.store.space import UNLIMITED, Room, _lower, _Quota, room_at
+from embed_precompute.verify import verify
+
+TEXTS = [f"scene {i} with {'many ' * (i % 5)}people" for i in range(20)]
+
+
+@pytest.fixture
+def job(tiny_clip: Path, tmp_path: Path) -> Path:
+    captions = write_captions(tmp_path / "captions.parquet", TEXTS)
+    return write_job(tmp_path, captions, None, tiny_clip, samples_per_shard=10)
+
+
+def poison(patch: pytest.MonkeyPatch, job: Path, texts: list[str]) -> None:
+    """The encoder fails whenever one of `texts` is in its batch."""
+    original = HfEncoder.encode
+    bad: list[tuple[int, ...]] = []
+
+    def encode(self: HfEncoder, batch: Any) -> Any:
+        if not bad:
+            bad.extend(tuple(ids.tolist()) for ids in self.resolved.tokenizer.encode(texts).ids)
+        for line, length in enumerate(batch.lengths.tolist()):
+            if tuple(batch.input_ids[line, :length].tolist()) in bad:
+                raise ValueError("this one I cannot take")
+        return original(self, batch)
+
+    patch.setattr(HfEncoder, "encode", encode)
+
+
+def test_a_poisoned_sample_gets_a_status_and_its_neighbours_their_bytes(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        poison(patch, job, [TEXTS[3], TEXTS[14]])
+        code, _, said = call("run", str(job))
+    assert code == 6, said
+    root = tmp_path / "out"
+    samples = [s for unit in (0, 1) for s in read_samples(unit_paths(root, unit).rows, ["clip"])]
+    failed = [s for s in samples if s.status.label == "error"]
+    assert [s.sample_id for s in failed] == ["s3", "s14"]
+    assert failed[0].error == ("text_clip: the encoder failed: ValueError: this one I cannot take")
+    assert call("verify", str(root), "--level", "deep", "--sample", "20")[0] == 0
+    assert call("run", str(job))[0] == 6  # a rerun does not help
+    assert call("repair", str(root), "--failed")[0] == 5
+    assert call("run", str(job))[0] == 0
+    assert read_status(root).failed_samples == 0
+
+
+def test_too_many_failed_samples_stop_the_run(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        poison(patch, job, TEXTS[2:6])
+        code, _, said = call("run", str(job), "--runtime.max_failed_samples", "3")
+    assert code == 5
+    assert "4 samples failed, more than runtime.max_failed_samples (3)" in said
+    assert "sample 's2', row 2" in said
+    assert call("run", str(job))[0] == 0
+
+
+def test_an_encoder_that_always_fails_blames_no_sample(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = [0]
+    original = HfEncoder.encode
+
+    def encode(self: HfEncoder, batch: Any) -> Any:
+        count[0] += 1
+        if count[0] > 8:
+            raise RuntimeError("the device is gone")
+        return original(self, batch)
+
+    monkeypatch.setattr(HfEncoder, "encode", encode)
+    code, _, said = call("run", str(job))
+    assert code == 1
+    assert "the device is gone" in said
+
+
+# --- room -----------------------------------------------------------------------------------------
+
+
+def test_room_is_read_before_the_start(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in (
+        Room(100, UNLIMITED, "the user quota", "the file system"),
+        Room(UNLIMITED, 2, "the file system", "the user quota"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(preflight, "room_at", lambda root, room=room: room)
+            code, _, said = call("run", str(job))
+        assert code == 74, said
+        assert "the user quota" in said
+        assert str(tmp_path / "out") in said
+        assert "needs about" in said
+    few = Room(3000, 5, "the group quota", "the user quota")
+    with monkeypatch.context() as patch:
+        patch.setattr(preflight, "room_at", lambda root: few)
+        code, _, said = call("run", str(job))
+    assert code == 0
+    assert "the group quota allows 3,000 bytes" in said
+
+
+def test_quota_is_the_lower_limit(tmp_path: Path) -> None:
+    here = room_at(tmp_path / "not" / "yet")
+    assert here.bytes > 0
+    assert here.files > 0
+    whole = Room(10_000, 50, "fs", "fs")
+    quota = _Quota(block_hard=4, bytes_used=1000, inode_hard=20, inodes_used=21)
+    assert _lower(whole, quota, "q") == Room(3096, 0, "q", "q")
+    assert _lower(whole, _Quota(), "q") == whole
+    assert _lower(whole, _Quota(block_soft=3), "q").bytes == 3072
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(job: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "logs").write_bytes(b"in the way")
+    code, _, said = call("run", str(job))
+    assert code == 0, said
+    assert "Traceback" not in said
+    assert "not written" in said
+
+
+def test_nothing_is_written_through_a_link(job: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("shards", "shards/000", "index", "logs"):
+        link = tmp_path / "out" / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(elsewhere)
+        code, _, said = call("run", str(job))
+        assert code == 2, said
+        assert "is a link" in said
+        link.unlink()
+    assert list(elsewhere.iterdir()) == []
+
+
+# --- hostile files --------------------------------------------------------------------------------
+
+
+def test_a_caption_of_absurd_length_is_a_fact_of_the_input(tiny_clip: Path, tmp_path: Path) -> None:
+    captions = write_captions(tmp_path / "c.parquet", ["a", "b " * (1 << 20), "c"])
+    job = write_job(tmp_path, captions, None, tiny_clip)
+    assert call("run", str(job))[0] == 0
+    record = read_record(tmp_path / "out", 0)
+    assert (record["status"]["ok"], record["status"]["invalid_text"]) == (2, 1)
+
+
+@pytest.mark.parametrize("payload", [b"[" + b"[]," * 5_000_000 + b"0]", b'"' + b"x" * (17 << 20)])
+def test_json_bombs_are_not_parsed(
+    tmp_path: Path, payload: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(payload)
+    monkeypatch.setattr(json, "loads", None)
+    with pytest.raises(VerificationError, match="not one of our files"):
+        read_sealed(tmp_path / "x")
+
+
+def mutations(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:
+    """Every value in a JSON object replaced by each of some others, or (Ellipsis) taken out."""
+    others = [None, -1, 10**17, 1.5, "", "../../x", [], {}, [[1]], {"a": {}}, True, ...]
+    found = [(path, other) for other in others] if path else []
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:1])
+        if isinstance(value, list)
+        else ()
+    )
+    for key, child in inner:
+        found += mutations(child, (*path, key))
+    return found
+
+
+def changed(value: Any, path: tuple[Any, ...], other: Any) -> Any:
+    copy = json.loads(json.dumps(value))
+    owner = copy
+    for key in path[:-1]:
+        owner = owner[key]
+    if other is ...:
+        del owner[path[-1]]
+    else:
+        owner[path[-1]] = other
+    return copy
+
+
+@pytest.mark.parametrize(
+    "name", ["plan.json", "manifest.json", "null.json", "shards/000/shard-000000.json"]
+)
+def test_sealed_again_with_any_field_changed(tmp_path: Path, name: str) -> None:
+    """A forger can make the digest right: still no command breaks, and verify rejects it."""
+    write_dataset(tmp_path, ["a b c", None, "nan", "d e"])
+    path = tmp_path / name
+    sound, before = path.read_bytes(), dataset_bytes(tmp_path)
+    content = read_sealed(path)
+    content.pop("digest")
+    for where, other in mutations(content):
+        if changed(content, where, other) == content:
+            continue
+        path.write_bytes(seal(changed(content, where, other)))
+        assert verify(tmp_path).problems, (where, other)
+        for act in (read_status, dataset_lines, DatasetIndex):
+            with contextlib.suppress(EmbedPrecomputeError):
+                act(tmp_path)
+        if name != "manifest.json":
+            with contextlib.suppress(EmbedPrecomputeError):
+                finalize(tmp_path)
+        code, _, said = call("status", str(tmp_path))
+        assert code != 1, said
+    path.write_bytes(sound)
+    finalize(tmp_path)
+    assert dataset_bytes(tmp_path) == before
+
+
+def test_index_arrays_of_another_header_are_refused(tmp_path: Path) -> None:
+    write_dataset(tmp_path, ["a b c", None, "nan", "d e"])
+    for path in sorted((tmp_path / "index").iterdir()):
+        sound = path.read_bytes()
+        for offset in range(128):
+            path.write_bytes(sound[:offset] + bytes([sound[offset] ^ 1]) + sound[offset + 1 :])
+            with pytest.raises(VerificationError, match=path.name):
+                DatasetIndex(tmp_path)
+        path.write_bytes(sound)
+    index = DatasetIndex(tmp_path)
+    assert index.status.dtype == np.uint8
+    assert os.path.exists(tmp_path / "manifest.json")
