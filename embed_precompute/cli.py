@@ -43,7 +43,17 @@ EXIT_HELP = """exit codes:
 torchrun flattens exit codes: ask `embed-precompute status DIR` in scripts."""
 IO_ERRORS = frozenset(
     getattr(errno, name)
-    for name in "EIO ENOSPC EDQUOT EROFS ESTALE ENFILE EMFILE EACCES EPERM".split()
+    for name in [
+        "EIO",
+        "ENOSPC",
+        "EDQUOT",
+        "EROFS",
+        "ESTALE",
+        "ENFILE",
+        "EMFILE",
+        "EACCES",
+        "EPERM",
+    ]
 )
 """What a disk, a network or a permission answers: no bug of ours, wherever it surfaces."""
 
@@ -78,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(
             f"embed-precompute: error: {where}{error.strerror} "
-            f"({errno.errorcode[error.errno]}). Mend that and run the same command again.",
+            f"({errno.errorcode[error.errno or 0]}). Mend that and run the same command again.",
             file=sys.stderr,
         )
         return EXIT_IO

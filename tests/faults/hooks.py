@@ -195,9 +195,9 @@ def _trace(root: str, path: str) -> None:
 
 def _pace(seconds: float, log: str | None = None) -> None:
     """Each unit takes `seconds` longer; units that are begun are noted in `log`."""
-    from embed_precompute.pipeline import _Stages
+    from embed_precompute.stages import Stages
 
-    real = _Stages._encoded_batches
+    real = Stages._encoded_batches
 
     def paced(self: Any, unit: Any) -> Iterator[Any]:
         if log is not None:
@@ -207,7 +207,7 @@ def _pace(seconds: float, log: str | None = None) -> None:
         time.sleep(seconds)
         yield from real(self, unit)
 
-    _Stages._encoded_batches = paced  # type: ignore[method-assign]
+    Stages._encoded_batches = paced  # type: ignore[method-assign]
 
 
 def _clock(offset: float) -> None:
@@ -216,10 +216,10 @@ def _clock(offset: float) -> None:
 
 def _late(root: str, seconds: float, seed: int) -> None:
     """A network file system: new records are seen late, and link reports failure after success."""
-    from embed_precompute import pipeline
+    from embed_precompute import resume
 
     rng = random.Random(seed)
-    real_exists, real_listing = Path.exists, pipeline.committed_units
+    real_exists, real_listing = Path.exists, resume.committed_units
     real_link = os.link
 
     def young(path: Path) -> bool:
@@ -233,7 +233,7 @@ def _late(root: str, seconds: float, seed: int) -> None:
         return seen and not ("shard-" in self.name and young(self))
 
     def listing(folder: Path) -> set[int]:
-        return {u for u in real_listing(folder) if exists(pipeline.unit_paths(folder, u).record)}
+        return {u for u in real_listing(folder) if exists(resume.unit_paths(folder, u).record)}
 
     def link(*args: Any, **kwargs: Any) -> None:
         real_link(*args, **kwargs)
@@ -241,15 +241,15 @@ def _late(root: str, seconds: float, seed: int) -> None:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(args[1]))
 
     Path.exists = exists  # type: ignore[method-assign,assignment]
-    pipeline.committed_units = listing
+    resume.committed_units = listing
     os.link = link
 
 
 def _poison(unit: int, rows: Sequence[int], kind: str = "nan") -> None:
     """Rows of a unit are not finite, or its encoding raises."""
-    from embed_precompute.pipeline import UnitWriter, _Stages
+    from embed_precompute.stages import Stages, UnitWriter
 
-    real_write, real_batches = UnitWriter.write, _Stages._encoded_batches
+    real_write, real_batches = UnitWriter.write, Stages._encoded_batches
 
     def write(self: Any, name: str, which: Any, values: Any) -> None:
         if self._unit.number == unit:
@@ -267,7 +267,7 @@ def _poison(unit: int, rows: Sequence[int], kind: str = "nan") -> None:
     if kind == "nan":
         UnitWriter.write = write  # type: ignore[method-assign]
     else:
-        _Stages._encoded_batches = batches  # type: ignore[method-assign]
+        Stages._encoded_batches = batches  # type: ignore[method-assign]
 
 
 def _umask(mask: int) -> None:
