@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from faults.hooks import Hook, failing, install
-from faults.lab import Finding, Job, Lab, first_lines
-from faults.processes import execute, finish, launch
 from handmade import write_units
 from jobs import dataset_bytes
 
 from embed_precompute.errors import StorageError
 from embed_precompute.store.manifest import finalize
+from faults.hooks import Hook, failing, install
+from faults.lab import Finding, Lab, first_lines
+from faults.processes import execute, finish, launch
 
 TEXTS = ["one", "two words", None, "nan"]
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -202,9 +202,7 @@ def f07_tmpfs(lab: Lab) -> list[Finding]:
         finish(launch(_in_tmpfs, str(job.path), str(job.root), size, str(log), str(report)))
         outcome = json.loads(report.read_text()) if report.exists() else {"error": "no report"}
         if "error" in outcome:
-            return [
-                Finding("F7", "a real small tmpfs", "exit 74, resumes", outcome["error"], None)
-            ]
+            return [Finding("F7", "a real small tmpfs", "exit 74, resumes", outcome["error"], None)]
         full += outcome["first"] == 74
         said = outcome["said"]
         if outcome["first"] not in (0, 74) or "Traceback" in said:
@@ -269,7 +267,9 @@ def f16_order(lab: Lab) -> list[Finding]:
     assert code == 0, said
     calls = [tuple(line.split("\t")) for line in trace.read_text().splitlines()]
     problems, published = _out_of_order(calls)
-    made = {str(path) for path in job.root.rglob("*") if path.is_file() and "logs" not in path.parts}
+    made = {
+        str(path) for path in job.root.rglob("*") if path.is_file() and "logs" not in path.parts
+    }
     problems += [f"{name} was not published by a commit" for name in sorted(made - published)]
     return [
         Finding(
@@ -301,8 +301,10 @@ def _out_of_order(calls: list[tuple[str, ...]]) -> tuple[list[str], set[str]]:
         if folder not in later:
             problems.append(f"{target}: its folder is never fsynced")
     for at, (name, subject, _) in enumerate(calls):
-        if name == "mkdir" and Path(subject).name != "logs" and not any(
-            call[:2] == ("fsync", os.path.dirname(subject)) for call in calls[at:]
+        if (
+            name == "mkdir"
+            and Path(subject).name != "logs"
+            and not any(call[:2] == ("fsync", os.path.dirname(subject)) for call in calls[at:])
         ):
             problems.append(f"{subject}: made, and its parent is never fsynced")
     return problems, published

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from faults.lab import Finding, Lab, first_lines
 from handmade import write_dataset, write_units
 from jobs import call, dataset_bytes
 from store_case import flips
@@ -19,6 +18,7 @@ from embed_precompute.store.commit import read_sealed
 from embed_precompute.store.manifest import finalize
 from embed_precompute.store.records import read_record, unit_paths
 from embed_precompute.verify import verify
+from faults.lab import Finding, Lab, first_lines
 
 LONG_TEXT = " ".join(f"word{i}" for i in range(42))
 TEXTS = [f"{LONG_TEXT} {i}" for i in range(96)]

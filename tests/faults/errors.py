@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+from jobs import call
+
 from faults.lab import Finding, Job, Lab, first_lines
 from faults.processes import execute
-from jobs import call
 
 ROWS = 30
 
@@ -50,7 +51,7 @@ def f14_raises(lab: Lab) -> list[Finding]:
     said_of = []
     for kind in ("memory", "runtime"):
         job = lab.job("f14-raises", ROWS)
-        code, said = _run(job, {"unit": 4, "rows": [], "kind": kind})
+        code, _ = _run(job, {"unit": 4, "rows": [], "kind": kind})
         said_of.append(f"{kind} error: exit {code}")
         problems += [f"{kind}: exit {code}"] * (code == 0)
         problems += [f"{kind}: root manifest over partial data"] * (

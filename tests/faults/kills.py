@@ -9,6 +9,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from jobs import clean_environment, command
+
 from faults.lab import Finding, Job, Lab, first_lines, wait_for
 from faults.processes import (
     Gang,
@@ -19,7 +21,6 @@ from faults.processes import (
     start,
     start_gang,
 )
-from jobs import clean_environment, command
 
 UNIT_S = 0.03
 """What a unit takes more in these runs, so that faults meet work."""
@@ -128,7 +129,7 @@ def f01_torchrun(lab: Lab) -> list[Finding]:
             for _ in range(2):
                 before = len(job.records())
                 wait_for(
-                    lambda before=before, process=process: (
+                    lambda before=before, process=process, job=job: (
                         len(job.records()) > before or process.poll() is not None
                     )
                 )

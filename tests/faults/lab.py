@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 from jobs import call, dataset_bytes, write_captions, write_job
+
 from make_demo import demo_captions, write_clip, write_t5
 
 TEXTS = [f"a video of scene {i} with {'many ' * (i % 9)}people" for i in range(120)]

@@ -9,10 +9,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import threading
 
-import faults.table
 import handmade
-import tqdm
 import torch.distributed
+import tqdm
 import transformers.models.clip.modeling_clip
 import transformers.models.t5.modeling_t5
 
@@ -22,6 +21,7 @@ import embed_precompute.estimate
 import embed_precompute.info
 import embed_precompute.pipeline
 import embed_precompute.verify
+import faults.table
 
 # tqdm's default lock is a semaphore, which a killed process would leave behind.
 tqdm.tqdm.set_lock(threading.RLock())

@@ -21,8 +21,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from faults.hooks import Hook, install
 from jobs import clean_environment
+
+from faults.hooks import Hook, install
 
 # The server knows only what the environment tells it about where to find modules.
 _PATHS = [Path(__file__).parents[k] / name for k, name in ((2, "."), (2, "scripts"), (1, "."))]

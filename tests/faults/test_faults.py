@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+
 from faults.lab import Finding, Lab
 from faults.table import CHECKS
 
