@@ -251,13 +251,13 @@ def _poison(unit: int, rows: Sequence[int], kind: str = "nan") -> None:
 
     real_write, real_batches = UnitWriter.write, Stages._encoded_batches
 
-    def write(self: Any, name: str, which: Any, values: Any) -> None:
+    def write(self: Any, name: str, which: Any, values: Any, *more: Any) -> None:
         if self._unit.number == unit:
             values = values.clone()
             for line, row in enumerate(which.tolist()):
                 if row in rows:
                     values[line] = float("nan")
-        real_write(self, name, which, values)
+        real_write(self, name, which, values, *more)
 
     def batches(self: Any, item: Any) -> Iterator[Any]:
         if item.number == unit:

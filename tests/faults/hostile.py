@@ -38,11 +38,12 @@ def f15_hostile(lab: Lab) -> list[Finding]:
             kinds[trial["what"].split(":")[0]] += 1
             slowest = max(slowest, trial["seconds"])
             largest = max(largest, trial["peak_mib"])
-            problems += [f"{trial['what']}: {p}" for p in trial["problems"]]
+            problems += [f"{trial['what'].split(':')[0]}: {p}" for p in trial["problems"]]
             if trial["seconds"] > MAX_S:
-                problems.append(f"{trial['what']}: {trial['seconds']:.1f} s")
+                problems.append(f"{trial['what']} over {MAX_S} s")
             if trial["peak_mib"] > MAX_MIB:
-                problems.append(f"{trial['what']}: {trial['peak_mib']} MiB")
+                problems.append(f"{trial['what']} over {MAX_MIB} MiB")
+    distinct = [f"{n} x {problem}" for problem, n in Counter(problems).most_common()]
     listed = ", ".join(f"{kind} {n}" for kind, n in sorted(kinds.items()))
     return [
         Finding(
@@ -50,7 +51,7 @@ def f15_hostile(lab: Lab) -> list[Finding]:
             "traversal names; bombs",
             "no crash, no traceback, no code, nothing outside the root, 512 MiB, 2 s each",
             f"{sum(kinds.values())} files ({listed}): {len(problems)} wrong, slowest "
-            f"{slowest:.2f} s, largest {largest} MiB resident {first_lines(problems, 6)}",
+            f"{slowest:.2f} s, largest {largest} MiB resident {first_lines(distinct, 25)}",
             not problems,
         )
     ]  # fmt: skip

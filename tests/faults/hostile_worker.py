@@ -42,20 +42,52 @@ def attack(folder: str, seed: int, count: int, report: str) -> None:
     (base / "outside" / "secret").write_text("secret")
     whole = base / "whole"
     write_dataset(whole, TEXTS)
-    _write_captions(base / "captions.parquet", rng, bomb=False)
+    _write_captions(base / "sound.parquet", rng, bomb=False)
+    shutil.copy(base / "sound.parquet", base / "captions.parquet")
     watch = _Watch(base)
     sys.addaudithook(watch.hook)
     with open(report, "a", buffering=1) as sink:
         for _ in range(count):
-            root = base / "root"
+            root, trial = base / "root", rng.getrandbits(64)
             shutil.copytree(whole, root)
-            captions = root.parent / "captions.parquet"
-            what = rng.choice(MUTATIONS)(root, captions, rng)
-            sink.write(json.dumps(_trial(what, root, captions, watch)) + "\n")
+            # Two children: what the mutation needed is not memory of who reads its result.
+            _fork(_mutate, root, base, trial)
+            what = (base / "what").read_text()
+            captions = base / "captions.parquet"
+            if status := _fork(_record, sink, what, root, captions, watch):
+                died = {"what": what, "problems": [f"died with status {status}"]}
+                sink.write(json.dumps({**died, "seconds": 0.0, "peak_mib": 0}) + "\n")
             shutil.rmtree(root)
             if what.startswith("captions"):
-                _write_captions(captions, rng, bomb=False)
+                shutil.copy(base / "sound.parquet", captions)
     os._exit(0)
+
+
+def _fork(function: Callable[..., None], *arguments: Any) -> int:
+    """The status of a child that runs `function`."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function(*arguments)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(99)
+    return os.waitpid(pid, 0)[1]
+
+
+def _mutate(root: Path, base: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    what = rng.choice(MUTATIONS)(root, base / "captions.parquet", rng)
+    (base / "what").write_text(what)
+
+
+def _record(sink: Any, what: str, root: Path, captions: Path, watch: _Watch) -> None:
+    sink.write(json.dumps(_trial(what, root, captions, watch)) + "\n")
+
+
+class HostileError(Exception):
+    """What an inner action said."""
 
 
 class _Watch:
@@ -100,8 +132,12 @@ def _guarded(action: Callable[[], None]) -> str | None:
         return f"InternalError: {error}"
     except EmbedPrecomputeError:
         return None
-    except BaseException:
-        return traceback.format_exc()[-700:]
+    except HostileError as error:
+        return str(error)
+    except BaseException as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        where = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "embed_pre" in f.filename]
+        return f"{type(error).__name__} {str(error)[:80]!r} at {' '.join(where[-2:])}"
     return None
 
 
@@ -121,7 +157,7 @@ def _read(root: Path, captions: Path) -> None:
     problems += [_guarded(lambda: list(sample_lines(root, "s1")) and None)]
     found = [problem for problem in problems if problem]
     if found:
-        raise RuntimeError(found[0])
+        raise HostileError(found[0])
     dataset = EmbeddingDataset(root)
     for i in range(len(dataset)):
         dataset[i]
@@ -271,7 +307,7 @@ def _rows(root: Path, captions: Path, rng: random.Random) -> str:
         wrong = pa.array([rng.choice((-1, 2**31 - 1, 7))] * len(table), table.schema.field(at).type)
         table = table.set_column(at, table.schema.field(at), wrong)
     elif way == "bomb":
-        table = pa.concat_tables([table] * rng.choice((1000, 100_000))).combine_chunks()
+        table = pa.concat_tables([table] * rng.choice((1000, 30_000))).combine_chunks()
     elif way == "text":
         at = table.column_names.index("text")
         huge = pa.array(["x" * (16 << 20)] * len(table), pa.string())
@@ -295,10 +331,10 @@ def _write_captions(path: Path, rng: random.Random, *, bomb: bool) -> None:
     if bomb:
         way = rng.randrange(5)
         if way == 0:
-            texts = pa.array(["x" * rng.choice((1 << 20, 24 << 20))] * 20)
-            ids = ids.slice(0, 20)
+            texts = pa.array(["x" * rng.choice((1 << 20, 24 << 20))] * 8)
+            ids = ids.slice(0, 8)
         elif way == 1:
-            texts = pa.array([["x"] * 20_000] * 200)
+            texts = pa.array([["x"] * 2000] * 200)
         elif way == 2:
             texts = pa.array([[[1]]] * 200)
         elif way == 3:

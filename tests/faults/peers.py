@@ -108,8 +108,7 @@ def f09_another_spec(lab: Lab) -> list[Finding]:
     problems += job.wrong(lab.undisturbed())
     return [
         Finding(
-            "F9",
-            f"a second job with one of {len(FIELDS)} fields changed; {len(NOT_FIELDS)} runtime",
+            "F9", f"second job, one of {len(FIELDS)} fields changed; {len(NOT_FIELDS)} of runtime",
             "refused in 5 s, exit 3, naming the field; runtime fields join; first job unharmed",
             f"{len(problems)} wrong, slowest refusal {slowest:.1f} s, {running} beside the running "
             f"job {first_lines(problems)}",

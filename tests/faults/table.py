@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from faults import commits, damage, errors, hostile, kills, peers
+from faults import commits, cost, damage, errors, hostile, kills, peers, soak
 from faults.lab import Finding, Lab
 
 CHECKS: tuple[Callable[[Lab], list[Finding]], ...] = (
@@ -35,4 +35,6 @@ CHECKS: tuple[Callable[[Lab], list[Finding]], ...] = (
     commits.f16_order,
     commits.f17_umask,
     kills.f19_orphans,
+    soak.f20_soak,
+    cost.cost_integrity,
 )
