@@ -23,6 +23,13 @@ MAX_NAMED_DIFFERENCES = 8
 MAX_UNITS = 1 << 31
 """The index stores a unit's number in 32 bits."""
 _HEX = re.compile(r"[0-9a-f]{64}")
+_INPUT = {
+    "path": str,
+    "bytes": int,
+    "rows": int,
+    "footer_sha256": _HEX,
+    "content_xxh3": re.compile(r"[0-9a-f]{32}"),
+}
 _SHAPE: dict[str, Any] = {
     "format_version": FORMAT_VERSION,
     "kind": "plan",
@@ -30,7 +37,7 @@ _SHAPE: dict[str, Any] = {
     "fingerprint": _HEX,
     "plan": _HEX,
     "spec": dict,
-    "inputs": [{"path": str, "bytes": int, "rows": int, "footer_sha256": _HEX}],
+    "inputs": [_INPUT],
     "columns": {"text": str, "id": (str, None)},
     "limit": (int, None),
     "num_rows": int,
@@ -47,7 +54,7 @@ class Inputs:
     """The caption rows of a dataset: files with their footers, columns, and how many rows count."""
 
     files: tuple[dict[str, Any], ...]
-    """Per file path (relative), bytes, rows, footer_sha256; in the order rows are numbered."""
+    """Per file path (relative), bytes, rows and digests; in the order rows are numbered."""
     text_column: str
     id_column: str | None
     limit: int | None = None

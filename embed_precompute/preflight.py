@@ -3,7 +3,8 @@
 Guarantees: a wrong configuration, caption table or checkpoint fails here, before anything is
 written; every rank ends with the same plan, and a run that would change what the output holds is
 refused (exit 3) naming each differing field or file.
-Costs: reads footers, tokenizers and weight digests; the rank that makes the plan also reads the id
+Costs: reads the caption files once for their digest (XXH3, as fast as they are read), tokenizers
+and weight digests; the rank that makes the plan also reads the id
 column once (8 bytes a row) and tokenises the first 10,000 rows. No model and no GPU is touched.
 """
 
@@ -15,7 +16,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -286,15 +287,7 @@ def _resolve_encoders(
 
 def _inputs(config: Config, table: CaptionTable, limit: int | None) -> Inputs:
     return Inputs(
-        files=tuple(
-            {
-                "path": file.path,
-                "bytes": file.bytes,
-                "rows": file.rows,
-                "footer_sha256": file.footer_sha256,
-            }
-            for file in table.files
-        ),
+        files=tuple(asdict(file) for file in table.files),
         text_column=config.captions.text_column,
         id_column=config.captions.id_column,
         limit=limit,

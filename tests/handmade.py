@@ -41,6 +41,7 @@ def make_plan(
         "output": {"dtype": "bfloat16", "codec": "raw"},
     }
     file = {"path": "a.parquet", "bytes": 1, "rows": num_rows, "footer_sha256": "0" * 64}
+    file["content_xxh3"] = "0" * 32
     return Plan(
         fingerprint=digest_of(spec),
         spec=spec,

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 from embed_precompute.captions import CaptionTable, Scan
 from embed_precompute.captions import ids as ids_module
@@ -64,6 +65,7 @@ def test_one_file_is_its_samples_and_its_footer(tmp_path: Path) -> None:
     (found,) = table.files
     assert (found.path, found.bytes, found.rows) == ("a.parquet", len(raw), 3)
     assert found.footer_sha256 == hashlib.sha256(raw[-8 - length : -8]).hexdigest()
+    assert found.content_xxh3 == xxhash.xxh3_128_hexdigest(raw)
     assert read_all(table) == [Sample(f"c{i}", i, f"caption {i}") for i in range(3)]
     assert (table.num_rows, table.is_list) == (3, False)
     assert table.scan() == Scan(3, 3, None, {})

@@ -156,7 +156,15 @@ def plan_body() -> dict[str, Any]:
         "fingerprint": FINGERPRINT,
         "plan": PLAN,
         "spec": SPEC,
-        "inputs": [{"path": "c.parquet", "bytes": 9, "rows": 3, "footer_sha256": "0" * 64}],
+        "inputs": [
+            {
+                "path": "c.parquet",
+                "bytes": 9,
+                "rows": 3,
+                "footer_sha256": "0" * 64,
+                "content_xxh3": "0" * 32,
+            }
+        ],
         "columns": {"text": "text", "id": "id"},
         "limit": None,
         "num_rows": 3,

@@ -22,12 +22,14 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
+import xxhash
 
 from embed_precompute.errors import ConflictError, InputError
 
 DATA_EXTENSIONS = (".parquet", ".pq", ".parq")
 FOOTER_THREADS = 16
 TAIL_BYTES = 64 * 1024
+CONTENT_PIECE = 4 << 20
 MAGIC = b"PAR1"
 ARROW_SCHEMA = b"ARROW:schema"
 """Footer key under which Arrow keeps the types a table had when it was written."""
@@ -44,7 +46,9 @@ class InputFile:
     bytes: int
     rows: int
     footer_sha256: str
-    """sha256 of the footer's thrift bytes."""
+    """sha256 of the footer's thrift bytes: a cheap check each time the file is opened."""
+    content_xxh3: str
+    """XXH3-128 of the whole file: two captions swapped in place leave the footer as it was."""
 
 
 @dataclass(frozen=True)
@@ -244,18 +248,29 @@ def _remote_filter(pattern: str) -> Callable[[str], bool]:
     )
 
 
-def read_footer(source: Source) -> Footer:
-    """Size, sha256 and content of a file's footer; InputError when it is no whole parquet file."""
+def read_footer(source: Source, content_xxh3: str | None = None) -> Footer:
+    """A file's size, digests and footer; InputError when it is no whole parquet file.
+
+    The whole file is read for its digest, unless `content_xxh3` is given.
+    """
     try:
         with source.filesystem.open_input_file(source.location) as file:
             size = file.size()
             thrift = _footer_bytes(source, file, size)
+            content = _content_xxh3(file, size) if content_xxh3 is None else content_xxh3
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{source} cannot be read: {one_line(error)}.") from error
     metadata, schema = _parse(source, thrift)
     digest = hashlib.sha256(thrift).hexdigest()
-    found = InputFile(source.path, size, metadata.num_rows, digest)
+    found = InputFile(source.path, size, metadata.num_rows, digest, content)
     return Footer(source, found, thrift, metadata, schema)
+
+
+def _content_xxh3(file: Any, size: int) -> str:
+    digest = xxhash.xxh3_128()
+    for offset in range(0, size, CONTENT_PIECE):
+        digest.update(file.read_at(min(CONTENT_PIECE, size - offset), offset))
+    return digest.hexdigest()
 
 
 def _parse(source: Source, thrift: bytes) -> tuple[Any, Any]:
@@ -324,7 +339,7 @@ def open_parquet(source: Source, expected: InputFile) -> Any:
 
     Text comes as plain `string` (or `list<string>`), whatever Arrow type it was written from.
     """
-    footer = read_footer(source)
+    footer = read_footer(source, expected.content_xxh3)
     if footer.input != expected:
         raise ConflictError(
             f"{source} changed since it was planned: {footer.input.bytes} bytes and "

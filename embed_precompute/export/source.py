@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,16 +146,7 @@ class CaptionRows:
     def __init__(self, plan: dict[str, Any], path: str) -> None:
         found = read_footers(find_files(path), _examine)
         files = [file for file, _ in found]
-        now = [
-            {
-                "path": file.input.path,
-                "bytes": file.input.bytes,
-                "rows": file.input.rows,
-                "footer_sha256": file.input.footer_sha256,
-            }
-            for file in files
-        ]
-        if lines := changed_files(plan["inputs"], now):
+        if lines := changed_files(plan["inputs"], [asdict(file.input) for file in files]):
             raise ConflictError(
                 f"{path} is not the caption table of this dataset:\n  "
                 + "\n  ".join(lines[:MAX_NAMED_DIFFERENCES])
