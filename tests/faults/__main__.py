@@ -64,8 +64,8 @@ def _run(arguments: argparse.Namespace, folder: Path) -> list[Finding]:
         for finding in found:
             holds = {True: "yes", False: "NO", None: "not run"}[finding.holds]
             command = f"python -m tests.faults{size} --seed {arguments.seed} --only {name}"
-            print(f"| {finding.fault} | {finding.injection} | {finding.target} | "
-                  f"{finding.measured} | {holds} | {spent:.0f} | `{command}` |", flush=True)  # fmt: skip
+            cells = (finding.fault, finding.injection, finding.target, finding.measured, holds)
+            print("|", " | ".join(cells), f"| {spent:.0f} | `{command}` |", flush=True)
             findings.append(dataclasses.replace(finding, seconds=spent))
         if all(f.holds is not False for f in found):
             shutil.rmtree(folder / name, ignore_errors=True)

@@ -141,7 +141,8 @@ def _mends(root: Path, expected: dict[str, bytes], named: str) -> list[str]:
     finalize(root)
     found = {k: v for k, v in dataset_bytes(root).items() if not k.startswith("_quarantine")}
     if found != expected:
-        wrong.append(f"not the same bytes again: {sorted(k for k in expected if found.get(k) != expected[k])}")  # fmt: skip
+        differing = sorted(name for name in expected if found.get(name) != expected[name])
+        wrong.append(f"not the same bytes again: {differing}")
     return wrong
 
 
