@@ -131,6 +131,15 @@ def _parser() -> argparse.ArgumentParser:
     status = _folder_command(commands, "status", _status, "what is done, left and failed")
     status.add_argument("--json", action="store_true", help="as one line of JSON")
 
+    _add_verify_and_repair(commands)
+    _folder_command(commands, "finalize", _finalize, "manifest and index from the unit records")
+
+    info = _folder_command(commands, "info", _info, "what a dataset holds")
+    info.add_argument("--id", metavar="SAMPLE_ID", help="one sample: text, tokens, place, norms")
+    return parser
+
+
+def _add_verify_and_repair(commands: Any) -> None:
     verify = _folder_command(commands, "verify", _verify, "check the stored bytes")
     verify.add_argument(
         "--level",
@@ -157,12 +166,6 @@ def _parser() -> argparse.ArgumentParser:
     repair.add_argument(
         "--failed", action="store_true", help="open units with failed samples again too"
     )
-
-    _folder_command(commands, "finalize", _finalize, "manifest and index from the unit records")
-
-    info = _folder_command(commands, "info", _info, "what a dataset holds")
-    info.add_argument("--id", metavar="SAMPLE_ID", help="one sample: text, tokens, place, norms")
-    return parser
 
 
 def _config_command(
