@@ -9,7 +9,6 @@ import pytest
 from faults.lab import Finding, Lab
 from faults.table import CHECKS
 
-
 KNOWN = {
     "f08_two_jobs": "jobs deal the same order and encode side by side",
     "f09_input": "a plan knows size, rows and footer of an input, so captions can be swapped",
