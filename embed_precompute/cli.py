@@ -162,6 +162,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
 
+    _add_verify_and_repair(commands)
+    _folder_command(commands, "finalize", _finalize, "manifest and index from the unit records")
+
+    info = _folder_command(commands, "info", _info, "what a dataset holds")
+    one = info.add_mutually_exclusive_group()
+    one.add_argument("--id", metavar="SAMPLE_ID", help="one sample: text, tokens, place, norms")
+    one.add_argument("--similar", metavar="SAMPLE_ID", help="the captions nearest to a sample's")
+    info.add_argument(
+        "--top",
+        type=_positive,
+        default=10,
+        metavar="N",
+        help="captions per encoder that --similar lists (default: %(default)s)",
+    )
+    _add_export(commands)
+    return parser
+
+
+def _add_verify_and_repair(commands: Any) -> None:
     verify = _folder_command(commands, "verify", _verify, "check the stored bytes")
     verify.add_argument(
         "--level",
@@ -188,22 +207,6 @@ def _parser() -> argparse.ArgumentParser:
     repair.add_argument(
         "--failed", action="store_true", help="open units with failed samples again too"
     )
-
-    _folder_command(commands, "finalize", _finalize, "manifest and index from the unit records")
-
-    info = _folder_command(commands, "info", _info, "what a dataset holds")
-    one = info.add_mutually_exclusive_group()
-    one.add_argument("--id", metavar="SAMPLE_ID", help="one sample: text, tokens, place, norms")
-    one.add_argument("--similar", metavar="SAMPLE_ID", help="the captions nearest to a sample's")
-    info.add_argument(
-        "--top",
-        type=_positive,
-        default=10,
-        metavar="N",
-        help="captions per encoder that --similar lists (default: %(default)s)",
-    )
-    _add_export(commands)
-    return parser
 
 
 def _add_export(commands: Any) -> None:

@@ -21,7 +21,9 @@ from embed_precompute.errors import InputError
 
 BATCH_BYTES = 4 << 20
 """Decoded bytes a batch aims at."""
-PROBE_ROWS = 16
+PROBE_ROWS = (1, 16)
+"""The first rows are read alone and a few together: eight captions of a forged file may stand for
+gigabytes."""
 
 Starts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -131,9 +133,13 @@ class RowCursor:
         one may say anything.
         """
         if self._row_bytes == 0:
-            probe = self._next_of(self._stream_group(PROBE_ROWS))
-            self._row_bytes = probe.nbytes / len(probe)
-        return max(1, min(self._batch_rows, int(BATCH_BYTES / max(1, self._row_bytes))))
+            for most in PROBE_ROWS:
+                probe = self._next_of(self._stream_group(self._fitting(most)))
+                self._row_bytes = probe.nbytes / len(probe)
+        return self._fitting(self._batch_rows)
+
+    def _fitting(self, most: int) -> int:
+        return max(1, min(most, int(BATCH_BYTES / max(1, self._row_bytes))))
 
     def _next_of(self, stream: Iterator[Any]) -> Any:
         try:

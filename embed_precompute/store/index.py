@@ -245,6 +245,9 @@ class DatasetIndex:
         at = int(np.searchsorted(self._id_hash, hashed))
         while at < self.num_samples and self._id_hash[at] == hashed:
             sample = int(self._id_order[at])
+            if not 0 <= sample < self.num_samples:
+                where = self.root / "index" / "id_order.npy"
+                raise VerificationError(f"{where} holds {sample} of {self.num_samples} samples.")
             if self._id_bytes(sample) == wanted:
                 return sample
             at += 1

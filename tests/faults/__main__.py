@@ -65,7 +65,7 @@ def _run(arguments: argparse.Namespace, folder: Path) -> list[Finding]:
             holds = {True: "yes", False: "NO", None: "not run"}[finding.holds]
             command = f"python -m tests.faults{size} --seed {arguments.seed} --only {name}"
             cells = (finding.fault, finding.injection, finding.target, finding.measured, holds)
-            print("|", " | ".join([*cells, f"{spent:.0f}", f"`{command}`"]), "|", flush=True)
+            print("|", " | ".join(cells), f"| {spent:.0f} | `{command}` |", flush=True)
             findings.append(dataclasses.replace(finding, seconds=spent))
         if all(f.holds is not False for f in found):
             shutil.rmtree(folder / name, ignore_errors=True)

@@ -35,15 +35,15 @@ def cost_integrity(lab: Lab) -> list[Finding]:
         plain = min(_write(lab, units, ram, protected=False) for _ in range(lab.size(1, 3)))
         whole = min(_write(lab, units, ram, protected=True) for _ in range(lab.size(1, 3)))
         gigabytes = units * ROWS * TOKENS * DIM * 2 / 1e9
+        limit = SHARE * units * ROWS / max(1e-9, whole - plain)
         share = (whole - plain) / (encoding + plain)
-        kept_up_to = SHARE * units * ROWS / max(1e-9, whole - plain)
         findings.append(
             Finding(
                 "cost", f"digests, checksums, fsync and records of {gigabytes:.2f} GB on {where}",
                 "at most 5 % of the wall time of a base-size encoder's run",
                 f"{whole:.2f} s, {plain:.2f} s without: {(whole - plain) / gigabytes:.2f} s per GB "
                 f"added, {share:.2%} of a run where T5-base takes {caption_s:.2f} s a caption "
-                f"(this CPU); 5 % is kept up to {kept_up_to:,.0f} "
+                f"(this CPU); 5 % is kept up to {limit:,.0f} "
                 "captions/s even if nothing overlaps",
                 share <= SHARE,
             )

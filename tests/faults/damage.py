@@ -141,8 +141,8 @@ def _mends(root: Path, expected: dict[str, bytes], named: str) -> list[str]:
     finalize(root)
     found = {k: v for k, v in dataset_bytes(root).items() if not k.startswith("_quarantine")}
     if found != expected:
-        names = sorted(k for k in expected if found.get(k) != expected[k])
-        wrong.append(f"not the same bytes again: {names}")
+        differing = sorted(name for name in expected if found.get(name) != expected[name])
+        wrong.append(f"not the same bytes again: {differing}")
     return wrong
 
 

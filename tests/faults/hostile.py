@@ -9,7 +9,7 @@ from collections import Counter
 from faults.hostile_worker import attack
 from faults.lab import Finding, Lab, first_lines
 
-BATCH = 250
+BATCH = 125
 MAX_MIB = 512
 MAX_S = 2.0
 
@@ -20,7 +20,7 @@ def f15_hostile(lab: Lab) -> list[Finding]:
     problems: list[str] = []
     kinds: Counter[str] = Counter()
     slowest, largest = 0.0, 0
-    total = lab.size(500, 10_000)
+    total = lab.size(250, 10_000)
     for batch in range(-(-total // BATCH)):
         folder = lab.new("f15", ram=True)
         report = folder / "report.jsonl"

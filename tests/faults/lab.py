@@ -45,6 +45,7 @@ class Lab:
         self.folder, self.seed, self.long = folder, seed, long
         self.rng = random.Random(seed)
         self._made = 0
+        self._undisturbed: dict[tuple[int | None, int], dict[str, bytes]] = {}
 
     def size(self, short: int, long: int) -> int:
         """How many times to try."""
@@ -75,7 +76,13 @@ class Lab:
         corpus = demo_captions(200).column("text").to_pylist()
         return write_t5(folder / "t5", corpus), write_clip(folder / "clip", corpus)
 
-    def job(self, name: str, rows: int | None = None, **fields: dict[str, Any]) -> Job:
+    def job(
+        self,
+        name: str,
+        rows: int | None = None,
+        per_shard: int = SAMPLES_PER_SHARD,
+        **fields: dict[str, Any],
+    ) -> Job:
         """A job of its own; `rows` captions, or all; `fields` by section, such as runtime."""
         folder = self.new(name)
         captions = self.captions
@@ -84,21 +91,23 @@ class Lab:
             if not captions.exists():
                 write_captions(captions, TEXTS[:rows])
         t5, clip = self.encoders
-        path = write_job(folder, captions, t5, clip, samples_per_shard=SAMPLES_PER_SHARD)
-        job = Job(path, folder / "out", TEXTS[:rows])
+        path = write_job(folder, captions, t5, clip, samples_per_shard=per_shard)
+        job = Job(path, folder / "out", TEXTS[:rows], per_shard)
         for section, values in fields.items():
             job.edit(section, **values)
         return job
 
-    def undisturbed(self, rows: int | None = None) -> dict[str, bytes]:
+    def undisturbed(
+        self, rows: int | None = None, per_shard: int = SAMPLES_PER_SHARD
+    ) -> dict[str, bytes]:
         """The bytes of a run that nothing disturbs."""
-        cache: dict[int | None, dict[str, bytes]] = self.__dict__.setdefault("_undisturbed", {})
-        if rows not in cache:
-            job = self.job("undisturbed", rows)
+        key = (rows, per_shard)
+        if key not in self._undisturbed:
+            job = self.job("undisturbed", rows, per_shard)
             code, _, said = call("run", str(job.path))
             assert code == 0, said
-            cache[rows] = dataset_bytes(job.root)
-        return cache[rows]
+            self._undisturbed[key] = dataset_bytes(job.root)
+        return self._undisturbed[key]
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,7 @@ class Job:
     path: Path
     root: Path
     texts: list[str]
+    per_shard: int = SAMPLES_PER_SHARD
 
     def edit(self, section: str, **values: Any) -> None:
         """Set fields of a section, `a.b` for a nested one."""
@@ -121,7 +131,7 @@ class Job:
     @property
     def num_units(self) -> int:
         """Units of the plan, with the null embedding."""
-        return -(-len(self.texts) // SAMPLES_PER_SHARD) + 1
+        return -(-len(self.texts) // self.per_shard) + 1
 
     def records(self) -> list[Path]:
         return sorted(self.root.glob("shards/*/shard-*.json"))

@@ -23,8 +23,8 @@ def f08_two_jobs(lab: Lab) -> list[Finding]:
     """Two jobs of one plan at once, of 1 to 3 ranks each; what both encode is wasted."""
     problems: list[str] = []
     wasted: list[tuple[float, str]] = []
-    for trial in range(lab.size(3, 50)):
-        job = lab.job("f08")
+    for trial in range(lab.size(2, 50)):
+        job = lab.job("f08", per_shard=1)  # many units, so that the tail is not all
         worlds = [1, 1] if trial == 0 else [lab.rng.randint(1, 3), lab.rng.randint(1, 3)]
         begun = job.path.with_name("begun")
         pace = ("pace", {"seconds": UNIT_S * 2, "log": str(begun)})
@@ -35,11 +35,12 @@ def f08_two_jobs(lab: Lab) -> list[Finding]:
             time.sleep(lab.rng.choice((0.0, 0.0, 0.5)))
         codes = [gang.finish() for gang in gangs]
         problems += [f"{worlds}: exit codes {codes}"] * any(codes)
-        problems += [f"{worlds}: {wrong}" for wrong in job.wrong(lab.undisturbed())]
+        problems += [f"{worlds}: {wrong}" for wrong in job.wrong(lab.undisturbed(per_shard=1))]
         starts = Counter(int(line.split()[1]) for line in begun.read_text().splitlines())
         twice = sum(starts.values()) - len(starts)
-        # At the end every rank may be at a unit that another one has, too.
-        tail = sum(worlds)
+        # At the end every rank may be at units that another one has, too: one that it encodes,
+        # one that is read ahead and one that waits for the writer.
+        tail = sum(worlds) * 3
         share = max(0, twice - tail) / job.num_units
         wasted.append((share, f"{worlds}: {twice} of {job.num_units} units, tail {tail}"))
         job.remove()
@@ -48,11 +49,16 @@ def f08_two_jobs(lab: Lab) -> list[Finding]:
     return [
         Finding(
             "F8", "two jobs with one plan on one output, at once",
-            "same bytes; at most 5 % of units wasted outside the final tail",
-            f"{len(wasted)} trials: {len(problems)} wrong {first_lines(problems)}; wasted "
-            f"{mean:.1%} on average, worst {worst[0]:.1%} ({worst[1]})",
-            not problems and mean <= WASTE,
-        )
+            "same bytes as one undisturbed job",
+            f"{len(wasted)} trials: {len(problems)} wrong {first_lines(problems)}",
+            not problems,
+        ),
+        Finding(
+            "F8 waste", "two jobs with one plan on one output, at once",
+            "at most 5 % of units wasted outside the final tail",
+            f"wasted {mean:.1%} on average, worst {worst[0]:.1%} ({worst[1]})",
+            mean <= WASTE,
+        ),
     ]  # fmt: skip
 
 
