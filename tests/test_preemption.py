@@ -161,7 +161,7 @@ def test_a_unit_that_does_not_fit_is_dropped(
     """As if a commit took longer than the grace, at the first batch behind the null embedding."""
     with monkeypatch.context() as patch:
         at_batch(patch, 7, terminate)
-        patch.setattr("embed_precompute.pipeline.COMMIT_SHARE", 10.0)
+        patch.setattr("embed_precompute.stages.COMMIT_SHARE", 10.0)
         code, _, said = call("run", str(job))
     assert code == 75, said
     assert committed_units(tmp_path / "out") == set()

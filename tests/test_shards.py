@@ -65,7 +65,7 @@ def test_shard_round_trip(tmp_path: Path) -> None:
         assert reader.length("t5", row) == length
         assert reader.length("clip", row) == 1
     for row in (-1, 5):
-        with pytest.raises(IndexError):
+        with pytest.raises(VerificationError, match="is asked for"):
             reader.row("t5", row)
 
 

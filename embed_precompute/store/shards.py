@@ -332,7 +332,8 @@ class ShardReader:
 
     def _check_index(self, name: str, i: int) -> None:
         if not 0 <= i < self.num_rows:
-            raise IndexError(f"{self.path}: no stored row {i} of {name}; it has {self.num_rows}.")
+            # Rows are asked for as an index or a rows part says: then one of the two is damaged.
+            raise self._damaged(f"row {i} of {name} is asked for, and it has {self.num_rows}")
 
     def _map(self) -> torch.Tensor:
         """The file as uint8, mapped copy-on-write.
