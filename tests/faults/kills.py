@@ -35,13 +35,14 @@ def _begun(path: Path) -> Counter[int]:
 
 def f01_sigkill(lab: Lab) -> list[Finding]:
     """Random ranks and agents die at random moments; half of the gangs may restart."""
-    runs, kills_per_run = lab.size(2, 20), 10
+    least_runs, least_kills, kills_per_run = lab.size(2, 20), lab.size(20, 200), 10
     problems: list[str] = []
     kills: Counter[str] = Counter()
     redone = allowed = 0
-    worst = 0.0
-    for run in range(runs):
-        job = lab.job(f"f01-{run}")
+    runs = 0
+    while runs < least_runs or sum(kills.values()) < least_kills:
+        run, runs = runs, runs + 1
+        job = lab.job("f01", per_shard=1)
         begun = job.path.with_name("begun")
         pace = ("pace", {"seconds": UNIT_S, "log": str(begun)})
         done, last = 0, 0
@@ -59,10 +60,9 @@ def f01_sigkill(lab: Lab) -> list[Finding]:
         code, said = execute("run", str(job.path), log=job.path.with_name("log"), hooks=[pace])
         if code != 0:
             problems.append(f"run {run} ended with {code}: {said[-300:]}")
-        problems += [f"run {run}: {wrong}" for wrong in job.wrong(lab.undisturbed())]
+        problems += [f"run {run}: {wrong}" for wrong in job.wrong(lab.undisturbed(per_shard=1))]
         extra = sum(_begun(begun).values()) - job.num_units
         redone += extra
-        worst = max(worst, extra / max(1, done))
         job.remove()
     total = sum(kills.values())
     measured = (
