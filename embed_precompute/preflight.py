@@ -3,9 +3,9 @@
 Guarantees: a wrong configuration, caption table or checkpoint fails here, before anything is
 written; every rank ends with the same plan, and a run that would change what the output holds is
 refused (exit 3) naming each differing field or file.
-Costs: reads the caption files once for their digest (XXH3, as fast as they are read), tokenizers
-and weight digests; the rank that makes the plan also reads the id
-column once (8 bytes a row) and tokenises the first 10,000 rows. No model and no GPU is touched.
+Costs: each rank reads the caption files once for their digest (XXH3: as fast as they are read),
+tokenizers and weight digests; the rank that makes the plan also reads the id column once (8 bytes a
+row) and tokenises the first 10,000 rows. No model and no GPU is touched.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _refuse_foreign_units(prepared: Prepared) -> None:
 
 def check_room(prepared: Prepared, units_done: int) -> None:
     """Whether the rest of the dataset fits where it goes: a warning when not, StorageError (exit
-    74) when not even one shard does. An estimate from the first captions that are left."""
+    74) when not even one shard does. An estimate from the dataset's first captions."""
     plan, root = prepared.plan, prepared.root
     units_left = plan.num_units - units_done
     if units_left <= 0:

@@ -2,8 +2,8 @@
 
 Guarantees: the same files in the same (bytewise) order wherever the folder is mounted; a file that
 is missing, truncated, not parquet or changed since it was planned is an error that names it.
-Costs: one directory walk, then one or two small reads per file (64 KiB covers most footers), in a
-thread pool. No page of a column is read here.
+Costs: one directory walk, then each file is read once for its digest, in a thread pool; opening it
+again reads its footer only. No page of a column is decoded here.
 """
 
 from __future__ import annotations
