@@ -3,12 +3,15 @@
 Guarantees: `DistContext.detect` gives the same answer under torchrun, srun, accelerate and alone;
 claiming is an optimisation and never carries correctness: whatever the store says, or if it is
 gone, a rank ends only when every unit has a record, and a unit computed twice is published once.
+Two jobs on one output share the work too: see `Claims`.
 Costs: one round trip to torchrun's TCPStore per unit; no collective, no lock, no clock. torch is
 imported only to reach the store.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +23,8 @@ from embed_precompute.errors import InputError
 STORE_TIMEOUT = timedelta(seconds=30)
 NULL_UNIT = -1
 """The null embedding is claimed like a unit; it comes first."""
+MISSES = 64
+"""So many random places in a row where a unit is done already: hardly any are left."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class DistContext:
             local_rank=_number(env, "SLURM_LOCALID", 0),
             local_world_size=_leading_number(env.get("SLURM_TASKS_PER_NODE", "1")),
             source="slurm",
-            run_id=env.get("SLURM_JOB_ID", ""),
+            run_id=env.get("SLURM_ARRAY_JOB_ID") or env.get("SLURM_JOB_ID", ""),
             restart_count=_number(env, "SLURM_RESTART_COUNT", 0),
         )._checked()
 
@@ -127,6 +132,10 @@ class CounterStore(Protocol):
 
     def add(self, key: str, amount: int, /) -> int: ...
 
+    def first(self, key: str, value: str, /) -> str:
+        """The value that was given first for this key, by any rank."""
+        ...
+
 
 def connect_store(dist: DistContext) -> CounterStore | None:
     """torchrun's store, or None when there is none or it cannot be reached: claims do without."""
@@ -159,9 +168,20 @@ class _AgentStore:
         except RuntimeError as error:  # torch.distributed.DistError is a RuntimeError
             raise ConnectionError(str(error)) from None
 
+    def first(self, key: str, value: str, /) -> str:
+        try:
+            return str(self._store.compare_set(key, "", value), "utf-8")
+        except RuntimeError as error:
+            raise ConnectionError(str(error)) from None
+
 
 class Claims:
     """Deals units to this rank: first each unit to one rank, then whatever still has no record.
+
+    The ranks of a job take neighbouring units, from a place that the job chose at random on. Where
+    a unit is done already, by an earlier run or by another job that is under way, they go on from
+    another random place; when the places are done, too, they share what is left in order. So two
+    jobs on one output seldom take the same unit, and a job alone reads its captions forward.
 
     `is_done(unit)` looks for the unit's record; `refresh` lists all records anew, before the sweep
     asks for each unit. Iterating yields units to compute; a unit may be computed by two ranks at
@@ -179,44 +199,79 @@ class Claims:
         refresh: Callable[[], None] = lambda: None,
     ) -> None:
         self._dist = dist
-        self._order = range(NULL_UNIT, num_units)
+        self._num_units = num_units
         self._is_done = is_done
         self._store = store
         self._refresh = refresh
         nonce = f"{dist.run_id}/{dist.restart_count}/{dist.world_size}/{plan[:16]}"
         self._prefix = f"embed_precompute/{nonce}"
         self._key: str | None = None
+        # Without a store, the ranks of one job agree on what their launcher tells all of them.
+        self._seed = dist.run_id if dist.world_size > 1 else os.urandom(16).hex()
         self.swept = False
+        self._met = False
+
+    def move_on(self) -> None:
+        """A unit dealt to this rank was done by another job meanwhile: go on from elsewhere."""
+        self._met = True
 
     def __iter__(self) -> Iterator[int]:
-        mine: set[int] = set()  # still under way here when the sweep begins: not to be done twice
-        dealt = self._strided() if self._store is None else self._counted(self._store)
-        for unit in dealt:
-            if not self._is_done(unit):
+        mine: set[int] = set()  # perhaps still under way here: not to be done twice
+        try:
+            for unit in self._shared(mine):
                 mine.add(unit)
                 yield unit
+        except ConnectionError:
+            pass  # the store has gone away: the sweep does the rest
         self.swept = True
         self._refresh()
-        start = len(self._order) * self._dist.rank // self._dist.world_size
-        for position in range(len(self._order)):
-            unit = self._order[(start + position) % len(self._order)]
+        start = (self._num_units + 1) * self._dist.rank // self._dist.world_size
+        for position in range(self._num_units + 1):
+            unit = self._unit("0", (start + position) % (self._num_units + 1))
             if unit not in mine and not self._is_done(unit):
                 yield unit
 
-    def _strided(self) -> Iterator[int]:
-        yield from self._order[self._dist.rank :: self._dist.world_size]
+    def _shared(self, mine: set[int]) -> Iterator[int]:
+        """Units that no other rank of this job is dealt."""
+        if self._store is not None:
+            key = f"{self._generation(self._store)}/seed"
+            self._seed = self._store.first(key, os.urandom(16).hex())
+        misses = 0
+        for number in itertools.count():
+            last = misses == MISSES
+            misses += 1
+            for unit in self._stretch("rest" if last else str(number)):
+                if unit not in mine and not self._is_done(unit):
+                    misses = 0
+                    yield unit
+                elif unit != NULL_UNIT:
+                    self._met = True
+                if self._met and not last:
+                    self._met = False
+                    break
+            else:
+                return
 
-    def _counted(self, store: CounterStore) -> Iterator[int]:
-        """Positions from a shared counter; if the store goes away, the sweep does the rest."""
-        try:
-            key = f"{self._generation(store)}/next"
-            while True:
-                position = store.add(key, 1) - 1
-                if position >= len(self._order):
-                    return
-                yield self._order[position]
-        except ConnectionError:
-            return
+    def _stretch(self, name: str) -> Iterator[int]:
+        """Positions of a stretch, each dealt to one rank: a shared counter, or every W-th."""
+        for turn in itertools.count():
+            position = self._dist.rank + turn * self._dist.world_size
+            if self._store is not None:
+                key = f"{self._generation(self._store)}/next/{name}"
+                position = self._store.add(key, 1) - 1
+            if position > self._num_units:
+                return
+            yield self._unit(name, position)
+
+    def _unit(self, stretch: str, position: int) -> int:
+        """The null embedding, then all units from a place of this job and stretch on, and around.
+
+        The order is one that a reader likes: units in a row are rows of captions in a row.
+        """
+        if position == 0:
+            return NULL_UNIT
+        place = hashlib.sha256(f"{self._seed}/{stretch}".encode()).digest()
+        return (int.from_bytes(place, "big") + position - 1) % self._num_units
 
     def _generation(self, store: CounterStore) -> str:
         """The key prefix of this rendezvous: the store outlives a rendezvous and keeps its keys.

@@ -161,6 +161,9 @@ class Stages:
         for unit in self._units:
             if self._stop.is_set():
                 continue  # it was only read ahead
+            if self._done(unit.number):
+                self._claims.move_on()
+                continue
             began = time.monotonic()
             for encoded in self._encoded_batches(unit):
                 if not self._batches.put(encoded):
@@ -206,6 +209,8 @@ class Stages:
                     continue  # stopped, or a peer has committed this unit
                 self._check_failures(message.unit)
                 self._check_first_record()
+                if self._done(message.unit.number):
+                    self._claims.move_on()
                 commit_began = time.monotonic()
                 record = writer.commit()
                 if not message.unit.is_null:

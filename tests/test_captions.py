@@ -622,3 +622,12 @@ def test_nothing_is_left_open(tmp_path: Path) -> None:
     reader.read(0, 20)
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_values_too_wide_for_captions_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "wide.parquet"
+    texts = [str(i) + "x" * (24 << 20) for i in range(8)]
+    pq.write_table(pa.table({"text": texts}), path, compression="zstd")
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(InputError, match=r"wide\.parquet: column 'text' of row group 0"):
+        CaptionTable.open(CaptionsConfig(path=str(path), text_column="text", id_column=None))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import random
+from collections.abc import Iterator
 
 import pytest
 
@@ -34,8 +36,10 @@ SRUN = {
 class Counters:
     """torchrun's store, in memory; `broken` after a number of calls."""
 
-    def __init__(self, broken_after: int | None = None) -> None:
+    def __init__(self, broken_after: int | None = None, seed: str | None = None) -> None:
         self.values: dict[str, int] = {}
+        self.texts: dict[str, str] = {}
+        self.seed = seed
         self.calls = 0
         self.broken_after = broken_after
 
@@ -45,6 +49,9 @@ class Counters:
             raise ConnectionError("gone")
         self.values[key] = self.values.get(key, 0) + amount
         return self.values[key]
+
+    def first(self, key: str, value: str, /) -> str:
+        return self.texts.setdefault(key, self.seed or value)
 
 
 def test_detects_torchrun_before_slurm() -> None:
@@ -166,7 +173,7 @@ def test_a_new_rendezvous_on_the_same_store_starts_a_new_count() -> None:
 def test_finished_units_are_skipped() -> None:
     done = {NULL_UNIT, 0, 2}
     claims = Claims(DistContext(), "p", 4, done.__contains__, Counters())
-    assert list_units(claims, done) == [1, 3]
+    assert sorted(list_units(claims, done)) == [1, 3]
 
 
 @pytest.mark.parametrize("with_store", [True, False])
@@ -174,4 +181,59 @@ def test_a_rank_does_not_sweep_what_it_still_has_under_way(with_store: bool) -> 
     """Units are claimed ahead of their commit: none of them is done while this rank claims."""
     store = Counters() if with_store else None
     claims = Claims(DistContext(), "p", 5, lambda unit: False, store)
-    assert list(claims) == [NULL_UNIT, 0, 1, 2, 3, 4]
+    units = list(claims)
+    assert units[0] == NULL_UNIT
+    assert sorted(units) == [NULL_UNIT, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (1, 3), (2, 2), (3, 3)])
+@pytest.mark.parametrize("delay", [0, 1, 40, 150])
+def test_two_jobs_on_one_output_seldom_take_the_same_unit(
+    ranks: tuple[int, int], delay: int
+) -> None:
+    """Each rank is dealt a unit, encodes it for a while, then asks for the next."""
+    shares = []
+    for trial in range(6):
+        begun, num_units = _two_jobs(ranks, delay, random.Random(f"{ranks} {delay} {trial}"))
+        assert set(begun) == set(range(NULL_UNIT, num_units))
+        tail = 2 * sum(ranks)  # one that is encoded and one that is read ahead
+        shares.append(max(0, len(begun) - num_units - 1 - tail) / num_units)
+    assert sum(shares) / len(shares) <= 0.05, shares
+
+
+def _two_jobs(
+    ranks: tuple[int, int], delay: int, rng: random.Random, num_units: int = 300
+) -> tuple[list[int], int]:
+    """Every unit that a rank began, in the order of a clock that goes from event to event."""
+    done: set[int] = set()
+    begun: list[int] = []
+    events: list[tuple[float, int, int]] = []  # (time, rank, unit that ends then)
+    claims: list[Claims] = []
+    dealt: list[Iterator[int]] = []
+    ahead: list[list[int]] = []
+    for job, world in enumerate(ranks):
+        store = Counters(seed=rng.randbytes(8).hex())
+        for rank in range(world):
+            dist = DistContext(rank=rank, world_size=world)
+            events.append((job * delay + rng.random() * 0.1, len(claims), NULL_UNIT - 1))
+            claims.append(Claims(dist, "p", num_units, done.__contains__, store))
+            dealt.append(iter(claims[-1]))
+            ahead.append([])
+    while events:
+        events.sort()
+        now, rank, ended = events.pop(0)
+        if ended in done:
+            claims[rank].move_on()
+        done.add(ended)
+        while True:
+            while len(ahead[rank]) < 2 and (unit := next(dealt[rank], None)) is not None:
+                ahead[rank].append(unit)
+            if not ahead[rank]:
+                break
+            unit = ahead[rank].pop(0)
+            if unit not in done:
+                begun.append(unit)
+                events.append((now + rng.uniform(0.9, 1.1), rank, unit))
+                break
+            claims[rank].move_on()
+    return begun, num_units

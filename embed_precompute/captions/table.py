@@ -49,6 +49,10 @@ from embed_precompute.samples import Sample, Status
 MAX_CAPTION_CHARS = 1 << 20
 """More is no caption: an encoder takes a few hundred tokens, and tokenising takes many times the
 text's memory."""
+MAX_PAGE_BYTES = 128 << 20
+PAGE_ROWS = 1024
+"""A writer looks at a page's size every so many rows, and a page is decoded whole: captions so
+wide that a page would have more bytes than that are no captions."""
 READ_ROWS = 2048
 SCAN_ROWS = 16384
 MAX_ADDED_TOKENS = 1 << 16
@@ -327,10 +331,30 @@ def _examine(footer: Footer, needs: Sequence[Need], fps_column: str | None) -> _
             f"{footer.source} has a damaged parquet footer: its row groups have {starts[-1]} rows, "
             f"the file {footer.input.rows}. Copy or write it again."
         )
+    _refuse_wide(footer, needs)
     has_nulls = None
     if fps_column is not None and families[fps_column] == INTEGER:
         has_nulls = _footer_nulls(metadata, fps_column)
     return _FileFacts(CaptionFile(footer.source, footer.input, starts), families, has_nulls)
+
+
+def _refuse_wide(footer: Footer, needs: Sequence[Need]) -> None:
+    """Before a page is decoded: a small file may stand for gigabytes."""
+    wanted = {need.column for need in needs}
+    for number in range(footer.metadata.num_row_groups):
+        group = footer.metadata.row_group(number)
+        for position in range(group.num_columns):
+            chunk = group.column(position)
+            name = chunk.path_in_schema.split(".")[0]
+            page = chunk.total_uncompressed_size * min(PAGE_ROWS, group.num_rows)
+            page //= max(1, group.num_rows)
+            if name in wanted and not 0 <= page <= MAX_PAGE_BYTES:
+                raise InputError(
+                    f"{footer.source}: column {name!r} of row group {number} has "
+                    f"{chunk.total_uncompressed_size} bytes in {group.num_rows} rows: expected at "
+                    f"most {MAX_PAGE_BYTES} in {PAGE_ROWS}. Name the column of the captions, or "
+                    "write the file without such values."
+                )
 
 
 def _footer_nulls(metadata: Any, column: str) -> bool | None:

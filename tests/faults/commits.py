@@ -23,7 +23,7 @@ from faults.lab import Finding, Lab, first_lines
 from faults.processes import execute, finish, launch
 
 TEXTS = ["one", "two words", None, "nan"]
-CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 KINDS = ("open", "pwrite", "fsync", "close", "link", "replace", "mkdir")
 
 
@@ -142,9 +142,10 @@ def f07_errors(lab: Lab) -> list[Finding]:
                 survived -= 1
                 break
             failures += 1
+    names = ", ".join(errno.errorcode[code] for code in CODES)
     return [
         Finding(
-            "F7", "ENOSPC, EDQUOT, EIO at every create, write, fsync, close, link, rename, mkdir",
+            "F7", f"{names} at every create, write, fsync, close, link, rename, mkdir",
             "StorageError (exit 74) naming path and bytes; resumes; no bad unit",
             f"{failures} failures ({survived} of them harmless): {len(problems)} wrong "
             f"{first_lines(problems)}",

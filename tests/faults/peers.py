@@ -32,7 +32,7 @@ def f08_two_jobs(lab: Lab) -> list[Finding]:
         for k, world in enumerate(worlds):
             log = job.path.with_name(f"log{k}")
             gangs.append(start_gang("run", str(job.path), log=log, world=world, hooks=[pace]))
-            time.sleep(lab.rng.choice((0.0, 0.0, 0.5)))
+            time.sleep(lab.rng.choice((0.0, 0.0, 0.5, 1.5, 3.0)))
         codes = [gang.finish() for gang in gangs]
         problems += [f"{worlds}: exit codes {codes}"] * any(codes)
         problems += [f"{worlds}: {wrong}" for wrong in job.wrong(lab.undisturbed(per_shard=1))]

@@ -9,11 +9,6 @@ import pytest
 from faults.lab import Finding, Lab
 from faults.table import CHECKS
 
-KNOWN = {
-    "F8 waste": "two jobs deal the same units in the same order, each from its own counter",
-}
-"""Targets that are missed, by the name of the finding, and why: remove a line once it holds."""
-
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
@@ -25,11 +20,8 @@ def test_fault(check: Callable[[Lab], list[Finding]], lab: Lab) -> None:
     findings = check(lab)
     for finding in findings:
         print(f"{finding.fault} {finding.injection}: {finding.measured}")
-    missed = [f for f in findings if f.holds is False]
-    broken = [f"{f.fault} {f.injection}: {f.measured}" for f in missed if f.fault not in KNOWN]
-    assert not broken, "\n".join(broken)
-    if missed:
-        pytest.xfail(f"{KNOWN[missed[0].fault]}: {missed[0].measured}")
+    missed = [f"{f.fault} {f.injection}: {f.measured}" for f in findings if f.holds is False]
+    assert not missed, "\n".join(missed)
     missing = [f.measured for f in findings if f.holds is None]
     if missing and len(missing) == len(findings):
         pytest.skip("; ".join(missing))
