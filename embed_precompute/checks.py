@@ -257,12 +257,14 @@ class UnitCheck:
     def _texts(self, unit: CommittedUnit) -> None:
         """The encoded texts against their digests, and texts and errors against the status."""
         path = unit.paths.rows
-        found, expected = rows_digest(read_samples(path, self._names)), unit.record["rows_sha256"]
+        num_rows = unit.record["num_samples"]
+        samples = read_samples(path, self._names, num_rows)
+        found, expected = rows_digest(samples), unit.record["rows_sha256"]
         if found != expected:
             self._report.problem(path, f"rows_sha256 {found}", expected)
         facts = {status.label for status in INPUT_FACTS}
         columns = ("sample_id", "text", "text_sha256", "status", "error")
-        for batch in iter_batches(path, self._names):
+        for batch in iter_batches(path, self._names, num_rows=num_rows):
             for entry in zip(*(batch.column(c).to_pylist() for c in columns), strict=True):
                 sample_id, text, digest, status, error = entry
                 wanted = None if text is None else hashlib.sha256(text.encode()).hexdigest()

@@ -179,7 +179,8 @@ def sample_lines(root: Path, sample_id: str) -> list[str]:
     plan = _read_plan(root)
     names = [tensor.name for tensor in stored_tensors(plan["spec"])]
     for unit in _candidate_units(root, plan, sample_id):
-        for sample in read_samples(unit_paths(root, unit).rows, names):
+        num_rows = read_record(root, unit)["num_samples"]
+        for sample in read_samples(unit_paths(root, unit).rows, names, num_rows):
             if sample.sample_id == sample_id:
                 return _describe(root, plan, unit, sample)
     done, left = _progress(root, plan)

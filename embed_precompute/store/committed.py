@@ -72,7 +72,8 @@ class CommittedUnit:
         """
         seen = _Seen(self.record["first_row"] - 1, [tensor.name for tensor in self._tensors])
         names = [tensor.name for tensor in self._tensors]
-        for batch in iter_batches(self.paths.rows, names, text=False):
+        num_rows = self.record["num_samples"]
+        for batch in iter_batches(self.paths.rows, names, text=False, num_rows=num_rows):
             yield batch, self._columns(batch, seen)
         for name, sums in seen.encoders.items():
             sums["stored_tokens"] = int(self._lengths[name].sum())

@@ -149,11 +149,13 @@ def _text_sha256(text: str | None) -> str | None:
 
 
 def iter_batches(
-    path: Path, encoders: Sequence[str], *, text: bool = True
+    path: Path, encoders: Sequence[str], *, text: bool = True, num_rows: int | None = None
 ) -> Iterator[pa.RecordBatch]:
     """A rows part in batches of at most 4,096 rows, with or without the text column.
 
-    VerificationError naming the file when it is missing, damaged, or has other columns.
+    `num_rows` is what its record says: a few bytes can stand for millions of rows, which are then
+    not decoded. VerificationError naming the file when it is missing, damaged, or has other
+    columns or another number of rows.
     """
     try:
         with pq.ParquetFile(
@@ -168,6 +170,11 @@ def iter_batches(
                     f"{path} has columns {file.schema_arrow.names}: expected {schema.names}, with "
                     "the types of the format."
                 )
+            if num_rows is not None and file.metadata.num_rows != num_rows:
+                raise VerificationError(
+                    f"{path} has {file.metadata.num_rows:,} rows: expected {num_rows:,}, as its "
+                    "record says."
+                )
             names = rows_schema(encoders, text=text).names
             rows = READ_TEXT_ROWS if text else READ_ROWS
             yield from file.iter_batches(rows, columns=names, use_threads=False)
@@ -177,10 +184,12 @@ def iter_batches(
         raise VerificationError(f"{path} is damaged: {error}.") from error
 
 
-def read_samples(path: Path, encoders: Sequence[str]) -> Iterator[StoredSample]:
-    """The samples of a rows part, in order."""
+def read_samples(
+    path: Path, encoders: Sequence[str], num_rows: int | None = None
+) -> Iterator[StoredSample]:
+    """The samples of a rows part, in order; `num_rows` and errors as `iter_batches`."""
     statuses = {status.label: status for status in Status}
-    for batch in iter_batches(path, encoders):
+    for batch in iter_batches(path, encoders, num_rows=num_rows):
         try:
             entries = batch.to_pylist()
         except UnicodeDecodeError as error:
