@@ -4,7 +4,8 @@ Guarantees: every batch has exactly one of the given shapes, and a caption's sha
 own number of tokens alone. So a forward's frame never depends on a caption's neighbours, which is
 what makes an embedding bitwise a function of the caption. Every caption is in one batch, once.
 Costs: the last batch of each shape is filled up with copies of a filler caption, which are encoded
-and thrown away. numpy only; one copy of the ids.
+and thrown away; of a packed stream only what no caption fits is lost. numpy only; one copy of the
+ids.
 """
 
 from __future__ import annotations
@@ -24,14 +25,31 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Input of one forward; lines past `len(rows)` are filler."""
+    """Input of one forward; captions past `len(rows)` are filler."""
 
     input_ids: NDArray[np.int64]
-    """[B, L], padded on the right with the pad id."""
+    """[B, L], a caption a line, padded on the right with the pad id. Packed: [1, T], captions end
+    to end, pads behind the last."""
     lengths: NDArray[np.int32]
-    """[B] real tokens of each line, special tokens included."""
+    """[C] real tokens of each caption, special tokens included; C is B unless packed."""
     rows: NDArray[np.int64]
-    """[n], n <= B: which captions (positions in the list given) the first n lines are."""
+    """[n], n <= C: which captions (positions in the list given) the first n are."""
+    packed: bool = False
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """[C] where each caption begins in `input_ids.reshape(-1)`."""
+        if self.packed:
+            ends: NDArray[np.int64] = np.cumsum(self.lengths, dtype=np.int64)
+            return ends - self.lengths
+        lines, length = self.input_ids.shape
+        every: NDArray[np.int64] = np.arange(lines, dtype=np.int64) * length
+        return every
+
+    def tokens(self, caption: int) -> NDArray[np.int64]:
+        """[tokens] the ids of a caption, without pads."""
+        start = int(self.starts[caption])
+        return self.input_ids.reshape(-1)[start : start + int(self.lengths[caption])]
 
 
 def shape_of(num_tokens: int, shapes: Sequence[Shape]) -> Shape:
@@ -59,6 +77,32 @@ def make_batches(
         rows = rows_of[shape]
         for start in range(0, len(rows), shape[0]):
             yield _batch(ids, rows[start : start + shape[0]], shape, pad_id, filler)
+
+
+def pack(ids: Sequence[NDArray[np.integer[Any]]], stream: int, pad_id: int) -> Iterator[TokenBatch]:
+    """Streams of `stream` tokens that hold all captions `ids` ([tokens] each), end to end.
+
+    Each stream takes the longest caption that still fits, again and again: the long ones come
+    first, short ones fill the gaps, and captions of one length lie side by side.
+    """
+    rows_of: dict[int, list[int]] = {}
+    for row in range(len(ids) - 1, -1, -1):
+        rows_of.setdefault(len(ids[row]), []).append(row)  # popped from the end: input order
+    if rows_of and max(rows_of) > stream:
+        raise InternalError(f"A caption has {max(rows_of)} tokens: a stream has {stream}.")
+    while rows_of:
+        rows: list[int] = []
+        room = stream
+        for length in sorted(rows_of, reverse=True):
+            while room >= length and rows_of[length]:
+                rows.append(rows_of[length].pop())
+                room -= length
+            if not rows_of[length]:
+                del rows_of[length]
+        input_ids = np.full((1, stream), pad_id, dtype=np.int64)
+        input_ids[0, : stream - room] = np.concatenate([ids[row] for row in rows])
+        lengths = np.array([len(ids[row]) for row in rows], dtype=np.int32)
+        yield TokenBatch(input_ids, lengths, np.array(rows, dtype=np.int64), packed=True)
 
 
 def _batch(

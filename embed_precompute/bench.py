@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from embed_precompute import encoders as encoder_registry
-from embed_precompute.batching import TokenBatch, make_batches
+from embed_precompute.batching import TokenBatch
 from embed_precompute.config import Config
 from embed_precompute.distributed import DistContext
 from embed_precompute.encoders import ResolvedEncoder, TextEncoder, shardformer
@@ -149,7 +149,7 @@ def _bench_encoder(
     }
     tokenizer = resolved.tokenizer
     ids = tokenizer.encode(texts).ids
-    batches = list(make_batches(ids, resolved.shapes, tokenizer.pad_id, tokenizer.filler))
+    batches = list(resolved.batches(ids))
     measured = {name: Measured(name, encoder.weight_bytes()) for name, encoder in built.items()}
     for batch in batches:
         _warm_up(built, measured, batch, device)
@@ -201,12 +201,14 @@ def _warm_up(
             measured[name].forward_bytes = max(min(grown), measured[name].forward_bytes or 0)
 
 
-def _real(output: torch.Tensor, batch: TokenBatch, resolved: ResolvedEncoder) -> torch.Tensor:
+def _real(
+    output: torch.Tensor | list[torch.Tensor], batch: TokenBatch, resolved: ResolvedEncoder
+) -> torch.Tensor:
     """What would be stored of a batch, as [n, D]: no filler, of masked lines only real tokens."""
     num_lines = len(batch.rows)
-    if resolved.pooled or resolved.padded_length is not None:
+    if isinstance(output, torch.Tensor) and (resolved.pooled or resolved.padded_length is not None):
         return output[:num_lines].flatten(0, -2)
-    return torch.cat([output[line, : batch.lengths[line]] for line in range(num_lines)])
+    return torch.cat([output[line][: batch.lengths[line]] for line in range(num_lines)])
 
 
 def _difference(ours: torch.Tensor, reference: torch.Tensor) -> Difference:

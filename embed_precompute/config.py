@@ -28,7 +28,7 @@ RESERVED_ENDINGS = ("_offsets", "_xxh3", "_length", "_mask", "_tokens", "_trunca
 
 DType = Literal["bfloat16", "float16", "float32"]
 Normalization = Literal["ftfy", "nfc", "whitespace"]
-Implementation = Literal["auto", "hf", "shardformer"]
+Implementation = Literal["auto", "hf", "fused", "shardformer"]
 AttentionMask = Literal["none", "padding"]
 MOST_TOKENS = 1 << 26
 """No forward is larger: 67 million tokens or captions; ids alone would be half a gigabyte."""
@@ -213,11 +213,14 @@ class EncoderConfig:
     """clip: captions of one forward."""
     buckets: tuple[int, ...] | None = None
     """Lengths a forward may have below the longest: clip, and t5 with attention_mask padding."""
+    stream_tokens: int = 4096
+    """fused, where captions are packed end to end: tokens of one forward."""
     implementation: Implementation = "auto"
-    """hf: transformers, the reference. shardformer: t5, ColossalAI's jit-fused layers. auto: hf."""
+    """hf: transformers, the reference. fused: our own layers; clip and attention_mask padding
+    packed. shardformer: t5, ColossalAI's jit-fused layers. auto: hf."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "seq_align", "batch_tokens", "batch_size"):
+        for name in ("max_length", "seq_align", "batch_tokens", "batch_size", "stream_tokens"):
             value = getattr(self, name)
             if value is not None:
                 _require(
@@ -248,7 +251,17 @@ class EncoderConfig:
                 "A masked dataset stores real tokens only and the loader pads it to any length: "
                 "remove both fields.",
             )
+        _require(
+            self.stream_tokens >= self.resolved_max_length,
+            f"encoder stream_tokens is {self.stream_tokens}: expected at least max_length "
+            f"({self.resolved_max_length}), so that every caption fits.",
+        )
         if self.buckets is not None:
+            _require(
+                self.implementation != "fused",
+                "encoder buckets are for the implementation hf: fused packs captions end to end. "
+                "Remove buckets, or use hf.",
+            )
             _require(
                 self.kind == "clip" or self.attention_mask == "padding",
                 "encoder buckets are for clip and for attention_mask padding: with attention_mask "

@@ -9,19 +9,19 @@ Costs: nothing while all goes well; one forward per caption of a batch that fail
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
 import torch
 
-from embed_precompute.batching import TokenBatch, make_batches
+from embed_precompute.batching import TokenBatch, make_batches, pack
 from embed_precompute.encoders import TextEncoder
 from embed_precompute.errors import EmbedPrecomputeError
 
 MAX_REASON = 200
 
 
-def encode_batch(encoder: TextEncoder, batch: TokenBatch) -> tuple[torch.Tensor, dict[int, str]]:
+Lines = torch.Tensor | list[torch.Tensor]
+
+
+def encode_batch(encoder: TextEncoder, batch: TokenBatch) -> tuple[Lines, dict[int, str]]:
     """The embeddings of a batch, and a reason for every caption (of `batch.rows`) without one."""
     try:
         return encoder.encode(batch), {}
@@ -41,15 +41,17 @@ def _lost_device(error: Exception) -> bool:
 
 def _one_by_one(
     encoder: TextEncoder, batch: TokenBatch, first_error: Exception
-) -> tuple[torch.Tensor, dict[int, str]]:
+) -> tuple[Lines, dict[int, str]]:
     try:
-        values = encoder.encode(next(_alone(encoder, batch, None))).clone()
+        empty = encoder.encode(_alone(encoder, batch, None))
     except Exception:
         raise first_error from None  # not even the empty caption: no sample is to blame
+    # Those that fail keep the empty caption's, which are not stored.
+    values = empty.clone() if isinstance(empty, torch.Tensor) else [empty[0]] * len(batch.lengths)
     reasons: dict[int, str] = {}
     for line, row in enumerate(batch.rows.tolist()):
         try:
-            values[line] = encoder.encode(next(_alone(encoder, batch, line)))[0]
+            values[line] = encoder.encode(_alone(encoder, batch, line))[0]
         except EmbedPrecomputeError:
             raise
         except Exception as error:
@@ -58,9 +60,11 @@ def _one_by_one(
     return values, reasons
 
 
-def _alone(encoder: TextEncoder, batch: TokenBatch, line: int | None) -> Iterator[TokenBatch]:
+def _alone(encoder: TextEncoder, batch: TokenBatch, caption: int | None) -> TokenBatch:
     """A batch of the same shape with one caption of `batch` in it, or none, and filler."""
     tokenizer = encoder.resolved.tokenizer
-    ids = tokenizer.filler if line is None else batch.input_ids[line, : batch.lengths[line]]
+    ids = [tokenizer.filler if caption is None else batch.tokens(caption)]
     frame = (int(batch.input_ids.shape[0]), int(batch.input_ids.shape[1]))
-    return make_batches([np.asarray(ids)], (frame,), tokenizer.pad_id, tokenizer.filler)
+    if batch.packed:
+        return next(pack(ids, frame[1], tokenizer.pad_id))
+    return next(make_batches(ids, (frame,), tokenizer.pad_id, tokenizer.filler))

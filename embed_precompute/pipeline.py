@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from embed_precompute import encoders as encoder_registry
-from embed_precompute.batching import make_batches
 from embed_precompute.config import Config
 from embed_precompute.config_file import to_yaml
 from embed_precompute.distributed import Claims, DistContext, connect_store
@@ -111,10 +110,8 @@ def _build_encoders(prepared: Prepared, device: str) -> list[TextEncoder]:
     built = []
     for resolved in prepared.encoders:
         encoder = encoder_registry.build(resolved, device, dtype)
-        for shape in sorted({*resolved.shapes, resolved.null_shape}):
-            filler = resolved.tokenizer.filler
-            for batch in make_batches([filler], (shape,), resolved.tokenizer.pad_id, filler):
-                encoder.encode(batch)
+        for batch in resolved.every_shape():
+            encoder.encode(batch)
         built.append(encoder)
     return built
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from embed_precompute import encoders as encoder_registry
-from embed_precompute.batching import make_batches
 from embed_precompute.checks import Report
 from embed_precompute.config import Config, EncoderConfig
 from embed_precompute.config_file import load_config
@@ -145,7 +144,9 @@ def _resolve(name: str, config: EncoderConfig | None, spec: Mapping[str, Any]) -
 
 
 def _reference(resolved: ResolvedEncoder) -> ResolvedEncoder:
-    return dataclasses.replace(resolved, implementation=REFERENCE)
+    """The same encoder by the reference implementation, in that one's own shapes."""
+    config = dataclasses.replace(resolved.config, implementation="hf")
+    return encoder_registry.resolve(resolved.name, config, resolved.padded_length)
 
 
 def _null(
@@ -209,19 +210,18 @@ def _encode(
 ) -> list[torch.Tensor]:
     """The embedding of every drawn text, as a unit would store it."""
     encoder = encoder_registry.build(resolved, device, dtype)
-    tokenizer = resolved.tokenizer
-    ids = tokenizer.encode([d.sample.text or "" for d in drawn]).ids
+    ids = resolved.tokenizer.encode([d.sample.text or "" for d in drawn]).ids
     found: dict[int, torch.Tensor] = {}
     # The null embedding has a shape of its own where the captions' padded length differs.
     nulls = [i for i, d in enumerate(drawn) if d.sample.row < 0]
     captions = [i for i, d in enumerate(drawn) if d.sample.row >= 0]
-    for members, shapes in ((nulls, (resolved.null_shape,)), (captions, resolved.shapes)):
+    for members, null in ((nulls, True), (captions, False)):
         chosen = [ids[i] for i in members]
-        for batch in make_batches(chosen, shapes, tokenizer.pad_id, tokenizer.filler):
+        for batch in resolved.batches(chosen, null):
             output = encoder.encode(batch)
             for line, row in enumerate(batch.rows.tolist()):
                 length = drawn[members[row]].sample.lengths[resolved.name]
-                values = output[line] if resolved.pooled else output[line, :length]
+                values = output[line] if resolved.pooled else output[line][:length]
                 found[members[row]] = values.clone()
     return [found[i] for i in range(len(drawn))]
 

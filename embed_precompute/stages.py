@@ -20,7 +20,6 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from embed_precompute.batching import make_batches
 from embed_precompute.distributed import NULL_UNIT, Claims, DistContext
 from embed_precompute.encoders import TextEncoder
 from embed_precompute.errors import IncompleteError
@@ -84,7 +83,7 @@ class _Encoded:
     unit: Unit
     name: str = ""
     rows: np.ndarray | None = None
-    values: torch.Tensor | None = None
+    values: torch.Tensor | list[torch.Tensor] | None = None
     failed: dict[int, str] = field(default_factory=dict)
     abandoned: bool = False
 
@@ -188,10 +187,8 @@ class Stages:
     def _encoded_batches(self, unit: Unit) -> Iterator[_Encoded]:
         for encoder in self._encoders:
             resolved = encoder.resolved
-            shapes = (resolved.null_shape,) if unit.is_null else resolved.shapes
             ids = unit.tokens[resolved.name].ids
-            tokenizer = resolved.tokenizer
-            for batch in make_batches(ids, shapes, tokenizer.pad_id, tokenizer.filler):
+            for batch in resolved.batches(ids, null=unit.is_null):
                 values, failed = encode_batch(encoder, batch)
                 yield _Encoded(unit, resolved.name, batch.rows, values, failed)
 

@@ -144,24 +144,24 @@ class UnitWriter:
         self,
         name: str,
         rows: np.ndarray,
-        values: torch.Tensor,
+        values: torch.Tensor | Sequence[torch.Tensor],
         failed: Mapping[int, str] | None = None,
     ) -> None:
-        """Write a batch of encoder `name`: line i of `values` ([B, L, D] or [B, C]) is `rows[i]`.
+        """Write a batch of encoder `name`: line i of `values` is `rows[i]`.
 
-        Lines beyond `rows` are filler. A row that holds inf or nan is not stored, nor is one of
-        `failed` (row -> reason).
+        `values` is [B, L, D], [B, C] or a list of [length, D]; lines beyond `rows` are filler. A
+        row that holds inf or nan is not stored, nor is one of `failed` (row -> reason).
         """
         failed = failed or {}
         lengths = self._unit.tokens[name].lengths
-        pooled = values.dim() == 2
-        finite = bool(torch.isfinite(values[: len(rows)]).all())
         for line, row in enumerate(rows.tolist()):
             if row in failed:
                 self._reject(row, Status.ERROR, f"text_{name}: {failed[row]}")
                 continue
-            vectors = values[line] if pooled else values[line, : lengths[row]]
-            if not finite and not bool(torch.isfinite(vectors).all()):
+            vectors = values[line]
+            if vectors.dim() == 2:
+                vectors = vectors[: lengths[row]]
+            if not bool(torch.isfinite(vectors).all()):
                 self._reject(row, Status.NON_FINITE, f"text_{name} holds inf or nan")
                 continue
             self._shard.write(name, row, vectors)

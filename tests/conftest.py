@@ -60,19 +60,17 @@ Encode = Callable[["TextEncoder", Sequence[str]], "list[torch.Tensor]"]
 @pytest.fixture(scope="session")
 def encode() -> Encode:
     """Captions -> what is stored of each: [length, D], masked only real tokens, or pooled [C]."""
-    from embed_precompute.batching import make_batches
 
     def run(encoder: TextEncoder, texts: Sequence[str]) -> list[torch.Tensor]:
         resolved = encoder.resolved
-        tokenizer = resolved.tokenizer
-        ids = tokenizer.encode(texts).ids
+        ids = resolved.tokenizer.encode(texts).ids
         stored: dict[int, torch.Tensor] = {}
-        for batch in make_batches(ids, resolved.shapes, tokenizer.pad_id, tokenizer.filler):
+        for batch in resolved.batches(ids):
             output = encoder.encode(batch)
             masked = resolved.config.attention_mask == "padding"
             for line, row in enumerate(batch.rows.tolist()):
                 stop = int(batch.lengths[line]) if masked else None
-                stored[row] = output[line] if resolved.pooled else output[line, :stop]
+                stored[row] = output[line] if resolved.pooled else output[line][:stop]
         return [stored[row] for row in range(len(texts))]
 
     return run

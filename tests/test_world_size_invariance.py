@@ -16,21 +16,29 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_captions(tmp_path_factory.mktemp("captions") / "captions.parquet", TEXTS)
 
 
+@pytest.mark.parametrize("implementation", ["hf", "fused"])
 @pytest.mark.parametrize("attention_mask", ["none", "padding"])
 def test_same_bytes_from_1_2_and_3_ranks(
-    attention_mask: str, captions: Path, tiny_t5: Path, tiny_clip: Path, tmp_path: Path
+    attention_mask: str,
+    implementation: str,
+    captions: Path,
+    tiny_t5: Path,
+    tiny_clip: Path,
+    tmp_path: Path,
 ) -> None:
     made = {}
+    settings = [f"--encoders.{name}.implementation={implementation}" for name in ("t5", "clip")]
     for world_size in (0, 2, 3):  # 0: without torchrun
         folder = tmp_path / str(world_size)
         folder.mkdir()
         job = write_job(folder, captions, tiny_t5, tiny_clip, attention_mask=attention_mask)
-        done = execute("run", str(job), nproc=world_size)
+        done = execute("run", str(job), *settings, nproc=world_size)
         assert done.returncode == 0, done.stderr
         made[world_size] = dataset_bytes(folder / "out")
         assert not [name for name in made[world_size] if ".tmp-" in name]
     assert len(made[0]) > 20
     assert made[0] == made[2] == made[3]
+    assert call("verify", str(tmp_path / "2" / "out"), "--level", "deep")[0] == 0
 
 
 def test_srun_tasks_share_the_work(captions: Path, tiny_t5: Path, tmp_path: Path) -> None:

@@ -10,11 +10,14 @@ weights once for their digest; only `build` loads a model.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from embed_precompute.batching import Shape, TokenBatch, shape_of
+import numpy as np
+
+from embed_precompute.batching import Shape, TokenBatch, make_batches, pack, shape_of
 from embed_precompute.config import EncoderConfig
 from embed_precompute.encoders import shardformer
 from embed_precompute.encoders.checkpoint import Checkpoint, locate, open_checkpoint
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["CaptionTokenizer", "ResolvedEncoder", "TextEncoder", "Tokenized", "build", "resolve"]
 
 IMPLEMENTATIONS = {
+    "fused": "embed_precompute.encoders.fused",
     "hf": "embed_precompute.encoders.hf",
     "shardformer": "embed_precompute.encoders.shardformer",
 }
@@ -38,6 +42,15 @@ DEFAULT_VOCABULARY = {"t5": 32128, "mt5": 250112, "umt5": 250112}
 DEFAULT_CLIP_VOCABULARY = 49408
 DEFAULT_CLIP_POSITIONS = 77
 DEFAULT_CLIP_EOS = 49407
+FUSED_ACTIVATIONS = {"t5": ("relu", "gated-gelu"), "clip": ("quick_gelu", "gelu")}
+"""Kind -> activations that the fused layers compute, as config.json names them."""
+DEFAULT_ACTIVATION = {
+    "t5": "relu",
+    "mt5": "gated-gelu",
+    "umt5": "gated-gelu",
+    "clip": "quick_gelu",
+    "clip_text_model": "quick_gelu",
+}
 ARGMAX_EOS = 2
 """eos_token_id of CLIP configs older than transformers 4.31: pooled at the highest id instead."""
 
@@ -63,6 +76,32 @@ class ResolvedEncoder:
     padded_length: int | None
     """T5 with attention_mask none: the one L, and the stored length. None otherwise."""
     implementation: str
+
+    @property
+    def packed(self) -> bool:
+        """Captions lie end to end in streams of one length, instead of one a line."""
+        return self.implementation == "fused" and self.padded_length is None
+
+    def batches(
+        self, ids: Sequence[np.ndarray[Any, Any]], null: bool = False
+    ) -> Iterator[TokenBatch]:
+        """The forwards that encode captions `ids` ([tokens] each); `null`: the empty caption."""
+        tokenizer = self.tokenizer
+        if self.packed:
+            return pack(ids, self.shapes[0][1], tokenizer.pad_id)
+        shapes = (self.null_shape,) if null else self.shapes
+        return make_batches(ids, shapes, tokenizer.pad_id, tokenizer.filler)
+
+    def every_shape(self) -> Iterator[TokenBatch]:
+        """One forward of each shape, of the empty caption: what must fit in memory."""
+        tokenizer = self.tokenizer
+        if self.packed:
+            yield from self.batches([tokenizer.filler])
+            return
+        for shape in sorted({*self.shapes, self.null_shape}):
+            yield from make_batches(
+                [tokenizer.filler], (shape,), tokenizer.pad_id, tokenizer.filler
+            )
 
     def spec(self) -> dict[str, Any]:
         """What of this encoder changes bytes, as JSON: its part of the fingerprint."""
@@ -91,11 +130,13 @@ class TextEncoder(Protocol):
 
     resolved: ResolvedEncoder
 
-    def encode(self, batch: TokenBatch) -> torch.Tensor:
-        """Embeddings of a batch on the CPU, contiguous, in the output dtype.
+    def encode(self, batch: TokenBatch) -> torch.Tensor | list[torch.Tensor]:
+        """Embeddings of a batch on the CPU, contiguous, in the output dtype; [i] is caption i.
 
-        [B, L, D] (t5) or [B, C] (clip), filler lines included; with attention_mask padding the
-        positions behind a line's length mean nothing. `batch` has one of the resolved shapes.
+        [B, L, D] (t5) or [B, C] (clip), filler included; with attention_mask padding the
+        positions behind a line's length mean nothing. Of a packed batch of t5 a list of
+        [length, D].
+        `batch` is one that `ResolvedEncoder.batches` gives.
         """
         ...
 
@@ -128,13 +169,17 @@ def resolve(name: str, config: EncoderConfig, padded_length: int | None = None) 
         width = checkpoint.text_config.get("hidden_size", DEFAULT_WIDTH)
     else:
         width = checkpoint.text_config.get("d_model", DEFAULT_WIDTH)
+    implementation = _implementation(where, config, checkpoint)
     if config.kind == "t5" and config.attention_mask == "none":
         length = _padded_length(where, config, padded_length)
         shapes: tuple[Shape, ...] = (_t5_shape(config, length),)
         null_shape = _t5_shape(config, config.padded_length(0))
     else:
         length = None
-        shapes = _bucket_shapes(where, config, tokenizer)
+        if implementation == "fused":
+            shapes = ((1, config.stream_tokens),)
+        else:
+            shapes = _bucket_shapes(where, config, tokenizer)
         null_shape = shape_of(len(tokenizer.filler), shapes)
     return ResolvedEncoder(
         name=name,
@@ -148,9 +193,7 @@ def resolve(name: str, config: EncoderConfig, padded_length: int | None = None) 
         shapes=shapes,
         null_shape=null_shape,
         padded_length=length,
-        # `auto` is the reference: Shardformer is no faster (`bench`). The choice must not depend on
-        # the device or on what is installed, for it is part of the fingerprint.
-        implementation="hf" if config.implementation == "auto" else config.implementation,
+        implementation=implementation,
     )
 
 
@@ -158,6 +201,27 @@ def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> TextEnco
     """Load the model onto `device` (cpu, cuda, cuda:N). Raises InputError: damaged checkpoint."""
     module = importlib.import_module(IMPLEMENTATIONS[resolved.implementation])
     return cast(TextEncoder, module.build(resolved, device, output_dtype))
+
+
+def _implementation(where: str, config: EncoderConfig, checkpoint: Checkpoint) -> str:
+    """What `auto` is: the reference. The choice must not depend on the device or on what is
+    installed, for it is part of the fingerprint."""
+    if config.implementation == "fused":
+        _check_fused(where, config, checkpoint)
+    return "hf" if config.implementation == "auto" else config.implementation
+
+
+def _check_fused(where: str, config: EncoderConfig, checkpoint: Checkpoint) -> None:
+    """Raise InputError where the fused body does not compute what config.json asks for."""
+    known = FUSED_ACTIVATIONS[config.kind]
+    key = "hidden_act" if config.kind == "clip" else "feed_forward_proj"
+    default = DEFAULT_ACTIVATION[checkpoint.model_type]
+    found = checkpoint.text_config.get(key, default)
+    if found not in known:
+        raise InputError(
+            f"{where}.implementation is fused: {checkpoint.folder / 'config.json'} has {key} "
+            f"{found!r}, and fused computes {', '.join(known)}. Use the implementation hf."
+        )
 
 
 def _padded_length(where: str, config: EncoderConfig, padded_length: int | None) -> int:

@@ -46,22 +46,19 @@ class HfEncoder:
         self._masked = resolved.config.attention_mask == "padding"
         self._output = "pooler_output" if resolved.pooled else "last_hidden_state"
         self._shapes = {*resolved.shapes, resolved.null_shape}
-        with _out_of_memory(
-            f"encoders.{resolved.name}: the weights do not fit on {device}. Use a device with more "
-            "memory, or a smaller dtype."
-        ):
+        with out_of_memory(weights_too_large(resolved, device)):
             self._model = model.to(self._device)
 
     def weight_bytes(self) -> int:
         """See `TextEncoder.weight_bytes`."""
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return weight_bytes(self._model)
 
     def encode(self, batch: TokenBatch) -> torch.Tensor:
         """See `TextEncoder.encode`."""
         if batch.input_ids.shape not in self._shapes:
             raise InternalError(f"A batch is {batch.input_ids.shape}: expected {self._shapes}.")
-        with torch.inference_mode(), _out_of_memory(self._too_large(batch)):
+        message = forward_too_large(self.resolved, batch, self._device)
+        with torch.inference_mode(), out_of_memory(message):
             input_ids = torch.from_numpy(batch.input_ids).to(self._device, non_blocking=True)
             output = self._model(input_ids=input_ids, attention_mask=self._mask(batch))
             embeddings: torch.Tensor = getattr(output, self._output)
@@ -72,16 +69,6 @@ class HfEncoder:
             return None
         mask = padding_mask(batch.lengths, batch.input_ids.shape[1], self._dtype)
         return mask.to(self._device, non_blocking=True)
-
-    def _too_large(self, batch: TokenBatch) -> str:
-        captions, length = batch.input_ids.shape
-        config, name = self.resolved.config, self.resolved.name
-        field = "batch_size" if config.kind == "clip" else "batch_tokens"
-        return (
-            f"encoders.{name}.{field} is {getattr(config, field)}: a forward of {captions} "
-            f"captions x {length} tokens does not fit in the memory of {self._device}. Lower it "
-            "and give a new output.path (batch shapes are part of the fingerprint)."
-        )
 
 
 def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> HfEncoder:
@@ -194,8 +181,37 @@ def _some(keys: Any) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def weight_bytes(model: Any) -> int:
+    """Bytes that a model's weights and buffers take."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def weights_too_large(resolved: ResolvedEncoder, device: str) -> str:
+    """What to say when the weights do not fit."""
+    return (
+        f"encoders.{resolved.name}: the weights do not fit on {device}. Use a device with more "
+        "memory, or a smaller dtype."
+    )
+
+
+def forward_too_large(resolved: ResolvedEncoder, batch: TokenBatch, device: torch.device) -> str:
+    """What to say when a forward does not fit."""
+    captions, length = batch.input_ids.shape
+    if batch.packed:
+        field, what = "stream_tokens", f"{length} tokens"
+    else:
+        field = "batch_size" if resolved.config.kind == "clip" else "batch_tokens"
+        what = f"{captions} captions x {length} tokens"
+    return (
+        f"encoders.{resolved.name}.{field} is {getattr(resolved.config, field)}: a forward of "
+        f"{what} does not fit in the memory of {device}. Lower it and give a new output.path "
+        "(batch shapes are part of the fingerprint)."
+    )
+
+
 @contextlib.contextmanager
-def _out_of_memory(message: str) -> Iterator[None]:
+def out_of_memory(message: str) -> Iterator[None]:
     """Say `message` when memory runs out, on a GPU or in the CPU's allocator."""
     try:
         yield

@@ -1,0 +1,236 @@
+"""Our own encoder body: T5 and CLIP as one stream of tokens, attention strictly inside a caption.
+
+Guarantees: the numbers of the transformers model up to rounding (fp32: relative difference below
+3e-6). Every forward has one shape, [T] tokens, and attention runs per caption at the caption's own
+length, so an embedding is bitwise a function of the caption and T: neighbours, place in the stream
+and order change no bit. On a CPU without matrix hardware for half precision, bfloat16 and float16
+weights are computed with in float32, which is hundreds of times faster there and no less exact.
+Costs: the weights once, as `hf` holds them (memory-mapped where the file has their dtype, so that
+ranks of one node share them), and one set of buffers for T tokens that every forward uses again:
+no tensor of a forward's size is allocated anew, whose pages the C library would map each time.
+
+The mathematics follows transformers' modeling_t5.py, modeling_umt5.py and modeling_clip.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from embed_precompute.batching import TokenBatch
+from embed_precompute.encoders import ResolvedEncoder, hf
+from embed_precompute.errors import InternalError
+
+ROWS = 256
+"""Tokens of one step of what is done element by element: small enough to stay in a cache."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Captions of one length that lie side by side in the stream."""
+
+    start: int
+    count: int
+    length: int
+
+
+class Body(Protocol):
+    """The layers of one model over a stream."""
+
+    def __call__(self, ids: torch.Tensor, batch: TokenBatch, groups: list[Group]) -> torch.Tensor:
+        """[T] ids -> [T, D], after the final norm; rows of no caption mean nothing."""
+        ...
+
+
+class Workspace:
+    """Buffers that every forward uses again, by name."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The buffer of that name and shape, with whatever it held last."""
+        buffer = self._buffers.get((name, shape))
+        if buffer is None:
+            buffer = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+            self._buffers[name, shape] = buffer
+        return buffer
+
+    def weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight in the dtype of the computation; valid until the next one of its shape."""
+        if weight.dtype == self.dtype:
+            return weight
+        return self.take("weight", *weight.shape).copy_(weight)
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        """out[T, N] = x[T, K] weight[N, K]^T + bias[N]."""
+        matrix = self.weight(weight).t()
+        if bias is None:
+            torch.mm(x, matrix, out=out)
+        else:
+            torch.addmm(bias.to(self.dtype), x, matrix, out=out)
+
+    def add_linear(
+        self, stream: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """stream += x weight^T + bias, accumulated by the matrix product itself."""
+        if weight.dtype == torch.float32 != self.dtype:  # T5's wo under float16
+            delta = functional.linear(x.float(), weight)
+            stream.add_(delta)
+        else:
+            matrix = self.weight(weight).t()
+            if stream.dtype == self.dtype:
+                stream.addmm_(x, matrix)
+            else:
+                stream.add_(torch.mm(x, matrix))
+        if bias is not None:
+            stream.add_(bias)
+
+
+def attend(
+    qkv: torch.Tensor,
+    groups: list[Group],
+    heads: int,
+    bias: torch.Tensor | None,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Attention of every caption to itself alone.
+
+    `qkv` [T, 3, H*dk]; `bias` [H or 1, L, L] is added to the scaled products of a caption's first
+    tokens; `out` [T, H*dk] is zero where no caption is.
+    """
+    out.zero_()
+    width = qkv.shape[-1] // heads
+    for group in groups:
+        stop = group.start + group.count * group.length
+        frame = (group.count, group.length, 3, heads, width)
+        q, k, v = (
+            part.contiguous() for part in qkv[group.start : stop].view(frame).permute(2, 0, 3, 1, 4)
+        )  # [count, H, length, dk]
+        mask = None if bias is None else bias[:, : group.length, : group.length]
+        mixed = _mix(q, k, v, mask, scale)
+        target = out[group.start : stop].view(group.count, group.length, heads, width)
+        target.copy_(mixed.transpose(1, 2))
+
+
+def _mix(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """softmax(q k^T scale + bias) v for [count, H, length, dk]."""
+    if q.device.type != "cpu" or q.dtype != torch.float32:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    # In float32 on a CPU torch's own kernel is slower than plain products. One caption at a time:
+    # its scores stay in a cache, and its kernel cannot depend on how many of its length there are.
+    mixed = torch.empty_like(q)
+    for caption in range(q.shape[0]):
+        scores = torch.bmm(q[caption], k[caption].transpose(1, 2))
+        if scale != 1.0:
+            scores.mul_(scale)
+        if bias is not None:
+            scores.add_(bias)
+        torch.bmm(torch.softmax(scores, dim=-1), v[caption], out=mixed[caption])
+    return mixed
+
+
+def blocks(num_rows: int) -> Iterator[slice]:
+    """Slices of at most `ROWS` rows."""
+    for start in range(0, num_rows, ROWS):
+        yield slice(start, min(start + ROWS, num_rows))
+
+
+def groups_of(batch: TokenBatch) -> list[Group]:
+    """The captions of a batch as groups of neighbours of one length.
+
+    Without a mask a caption's length is the frame's: its pads take part.
+    """
+    lines, length = batch.input_ids.shape
+    if not batch.packed:
+        return [Group(0, lines, length)]
+    groups: list[Group] = []
+    start = 0
+    for tokens in batch.lengths.tolist():
+        last = groups[-1] if groups else None
+        if last is not None and last.length == tokens:
+            groups[-1] = Group(last.start, last.count + 1, tokens)
+        else:
+            groups.append(Group(start, 1, tokens))
+        start += tokens
+    return groups
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that products run in: float32 on a CPU that has no hardware for `dtype`."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return dtype
+    supported: bool = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype if supported else torch.float32
+
+
+class FusedEncoder:
+    """A text encoder with our own body."""
+
+    def __init__(self, resolved: ResolvedEncoder, device: str, output_dtype: str) -> None:
+        from embed_precompute.encoders import clip, t5
+
+        self.resolved = resolved
+        self._device = torch.device(device)
+        self._output_dtype: torch.dtype = getattr(torch, output_dtype)
+        self._shapes = {*resolved.shapes, resolved.null_shape}
+        dtype: torch.dtype = getattr(torch, resolved.config.dtype)
+        model: Any = hf.load_model(resolved)
+        with hf.out_of_memory(hf.weights_too_large(resolved, device)):
+            self._model = model.to(self._device)
+        workspace = Workspace(self._device, compute_dtype(dtype, self._device))
+        make = clip.ClipBody if resolved.pooled else t5.T5Body
+        longest = resolved.config.resolved_max_length
+        if resolved.padded_length is not None:
+            longest = max(resolved.padded_length, resolved.null_shape[1])
+        self._body: Body = make(self._model, workspace, longest)
+
+    def weight_bytes(self) -> int:
+        """See `TextEncoder.weight_bytes`."""
+        return hf.weight_bytes(self._model)
+
+    def encode(self, batch: TokenBatch) -> torch.Tensor | list[torch.Tensor]:
+        """See `TextEncoder.encode`."""
+        frame = batch.input_ids.shape
+        if frame not in self._shapes or batch.packed is not self.resolved.packed:
+            raise InternalError(f"A batch is {frame}: expected {self._shapes}.")
+        message = hf.forward_too_large(self.resolved, batch, self._device)
+        with torch.inference_mode(), hf.out_of_memory(message):
+            ids = torch.from_numpy(batch.input_ids).reshape(-1).to(self._device)
+            stream = self._body(ids, batch, groups_of(batch))
+            if self.resolved.pooled:
+                last = torch.from_numpy(self._end_of_text(batch)).to(self._device)
+                return stream[last].to(self._output_dtype).cpu()
+            output = torch.empty(stream.shape, dtype=self._output_dtype)  # the writer keeps it
+            output.copy_(stream)
+        if not batch.packed:
+            return output.view(*frame, -1)
+        lengths: list[int] = batch.lengths.tolist()
+        return list(torch.split(output[: sum(lengths)], lengths))
+
+    def _end_of_text(self, batch: TokenBatch) -> np.ndarray:
+        """Where each caption is pooled in the stream: its first end-of-text token."""
+        stream = batch.input_ids.reshape(-1)
+        eos = self.resolved.tokenizer.eos_id
+        return np.array(
+            [
+                start + int(np.argmax(stream[start : start + length] == eos))
+                for start, length in zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)
+            ],
+            dtype=np.int64,
+        )
+
+
+def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> FusedEncoder:
+    return FusedEncoder(resolved, device, output_dtype)

@@ -1,0 +1,169 @@
+"""The fused encoder: the reference's numbers, and bitwise a function of the caption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embed_precompute.batching import pack
+from embed_precompute.config import EncoderConfig
+from embed_precompute.encoders import TextEncoder, build, resolve
+from embed_precompute.encoders.fused import Group, groups_of
+from embed_precompute.errors import InputError, InternalError
+
+Encode = Callable[[TextEncoder, Sequence[str]], "list[torch.Tensor]"]
+STREAM = 256
+RELATIVE = {"float32": 3e-6, "bfloat16": 0.02, "float16": 0.004}
+"""Largest relative difference from the fp32 reference; half precision: the weights' rounding."""
+
+
+def config_of(mode: str, folders: dict[str, Path], **fields: Any) -> EncoderConfig:
+    fields = {"dtype": "float32", "implementation": "fused", "stream_tokens": STREAM, **fields}
+    if mode == "clip":
+        return EncoderConfig("clip", str(folders["clip"]), **fields)
+    mask = "none" if mode.endswith("padded") else "padding"
+    model = mode.partition("-")[0]
+    batch = {"batch_tokens": 200} if mask == "none" else {}
+    return EncoderConfig(
+        "t5", str(folders[model]), max_length=48, attention_mask=mask, **batch, **fields
+    )
+
+
+@pytest.fixture(scope="session")
+def folders(tiny_t5: Path, tiny_umt5: Path, tiny_clip: Path, t5_relu: Path) -> dict[str, Path]:
+    return {"t5": tiny_t5, "umt5": tiny_umt5, "clip": tiny_clip, "relu": t5_relu}
+
+
+@pytest.fixture(scope="session")
+def t5_relu(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path) -> Path:
+    """T5 v1.0: one inner matrix and relu, random weights."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "relu"
+    shutil.copytree(tiny_t5, folder)
+    config = transformers.T5Config.from_pretrained(str(tiny_t5))
+    settings = {**config.to_dict(), "feed_forward_proj": "relu"}
+    for name in ("dense_act_fn", "is_gated_act"):
+        settings.pop(name, None)
+    torch.manual_seed(5)
+    model = transformers.T5EncoderModel(transformers.T5Config(**settings))
+    model.save_pretrained(str(folder), safe_serialization=True)
+    return folder
+
+
+T5_MODELS = ("t5", "relu", "umt5")
+MODES = [f"{model}-{mode}" for model in T5_MODELS for mode in ("padded", "masked")] + ["clip"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_references_numbers(
+    encode: Encode, corpus: list[str], folders: dict[str, Path], mode: str, dtype: Any
+) -> None:
+    texts = ["", "x", "a red fox", *corpus[:40]]
+    config = config_of(mode, folders, dtype=dtype)
+    exact = dataclasses.replace(config, implementation="hf", dtype="float32")
+    reference = encode(build(resolve("enc", exact), "cpu", "float32"), texts)
+    ours = encode(build(resolve("enc", config), "cpu", "float32"), texts)
+    for text, found, expected in zip(texts, ours, reference, strict=True):
+        assert found.shape == expected.shape
+        difference = (found - expected).abs().max() / expected.abs().max()
+        assert difference <= RELATIVE[dtype], (text, float(difference))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_neighbours_place_and_order_change_no_bit(
+    encode: Encode, corpus: list[str], folders: dict[str, Path], mode: str, dtype: Any
+) -> None:
+    encoder = build(resolve("enc", config_of(mode, folders, dtype=dtype)), "cpu", dtype)
+    texts = ["", *corpus[:30], "a red fox", "x"]
+    together = encode(encoder, texts)
+    order = np.random.default_rng(3).permutation(len(texts))
+    shuffled = encode(encoder, [texts[i] for i in order])
+    for place, row in enumerate(order):
+        assert torch.equal(shuffled[place], together[row]), texts[row]
+    for row, text in enumerate(texts):
+        assert torch.equal(together[row], encode(encoder, [text])[0]), text
+
+
+def test_an_end_of_text_token_within_a_caption(encode: Encode, folders: dict[str, Path]) -> None:
+    """Both of transformers' rules pool at the first one."""
+    texts = ["a red <|endoftext|> fox runs"]
+    config = config_of("clip", folders)
+    ours = encode(build(resolve("enc", config), "cpu", "float32"), texts)[0]
+    reference = dataclasses.replace(config, implementation="hf")
+    expected = encode(build(resolve("enc", reference), "cpu", "float32"), texts)[0]
+    assert (ours - expected).abs().max() / expected.abs().max() <= RELATIVE["float32"]
+
+
+def test_spec_and_shapes(folders: dict[str, Path]) -> None:
+    masked = resolve("enc", config_of("t5-masked", folders))
+    assert masked.packed
+    assert masked.shapes == ((1, STREAM),) == (masked.null_shape,)
+    assert masked.spec()["implementation"] == "fused"
+    padded = resolve("enc", config_of("t5-padded", folders))
+    assert not padded.packed
+    assert padded.shapes == ((4, 48),)
+
+
+def test_another_batch_is_refused(folders: dict[str, Path]) -> None:
+    encoder = build(resolve("enc", config_of("t5-masked", folders)), "cpu", "float32")
+    other = next(pack([np.array([5, 1])], STREAM + 1, 0))
+    with pytest.raises(InternalError, match="A batch is"):
+        encoder.encode(other)
+
+
+def test_an_activation_it_does_not_compute(tmp_path: Path, folders: dict[str, Path]) -> None:
+    folder = tmp_path / "silu"
+    shutil.copytree(folders["t5"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["feed_forward_proj"] = "gated-silu"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="'gated-silu', and fused computes relu, gated-gelu"):
+        resolve("enc", config_of("t5-masked", {"t5": folder}))
+
+
+def test_settings_that_cannot_be(folders: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="buckets are for the implementation hf"):
+        config_of("t5-masked", folders, buckets=(16,))
+    with pytest.raises(InputError, match="stream_tokens is 40: expected at least max_length"):
+        config_of("t5-masked", folders, stream_tokens=40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 40), max_size=80), st.integers(40, 120))
+def test_packing(lengths: list[int], stream: int) -> None:
+    rng = np.random.default_rng(len(lengths))
+    ids = [rng.integers(2, 99, length) for length in lengths]
+    seen: list[int] = []
+    batches = list(pack(ids, stream, 0))
+    for batch in batches:
+        assert batch.input_ids.shape == (1, stream)
+        assert (np.diff(batch.lengths) <= 0).all()  # equal lengths lie side by side
+        for caption, row in enumerate(batch.rows.tolist()):
+            assert (batch.tokens(caption) == ids[row]).all()
+        assert not batch.input_ids[0, int(batch.lengths.sum()) :].any()
+        groups = groups_of(batch)
+        assert sum(group.count for group in groups) == len(batch.rows)
+        assert groups[0] == Group(0, groups[0].count, int(batch.lengths[0]))
+        seen += batch.rows.tolist()
+    assert sorted(seen) == list(range(len(ids)))
+    # No two streams could have been one: of any two, together they hold more than a stream.
+    filled = sorted(int(batch.lengths.sum()) for batch in batches)
+    assert len(filled) < 2 or filled[0] + filled[1] > stream
+
+
+def test_a_caption_longer_than_the_stream() -> None:
+    with pytest.raises(InternalError, match="has 5 tokens: a stream has 4"):
+        list(pack([np.arange(5)], 4, 0))
