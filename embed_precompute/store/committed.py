@@ -124,6 +124,9 @@ class CommittedUnit:
     def _filled(self, batch: pa.RecordBatch, name: str, ok: Array, missing: Any) -> Array:
         """A column that is null exactly where the status is not ok, with `missing` there."""
         column = batch.column(name)
+        if column.null_count == 0 and ok.all():  # nearly always: half of finalize's time is here
+            plain: Array = column.to_numpy(zero_copy_only=False)
+            return plain
         valid = column.is_valid().to_numpy(zero_copy_only=False)
         self._require(
             bool((valid == ok).all()), f"{name} null where status is ok, or not elsewhere"

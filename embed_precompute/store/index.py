@@ -128,7 +128,7 @@ class IndexWriter:
         self._files["id_offsets"].append(ends)
         hashes = np.fromiter(map(id_hash, ids), np.uint64, len(ids))
         self._unsorted.append(hashes)
-        self._bins += np.bincount(_bin(hashes), minlength=self._bins.size)
+        np.add.at(self._bins, _bin(hashes), 1)  # a unit has far fewer samples than there are bins
         self._num_samples += len(ids)
         self._id_bytes = int(ends[-1])
 
