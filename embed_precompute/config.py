@@ -217,7 +217,13 @@ class EncoderConfig:
     """fused, where captions are packed end to end: tokens of one forward."""
     implementation: Implementation = "auto"
     """hf: transformers, the reference. fused: our own layers; clip and attention_mask padding
-    packed. shardformer: t5, ColossalAI's jit-fused layers. auto: hf."""
+    packed. shardformer: t5, ColossalAI's jit-fused layers. auto: fused where it has the model's
+    activation and no buckets are given, else hf."""
+    compile: Literal["auto"] | bool = "auto"
+    """fused: run its layers through torch.compile, which changes bits. auto: from 20,000 samples
+    on, where the machine that makes the plan has a C++ compiler; the plan then decides."""
+    tf32: bool = False
+    """float32 on an NVIDIA GPU: multiply in TF32, faster, with 10 bits of mantissa."""
 
     def __post_init__(self) -> None:
         for name in ("max_length", "seq_align", "batch_tokens", "batch_size", "stream_tokens"):
@@ -256,9 +262,19 @@ class EncoderConfig:
             f"encoder stream_tokens is {self.stream_tokens}: expected at least max_length "
             f"({self.resolved_max_length}), so that every caption fits.",
         )
+        _require(
+            self.compile is not True or self.implementation in ("auto", "fused"),
+            f"encoder compile is true: {self.implementation} is never compiled. Use the "
+            "implementation fused, or remove compile.",
+        )
+        _require(
+            not self.tf32 or self.dtype == "float32",
+            f"encoder tf32 is true with dtype {self.dtype}: it is a way to multiply float32. "
+            "Remove it.",
+        )
         if self.buckets is not None:
             _require(
-                self.implementation != "fused",
+                self.implementation != "fused" and self.compile is not True,
                 "encoder buckets are for the implementation hf: fused packs captions end to end. "
                 "Remove buckets, or use hf.",
             )

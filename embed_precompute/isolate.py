@@ -47,17 +47,19 @@ def _one_by_one(
     except Exception:
         raise first_error from None  # not even the empty caption: no sample is to blame
     # Those that fail keep the empty caption's, which are not stored.
-    values = empty.clone() if isinstance(empty, torch.Tensor) else [empty[0]] * len(batch.lengths)
+    lines = [empty[0]] * len(batch.lengths)
     reasons: dict[int, str] = {}
     for line, row in enumerate(batch.rows.tolist()):
         try:
-            values[line] = encoder.encode(_alone(encoder, batch, line))[0]
+            encoded = encoder.encode(_alone(encoder, batch, line))
         except EmbedPrecomputeError:
             raise
         except Exception as error:
             text = " ".join(str(error).split())[:MAX_REASON]
             reasons[row] = f"the encoder failed: {type(error).__name__}: {text}"
-    return values, reasons
+        else:
+            lines[line] = encoded[0]
+    return torch.stack(lines) if isinstance(empty, torch.Tensor) else lines, reasons
 
 
 def _alone(encoder: TextEncoder, batch: TokenBatch, caption: int | None) -> TokenBatch:

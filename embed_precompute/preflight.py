@@ -16,7 +16,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +72,13 @@ def prepare(config: Config, limit: int | None = None, dist: DistContext | None =
     if stored is None and not dist.is_main:
         stored = _wait_for_plan(root, config.runtime.plan_timeout_s)
     if stored is not None:
-        resolved = _resolve_encoders(config, _stored_padded_lengths(config, stored))
+        lengths = _stored_padded_lengths(config, stored)
+        resolved = _resolve_encoders(_settled(config, stored), lengths, stored.num_samples)
         plan = stored
         _check_stored(config, table, resolved, stored, limit)
     else:
         scan = table.scan(limit)
-        resolved = _resolve_encoders(config, _padded_lengths(config, scan))
+        resolved = _resolve_encoders(config, _padded_lengths(config, scan), scan.num_samples)
         plan = _make_plan(config, table, scan, resolved, limit)
     return Prepared(config, root, table, resolved, plan)
 
@@ -276,11 +277,22 @@ def _padded_lengths(config: Config, scan: Scan) -> dict[str, int | None]:
     return lengths
 
 
+def _settled(config: Config, stored: Plan) -> Config:
+    """`config` with the plan's choices where it says `auto`."""
+    encoders = {
+        name: encoder_registry.settle(encoder, stored.spec["encoders"].get(name, {}))
+        for name, encoder in config.encoders.items()
+    }
+    return replace(config, encoders=encoders)
+
+
 def _resolve_encoders(
-    config: Config, padded_lengths: dict[str, int | None]
+    config: Config, padded_lengths: dict[str, int | None], num_samples: int
 ) -> tuple[ResolvedEncoder, ...]:
     return tuple(
-        encoder_registry.resolve(name, config.encoders[name], padded_lengths.get(name))
+        encoder_registry.resolve(
+            name, config.encoders[name], padded_lengths.get(name), num_samples=num_samples
+        )
         for name in sorted(config.encoders)
     )
 

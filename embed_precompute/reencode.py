@@ -132,9 +132,10 @@ def _resolve(name: str, config: EncoderConfig | None, spec: Mapping[str, Any]) -
         raise ConflictError(f"config.yaml has no encoder {name!r}, the plan has: restore it.")
     known = spec["implementation"] in encoder_registry.IMPLEMENTATIONS
     implementation: Any = spec["implementation"] if known else REFERENCE
-    config = dataclasses.replace(config, implementation=implementation)
+    compiled = bool(known and spec.get("compiled"))
+    config = dataclasses.replace(config, implementation=implementation, compile=compiled)
     resolved = encoder_registry.resolve(name, config, spec["padded_length"])
-    wanted = {**spec, "implementation": implementation}
+    wanted = {**spec, "implementation": implementation, "compiled": compiled}
     if fields := differing_fields(wanted, resolved.spec()):
         raise ConflictError(
             f"encoders.{name} is not the encoder of the dataset: {'; '.join(fields)}. The deep "
@@ -145,7 +146,7 @@ def _resolve(name: str, config: EncoderConfig | None, spec: Mapping[str, Any]) -
 
 def _reference(resolved: ResolvedEncoder) -> ResolvedEncoder:
     """The same encoder by the reference implementation, in that one's own shapes."""
-    config = dataclasses.replace(resolved.config, implementation="hf")
+    config = dataclasses.replace(resolved.config, implementation="hf", compile=False)
     return encoder_registry.resolve(resolved.name, config, resolved.padded_length)
 
 

@@ -234,7 +234,8 @@ class Stages:
             self._failed_of[number] = sum(status[failure.label] for failure in FAILURES)
         total = failed + sum(self._failed_of.values())
         if total > self._max_failed:
-            row, (_, reason) = next(iter(unit.failures.items()))
+            row = min(unit.failures)
+            _, reason = unit.failures[row]
             sample = unit.samples[unit.stored_row.index(row)]
             raise IncompleteError(
                 f"{total} samples failed, more than runtime.max_failed_samples "

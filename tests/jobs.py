@@ -38,6 +38,7 @@ def write_job(
     clip: Path | None,
     *,
     samples_per_shard: int = 10,
+    implementation: str = "auto",
     **t5_fields: Any,
 ) -> Path:
     """A YAML configuration over tiny encoders: short lengths, few captions in a batch."""
@@ -49,6 +50,7 @@ def write_job(
             "max_length": 24,
             "dtype": "float32",
             "batch_tokens": 96,
+            "implementation": implementation,
             **t5_fields,
         }
     if clip is not None:
@@ -57,6 +59,7 @@ def write_job(
             "pretrained": str(clip),
             "dtype": "float32",
             "batch_size": 4,
+            "implementation": implementation,
         }
     config = {
         "captions": {"path": str(captions)},

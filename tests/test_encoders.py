@@ -33,11 +33,12 @@ Edit = Callable[[dict[str, Any]], object]
 
 def t5(folder: Path, **fields: Any) -> EncoderConfig:
     settings: dict[str, Any] = {"max_length": 48, "dtype": "float32", "batch_tokens": 192}
+    settings["implementation"] = "hf"
     return EncoderConfig("t5", str(folder), **{**settings, **fields})
 
 
 def clip(folder: Path, **fields: Any) -> EncoderConfig:
-    settings: dict[str, Any] = {"dtype": "float32", "batch_size": 4}
+    settings: dict[str, Any] = {"dtype": "float32", "batch_size": 4, "implementation": "hf"}
     return EncoderConfig("clip", str(folder), **{**settings, **fields})
 
 
@@ -235,6 +236,8 @@ def test_spec_is_json_and_complete(tiny_t5: Path) -> None:
         "pooled": False,
         "dim": 64,
         "implementation": "hf",
+        "compiled": False,
+        "tf32": False,
     }
     assert len(spec["weights"]) == len(spec["tokenizer"]) == 64
 

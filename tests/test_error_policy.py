@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from handmade import write_dataset
 from jobs import call, dataset_bytes, write_captions, write_job
 
 from embed_precompute import preflight
+from embed_precompute.batching import TokenBatch
+from embed_precompute.encoders import TextEncoder
+from embed_precompute.encoders.fused import FusedEncoder
 from embed_precompute.encoders.hf import HfEncoder
 from embed_precompute.errors import EmbedPrecomputeError, VerificationError
 from embed_precompute.info import dataset_lines, read_status
@@ -30,26 +34,39 @@ STRIDE = 5
 TEXTS = [f"scene {i} with {'many ' * (i % 5)}people" for i in range(20)]
 
 
-@pytest.fixture
-def job(tiny_clip: Path, tmp_path: Path) -> Path:
+@pytest.fixture(params=["fused", "hf"])
+def job(tiny_clip: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     captions = write_captions(tmp_path / "captions.parquet", TEXTS)
-    return write_job(tmp_path, captions, None, tiny_clip, samples_per_shard=10)
+    return write_job(
+        tmp_path, captions, None, tiny_clip, samples_per_shard=10, implementation=request.param
+    )
 
 
 def poison(patch: pytest.MonkeyPatch, job: Path, texts: list[str]) -> None:
     """The encoder fails whenever one of `texts` is in its batch."""
-    original = HfEncoder.encode
     bad: list[tuple[int, ...]] = []
 
-    def encode(self: HfEncoder, batch: Any) -> Any:
+    def check(encoder: Any, batch: Any) -> None:
         if not bad:
-            bad.extend(tuple(ids.tolist()) for ids in self.resolved.tokenizer.encode(texts).ids)
-        for line, length in enumerate(batch.lengths.tolist()):
-            if tuple(batch.input_ids[line, :length].tolist()) in bad:
+            bad.extend(tuple(ids.tolist()) for ids in encoder.resolved.tokenizer.encode(texts).ids)
+        for line in range(len(batch.lengths)):
+            if tuple(batch.tokens(line).tolist()) in bad:
                 raise ValueError("this one I cannot take")
-        return original(self, batch)
 
-    patch.setattr(HfEncoder, "encode", encode)
+    before_each_forward(patch, check)
+
+
+def before_each_forward(
+    patch: pytest.MonkeyPatch, check: Callable[[TextEncoder, TokenBatch], None]
+) -> None:
+    for encoder_class in (HfEncoder, FusedEncoder):
+        original = encoder_class.encode
+
+        def encode(self: Any, batch: Any, original: Any = original) -> Any:
+            check(self, batch)
+            return original(self, batch)
+
+        patch.setattr(encoder_class, "encode", encode)
 
 
 def test_a_poisoned_sample_gets_a_status_and_its_neighbours_their_bytes(
@@ -87,15 +104,13 @@ def test_an_encoder_that_always_fails_blames_no_sample(
     job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = [0]
-    original = HfEncoder.encode
 
-    def encode(self: HfEncoder, batch: Any) -> Any:
+    def check(encoder: TextEncoder, batch: TokenBatch) -> None:
         count[0] += 1
-        if count[0] > 8:
+        if count[0] > len(list(encoder.resolved.every_shape())) + 2:
             raise RuntimeError("the device is gone")
-        return original(self, batch)
 
-    monkeypatch.setattr(HfEncoder, "encode", encode)
+    before_each_forward(monkeypatch, check)
     code, _, said = call("run", str(job))
     assert code == 1
     assert "the device is gone" in said

@@ -15,9 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embed_precompute import encoders
 from embed_precompute.batching import pack
 from embed_precompute.config import EncoderConfig
-from embed_precompute.encoders import TextEncoder, build, resolve
+from embed_precompute.encoders import TextEncoder, build, resolve, settle
 from embed_precompute.encoders.fused import Group, groups_of
 from embed_precompute.errors import InputError, InternalError
 
@@ -134,9 +135,51 @@ def test_an_activation_it_does_not_compute(tmp_path: Path, folders: dict[str, Pa
         resolve("enc", config_of("t5-masked", {"t5": folder}))
 
 
+def test_auto_is_fused_where_fused_can(tmp_path: Path, folders: dict[str, Path]) -> None:
+    auto = config_of("t5-masked", folders, implementation="auto")
+    assert resolve("enc", auto).implementation == "fused"
+    with_buckets = dataclasses.replace(auto, buckets=(16,))
+    assert resolve("enc", with_buckets).implementation == "hf"
+    folder = tmp_path / "silu"
+    shutil.copytree(folders["t5"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "feed_forward_proj": "gated-silu"}))
+    assert resolve("enc", dataclasses.replace(auto, pretrained=str(folder))).implementation == "hf"
+
+
+def test_auto_compiles_large_jobs_where_a_compiler_is(
+    monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
+) -> None:
+    auto = config_of("t5-masked", folders)
+    found: list[str | None] = ["/usr/bin/g++"]
+    monkeypatch.setattr(encoders, "compiler", lambda: found[0])
+    sizes = (0, 19_999, 20_000)
+    assert [resolve("enc", auto, num_samples=n).compiled for n in sizes] == [False, False, True]
+    reference = dataclasses.replace(auto, implementation="hf")
+    assert not resolve("enc", reference, num_samples=20_000).compiled
+    found[0] = None
+    assert not resolve("enc", auto, num_samples=20_000).compiled
+    asked = dataclasses.replace(auto, compile=True)
+    assert resolve("enc", asked).compiled
+
+
+def test_the_plans_choices_stand(folders: dict[str, Path]) -> None:
+    auto = config_of("t5-masked", folders, implementation="auto")
+    spec = resolve("enc", auto).spec() | {"implementation": "hf"}
+    assert settle(auto, spec).implementation == "hf"
+    assert settle(auto, spec | {"implementation": "fused", "compiled": True}).compile is True
+    assert settle(auto, {"implementation": "of a later version", "compiled": 7}) == auto
+    explicit = dataclasses.replace(auto, implementation="fused", compile=False)
+    assert settle(explicit, spec | {"compiled": True}) == explicit
+
+
 def test_settings_that_cannot_be(folders: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="buckets are for the implementation hf"):
         config_of("t5-masked", folders, buckets=(16,))
+    with pytest.raises(InputError, match="compile is true: hf is never compiled"):
+        config_of("t5-masked", folders, implementation="hf", compile=True)
+    with pytest.raises(InputError, match="tf32 is true with dtype bfloat16"):
+        config_of("t5-masked", folders, dtype="bfloat16", tf32=True)
     with pytest.raises(InputError, match="stream_tokens is 40: expected at least max_length"):
         config_of("t5-masked", folders, stream_tokens=40)
 

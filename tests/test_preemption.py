@@ -121,7 +121,9 @@ def test_a_request_breaks_off_what_is_no_unit() -> None:
 @pytest.fixture
 def job(tiny_clip: Path, tmp_path: Path) -> Path:
     captions = write_captions(tmp_path / "captions.parquet", [f"scene {i}" for i in range(40)])
-    return write_job(tmp_path, captions, None, tiny_clip, samples_per_shard=10)
+    return write_job(
+        tmp_path, captions, None, tiny_clip, samples_per_shard=10, implementation="hf"
+    )  # hf: several batches to a unit
 
 
 def at_batch(patch: pytest.MonkeyPatch, n: int, act: Callable[[], None]) -> None:

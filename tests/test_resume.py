@@ -175,7 +175,7 @@ def edit(job: Path, section: str, **fields: Any) -> None:
         ("encoders.t5", {"attention_mask": "padding"}, "attention_mask: none -> padding"),
         ("encoders.t5", {"batch_tokens": 48}, "encoders.t5.shapes"),
         ("encoders.t5", {"dtype": "bfloat16"}, "encoders.t5.dtype: float32 -> bfloat16"),
-        ("encoders.clip", {"batch_size": 8}, "encoders.clip.shapes"),
+        ("encoders.clip", {"stream_tokens": 999}, "encoders.clip.shapes"),
         ("captions", {"normalize": ["nfc"]}, "captions.normalize"),
         ("captions", {"id_column": None}, "id_column: id -> None"),
         ("output", {"samples_per_shard": 7}, "samples_per_shard: 6 -> 7"),

@@ -45,7 +45,8 @@ SECTIONS = {
     config.CaptionsConfig: "path text_column id_column recipe normalize on_bad_text",
     config.RecipeConfig: "kind template fps_column fps_max motion_column",
     config.EncoderConfig: "kind pretrained revision tokenizer max_length attention_mask seq_align "
-    "added_tokens dtype batch_tokens batch_size buckets stream_tokens implementation",
+    "added_tokens dtype batch_tokens batch_size buckets stream_tokens implementation "
+    "compile tf32",
     config.VideoTokensConfig: "buckets bucket_config time_compression_ratio "
     "spatial_compression_ratio patch_size",
     config.OutputConfig: "path samples_per_shard dtype codec",

@@ -9,8 +9,11 @@ weights once for their digest; only `build` loads a model.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Iterator, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -27,7 +30,15 @@ from embed_precompute.errors import InputError, InternalError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CaptionTokenizer", "ResolvedEncoder", "TextEncoder", "Tokenized", "build", "resolve"]
+__all__ = [
+    "CaptionTokenizer",
+    "ResolvedEncoder",
+    "TextEncoder",
+    "Tokenized",
+    "build",
+    "resolve",
+    "settle",
+]
 
 IMPLEMENTATIONS = {
     "fused": "embed_precompute.encoders.fused",
@@ -51,6 +62,8 @@ DEFAULT_ACTIVATION = {
     "clip": "quick_gelu",
     "clip_text_model": "quick_gelu",
 }
+COMPILE_FROM_SAMPLES = 20_000
+"""Job size from which a minute of compiling is small against what it saves."""
 ARGMAX_EOS = 2
 """eos_token_id of CLIP configs older than transformers 4.31: pooled at the highest id instead."""
 
@@ -76,6 +89,8 @@ class ResolvedEncoder:
     padded_length: int | None
     """T5 with attention_mask none: the one L, and the stored length. None otherwise."""
     implementation: str
+    compiled: bool
+    """The fused layers go through torch.compile."""
 
     @property
     def packed(self) -> bool:
@@ -122,6 +137,8 @@ class ResolvedEncoder:
             "pooled": self.pooled,
             "dim": self.dim,
             "implementation": self.implementation,
+            "compiled": self.compiled,
+            "tf32": self.config.tf32,
         }
 
 
@@ -145,11 +162,25 @@ class TextEncoder(Protocol):
         ...
 
 
-def resolve(name: str, config: EncoderConfig, padded_length: int | None = None) -> ResolvedEncoder:
+def settle(config: EncoderConfig, spec: Mapping[str, Any]) -> EncoderConfig:
+    """`config` with what it leaves to `auto` as a plan's `spec` of this encoder has it: decided
+    once, for all ranks and all later runs, whatever their machines would choose."""
+    chosen: dict[str, Any] = {}
+    if config.implementation == "auto" and spec.get("implementation") in IMPLEMENTATIONS:
+        chosen["implementation"] = spec["implementation"]
+    if config.compile == "auto" and isinstance(spec.get("compiled"), bool):
+        chosen["compile"] = spec["compiled"]
+    return dataclasses.replace(config, **chosen)
+
+
+def resolve(
+    name: str, config: EncoderConfig, padded_length: int | None = None, *, num_samples: int = 0
+) -> ResolvedEncoder:
     """Decide everything about encoder `name`; loads no model.
 
     `padded_length` is for t5 with attention_mask none: L found from a column of added_tokens; when
-    not given it follows from the config. Raises InputError naming the field of `encoders.<name>`.
+    not given it follows from the config. `num_samples` is the size of the job, which decides
+    `compile: auto`. Raises InputError naming the field of `encoders.<name>`.
     """
     where = f"encoders.{name}"
     checkpoint = open_checkpoint(
@@ -194,6 +225,7 @@ def resolve(name: str, config: EncoderConfig, padded_length: int | None = None) 
         null_shape=null_shape,
         padded_length=length,
         implementation=implementation,
+        compiled=implementation == "fused" and _compiled(config, num_samples),
     )
 
 
@@ -204,24 +236,33 @@ def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> TextEnco
 
 
 def _implementation(where: str, config: EncoderConfig, checkpoint: Checkpoint) -> str:
-    """What `auto` is: the reference. The choice must not depend on the device or on what is
-    installed, for it is part of the fingerprint."""
-    if config.implementation == "fused":
-        _check_fused(where, config, checkpoint)
-    return "hf" if config.implementation == "auto" else config.implementation
-
-
-def _check_fused(where: str, config: EncoderConfig, checkpoint: Checkpoint) -> None:
-    """Raise InputError where the fused body does not compute what config.json asks for."""
+    """What `auto` is. Nothing here looks at the device: it is part of the fingerprint."""
+    if config.implementation not in ("auto", "fused"):
+        return config.implementation
     known = FUSED_ACTIVATIONS[config.kind]
     key = "hidden_act" if config.kind == "clip" else "feed_forward_proj"
     default = DEFAULT_ACTIVATION[checkpoint.model_type]
     found = checkpoint.text_config.get(key, default)
+    if config.implementation == "auto" and config.compile is not True:
+        return "fused" if found in known and config.buckets is None else "hf"
     if found not in known:
         raise InputError(
-            f"{where}.implementation is fused: {checkpoint.folder / 'config.json'} has {key} "
+            f"{where}.implementation: {checkpoint.folder / 'config.json'} has {key} "
             f"{found!r}, and fused computes {', '.join(known)}. Use the implementation hf."
         )
+    return "fused"
+
+
+def _compiled(config: EncoderConfig, num_samples: int) -> bool:
+    if config.compile != "auto":
+        return config.compile
+    return num_samples >= COMPILE_FROM_SAMPLES and compiler() is not None
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would call, for kernels on a CPU and around those on a
+    GPU; None where there is none."""
+    return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
 
 
 def _padded_length(where: str, config: EncoderConfig, padded_length: int | None) -> int:
