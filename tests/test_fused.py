@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from embed_precompute import encoders
 from embed_precompute.batching import pack
 from embed_precompute.config import EncoderConfig
-from embed_precompute.encoders import TextEncoder, build, resolve, settle
-from embed_precompute.encoders.fused import Group, groups_of
+from embed_precompute.encoders import TextEncoder, build, graph, resolve, settle
+from embed_precompute.encoders.fused import Group, groups_of, longest_of
 from embed_precompute.errors import InputError, InternalError
 
 Encode = Callable[[TextEncoder, Sequence[str]], "list[torch.Tensor]"]
@@ -210,3 +210,87 @@ def test_packing(lengths: list[int], stream: int) -> None:
 def test_a_caption_longer_than_the_stream() -> None:
     with pytest.raises(InternalError, match="has 5 tokens: a stream has 4"):
         list(pack([np.arange(5)], 4, 0))
+
+
+# --- static graphs, as a GPU runs them ------------------------------------------------------------
+
+
+def static_encoder(config: EncoderConfig, *, compiled: bool) -> Any:
+    """The encoder a compiled job has on a GPU, on the CPU."""
+    resolved = resolve("enc", config)
+    encoder: Any = build(resolved, "cpu", config.dtype)
+    encoder._body = graph.body(
+        encoder._model, longest_of(resolved), pooled=resolved.pooled, compiled=compiled
+    )
+    return encoder
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_graphs_have_the_references_numbers(
+    encode: Encode, corpus: list[str], folders: dict[str, Path], mode: str
+) -> None:
+    texts = ["", "x", "a red fox", *corpus[:20]]
+    config = config_of(mode, folders)
+    reference = dataclasses.replace(config, implementation="hf")
+    expected = encode(build(resolve("enc", reference), "cpu", "float32"), texts)
+    ours = encode(static_encoder(config, compiled=False), texts)
+    for text, found, wanted in zip(texts, ours, expected, strict=True):
+        assert found.shape == wanted.shape
+        difference = (found - wanted).abs().max() / wanted.abs().max()
+        assert difference <= RELATIVE["float32"], (text, float(difference))
+
+
+@pytest.mark.parametrize("mode", ["t5-masked", "umt5-masked", "clip"])
+def test_in_graphs_too_neighbours_and_place_change_no_bit(
+    encode: Encode, corpus: list[str], folders: dict[str, Path], mode: str
+) -> None:
+    encoder = static_encoder(config_of(mode, folders), compiled=False)
+    texts = ["", *corpus[:20], "x"]
+    together = encode(encoder, texts)
+    backwards = encode(encoder, texts[::-1])[::-1]
+    for text, ours, theirs in zip(texts, together, backwards, strict=True):
+        assert torch.equal(ours, theirs), text
+        assert torch.equal(ours, encode(encoder, [text])[0]), text
+
+
+def test_captions_longer_than_a_block(encode: Encode, folders: dict[str, Path]) -> None:
+    texts = ["a fox " * n for n in (1, 70, 20, 100, 3)]
+    config = dataclasses.replace(config_of("t5-masked", folders), max_length=300, stream_tokens=600)
+    reference = dataclasses.replace(config, implementation="hf")
+    expected = encode(build(resolve("enc", reference), "cpu", "float32"), texts)
+    assert max(map(len, expected)) > graph.BLOCK
+    ours = encode(static_encoder(config, compiled=False), texts)
+    for found, wanted in zip(ours, expected, strict=True):
+        assert (found - wanted).abs().max() / wanted.abs().max() <= RELATIVE["float32"]
+
+
+def test_a_frame_takes_captions_in_parts() -> None:
+    packing = graph.Packing(256, 300, torch.device("cpu"))
+    assert packing.num_blocks == 8
+    assert list(packing.parts([1] * 19)) == [(0, 8), (8, 16), (16, 19)]
+    assert list(packing.parts([300, 129, 300, 5])) == [(0, 3), (3, 4)]
+
+
+# --- compiled -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(encoders.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("body", ["kernels", "graph"])
+@pytest.mark.parametrize("mode", ["t5-padded", "t5-masked", "clip"])
+def test_compiled_layers_have_the_references_numbers(
+    encode: Encode, corpus: list[str], folders: dict[str, Path], mode: str, body: str
+) -> None:
+    texts = ["", "x", "a red fox", *corpus[:8]]
+    config = config_of(mode, folders, compile=True)
+    reference = dataclasses.replace(config, implementation="hf", compile=False)
+    expected = encode(build(resolve("enc", reference), "cpu", "float32"), texts)
+    encoder = (
+        static_encoder(config, compiled=True)
+        if body == "graph"
+        else build(resolve("enc", config), "cpu", "float32")
+    )
+    ours = encode(encoder, texts)
+    for text, found, wanted in zip(texts, ours, expected, strict=True):
+        difference = (found - wanted).abs().max() / wanted.abs().max()
+        assert difference <= RELATIVE["float32"], (text, float(difference))
+        assert torch.equal(found, encode(encoder, [text])[0]), text

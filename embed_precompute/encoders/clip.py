@@ -13,10 +13,7 @@ import torch
 from torch.nn import functional
 
 from embed_precompute.batching import TokenBatch
-from embed_precompute.encoders.fused import Group, Workspace, attend, blocks
-
-ACTIVATIONS = ("quick_gelu", "gelu")
-"""hidden_act of config.json that this body computes."""
+from embed_precompute.encoders.fused import Group, Workspace, attend
 
 
 class ClipBody:
@@ -29,7 +26,7 @@ class ClipBody:
         config = model.config
         self._heads: int = config.num_attention_heads
         self._scale = (config.hidden_size // self._heads) ** -0.5
-        self._quick = config.hidden_act == "quick_gelu"
+        self._activation: str = config.hidden_act
         self._causal = torch.full((1, length, length), -torch.inf, device=workspace.device)
         self._causal = self._causal.triu_(1).to(workspace.dtype)
 
@@ -40,9 +37,8 @@ class ClipBody:
         places = self._text.embeddings.position_embedding.weight
         position = torch.from_numpy(_positions(batch)).to(space.device)
         stream = space.take("stream", num_tokens, words.shape[1])
-        for rows in blocks(num_tokens):
-            stream[rows] = functional.embedding(ids[rows], words)
-            stream[rows] += functional.embedding(position[rows], places)
+        space.kernels.embed(ids, words, stream)
+        stream.add_(functional.embedding(position, places))
         for layer in self._text.encoder.layers:
             self._attention(layer, stream, groups)
             self._feed_forward(layer, stream)
@@ -50,9 +46,8 @@ class ClipBody:
 
     def _norm(self, stream: torch.Tensor, norm: Any) -> torch.Tensor:
         normed = self._workspace.take("normed", *stream.shape)
-        weight, bias = norm.weight.to(stream.dtype), norm.bias.to(stream.dtype)
-        for rows in blocks(stream.shape[0]):
-            normed[rows] = functional.layer_norm(stream[rows], weight.shape, weight, bias, norm.eps)
+        kernels = self._workspace.kernels
+        kernels.layer_norm(stream, norm.weight, norm.bias, norm.eps, normed)
         return normed
 
     def _attention(self, layer: Any, stream: torch.Tensor, groups: list[Group]) -> None:
@@ -62,7 +57,7 @@ class ClipBody:
         for part, linear in enumerate((parts.q_proj, parts.k_proj, parts.v_proj)):
             space.linear(normed, linear.weight, linear.bias, qkv[:, part])
         mixed = space.take("mixed", *stream.shape)
-        attend(qkv, groups, self._heads, self._causal, self._scale, mixed)
+        attend(space.kernels, qkv, groups, self._heads, self._causal, self._scale, mixed)
         space.add_linear(stream, mixed, parts.out_proj.weight, parts.out_proj.bias)
 
     def _feed_forward(self, layer: Any, stream: torch.Tensor) -> None:
@@ -70,11 +65,7 @@ class ClipBody:
         normed = self._norm(stream, layer.layer_norm2)
         inner = space.take("inner", stream.shape[0], parts.fc1.weight.shape[0])
         space.linear(normed, parts.fc1.weight, parts.fc1.bias, inner)
-        for rows in blocks(stream.shape[0]):
-            if self._quick:
-                inner[rows].mul_(torch.sigmoid(1.702 * inner[rows]))
-            else:
-                torch.ops.aten.gelu_(inner[rows])
+        space.kernels.activate(inner, self._activation, None)
         space.add_linear(stream, inner, parts.fc2.weight, parts.fc2.bias)
 
 

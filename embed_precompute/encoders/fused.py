@@ -14,7 +14,6 @@ The mathematics follows transformers' modeling_t5.py, modeling_umt5.py and model
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,10 +23,8 @@ from torch.nn import functional
 
 from embed_precompute.batching import TokenBatch
 from embed_precompute.encoders import ResolvedEncoder, hf
+from embed_precompute.encoders.kernels import Kernels
 from embed_precompute.errors import InternalError
-
-ROWS = 256
-"""Tokens of one step of what is done element by element: small enough to stay in a cache."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +45,11 @@ class Body(Protocol):
 
 
 class Workspace:
-    """Buffers that every forward uses again, by name."""
+    """Buffers that every forward uses again, by name; and the kernels that work on them."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> None:
         self.device, self.dtype = device, dtype
+        self.kernels = Kernels(device, compiled=compiled)
         self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -96,6 +94,7 @@ class Workspace:
 
 
 def attend(
+    kernels: Kernels,
     qkv: torch.Tensor,
     groups: list[Group],
     heads: int,
@@ -117,13 +116,18 @@ def attend(
             part.contiguous() for part in qkv[group.start : stop].view(frame).permute(2, 0, 3, 1, 4)
         )  # [count, H, length, dk]
         mask = None if bias is None else bias[:, : group.length, : group.length]
-        mixed = _mix(q, k, v, mask, scale)
+        mixed = _mix(kernels, q, k, v, mask, scale)
         target = out[group.start : stop].view(group.count, group.length, heads, width)
         target.copy_(mixed.transpose(1, 2))
 
 
 def _mix(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+    kernels: Kernels,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
 ) -> torch.Tensor:
     """softmax(q k^T scale + bias) v for [count, H, length, dk]."""
     if q.device.type != "cpu" or q.dtype != torch.float32:
@@ -133,18 +137,8 @@ def _mix(
     mixed = torch.empty_like(q)
     for caption in range(q.shape[0]):
         scores = torch.bmm(q[caption], k[caption].transpose(1, 2))
-        if scale != 1.0:
-            scores.mul_(scale)
-        if bias is not None:
-            scores.add_(bias)
-        torch.bmm(torch.softmax(scores, dim=-1), v[caption], out=mixed[caption])
+        torch.bmm(kernels.softmax(scores, scale, bias), v[caption], out=mixed[caption])
     return mixed
-
-
-def blocks(num_rows: int) -> Iterator[slice]:
-    """Slices of at most `ROWS` rows."""
-    for start in range(0, num_rows, ROWS):
-        yield slice(start, min(start + ROWS, num_rows))
 
 
 def groups_of(batch: TokenBatch) -> list[Group]:
@@ -175,6 +169,13 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if supported else torch.float32
 
 
+def longest_of(resolved: ResolvedEncoder) -> int:
+    """Tokens of the longest caption, pads that are attended included."""
+    if resolved.padded_length is not None:
+        return max(resolved.padded_length, resolved.null_shape[1])
+    return resolved.config.resolved_max_length
+
+
 class FusedEncoder:
     """A text encoder with our own body."""
 
@@ -189,12 +190,16 @@ class FusedEncoder:
         model: Any = hf.load_model(resolved)
         with hf.out_of_memory(hf.weights_too_large(resolved, device)):
             self._model = model.to(self._device)
-        workspace = Workspace(self._device, compute_dtype(dtype, self._device))
-        make = clip.ClipBody if resolved.pooled else t5.T5Body
-        longest = resolved.config.resolved_max_length
-        if resolved.padded_length is not None:
-            longest = max(resolved.padded_length, resolved.null_shape[1])
-        self._body: Body = make(self._model, workspace, longest)
+        self._body: Body
+        if resolved.compiled and self._device.type == "cuda":
+            from embed_precompute.encoders import graph
+
+            self._body = graph.body(self._model, longest_of(resolved), pooled=resolved.pooled)
+        else:
+            computed = compute_dtype(dtype, self._device)
+            workspace = Workspace(self._device, computed, compiled=resolved.compiled)
+            make = clip.ClipBody if resolved.pooled else t5.T5Body
+            self._body = make(self._model, workspace, longest_of(resolved))
 
     def weight_bytes(self) -> int:
         """See `TextEncoder.weight_bytes`."""

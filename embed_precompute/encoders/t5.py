@@ -10,13 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from embed_precompute.batching import TokenBatch
-from embed_precompute.encoders.fused import Group, Workspace, attend, blocks
-
-ACTIVATIONS = {"gelu_new": "tanh", "gelu": "none", "relu": ""}
-"""dense_act_fn of config.json that this body computes -> torch's name of the approximation."""
+from embed_precompute.encoders.fused import Group, Workspace, attend
 
 
 class T5Body:
@@ -27,24 +23,13 @@ class T5Body:
         self._workspace = workspace
         config = model.config
         self._heads, self._inner = config.num_heads, config.num_heads * config.d_kv
-        self._activation = ACTIVATIONS[config.dense_act_fn]
+        self._activation: str = config.dense_act_fn
         self._eps: float = config.layer_norm_epsilon
         self._length = length
         distance = torch.arange(length, device=workspace.device)
         # The bias of query i and key j stands at j - i + length - 1.
         self._distance = distance[None, :] - distance[:, None] + length - 1
-        self._bias_rows = {
-            number: self._bias_row(block.layer[0].SelfAttention)
-            for number, block in enumerate(self._encoder.block)
-            if hasattr(block.layer[0].SelfAttention, "relative_attention_bias")
-        }
-
-    @torch.inference_mode()
-    def _bias_row(self, attention: Any) -> torch.Tensor:
-        """[H, 2 length - 1], by distance from key to query."""
-        bias = attention.compute_bias(self._length, self._length)[0].to(self._workspace.dtype)
-        before = bias[:, 1:, 0].flip(1)  # keys before the query
-        return torch.cat([before, bias[:, 0]], dim=1)
+        self._bias_rows = bias_rows(model, length, workspace.dtype)
 
     def __call__(self, ids: torch.Tensor, batch: TokenBatch, groups: list[Group]) -> torch.Tensor:
         """See `fused.Body`."""
@@ -52,8 +37,7 @@ class T5Body:
         table = self._encoder.embed_tokens.weight
         residual = torch.float32 if space.dtype == torch.float16 else space.dtype
         stream = space.take("stream", num_tokens, table.shape[1], dtype=residual)
-        for rows in blocks(num_tokens):
-            stream[rows] = functional.embedding(ids[rows], table)
+        space.kernels.embed(ids, table, stream)
         longest = max(group.length for group in groups)
         bias: torch.Tensor | None = None
         for number, block in enumerate(self._encoder.block):
@@ -64,11 +48,8 @@ class T5Body:
         return self._norm(stream, self._encoder.final_layer_norm.weight)
 
     def _norm(self, stream: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """T5's norm: no mean, no bias; the statistics in float32."""
         normed = self._workspace.take("normed", *stream.shape)
-        scale = weight.float()
-        for rows in blocks(stream.shape[0]):
-            normed[rows] = functional.rms_norm(stream[rows].float(), scale.shape, scale, self._eps)
+        self._workspace.kernels.rms_norm(stream, weight, self._eps, normed)
         return normed
 
     def _attention(
@@ -81,7 +62,7 @@ class T5Body:
         for part, linear in enumerate((parts.q, parts.k, parts.v)):
             space.linear(normed, linear.weight, None, qkv[:, part])
         mixed = space.take("mixed", num_tokens, self._inner)
-        attend(qkv, groups, self._heads, bias, 1.0, mixed)
+        attend(space.kernels, qkv, groups, self._heads, bias, 1.0, mixed)
         space.add_linear(stream, mixed, parts.o.weight, None)
 
     def _feed_forward(self, layer: Any, stream: torch.Tensor) -> None:
@@ -94,11 +75,18 @@ class T5Body:
         gate = space.take("gate", *inner.shape) if gated else None
         if gate is not None:
             space.linear(normed, parts.wi_1.weight, None, gate)
-        for rows in blocks(stream.shape[0]):
-            if self._activation:
-                torch.ops.aten.gelu_(inner[rows], approximate=self._activation)
-            else:
-                inner[rows].relu_()
-            if gate is not None:
-                inner[rows].mul_(gate[rows])
+        space.kernels.activate(inner, self._activation, gate)
         space.add_linear(stream, inner, parts.wo.weight, None)
+
+
+@torch.inference_mode()
+def bias_rows(model: Any, length: int, dtype: torch.dtype) -> dict[int, torch.Tensor]:
+    """Layers with a relative bias of their own -> [H, 2 length - 1], by distance key - query."""
+    rows: dict[int, torch.Tensor] = {}
+    for number, block in enumerate(model.encoder.block):
+        attention = block.layer[0].SelfAttention
+        if hasattr(attention, "relative_attention_bias"):
+            bias = attention.compute_bias(length, length)[0].to(dtype)
+            before = bias[:, 1:, 0].flip(1)  # keys before the query
+            rows[number] = torch.cat([before, bias[:, 0]], dim=1)
+    return rows

@@ -1,0 +1,123 @@
+"""What a layer does besides matrix products, on buffers: norms, gates, softmax.
+
+Guarantees: every function works row by row, so that a row's bits depend on that row alone. Compiled
+and uncompiled differ in rounding only; which one is used is part of an encoder's specification.
+Costs: uncompiled a few passes over rows that stay in a cache; compiled one pass, and seconds of
+torch.compile at the first call of each (its cache is shared by all ranks and runs of a node).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+ROWS = 256
+"""Rows of one step: small enough to stay in a CPU's cache."""
+
+
+class Kernels:
+    """The kernels of one encoder."""
+
+    def __init__(self, device: torch.device, *, compiled: bool) -> None:
+        self._rows = ROWS if device.type == "cpu" else 1 << 62  # a GPU takes all rows at once
+        self._compiled = compiled
+
+    def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+        """out [T, D] = the rows `ids` [T] of a table."""
+        for part in _parts(len(ids), self._rows):
+            out[part] = functional.embedding(ids[part], table)
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
+    ) -> None:
+        """T5's norm of the rows of x [T, D]: no mean, no bias; the statistics in float32."""
+        self._run(_rms_norm, (x, out), weight.float(), eps)
+
+    def layer_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        eps: float,
+        out: torch.Tensor,
+    ) -> None:
+        """CLIP's norm of the rows of x [T, D]."""
+        self._run(_layer_norm, (x, out), weight.to(x.dtype), bias.to(x.dtype), eps)
+
+    def activate(self, inner: torch.Tensor, activation: str, gate: torch.Tensor | None) -> None:
+        """inner = activation(inner) * gate, in place; [T, F]."""
+        if gate is None:
+            self._run(_activate, (inner,), activation)
+        else:
+            self._run(_activate_gated, (inner, gate), activation)
+
+    def softmax(
+        self, scores: torch.Tensor, scale: float, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """softmax(scores * scale + bias) over the last axis of [H, L, L]; may overwrite scores."""
+        if self._compiled:
+            mixed: torch.Tensor = _compiled(_softmax, dynamic=True)(scores, scale, bias)
+            return mixed
+        if scale != 1.0:
+            scores.mul_(scale)
+        if bias is not None:
+            scores.add_(bias)
+        return torch.softmax(scores, dim=-1)
+
+    def _run(self, kernel: Callable[..., None], rows: tuple[torch.Tensor, ...], *rest: Any) -> None:
+        if self._compiled:
+            _compiled(kernel, dynamic=False)(*rows, *rest)
+            return
+        for part in _parts(rows[0].shape[0], self._rows):
+            kernel(*(tensor[part] for tensor in rows), *rest)
+
+
+def _parts(num_rows: int, size: int) -> Iterator[slice]:
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
+
+
+@functools.cache
+def _compiled(kernel: Callable[..., Any], *, dynamic: bool) -> Callable[..., Any]:
+    return torch.compile(kernel, fullgraph=True, dynamic=dynamic)
+
+
+def _rms_norm(x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    out.copy_(functional.rms_norm(x.float(), weight.shape, weight, eps))
+
+
+def _layer_norm(
+    x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> None:
+    out.copy_(functional.layer_norm(x, weight.shape, weight, bias, eps))
+
+
+def _activate(inner: torch.Tensor, activation: str) -> None:
+    ACTIVATIONS[activation](inner)
+
+
+def _activate_gated(inner: torch.Tensor, gate: torch.Tensor, activation: str) -> None:
+    ACTIVATIONS[activation](inner)
+    inner.mul_(gate)
+
+
+def _quick_gelu(inner: torch.Tensor) -> None:
+    inner.mul_(torch.sigmoid(1.702 * inner))
+
+
+def _softmax(scores: torch.Tensor, scale: float, bias: torch.Tensor | None) -> torch.Tensor:
+    scores = scores * scale
+    return torch.softmax(scores if bias is None else scores + bias, dim=-1)
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "relu": torch.relu_,
+    "gelu": torch.ops.aten.gelu_,
+    "gelu_new": functools.partial(torch.ops.aten.gelu_, approximate="tanh"),
+    "quick_gelu": _quick_gelu,
+}
+"""In place, by the names of config.json."""
