@@ -1,8 +1,9 @@
 """Measure an encoder's implementations side by side on the device at hand.
 
-Guarantees: all implementations of an encoder get the same batches and take turns in one process, in
-alternating order, so that what slows the machine slows them alike; ratios are medians over rounds.
-Differences are of the embeddings as a job would store them. Nothing is written, no dataset touched.
+Guarantees: all implementations of an encoder get the same captions, each in the forwards it would
+have in a job, and take turns in one process, in alternating order, so that what slows the machine
+slows them alike; ratios are medians over rounds. Differences are of the embeddings as a job would
+store them, caption by caption. Nothing is written, no dataset touched.
 Costs: the weights of every implementation are in memory at once. Peak memory is the weights plus
 what the largest forward adds: exact on a GPU (torch's allocator); on a CPU the growth of the
 process's resident memory, which wavers by some tens of MiB.
@@ -14,9 +15,12 @@ import ctypes
 import dataclasses
 import functools
 import importlib.metadata
+import json
+import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +32,16 @@ from embed_precompute import encoders as encoder_registry
 from embed_precompute.batching import TokenBatch
 from embed_precompute.config import Config
 from embed_precompute.distributed import DistContext
-from embed_precompute.encoders import ResolvedEncoder, TextEncoder, shardformer
+from embed_precompute.encoders import ResolvedEncoder, TextEncoder
+from embed_precompute.encoders.fused import compute_dtype
 from embed_precompute.errors import InputError
 from embed_precompute.preflight import environment, prepare, resolve_device
 
 REFERENCE = "hf"
+PADDED = "hf-pad"
+"""The reference with every caption padded to max_length."""
+GEMM_SIZE = 2048
+"""Rows and columns of the square product whose rate is the peak."""
 WARM_UP = 2
 """Forwards before the first measurement: torch.jit specialises its code during them."""
 MEMORY_RUNS = 2
@@ -64,6 +73,8 @@ class Measured:
     """Memory the largest forward takes beside the weights; None where it cannot be measured."""
     round_s: list[float] = field(default_factory=list)
     """Seconds of each round over all batches."""
+    batches: list[tuple[int, int]] = field(default_factory=list)
+    """(B, L) of each forward; packed (1, T)."""
     difference: Difference | None = None
     """From the reference; None for the reference itself."""
 
@@ -75,8 +86,12 @@ class EncoderBench:
     name: str
     dtype: str
     num_captions: int
-    batches: list[tuple[int, int]]
-    """(B, L) of each batch."""
+    num_tokens: int
+    """Tokens whose embeddings count: real ones, and without a mask the pads too."""
+    flops: float
+    """Multiplications and additions these tokens need: no filler, no pad that is masked."""
+    gemm_flops: list[float]
+    """Per round, the rate of one square matrix product in the dtype the encoder computes in."""
     measured: list[Measured]
     """The reference first."""
     left_out: dict[str, str]
@@ -120,16 +135,25 @@ def bench(config: Config, num_captions: int | None = None, num_rounds: int = 5) 
     device = resolve_device(config.runtime.device, DistContext())
     measured = []
     for resolved in prepared.encoders:
-        first = texts[: num_captions or sum(lines for lines, _ in resolved.shapes)]
+        first = texts[: num_captions or _one_batch_of_each(resolved)]
         measured.append(_bench_encoder(resolved, first, device, config.output.dtype, num_rounds))
     return BenchReport(_environment(device), measured)
+
+
+def _one_batch_of_each(resolved: ResolvedEncoder) -> int:
+    """As many captions as one batch of each of the reference's shapes holds."""
+    return sum(lines for lines, _ in _variants(resolved)[0][REFERENCE].shapes)
 
 
 def _environment(device: str) -> dict[str, str]:
     here = environment(device)
     names = ("device", "torch", "transformers")
     found = {name: here[name] for name in names}
+    found["cpu_capability"] = here["cpu_capability"]
     found["threads"] = str(torch.get_num_threads())
+    set_by = ("LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+    chosen = [f"{name}={os.environ[name]}" for name in set_by if os.environ.get(name)]
+    found["allocator"] = " ".join(chosen) or "default"
     try:
         found["colossalai"] = importlib.metadata.version("colossalai")
     except importlib.metadata.PackageNotFoundError:
@@ -140,87 +164,138 @@ def _environment(device: str) -> dict[str, str]:
 def _bench_encoder(
     resolved: ResolvedEncoder, texts: Sequence[str], device: str, output_dtype: str, num_rounds: int
 ) -> EncoderBench:
-    names, left_out = _implementations(resolved)
+    variants, left_out = _variants(resolved)
     built = {
-        name: encoder_registry.build(
-            dataclasses.replace(resolved, implementation=name), device, output_dtype
-        )
-        for name in names
+        name: encoder_registry.build(variant, device, output_dtype)
+        for name, variant in variants.items()
     }
-    tokenizer = resolved.tokenizer
-    ids = tokenizer.encode(texts).ids
-    batches = list(resolved.batches(ids))
-    measured = {name: Measured(name, encoder.weight_bytes()) for name, encoder in built.items()}
-    for batch in batches:
-        _warm_up(built, measured, batch, device)
+    ids = resolved.tokenizer.encode(texts).ids
+    batches = {name: list(variant.batches(ids)) for name, variant in variants.items()}
+    measured = {
+        name: Measured(
+            name,
+            encoder.weight_bytes(),
+            batches=[(b.input_ids.shape[0], b.input_ids.shape[1]) for b in batches[name]],
+        )
+        for name, encoder in built.items()
+    }
+    _warm_up(built, measured, batches, device)
+    gemm = []
     for number in range(num_rounds):
-        for name in names if number % 2 == 0 else names[::-1]:
-            measured[name].round_s.append(_seconds(built[name], batches))
+        gemm.append(_gemm_flops(resolved, device))
+        for name in built if number % 2 == 0 else reversed(built):
+            measured[name].round_s.append(_seconds(built[name], batches[name]))
+    lengths = [resolved.padded_length or len(tokens) for tokens in ids]
     return EncoderBench(
         name=resolved.name,
         dtype=resolved.config.dtype,
         num_captions=len(texts),
-        batches=[(batch.input_ids.shape[0], batch.input_ids.shape[1]) for batch in batches],
-        measured=[measured[name] for name in names],
+        num_tokens=sum(lengths),
+        flops=useful_flops(resolved, lengths),
+        gemm_flops=gemm,
+        measured=list(measured.values()),
         left_out=left_out,
     )
 
 
-def _implementations(resolved: ResolvedEncoder) -> tuple[list[str], dict[str, str]]:
-    """Those that can run here, the reference first; and why others cannot."""
+def _variants(
+    resolved: ResolvedEncoder,
+) -> tuple[dict[str, ResolvedEncoder], dict[str, str]]:
+    """What can run here, the reference first; and why the rest cannot."""
+    changes: dict[str, dict[str, Any]] = {REFERENCE: {}}
+    left_out = {}
+    if resolved.padded_length is None:
+        changes[PADDED] = {"buckets": ()}
+    changes["fused"] = {"implementation": "fused", "compile": resolved.compiled, "buckets": None}
+    if not resolved.pooled:
+        changes["shardformer"] = {"implementation": "shardformer"}
+    variants = {}
+    for name, change in changes.items():
+        settings = {"implementation": REFERENCE, "compile": False, **change}
+        try:
+            config = dataclasses.replace(resolved.config, **settings)
+            variants[name] = encoder_registry.resolve(resolved.name, config, resolved.padded_length)
+        except InputError as error:
+            left_out[name] = str(error)
+    return variants, left_out
+
+
+def useful_flops(resolved: ResolvedEncoder, lengths: Sequence[int]) -> float:
+    """Of the layers over captions of these lengths: two for each weight of a linear and token, and
+    four L^2 for each channel of the attention (half of them masked in CLIP, and yet counted)."""
+    config = json.loads((resolved.folder / "config.json").read_text())
+    config = config.get("text_config") or config
     if resolved.pooled:
-        return [REFERENCE], {}
-    try:
-        shardformer.check_usable("not measured", resolved.model_type)
-    except InputError as error:
-        return [REFERENCE], {"shardformer": str(error)}
-    return [REFERENCE, "shardformer"], {}
+        width, layers = config["hidden_size"], config["num_hidden_layers"]
+        inner, matrices = width, 2
+        hidden = config["intermediate_size"]
+    else:
+        width, layers, hidden = config["d_model"], config["num_layers"], config["d_ff"]
+        inner = config["num_heads"] * config["d_kv"]
+        matrices = 3 if config.get("feed_forward_proj", "relu").startswith("gated") else 2
+    weights = 4 * width * inner + matrices * width * hidden
+    squares = sum(length * length for length in lengths)
+    return float(layers * (2 * weights * sum(lengths) + 4 * squares * inner))
+
+
+def _gemm_flops(resolved: ResolvedEncoder, device: str) -> float:
+    """Multiplications and additions per second of one square product: the median of five."""
+    dtype = compute_dtype(getattr(torch, resolved.config.dtype), torch.device(device))
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, dtype=dtype, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return float(2 * GEMM_SIZE**3 / statistics.median(seconds[1:]))
 
 
 def _warm_up(
-    built: dict[str, TextEncoder], measured: dict[str, Measured], batch: TokenBatch, device: str
+    built: dict[str, TextEncoder],
+    measured: dict[str, Measured],
+    batches: dict[str, list[TokenBatch]],
+    device: str,
 ) -> None:
-    """Run a batch through all, unmeasured; then find the memory and the differences."""
-    reference: torch.Tensor | None = None
+    """Run the batches through all, unmeasured; then find the memory and the differences."""
+    reference: dict[int, torch.Tensor] = {}
     for name, encoder in built.items():
-        for _ in range(WARM_UP):
-            output = encoder.encode(batch)
-        rows = _real(output, batch, encoder.resolved)
-        if reference is None:
-            reference = rows
+        first_of_shape = {batch.input_ids.shape: batch for batch in reversed(batches[name])}
+        for batch in first_of_shape.values():
+            for _ in range(WARM_UP - 1):
+                encoder.encode(batch)
+            runs = [
+                _growth(device, functools.partial(encoder.encode, batch))
+                for _ in range(MEMORY_RUNS)
+            ]
+            grown = [value for value in runs if value is not None]
+            if grown:
+                measured[name].forward_bytes = max(min(grown), measured[name].forward_bytes or 0)
+        found: dict[int, torch.Tensor] = {}
+        for batch in batches[name]:
+            found |= _captions_of(encoder.encode(batch), batch, encoder.resolved)
+        if reference:
+            measured[name].difference = _difference(found, reference)
         else:
-            found = _difference(rows, reference)
-            known = measured[name].difference
-            measured[name].difference = found if known is None else _worse(found, known)
-        del output, rows
-        runs = [
-            _growth(device, functools.partial(encoder.encode, batch)) for _ in range(MEMORY_RUNS)
-        ]
-        grown = [value for value in runs if value is not None]
-        if grown:
-            measured[name].forward_bytes = max(min(grown), measured[name].forward_bytes or 0)
+            reference = found
 
 
-def _real(
+def _captions_of(
     output: torch.Tensor | list[torch.Tensor], batch: TokenBatch, resolved: ResolvedEncoder
-) -> torch.Tensor:
-    """What would be stored of a batch, as [n, D]: no filler, of masked lines only real tokens."""
-    num_lines = len(batch.rows)
-    if isinstance(output, torch.Tensor) and (resolved.pooled or resolved.padded_length is not None):
-        return output[:num_lines].flatten(0, -2)
-    return torch.cat([output[line][: batch.lengths[line]] for line in range(num_lines)])
+) -> dict[int, torch.Tensor]:
+    """Row -> what would be stored of it: of masked lines only real tokens."""
+    whole = resolved.pooled or resolved.padded_length is not None
+    return {
+        row: output[line] if whole else output[line][: batch.lengths[line]]
+        for line, row in enumerate(batch.rows.tolist())
+    }
 
 
-def _difference(ours: torch.Tensor, reference: torch.Tensor) -> Difference:
-    largest = float((ours.double() - reference.double()).abs().max())
-    scale = float(reference.double().abs().max())
-    return Difference(largest, largest / scale, torch.equal(ours, reference))
-
-
-def _worse(a: Difference, b: Difference) -> Difference:
-    return Difference(
-        max(a.largest, b.largest), max(a.relative, b.relative), a.identical and b.identical
-    )
+def _difference(ours: dict[int, torch.Tensor], reference: dict[int, torch.Tensor]) -> Difference:
+    """Over all captions."""
+    pairs = [(ours[row].double(), expected.double()) for row, expected in reference.items()]
+    largest = max(float((a - b).abs().max()) for a, b in pairs)
+    scale = max(float(b.abs().max()) for _, b in pairs)
+    return Difference(largest, largest / scale, all(torch.equal(a, b) for a, b in pairs))
 
 
 def _seconds(encoder: TextEncoder, batches: Sequence[TokenBatch]) -> float:
@@ -257,21 +332,32 @@ def _resident(name: str) -> int:
 
 
 def _encoder_lines(bench: EncoderBench) -> list[str]:
-    shapes = ", ".join(f"{lines} x {length}" for lines, length in bench.batches)
-    rounds = len(bench.measured[0].round_s)
+    rounds = len(bench.gemm_flops)
+    peak = statistics.median(bench.gemm_flops)
     lines = [
         "",
-        f"{bench.name} ({bench.dtype}): {bench.num_captions:,} captions in batches of {shapes}; "
-        f"{rounds} rounds, medians",
-        f"  {'':<12} {'weights':>12} {'peak':>12} {'s/batch':>9} {'captions/s':>11}",
+        f"{bench.name} ({bench.dtype}): {bench.num_captions:,} captions, {bench.num_tokens:,} "
+        f"tokens; {rounds} rounds, medians; a {GEMM_SIZE} x {GEMM_SIZE} product runs at "
+        f"{peak / 1e9:,.0f} GFLOP/s",
+        f"  {'':<12} {'weights':>12} {'peak':>12} {'s/round':>9} {'captions/s':>11} "
+        f"{'tokens/s':>10} {'of GEMM':>8}",
     ]
     for measured in bench.measured:
         seconds = statistics.median(measured.round_s)
+        share = statistics.median(
+            bench.flops / spent / rate
+            for spent, rate in zip(measured.round_s, bench.gemm_flops, strict=True)
+        )
         lines.append(
             f"  {measured.implementation:<12} {_mib(measured.weight_bytes):>12} "
-            f"{_mib(_peak(measured)):>12} {seconds / len(bench.batches):>9.4f} "
-            f"{bench.num_captions / seconds:>11.1f}"
+            f"{_mib(_peak(measured)):>12} {seconds:>9.4f} "
+            f"{bench.num_captions / seconds:>11.1f} {bench.num_tokens / seconds:>10.0f} "
+            f"{share:>8.2f}"
         )
+    for measured in bench.measured:
+        shapes = Counter(f"{count} x {length}" for count, length in measured.batches)
+        listed = ", ".join(f"{n} of {shape}" for shape, n in shapes.items())
+        lines.append(f"  {measured.implementation} forwards: {listed}")
     for measured in bench.measured[1:]:
         lines.append(f"  {_comparison(measured, bench.measured[0])}")
         if measured.implementation == "shardformer":
@@ -287,8 +373,9 @@ def _peak(measured: Measured) -> int | None:
 
 def _comparison(ours: Measured, reference: Measured) -> str:
     changes = [100 * (a / b - 1) for a, b in zip(ours.round_s, reference.round_s, strict=True)]
+    speed = statistics.median(b / a for a, b in zip(ours.round_s, reference.round_s, strict=True))
     text = (
-        f"{ours.implementation} against {reference.implementation}: time per batch "
+        f"{ours.implementation} against {reference.implementation}: {speed:.2f}x the speed, time "
         f"{statistics.median(changes):+.1f} % ({min(changes):+.1f} to {max(changes):+.1f})"
     )
     peaks = _peak(ours), _peak(reference)

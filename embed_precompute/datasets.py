@@ -72,6 +72,12 @@ class _Folder:
                 raise VerificationError(
                     f"{self.root} was finalised anew since it was opened: open the dataset again."
                 )
+            stored = tuple(tensor.name for tensor in self.tensors)
+            if index.encoders != stored:
+                raise VerificationError(
+                    f"{self.root / 'manifest.json'} lists the encoders {index.encoders}, its spec "
+                    f"{stored}. `embed-precompute finalize {self.root}` makes it again."
+                )
             self._index = index
         return index
 
