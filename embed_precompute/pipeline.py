@@ -22,6 +22,7 @@ from embed_precompute.config import Config
 from embed_precompute.config_file import to_yaml
 from embed_precompute.distributed import Claims, DistContext, connect_store
 from embed_precompute.encoders import TextEncoder
+from embed_precompute.encoders.kernels import one_compiles_first
 from embed_precompute.errors import StorageError
 from embed_precompute.preemption import StopRequest, stop_on_signals
 from embed_precompute.preflight import (
@@ -110,8 +111,9 @@ def _build_encoders(prepared: Prepared, device: str) -> list[TextEncoder]:
     built = []
     for resolved in prepared.encoders:
         encoder = encoder_registry.build(resolved, device, dtype)
-        for batch in resolved.every_shape():
-            encoder.encode(batch)
+        with one_compiles_first(resolved.compiled):
+            for batch in resolved.every_shape():
+                encoder.encode(batch)
         built.append(encoder)
     return built
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import call, write_captions, write_job
 
 from embed_precompute import encoders
 from embed_precompute.batching import pack
 from embed_precompute.config import EncoderConfig
 from embed_precompute.encoders import TextEncoder, build, graph, resolve, settle
 from embed_precompute.encoders.fused import Group, groups_of, longest_of
+from embed_precompute.encoders.kernels import one_compiles_first
 from embed_precompute.errors import InputError, InternalError
 
 Encode = Callable[[TextEncoder, Sequence[str]], "list[torch.Tensor]"]
@@ -275,11 +280,15 @@ def test_a_frame_takes_captions_in_parts() -> None:
 
 
 @pytest.mark.skipif(encoders.compiler() is None, reason="no C++ compiler")
-@pytest.mark.parametrize("body", ["kernels", "graph"])
-@pytest.mark.parametrize("mode", ["t5-padded", "t5-masked", "clip"])
+@pytest.mark.parametrize(
+    ("mode", "body"),
+    [("t5-padded", "kernels"), ("clip", "kernels"), ("t5-padded", "graph"), ("t5-masked", "graph")],
+)
 def test_compiled_layers_have_the_references_numbers(
     encode: Encode, corpus: list[str], folders: dict[str, Path], mode: str, body: str
 ) -> None:
+    if body == "graph" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        pytest.skip("torch compiles flex_attention for a CPU from 2.6 on")
     texts = ["", "x", "a red fox", *corpus[:8]]
     config = config_of(mode, folders, compile=True)
     reference = dataclasses.replace(config, implementation="hf", compile=False)
@@ -294,3 +303,67 @@ def test_compiled_layers_have_the_references_numbers(
         difference = (found - wanted).abs().max() / wanted.abs().max()
         assert difference <= RELATIVE["float32"], (text, float(difference))
         assert torch.equal(found, encode(encoder, [text])[0]), text
+
+
+def test_a_compiled_job(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """The plan says compiled; another run of the job takes it from there."""
+    captions = write_captions(tmp_path / "captions.parquet", ["a red fox", "x", "two cats"])
+    job = write_job(tmp_path, captions, None, folders["clip"])
+    words = ("--encoders.clip.compile", "true")
+    if encoders.compiler() is None:
+        pytest.skip("no C++ compiler")
+    assert call("run", str(job), *words)[0] == 0
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["spec"]["encoders"]["clip"]["compiled"] is True
+    assert call("run", str(job))[0] == 0  # auto: what the plan says
+    code, _, said = call("run", str(job), "--encoders.clip.compile", "false")
+    assert code == 3
+    assert "encoders.clip.compiled: True -> False" in said
+    assert call("verify", str(tmp_path / "out"), "--level", "deep", "--sample", "3")[0] == 0
+
+
+def test_one_process_compiles_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import sys, tempfile, time; tempfile.tempdir = sys.argv[1]\n"
+        "from embed_precompute.encoders.kernels import one_compiles_first\n"
+        "with one_compiles_first(True): print('inside', flush=True)\n"
+    )
+    with one_compiles_first(compiled=True):
+        other = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE
+        )
+        with one_compiles_first(compiled=False):  # who compiles nothing does not wait
+            pass
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.communicate(timeout=6)
+    assert other.communicate(timeout=60)[0] == b"inside\n"
+
+
+@pytest.mark.parametrize("implementation", ["hf", "fused"])
+def test_tf32_is_as_the_specification_says(
+    encode: Encode,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    implementation: Any,
+) -> None:
+    seen: list[bool] = []
+    original = torch.Tensor.to
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return original(self, *args, **kwargs)
+
+    for wanted in (True, False):
+        config = config_of("clip", folders, implementation=implementation, tf32=wanted)
+        encoder = build(resolve("enc", config), "cpu", "float32")
+        torch.backends.cuda.matmul.allow_tf32 = not wanted
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.Tensor, "to", to)
+                seen.clear()
+                encode(encoder, ["a red fox"])
+            assert wanted in seen
+            assert torch.backends.cuda.matmul.allow_tf32 is not wanted
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False  # torch's default

@@ -211,7 +211,7 @@ class FusedEncoder:
         if frame not in self._shapes or batch.packed is not self.resolved.packed:
             raise InternalError(f"A batch is {frame}: expected {self._shapes}.")
         message = hf.forward_too_large(self.resolved, batch, self._device)
-        with torch.inference_mode(), hf.out_of_memory(message):
+        with torch.inference_mode(), hf.out_of_memory(message), hf.tf32(self.resolved):
             ids = torch.from_numpy(batch.input_ids).reshape(-1).to(self._device)
             stream = self._body(ids, batch, groups_of(batch))
             if self.resolved.pooled:

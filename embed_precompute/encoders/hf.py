@@ -58,7 +58,7 @@ class HfEncoder:
         if batch.input_ids.shape not in self._shapes:
             raise InternalError(f"A batch is {batch.input_ids.shape}: expected {self._shapes}.")
         message = forward_too_large(self.resolved, batch, self._device)
-        with torch.inference_mode(), out_of_memory(message):
+        with torch.inference_mode(), out_of_memory(message), tf32(self.resolved):
             input_ids = torch.from_numpy(batch.input_ids).to(self._device, non_blocking=True)
             output = self._model(input_ids=input_ids, attention_mask=self._mask(batch))
             embeddings: torch.Tensor = getattr(output, self._output)
@@ -208,6 +208,18 @@ def forward_too_large(resolved: ResolvedEncoder, batch: TokenBatch, device: torc
         f"{what} does not fit in the memory of {device}. Lower it and give a new output.path "
         "(batch shapes are part of the fingerprint)."
     )
+
+
+@contextlib.contextmanager
+def tf32(resolved: ResolvedEncoder) -> Iterator[None]:
+    """float32 products on an NVIDIA GPU as the specification says, whatever the process has set."""
+    setting = torch.backends.cuda.matmul
+    before = setting.allow_tf32
+    setting.allow_tf32 = resolved.config.tf32
+    try:
+        yield
+    finally:
+        setting.allow_tf32 = before
 
 
 @contextlib.contextmanager

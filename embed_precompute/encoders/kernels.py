@@ -8,7 +8,11 @@ torch.compile at the first call of each (its cache is shared by all ranks and ru
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,6 +83,22 @@ class Kernels:
 def _parts(num_rows: int, size: int) -> Iterator[slice]:
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
+
+
+@contextlib.contextmanager
+def one_compiles_first(compiled: bool) -> Iterator[None]:
+    """One process of this user on this node at a time: the first fills torch's cache, in which the
+    others then find everything, instead of all compiling the same at once."""
+    if not compiled:
+        yield
+        return
+    path = os.path.join(tempfile.gettempdir(), f"embed-precompute-{os.getuid()}.compile.lock")
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 @functools.cache
