@@ -57,7 +57,7 @@ class ClipBody:
         for part, linear in enumerate((parts.q_proj, parts.k_proj, parts.v_proj)):
             space.linear(normed, linear.weight, linear.bias, qkv[:, part])
         mixed = space.take("mixed", *stream.shape)
-        attend(space.kernels, qkv, groups, self._heads, self._causal, self._scale, mixed)
+        attend(qkv, groups, self._heads, self._causal, self._scale, mixed)
         space.add_linear(stream, mixed, parts.out_proj.weight, parts.out_proj.bias)
 
     def _feed_forward(self, layer: Any, stream: torch.Tensor) -> None:

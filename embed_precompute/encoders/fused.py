@@ -94,7 +94,6 @@ class Workspace:
 
 
 def attend(
-    kernels: Kernels,
     qkv: torch.Tensor,
     groups: list[Group],
     heads: int,
@@ -116,13 +115,12 @@ def attend(
             part.contiguous() for part in qkv[group.start : stop].view(frame).permute(2, 0, 3, 1, 4)
         )  # [count, H, length, dk]
         mask = None if bias is None else bias[:, : group.length, : group.length]
-        mixed = _mix(kernels, q, k, v, mask, scale)
+        mixed = _mix(q, k, v, mask, scale)
         target = out[group.start : stop].view(group.count, group.length, heads, width)
         target.copy_(mixed.transpose(1, 2))
 
 
 def _mix(
-    kernels: Kernels,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -137,7 +135,11 @@ def _mix(
     mixed = torch.empty_like(q)
     for caption in range(q.shape[0]):
         scores = torch.bmm(q[caption], k[caption].transpose(1, 2))
-        torch.bmm(kernels.softmax(scores, scale, bias), v[caption], out=mixed[caption])
+        if scale != 1.0:
+            scores.mul_(scale)
+        if bias is not None:
+            scores.add_(bias)
+        torch.bmm(torch.softmax(scores, dim=-1), v[caption], out=mixed[caption])
     return mixed
 
 

@@ -217,19 +217,24 @@ class StaticGraph:
     def _replay(self) -> torch.Tensor:
         if self._ids.device.type != "cuda":
             return self._forward()
-        if self._graph is None:
-            side = torch.cuda.Stream(self._ids.device)  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream(self._ids.device))
-            with torch.cuda.stream(side):
-                for _ in range(CAPTURE_WARM_UP):
-                    self._forward()
-            torch.cuda.current_stream(self._ids.device).wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._output = self._forward()
-        self._graph.replay()
+        with torch.cuda.device(self._ids.device):  # else the capture is of device 0
+            if self._graph is None:
+                self._graph, self._output = self._capture()
+            self._graph.replay()
         assert self._output is not None
         return self._output
+
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(CAPTURE_WARM_UP):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = self._forward()
+        return graph, output
 
 
 class T5Layers:

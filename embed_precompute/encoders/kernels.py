@@ -1,4 +1,4 @@
-"""What a layer does besides matrix products, on buffers: norms, gates, softmax.
+"""What a layer does besides products and attention, on buffers: embeddings, norms, gates.
 
 Guarantees: every function works row by row, so that a row's bits depend on that row alone. Compiled
 and uncompiled differ in rounding only; which one is used is part of an encoder's specification.
@@ -59,22 +59,9 @@ class Kernels:
         else:
             self._run(_activate_gated, (inner, gate), activation)
 
-    def softmax(
-        self, scores: torch.Tensor, scale: float, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """softmax(scores * scale + bias) over the last axis of [H, L, L]; may overwrite scores."""
-        if self._compiled:
-            mixed: torch.Tensor = _compiled(_softmax, dynamic=True)(scores, scale, bias)
-            return mixed
-        if scale != 1.0:
-            scores.mul_(scale)
-        if bias is not None:
-            scores.add_(bias)
-        return torch.softmax(scores, dim=-1)
-
     def _run(self, kernel: Callable[..., None], rows: tuple[torch.Tensor, ...], *rest: Any) -> None:
         if self._compiled:
-            _compiled(kernel, dynamic=False)(*rows, *rest)
+            _compiled(kernel)(*rows, *rest)
             return
         for part in _parts(rows[0].shape[0], self._rows):
             kernel(*(tensor[part] for tensor in rows), *rest)
@@ -102,8 +89,9 @@ def one_compiles_first(compiled: bool) -> Iterator[None]:
 
 
 @functools.cache
-def _compiled(kernel: Callable[..., Any], *, dynamic: bool) -> Callable[..., Any]:
-    return torch.compile(kernel, fullgraph=True, dynamic=dynamic)
+def _compiled(kernel: Callable[..., None]) -> Callable[..., None]:
+    # Never for varying shapes: which of its variants ran would then depend on a batch's captions.
+    return torch.compile(kernel, fullgraph=True, dynamic=False)
 
 
 def _rms_norm(x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
@@ -127,11 +115,6 @@ def _activate_gated(inner: torch.Tensor, gate: torch.Tensor, activation: str) ->
 
 def _quick_gelu(inner: torch.Tensor) -> None:
     inner.mul_(torch.sigmoid(1.702 * inner))
-
-
-def _softmax(scores: torch.Tensor, scale: float, bias: torch.Tensor | None) -> torch.Tensor:
-    scores = scores * scale
-    return torch.softmax(scores if bias is None else scores + bias, dim=-1)
 
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], Any]] = {

@@ -62,7 +62,7 @@ class T5Body:
         for part, linear in enumerate((parts.q, parts.k, parts.v)):
             space.linear(normed, linear.weight, None, qkv[:, part])
         mixed = space.take("mixed", num_tokens, self._inner)
-        attend(space.kernels, qkv, groups, self._heads, bias, 1.0, mixed)
+        attend(qkv, groups, self._heads, bias, 1.0, mixed)
         space.add_linear(stream, mixed, parts.o.weight, None)
 
     def _feed_forward(self, layer: Any, stream: torch.Tensor) -> None:
