@@ -416,3 +416,18 @@ def test_collate_null(root: Path) -> None:
     batch = collate_embeddings([null, null])
     assert "id" not in batch
     assert batch["text_t5"].shape == (2, 1, 4)
+
+
+def test_a_manifest_whose_encoders_are_not_its_specs(tmp_path: Path) -> None:
+    """Sealed anew, so that its digest is right: found in 10,000 mutated files."""
+    root = tmp_path / "d"
+    write_dataset(root, ["a", "b"])
+    path = root / "manifest.json"
+    manifest = read_sealed(path)
+    del manifest["encoders"]["clip"]
+    for name in ("length_clip", "xxh3_clip"):
+        del manifest["files"][f"index/{name}.npy"]
+    path.unlink()
+    replace_bytes(path, seal(manifest))
+    with pytest.raises(VerificationError, match="lists the encoders"):
+        EmbeddingDataset(root)[0]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -238,7 +239,7 @@ class CaptionReader:
         fields = zip(self._ids(first, batch), self._recipe_rows(batch), strict=True)
         for i, (row_id, row_values) in enumerate(fields):
             row = first + i
-            entries: list[str | Problem | None] = [next(captions) for _ in range(lengths[i])]
+            entries: list[str | Problem | None] = list(islice(captions, lengths[i]))
             if nulls[i]:
                 entries = [None]
             elif not entries:
@@ -246,7 +247,11 @@ class CaptionReader:
             if row == self._num_rows - 1:
                 entries = entries[: self._last_row_samples]
             for k, caption in enumerate(entries):
-                yield self._sample(f"{row_id}#{k}", row, caption, row_values)
+                sample_id = f"{row_id}#{k}"
+                if self._as_it_is and type(caption) is str and len(caption) <= MAX_CAPTION_CHARS:
+                    yield Sample(sample_id, row, caption)
+                else:
+                    yield self._sample(sample_id, row, caption, row_values)
 
     def _sample(
         self,
