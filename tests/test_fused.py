@@ -174,6 +174,9 @@ def test_the_plans_choices_stand(folders: dict[str, Path]) -> None:
     assert settle(auto, spec).implementation == "hf"
     assert settle(auto, spec | {"implementation": "fused", "compiled": True}).compile is True
     assert settle(auto, {"implementation": "of a later version", "compiled": 7}) == auto
+    for contrary in ({"buckets": (16,)}, {"compile": True}):
+        asked = dataclasses.replace(auto, **contrary)  # a conflict with the plan, not nonsense
+        assert settle(asked, spec | {"implementation": "fused", "compiled": True}) == asked
     explicit = dataclasses.replace(auto, implementation="fused", compile=False)
     assert settle(explicit, spec | {"compiled": True}) == explicit
 

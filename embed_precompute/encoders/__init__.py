@@ -165,6 +165,8 @@ class TextEncoder(Protocol):
 def settle(config: EncoderConfig, spec: Mapping[str, Any]) -> EncoderConfig:
     """`config` with what it leaves to `auto` as a plan's `spec` of this encoder has it: decided
     once, for all ranks and all later runs, whatever their machines would choose."""
+    if config.buckets is not None or config.compile is True:
+        return config  # they decide `auto` by themselves, and may contradict the plan
     chosen: dict[str, Any] = {}
     if config.implementation == "auto" and spec.get("implementation") in IMPLEMENTATIONS:
         chosen["implementation"] = spec["implementation"]
