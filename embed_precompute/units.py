@@ -35,9 +35,9 @@ from embed_precompute.store.commit import (
 from embed_precompute.store.leftovers import move_aside
 from embed_precompute.store.manifest import (
     StoredSample,
+    is_sound_orphan,
     null_paths,
     read_record,
-    read_samples,
     rows_digest,
     rows_part_bytes,
     stored_tensors,
@@ -265,11 +265,10 @@ class UnitWriter:
         }
 
     def _publish_rows(self, samples: Sequence[StoredSample]) -> StoredFile:
-        """Publish the rows part, or adopt an orphan that says the same (another pyarrow writes
-        other bytes for equal rows)."""
+        """Publish the rows part, or adopt an orphan of another pyarrow that says the same."""
         path, names = self._paths.rows, [tensor.name for tensor in self._tensors]
         rows = rows_part_bytes(self._unit.number, names, samples)
-        if self._is_orphan(path) and not _says(path, names, samples):
+        if self._is_orphan(path) and not is_sound_orphan(path, rows, names, samples):
             move_aside(self._root, path)
         if publish_bytes(path, rows) is Outcome.DIFFERENT and not self._paths.record.exists():
             return digest_file(path)
@@ -320,11 +319,3 @@ class UnitWriter:
 
 def _entry(file: StoredFile) -> dict[str, Any]:
     return {"name": file.name, "bytes": file.bytes, "sha256": file.sha256}
-
-
-def _says(path: Path, names: Sequence[str], samples: Sequence[StoredSample]) -> bool:
-    """Whether a rows part holds exactly `samples`."""
-    try:
-        return list(read_samples(path, names)) == list(samples)
-    except VerificationError:
-        return False

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from embed_precompute.batching import make_batches
 from embed_precompute.config import EncoderConfig
 from embed_precompute.encoders import build, resolve
 from embed_precompute.encoders.embedder import HFEmbedder
@@ -67,7 +66,9 @@ class Row:
     embedder: float
     """HFEmbedder."""
     job: float
-    """What a precompute job encodes; CLIP runs in the caption's own bucket there."""
+    """What a precompute job encodes with `hf`; CLIP runs in the caption's own bucket there."""
+    fused: float
+    """What it encodes with `fused`, which is what `auto` means."""
     shardformer: float | None
     """HFEmbedder with shardformer; None where it cannot run."""
 
@@ -133,10 +134,8 @@ def encoded_by_job(
     config = EncoderConfig(kind, str(folder), dtype=dtype, **fields)
     resolved = resolve("encoder", config)
     encoder = build(resolved, "cpu", dtype)
-    tokenizer = resolved.tokenizer
-    ids = tokenizer.encode(texts).ids
     lines: dict[int, torch.Tensor] = {}
-    for batch in make_batches(ids, resolved.shapes, tokenizer.pad_id, tokenizer.filler):
+    for batch in resolved.batches(resolved.tokenizer.encode(texts).ids):
         output = encoder.encode(batch)
         lines.update({int(row): output[line] for line, row in enumerate(batch.rows)})
     return torch.stack([lines[row] for row in range(len(texts))])
@@ -150,7 +149,7 @@ def rows_of(family: str, folder: Path, dtype: Any, max_length: int, **hf: Any) -
     theirs = reference(family, folder, max_length=length, dtype=dtype, **hf)
     module: Any = "CLIPTextModel" if is_clip else "T5EncoderModel"
     ours = HFEmbedder(str(folder), length, module, torch_dtype=getattr(torch, dtype), **hf)
-    fused = _shardformer(family, folder, length, dtype)
+    sharded = _shardformer(family, folder, length, dtype)
     for seq_align in ALIGNMENTS:
         added = -length % seq_align if is_clip else added_tokens_for(seq_align, length)
         expected = theirs(texts, added, seq_align)
@@ -159,6 +158,10 @@ def rows_of(family: str, folder: Path, dtype: Any, max_length: int, **hf: Any) -
             tokens = len(texts) * expected.shape[1]
             fields = {"kind": "t5", "max_length": length, "batch_tokens": tokens}
             fields |= {"seq_align": seq_align, "added_tokens": added}
+        job = {
+            name: encoded_by_job(folder, texts, dtype, implementation=name, **fields)
+            for name in ("hf", "fused")
+        }
         yield Row(
             family=family,
             dtype=dtype,
@@ -167,8 +170,9 @@ def rows_of(family: str, folder: Path, dtype: Any, max_length: int, **hf: Any) -
             added_tokens=added,
             shape=tuple(expected.shape),
             embedder=relative(ours(texts, added, seq_align), expected),
-            job=relative(encoded_by_job(folder, texts, dtype, **fields), expected),
-            shardformer=relative(fused(texts, added, seq_align), expected) if fused else None,
+            job=relative(job["hf"], expected),
+            fused=relative(job["fused"], expected),
+            shardformer=relative(sharded(texts, added, seq_align), expected) if sharded else None,
         )
 
 
@@ -188,9 +192,9 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, CPU")
     print("max|a - b| / max|b| against the transcription; 0 where every bit is equal\n")
-    head = "family, dtype, attention, seq_align, added, shape, HFEmbedder, job, shardformer"
+    head = "family, dtype, attention, seq_align, added, shape, HFEmbedder, hf, fused, shardformer"
     print(f"| {head.replace(', ', ' | ')} |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     corpus, _ = captions()
     with tempfile.TemporaryDirectory() as folder:
         for number, family in enumerate(FAMILIES):
@@ -203,7 +207,7 @@ def main() -> None:
 def _line(row: Row) -> str:
     numbers = [
         "-" if value is None else "0" if value == 0 else f"{value:.1e}"
-        for value in (row.embedder, row.job, row.shardformer)
+        for value in (row.embedder, row.job, row.fused, row.shardformer)
     ]
     shape = " x ".join(map(str, row.shape))
     cells = [row.family, row.dtype, row.attention, row.seq_align, row.added_tokens, shape, *numbers]

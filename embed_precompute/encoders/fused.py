@@ -211,7 +211,11 @@ class FusedEncoder:
         """See `TextEncoder.encode`."""
         frame = batch.input_ids.shape
         if frame not in self._shapes or batch.packed is not self.resolved.packed:
-            raise InternalError(f"A batch is {frame}: expected {self._shapes}.")
+            kind = "packed" if self.resolved.packed else "one caption a line"
+            raise InternalError(
+                f"A batch is {frame}, packed {batch.packed}: expected {self._shapes}, {kind}. "
+                "ResolvedEncoder.batches makes them."
+            )
         message = hf.forward_too_large(self.resolved, batch, self._device)
         with torch.inference_mode(), hf.out_of_memory(message), hf.tf32(self.resolved):
             ids = torch.from_numpy(batch.input_ids).reshape(-1).to(self._device)

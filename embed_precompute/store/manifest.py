@@ -45,6 +45,7 @@ from embed_precompute.store.records import (
 )
 from embed_precompute.store.rows import (
     StoredSample,
+    is_sound_orphan,
     iter_batches,
     parquet_writer,
     read_samples,
@@ -59,6 +60,7 @@ __all__ = [
     "UnitPaths",
     "committed_units",
     "finalize",
+    "is_sound_orphan",
     "iter_batches",
     "null_paths",
     "read_plan",

@@ -9,6 +9,7 @@ Costs: a part is made in memory (a unit's texts, compressed); reading holds one 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from embed_precompute.samples import Status
 
 ROW_GROUP_ROWS = 4096
 ROW_GROUP_TEXT_BYTES = 64 << 20
+_WRITER = re.compile(r"parquet-cpp-arrow version [0-9.]+(-SNAPSHOT)?")
 READ_ROWS = 4096
 READ_TEXT_ROWS = 256
 """Fewer at a time with their texts: a few bytes of a dictionary page can stand for long ones."""
@@ -210,3 +212,22 @@ def read_samples(
                 truncated={name: entry[f"{name}_truncated"] for name in encoders} if ok else {},
                 text=entry["text"],
             )
+
+
+def is_sound_orphan(
+    path: Path, rows: bytes, encoders: Sequence[str], samples: Sequence[StoredSample]
+) -> bool:
+    """Whether the rows part that a dead writer left may stay where `rows` were to go.
+
+    Only another pyarrow writes equal samples as other bytes. From our own, other bytes are damage,
+    even where they still read the same: page headers and statistics have no checksum.
+    """
+    try:
+        if path.read_bytes() == rows:
+            return True
+        theirs = pq.read_metadata(path.absolute()).created_by
+        ours = pq.read_metadata(pa.BufferReader(rows)).created_by
+        foreign = theirs != ours and _WRITER.fullmatch(theirs) is not None
+        return foreign and list(read_samples(path, encoders, len(samples))) == list(samples)
+    except (VerificationError, pa.ArrowException, OSError, ValueError):
+        return False
