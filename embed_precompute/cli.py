@@ -334,7 +334,9 @@ def _run(config: Config, arguments: Any) -> int:
     if result.samples:
         print(
             f"  this rank encoded {result.samples:,} samples in {result.seconds:.1f} s "
-            f"({result.samples / result.seconds:,.1f} captions/s, model loading included)"
+            f"({result.samples / result.seconds:,.1f} captions/s): loading "
+            f"{result.load_seconds:.1f} s, encoders {result.encode_seconds:.1f} s, the rest "
+            f"{result.seconds - result.load_seconds - result.encode_seconds:.1f} s"
         )
     return EXIT_FAILED_SAMPLES if result.num_failed else EXIT_COMPLETE
 

@@ -54,6 +54,9 @@ class RunResult:
     units: int = 0
     samples: int = 0
     seconds: float = 0.0
+    """From the first model to be loaded to the last unit's record."""
+    load_seconds: float = 0.0
+    encode_seconds: float = 0.0
 
     @property
     def num_failed(self) -> int:
@@ -92,12 +95,14 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
         log.info("plan %s: %d of %d units are done", plan.plan_id[:16], done.units, plan.num_units)
         if not done.everything():
             text_encoders = _build_encoders(prepared, device)
+            result.load_seconds = time.monotonic() - started
             progress.start()
             stages = Stages(prepared, text_encoders, claims, done, here, stop, dist)
             with stop.finishing():
                 records = stages.run()
             result.units = len(records)
             result.samples = sum(record.get("num_samples", 0) for record in records)
+            result.encode_seconds = stages.encode_seconds
     result.seconds = time.monotonic() - started
     if claims.take_finalize():
         result.manifest = finalize(root)

@@ -113,6 +113,8 @@ class Stages:
         self._units: _Channel[Unit] = _Channel(runtime.prefetch_units, self._halted)
         self._batches: _Channel[_Encoded] = _Channel(runtime.write_queue_batches, self._halted)
         self._records: list[dict[str, Any]] = []
+        self.encode_seconds = 0.0
+        """Spent in the encoders; the rest of a run's time the device waits."""
         self._unit_s = 0.0
         self._commit_s = COMMIT_SHARE * runtime.grace_s
         self._metrics = prepared.root / "logs" / f"metrics-{dist.rank:05d}.jsonl"
@@ -189,7 +191,9 @@ class Stages:
             resolved = encoder.resolved
             ids = unit.tokens[resolved.name].ids
             for batch in resolved.batches(ids, null=unit.is_null):
+                began = time.monotonic()
                 values, failed = encode_batch(encoder, batch)
+                self.encode_seconds += time.monotonic() - began
                 yield _Encoded(unit, resolved.name, batch.rows, values, failed)
 
     def _write(self) -> None:

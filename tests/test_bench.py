@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from embed_precompute.bench import (
 from embed_precompute.config import EncoderConfig
 from embed_precompute.encoders import resolve
 
+WHOLE_JOB = Path(__file__).parent.parent / "scripts" / "whole_job.py"
 COLOSSALAI = find_spec("colossalai") is not None
 
 
@@ -140,3 +143,15 @@ def test_comparison_is_a_median_of_rounds() -> None:
     assert "1.00x the speed, time +0.0 % (-25.0 to +10.0), peak memory +25.0 %" in text
     assert "largest difference 0.5 (relative 2.50e-01)" in text
     assert "200.0 MiB    2.0000         4.0         96     0.25" in text
+
+
+def test_whole_job_beside_its_encoders_alone(job: Path) -> None:
+    command = [sys.executable, str(WHOLE_JOB), str(job), "--captions", "9", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    row = [float(cell) for cell in done.stdout.splitlines()[-1].strip("| ").split("|")]
+    ranks, pure, whole, loading, rest, ratio = row
+    assert ranks == 1
+    assert 0 < pure < rest < whole
+    assert whole == pytest.approx(rest + loading, abs=0.02)
+    assert ratio > 1

@@ -1,0 +1,126 @@
+"""Print what a whole `run` costs beside its encoders alone.
+
+Guarantees: both sides encode the same captions in the same batches, on the same number of
+processes with the same number of threads each, in alternation; both start as new processes. The
+encoders alone are timed from when all processes have loaded and tokenised to when the last ends.
+Costs: each round loads the models twice and encodes the captions twice.
+
+    python scripts/whole_job.py CONFIG [--captions N] [--ranks 1 2] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PURE, JOB = "pure", "job"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A whole run beside its encoders alone.")
+    parser.add_argument("config")
+    parser.add_argument("--captions", type=int, help="only the first N (default all)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="default 1")
+    parser.add_argument("--rounds", type=int, default=3, help="default 3")
+    parser.add_argument("--worker", choices=(PURE, JOB), help=argparse.SUPPRESS)
+    parser.add_argument("--output", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker is not None:
+        print(json.dumps(work(arguments)), flush=True)
+        return
+    print("seconds; medians of the rounds, and of their ratios")
+    print("| ranks | encoders alone | command | loading | command - loading | over alone |")
+    print("|---|---|---|---|---|---|")
+    for ranks in arguments.ranks:
+        rounds = [measure(arguments, ranks) for _ in range(arguments.rounds)]
+        cells = [f"{statistics.median(values):.2f}" for values in zip(*rounds, strict=True)]
+        print(f"| {ranks} | {' | '.join(cells)} |", flush=True)
+
+
+def measure(arguments: argparse.Namespace, ranks: int) -> tuple[float, ...]:
+    """One round: encoders alone, command, loading, the difference, its ratio to the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        pure = max(told["seconds"] for told in launch(arguments, ranks, PURE, folder))
+        began = time.monotonic()
+        told = launch(arguments, ranks, JOB, folder)
+        command = time.monotonic() - began
+    loading = max(rank["loading"] for rank in told)
+    return pure, command, loading, command - loading, (command - loading) / pure
+
+
+def launch(
+    arguments: argparse.Namespace, ranks: int, role: str, folder: str
+) -> list[dict[str, Any]]:
+    """What each of `ranks` workers tells."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    command += ["--standalone", __file__, arguments.config, "--worker", role]
+    command += ["--output", str(Path(folder, role))]
+    if arguments.captions is not None:
+        command += ["--captions", str(arguments.captions)]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": threads}
+    )
+    if done.returncode:
+        sys.exit(f"whole_job: the {role} side ended with exit code {done.returncode}.")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def work(arguments: argparse.Namespace) -> dict[str, float]:
+    from embed_precompute.config_file import load_config
+    from embed_precompute.pipeline import run
+
+    config = load_config(arguments.config)
+    output = dataclasses.replace(config.output, path=arguments.output)
+    config = dataclasses.replace(config, output=output)
+    if arguments.worker == PURE:
+        return {"seconds": encoders_alone(config, arguments.captions)}
+    result = run(config, arguments.captions)
+    return {"loading": result.load_seconds, "encoding": result.encode_seconds}
+
+
+def encoders_alone(config: Any, captions: int | None) -> float:
+    """Seconds this rank's share takes, begun when every rank is ready."""
+    import torch.distributed
+
+    from embed_precompute import encoders
+    from embed_precompute.distributed import DistContext
+    from embed_precompute.preflight import prepare, resolve_device
+    from embed_precompute.units import read_unit
+
+    torch.distributed.init_process_group("gloo")
+    dist = DistContext.detect()
+    prepared = prepare(config, captions)
+    plan = prepared.plan
+    reader = prepared.table.reader(plan.num_rows, plan.last_row_samples)
+    units = [
+        read_unit(plan, number, reader, prepared.encoders)
+        for number in range(dist.rank, plan.num_units, dist.world_size)
+    ]
+    device = resolve_device(config.runtime.device, dist)
+    built = [encoders.build(each, device, config.output.dtype) for each in prepared.encoders]
+    for encoder in built:
+        for batch in encoder.resolved.every_shape():
+            encoder.encode(batch)
+    torch.distributed.barrier()
+    began = time.monotonic()
+    for unit in units:
+        for encoder in built:
+            ids = unit.tokens[encoder.resolved.name].ids
+            for batch in encoder.resolved.batches(ids, null=unit.is_null):
+                encoder.encode(batch)
+    torch.distributed.barrier()
+    return time.monotonic() - began
+
+
+if __name__ == "__main__":
+    main()
