@@ -1,7 +1,7 @@
 """The layers of CLIP's text model over a stream; positions count from each caption's own start.
 
 Guarantees: what `fused` guarantees; causal inside a caption.
-Costs: one [L, L] mask.
+Costs: of the last layer only the rows that are pooled are computed after its attention.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from torch.nn import functional
 from embed_precompute.batching import TokenBatch
 from embed_precompute.encoders.fused import Group, Workspace, attend
 
+KEPT_ROWS = 256
+"""Rows of one product over end-of-text tokens: a stream holds some hundred of them."""
+
 
 class ClipBody:
     """See `fused.Body`."""
@@ -27,22 +30,33 @@ class ClipBody:
         self._heads: int = config.num_attention_heads
         self._scale = (config.hidden_size // self._heads) ** -0.5
         self._activation: str = config.hidden_act
-        self._causal = torch.full((1, length, length), -torch.inf, device=workspace.device)
-        self._causal = self._causal.triu_(1).to(workspace.dtype)
 
-    def __call__(self, ids: torch.Tensor, batch: TokenBatch, groups: list[Group]) -> torch.Tensor:
+    def __call__(
+        self, ids: torch.Tensor, batch: TokenBatch, groups: list[Group], keep: torch.Tensor | None
+    ) -> torch.Tensor:
         """See `fused.Body`."""
-        space, num_tokens = self._workspace, ids.shape[0]
+        assert keep is not None, "CLIP is pooled"
+        space = self._workspace
+        steps = space.steps(len(ids))
         words = self._text.embeddings.token_embedding.weight
         places = self._text.embeddings.position_embedding.weight
         position = torch.from_numpy(_positions(batch)).to(space.device)
-        stream = space.take("stream", num_tokens, words.shape[1])
+        stream = space.take("stream", steps[-1].stop, words.shape[1])
         space.kernels.embed(ids, words, stream)
-        stream.add_(functional.embedding(position, places))
-        for layer in self._text.encoder.layers:
-            self._attention(layer, stream, groups)
-            self._feed_forward(layer, stream)
-        return self._norm(stream, self._text.final_layer_norm)
+        stream[: len(ids)].add_(functional.embedding(position, places))
+        *layers, last = self._text.encoder.layers
+        for layer in layers:
+            mixed = self._attention(layer, stream, steps, groups)
+            for rows in steps:
+                self._after_attention(layer, stream[rows], mixed[rows])
+        # Of the last layer only what is kept goes on, in products of one size again.
+        mixed = self._attention(last, stream, steps, groups)
+        keep = functional.pad(keep, (0, -len(keep) % KEPT_ROWS))
+        kept, mixed = stream[keep], mixed[keep]
+        for start in range(0, len(keep), KEPT_ROWS):
+            rows = slice(start, start + KEPT_ROWS)
+            self._after_attention(last, kept[rows], mixed[rows])
+        return self._norm(kept, self._text.final_layer_norm)[: len(batch.lengths)]
 
     def _norm(self, stream: torch.Tensor, norm: Any) -> torch.Tensor:
         normed = self._workspace.take("normed", *stream.shape)
@@ -50,23 +64,31 @@ class ClipBody:
         kernels.layer_norm(stream, norm.weight, norm.bias, norm.eps, normed)
         return normed
 
-    def _attention(self, layer: Any, stream: torch.Tensor, groups: list[Group]) -> None:
+    def _attention(
+        self, layer: Any, stream: torch.Tensor, steps: list[slice], groups: list[Group]
+    ) -> torch.Tensor:
+        """[T, D], before the output matrix."""
         space, parts = self._workspace, layer.self_attn
-        normed = self._norm(stream, layer.layer_norm1)
-        qkv = space.take("qkv", stream.shape[0], 3, stream.shape[1])
-        for part, linear in enumerate((parts.q_proj, parts.k_proj, parts.v_proj)):
-            space.linear(normed, linear.weight, linear.bias, qkv[:, part])
+        q, k, v = qkv = tuple(space.take(name, *stream.shape) for name in "qkv")
+        for rows in steps:
+            normed = self._norm(stream[rows], layer.layer_norm1)
+            for linear, out in ((parts.q_proj, q), (parts.k_proj, k), (parts.v_proj, v)):
+                space.linear(normed, linear.weight, linear.bias, out[rows])
         mixed = space.take("mixed", *stream.shape)
-        attend(qkv, groups, self._heads, self._causal, self._scale, mixed)
-        space.add_linear(stream, mixed, parts.out_proj.weight, parts.out_proj.bias)
+        attend(qkv, groups, self._heads, None, self._scale, mixed)
+        return mixed
 
-    def _feed_forward(self, layer: Any, stream: torch.Tensor) -> None:
-        space, parts = self._workspace, layer.mlp
+    def _after_attention(self, layer: Any, stream: torch.Tensor, mixed: torch.Tensor) -> None:
+        """The rest of a layer, on rows of the stream, in place."""
+        space, output, dense = self._workspace, layer.self_attn.out_proj, layer.mlp
+        space.add_linear(stream, mixed, output.weight)
+        stream.add_(output.bias)
         normed = self._norm(stream, layer.layer_norm2)
-        inner = space.take("inner", stream.shape[0], parts.fc1.weight.shape[0])
-        space.linear(normed, parts.fc1.weight, parts.fc1.bias, inner)
+        inner = space.take("inner", len(stream), dense.fc1.weight.shape[0])
+        space.linear(normed, dense.fc1.weight, dense.fc1.bias, inner)
         space.kernels.activate(inner, self._activation, None)
-        space.add_linear(stream, inner, parts.fc2.weight, parts.fc2.bias)
+        space.add_linear(stream, inner, dense.fc2.weight)
+        stream.add_(dense.fc2.bias)
 
 
 def _positions(batch: TokenBatch) -> np.ndarray:

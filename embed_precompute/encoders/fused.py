@@ -36,27 +36,56 @@ class Group:
     length: int
 
 
+PRODUCT_ROWS = 4096
+"""Rows of one matrix product on a CPU: enough for its full rate, and what lies between two products
+of a layer stays in a cache."""
+ATTENTION_TOKENS = 2048
+"""Tokens of equally long captions that attend in one call: more leave the cache."""
+
+
 class Body(Protocol):
     """The layers of one model over a stream."""
 
-    def __call__(self, ids: torch.Tensor, batch: TokenBatch, groups: list[Group]) -> torch.Tensor:
-        """[T] ids -> [T, D], after the final norm; rows of no caption mean nothing."""
+    def __call__(
+        self, ids: torch.Tensor, batch: TokenBatch, groups: list[Group], keep: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[T] ids -> [T, D], after the final norm; rows of no caption mean nothing.
+
+        `keep` [C]: only these rows are wanted, [C, D]. The tensor may be one that the next forward
+        overwrites.
+        """
         ...
 
 
 class Workspace:
     """Buffers that every forward uses again, by name; and the kernels that work on them."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, *, compiled: bool, converts: bool
+    ) -> None:
+        """`converts`: the weights have another dtype than the computation."""
         self.device, self.dtype = device, dtype
         self.kernels = Kernels(device, compiled=compiled)
+        # A weight is converted for each product, so there one product takes all rows.
+        whole = device.type != "cpu" or converts
+        self._product_rows = 1 << 62 if whole else PRODUCT_ROWS
         self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
+    def steps(self, num_tokens: int) -> list[slice]:
+        """Equal parts of the stream, a matrix product each; the last may reach behind its end.
+
+        One size for all, because a product's rounding depends on its number of rows.
+        """
+        count = -(-num_tokens // self._product_rows)
+        size = -(-num_tokens // count)
+        return [slice(start, start + size) for start in range(0, count * size, size)]
+
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The buffer of that name and shape, with whatever it held last."""
+        """The buffer of that name and shape, with whatever it held last; zeros at first."""
         buffer = self._buffers.get((name, shape))
         if buffer is None:
-            buffer = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+            # Rows of no caption are computed with, too: never with what was left in memory.
+            buffer = torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
             self._buffers[name, shape] = buffer
         return buffer
 
@@ -76,25 +105,20 @@ class Workspace:
         else:
             torch.addmm(bias.to(self.dtype), x, matrix, out=out)
 
-    def add_linear(
-        self, stream: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> None:
-        """stream += x weight^T + bias, accumulated by the matrix product itself."""
+    def add_linear(self, stream: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """stream += x weight^T, accumulated by the matrix product itself."""
         if weight.dtype == torch.float32 != self.dtype:  # T5's wo under float16
-            delta = functional.linear(x.float(), weight)
-            stream.add_(delta)
+            stream.add_(functional.linear(x.float(), weight))
+            return
+        matrix = self.weight(weight).t()
+        if stream.dtype == self.dtype:
+            stream.addmm_(x, matrix)
         else:
-            matrix = self.weight(weight).t()
-            if stream.dtype == self.dtype:
-                stream.addmm_(x, matrix)
-            else:
-                stream.add_(torch.mm(x, matrix))
-        if bias is not None:
-            stream.add_(bias)
+            stream.add_(torch.mm(x, matrix))
 
 
 def attend(
-    qkv: torch.Tensor,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     groups: list[Group],
     heads: int,
     bias: torch.Tensor | None,
@@ -103,44 +127,23 @@ def attend(
 ) -> None:
     """Attention of every caption to itself alone.
 
-    `qkv` [T, 3, H*dk]; `bias` [H or 1, L, L] is added to the scaled products of a caption's first
-    tokens; `out` [T, H*dk] is zero where no caption is.
+    Each of `qkv` is [T, H*dk]; `bias` [H, L, L] is added to the scaled products of a caption's
+    first tokens, None: a token sees no later one. `out` [T, H*dk] is left as it is where no caption
+    is.
     """
-    out.zero_()
-    width = qkv.shape[-1] // heads
     for group in groups:
-        stop = group.start + group.count * group.length
-        frame = (group.count, group.length, 3, heads, width)
-        q, k, v = (
-            part.contiguous() for part in qkv[group.start : stop].view(frame).permute(2, 0, 3, 1, 4)
-        )  # [count, H, length, dk]
-        mask = None if bias is None else bias[:, : group.length, : group.length]
-        mixed = _mix(q, k, v, mask, scale)
-        target = out[group.start : stop].view(group.count, group.length, heads, width)
-        target.copy_(mixed.transpose(1, 2))
-
-
-def _mix(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
-    """softmax(q k^T scale + bias) v for [count, H, length, dk]."""
-    if q.device.type != "cpu" or q.dtype != torch.float32:
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    # In float32 on a CPU torch's own kernel is slower than plain products. One caption at a time:
-    # its scores stay in a cache, and its kernel cannot depend on how many of its length there are.
-    mixed = torch.empty_like(q)
-    for caption in range(q.shape[0]):
-        scores = torch.bmm(q[caption], k[caption].transpose(1, 2))
-        if scale != 1.0:
-            scores.mul_(scale)
-        if bias is not None:
-            scores.add_(bias)
-        torch.bmm(torch.softmax(scores, dim=-1), v[caption], out=mixed[caption])
-    return mixed
+        at_once = max(1, ATTENTION_TOKENS // group.length)
+        for first in range(0, group.count, at_once):
+            count = min(at_once, group.count - first)
+            start = group.start + first * group.length
+            rows = slice(start, start + count * group.length)
+            frame = (count, group.length, heads, -1)
+            q, k, v = (part[rows].view(frame).transpose(1, 2) for part in qkv)
+            mask = None if bias is None else bias[None, :, : group.length, : group.length]
+            mixed = functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=bias is None, scale=scale
+            )  # [count, H, length, dk]
+            out[rows].view(frame).copy_(mixed.transpose(1, 2))
 
 
 def groups_of(batch: TokenBatch) -> list[Group]:
@@ -199,7 +202,9 @@ class FusedEncoder:
             self._body = graph.body(self._model, longest_of(resolved), pooled=resolved.pooled)
         else:
             computed = compute_dtype(dtype, self._device)
-            workspace = Workspace(self._device, computed, compiled=resolved.compiled)
+            workspace = Workspace(
+                self._device, computed, compiled=resolved.compiled, converts=computed != dtype
+            )
             make = clip.ClipBody if resolved.pooled else t5.T5Body
             self._body = make(self._model, workspace, longest_of(resolved))
 
@@ -219,12 +224,14 @@ class FusedEncoder:
         message = hf.forward_too_large(self.resolved, batch, self._device)
         with torch.inference_mode(), hf.out_of_memory(message), hf.tf32(self.resolved):
             ids = torch.from_numpy(batch.input_ids).reshape(-1).to(self._device)
-            stream = self._body(ids, batch, groups_of(batch))
+            keep = None
             if self.resolved.pooled:
-                last = torch.from_numpy(self._end_of_text(batch)).to(self._device)
-                return stream[last].to(self._output_dtype).cpu()
+                keep = torch.from_numpy(self._end_of_text(batch)).to(self._device)
+            stream = self._body(ids, batch, groups_of(batch), keep)
             output = torch.empty(stream.shape, dtype=self._output_dtype)  # the writer keeps it
             output.copy_(stream)
+        if keep is not None:
+            return output
         if not batch.packed:
             return output.view(*frame, -1)
         lengths: list[int] = batch.lengths.tolist()

@@ -146,7 +146,9 @@ class GraphBody:
         self._layers, self._compiled = layers, compiled
         self._graphs: dict[tuple[int, ...], StaticGraph] = {}
 
-    def __call__(self, ids: torch.Tensor, batch: TokenBatch, groups: object) -> torch.Tensor:
+    def __call__(
+        self, ids: torch.Tensor, batch: TokenBatch, groups: object, keep: torch.Tensor | None
+    ) -> torch.Tensor:
         """See `fused.Body`."""
         lines, length = batch.input_ids.shape
         graph = self._graphs.get((lines, length))
@@ -155,7 +157,8 @@ class GraphBody:
                 self._layers, (lines, length), packed=batch.packed, compiled=self._compiled
             )
             self._graphs[lines, length] = graph
-        return graph(ids, batch)
+        output = graph(ids, batch)
+        return output if keep is None else output[keep]
 
 
 class StaticGraph:

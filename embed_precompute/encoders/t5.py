@@ -30,22 +30,34 @@ class T5Body:
         # The bias of query i and key j stands at j - i + length - 1.
         self._distance = distance[None, :] - distance[:, None] + length - 1
         self._bias_rows = bias_rows(model, length, workspace.dtype)
+        # Where all layers share one, it is laid out once; umT5's are, one after another, in each
+        # forward: all of them at once would outgrow the weights.
+        self._shared = self._laid_out(0, length) if len(self._bias_rows) == 1 else None
 
-    def __call__(self, ids: torch.Tensor, batch: TokenBatch, groups: list[Group]) -> torch.Tensor:
+    def __call__(
+        self, ids: torch.Tensor, batch: TokenBatch, groups: list[Group], keep: torch.Tensor | None
+    ) -> torch.Tensor:
         """See `fused.Body`."""
-        space, num_tokens = self._workspace, ids.shape[0]
+        space = self._workspace
+        steps = space.steps(len(ids))
         table = self._encoder.embed_tokens.weight
         residual = torch.float32 if space.dtype == torch.float16 else space.dtype
-        stream = space.take("stream", num_tokens, table.shape[1], dtype=residual)
+        stream = space.take("stream", steps[-1].stop, table.shape[1], dtype=residual)
         space.kernels.embed(ids, table, stream)
         longest = max(group.length for group in groups)
-        bias: torch.Tensor | None = None
         for number, block in enumerate(self._encoder.block):
-            if number in self._bias_rows:
-                bias = self._bias_rows[number][:, self._distance[:longest, :longest]]
-            self._attention(block.layer[0], stream, groups, bias)
-            self._feed_forward(block.layer[-1], stream)
-        return self._norm(stream, self._encoder.final_layer_norm.weight)
+            bias = self._laid_out(number, longest) if self._shared is None else self._shared
+            mixed = self._attention(block.layer[0], stream, steps, groups, bias)
+            for rows in steps:
+                part = stream[rows]
+                space.add_linear(part, mixed[rows], block.layer[0].SelfAttention.o.weight)
+                self._feed_forward(block.layer[-1], part)
+        wanted = stream[: len(ids)] if keep is None else stream[keep]
+        return self._norm(wanted, self._encoder.final_layer_norm.weight)
+
+    def _laid_out(self, layer: int, length: int) -> torch.Tensor:
+        """[H, length, length] bias of the layer."""
+        return self._bias_rows[layer][:, self._distance[:length, :length]]
 
     def _norm(self, stream: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         normed = self._workspace.take("normed", *stream.shape)
@@ -53,30 +65,37 @@ class T5Body:
         return normed
 
     def _attention(
-        self, layer: Any, stream: torch.Tensor, groups: list[Group], bias: torch.Tensor | None
-    ) -> None:
+        self,
+        layer: Any,
+        stream: torch.Tensor,
+        steps: list[slice],
+        groups: list[Group],
+        bias: torch.Tensor,
+    ) -> torch.Tensor:
+        """[T, H*dk], before the output matrix."""
         space, parts = self._workspace, layer.SelfAttention
-        num_tokens = stream.shape[0]
-        normed = self._norm(stream, layer.layer_norm.weight)
-        qkv = space.take("qkv", num_tokens, 3, self._inner)
-        for part, linear in enumerate((parts.q, parts.k, parts.v)):
-            space.linear(normed, linear.weight, None, qkv[:, part])
-        mixed = space.take("mixed", num_tokens, self._inner)
+        shape = (len(stream), self._inner)
+        q, k, v = qkv = (space.take("q", *shape), space.take("k", *shape), space.take("v", *shape))
+        for rows in steps:
+            normed = self._norm(stream[rows], layer.layer_norm.weight)
+            for linear, out in ((parts.q, q), (parts.k, k), (parts.v, v)):
+                space.linear(normed, linear.weight, None, out[rows])
+        mixed = space.take("mixed", *shape)
         attend(qkv, groups, self._heads, bias, 1.0, mixed)
-        space.add_linear(stream, mixed, parts.o.weight, None)
+        return mixed
 
     def _feed_forward(self, layer: Any, stream: torch.Tensor) -> None:
         space, parts = self._workspace, layer.DenseReluDense
         normed = self._norm(stream, layer.layer_norm.weight)
         gated = hasattr(parts, "wi_0")
         first = parts.wi_0 if gated else parts.wi
-        inner = space.take("inner", stream.shape[0], first.weight.shape[0])
+        inner = space.take("inner", len(stream), first.weight.shape[0])
         space.linear(normed, first.weight, None, inner)
         gate = space.take("gate", *inner.shape) if gated else None
         if gate is not None:
             space.linear(normed, parts.wi_1.weight, None, gate)
         space.kernels.activate(inner, self._activation, gate)
-        space.add_linear(stream, inner, parts.wo.weight, None)
+        space.add_linear(stream, inner, parts.wo.weight)
 
 
 @torch.inference_mode()
