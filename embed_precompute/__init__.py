@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from embed_precompute.datasets import EmbeddingDataset, collate_embeddings
     from embed_precompute.encoders.embedder import HFEmbedder
     from embed_precompute.encoders.shardformer import shardformer_t5
+    from embed_precompute.loader import EmbeddingLoader
     from embed_precompute.pipeline import run
     from embed_precompute.sampling import dropout_condition, prepare, prepare_ids
     from embed_precompute.similarity import nearest_captions, prompt_similarity
@@ -34,12 +35,14 @@ _HOME = {
     "nearest_captions": "similarity",
     "prompt_similarity": "similarity",
     "EmbeddingDataset": "datasets",
+    "EmbeddingLoader": "loader",
     "collate_embeddings": "datasets",
 }
 
 __all__ = [
     "Config",
     "EmbeddingDataset",
+    "EmbeddingLoader",
     "HFEmbedder",
     "collate_embeddings",
     "dropout_condition",

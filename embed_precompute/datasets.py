@@ -26,6 +26,7 @@ import torch
 import xxhash
 from torch.utils.data import Dataset
 
+from embed_precompute.config import digest_of
 from embed_precompute.errors import ConflictError, IncompleteError, InputError, VerificationError
 from embed_precompute.plan import MAX_NAMED_DIFFERENCES, differing_fields
 from embed_precompute.samples import Status
@@ -52,6 +53,8 @@ class _Folder:
             self.fingerprint: str = self.manifest["fingerprint"]
             self.tensors = stored_tensors(self.manifest["spec"])
             self.num_ok = int(self.manifest["counts"]["status"][Status.OK.label])
+            ok = self.manifest["files"]["index/ok.npy"]["sha256"]
+            self.samples: dict[str, str] = {"plan": self.manifest["plan"], "ok": ok}
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise VerificationError(
                 f"{root / 'manifest.json'} is not as the format says: {error!r}. "
@@ -142,6 +145,15 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
     def fingerprint(self) -> str:
         """The identity of what a caption becomes; equal for all folders."""
         return self._folders[0].fingerprint
+
+    @property
+    def samples_digest(self) -> str:
+        """Which captions these samples are: of each folder its plan, and which samples are ok.
+
+        Equal digests mean the same caption at every index, whoever encoded it; a loader's state
+        has it.
+        """
+        return digest_of([folder.samples for folder in self._folders])
 
     @property
     def encoders(self) -> dict[str, dict[str, Any]]:

@@ -36,7 +36,7 @@ class DistContext:
     local_rank: int = 0
     local_world_size: int = 1
     source: str = "alone"
-    """torchrun, slurm or alone: where the numbers come from."""
+    """torchrun, slurm, alone or, of a training job, group: where the numbers come from."""
     run_id: str = ""
     restart_count: int = 0
     store_host: str | None = None
@@ -51,6 +51,20 @@ class DistContext:
         if "SLURM_PROCID" in env and _number(env, "SLURM_NTASKS", 1) >= 1 and _in_step(env):
             return cls._from_slurm(env)
         return cls()
+
+    @classmethod
+    def of_training(cls, environ: Mapping[str, str] | None = None) -> DistContext:
+        """This process in a training job: torch's process group, where there is one.
+
+        Before that the launcher knows. The elements of a Slurm array are jobs of their own here: a
+        training whose ranks work together has them in one step.
+        """
+        from torch import distributed as group
+
+        if group.is_available() and group.is_initialized():
+            return cls(rank=group.get_rank(), world_size=group.get_world_size(), source="group")
+        env = os.environ if environ is None else environ
+        return cls.detect({k: v for k, v in env.items() if not k.startswith("SLURM_ARRAY_")})
 
     @classmethod
     def _from_torchrun(cls, env: Mapping[str, str]) -> DistContext:

@@ -30,6 +30,7 @@ COMMANDS = {
 PUBLIC = {
     "Config",
     "EmbeddingDataset",
+    "EmbeddingLoader",
     "HFEmbedder",
     "collate_embeddings",
     "dropout_condition",

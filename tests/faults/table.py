@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from faults import commits, cost, damage, errors, hostile, kills, peers, soak
+from faults import commits, cost, damage, errors, hostile, kills, loading, peers, soak
 from faults.lab import Finding, Lab
 
 CHECKS: tuple[Callable[[Lab], list[Finding]], ...] = (
@@ -34,6 +34,7 @@ CHECKS: tuple[Callable[[Lab], list[Finding]], ...] = (
     hostile.f15_hostile,
     commits.f16_order,
     commits.f17_umask,
+    loading.f18_loader,
     kills.f19_orphans,
     soak.f20_soak,
     cost.cost_integrity,

@@ -1,0 +1,640 @@
+"""EmbeddingLoader, its sampler and the order of an epoch: each sample once, whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from math import factorial, isqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from handmade import write_dataset
+from jobs import clean_environment
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from embed_precompute import EmbeddingDataset, EmbeddingLoader
+from embed_precompute.distributed import DistContext
+from embed_precompute.epoch_order import ORDER_VERSION, ROUNDS, EpochOrder
+from embed_precompute.errors import ConflictError, InputError, VerificationError
+from embed_precompute.loader import ResumableSampler
+from embed_precompute.store.records import unit_paths
+
+ENDS: tuple[Any, ...] = ("pad", "drop", "uneven")
+
+
+class Numbers(Dataset[int]):
+    """Sample i is i: a loader's batch is the sampler's."""
+
+    def __init__(self, num_samples: int, fingerprint: str | None = None) -> None:
+        self.num_samples, self.fingerprint = num_samples, fingerprint
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, i: int) -> int:
+        return i
+
+
+def loader_of(dataset: Dataset[Any] | int, batch_size: int = 2, **options: Any) -> EmbeddingLoader:
+    if isinstance(dataset, int):
+        dataset = Numbers(dataset)
+    options = {"rank": 0, "world_size": 1, "collate_fn": list, **options}
+    return EmbeddingLoader(dataset, batch_size, **options)
+
+
+def order_of(num_samples: int, seed: int = 0, epoch: int = 0) -> list[int]:
+    return EpochOrder(num_samples, seed, epoch).at(np.arange(num_samples)).tolist()
+
+
+def samplers(
+    num_samples: int, world_size: int, batch_size: int, ends: Any, state: Any = None
+) -> list[ResumableSampler]:
+    made = []
+    for rank in range(world_size):
+        sampler = ResumableSampler(
+            num_samples, batch_size, ends=ends, rank=rank, world_size=world_size
+        )
+        if state is not None:
+            sampler.load_state_dict(state)
+        made.append(sampler)
+    return made
+
+
+def interleaved(batches: list[list[list[int]]]) -> list[int]:
+    """The samples of batches[rank][step] in the order of their positions."""
+    dealt = []
+    for step in itertools.zip_longest(*batches, fillvalue=[]):
+        for turn in itertools.zip_longest(*step):
+            dealt += [sample for sample in turn if sample is not None]
+    return dealt
+
+
+# --- the order of an epoch ------------------------------------------------------------------------
+
+
+def test_order_is_stable() -> None:
+    """States saved by any release mean these samples: a change needs a new ORDER_VERSION."""
+    assert ORDER_VERSION == 1
+    assert order_of(10) == [0, 3, 5, 4, 2, 1, 7, 8, 6, 9]
+    assert order_of(10, epoch=1) == [7, 0, 4, 9, 1, 5, 3, 2, 6, 8]
+    assert order_of(10, seed=1) == [9, 8, 7, 5, 2, 6, 0, 1, 4, 3]
+    assert order_of(1000, 7, 3)[:6] == [560, 747, 255, 787, 784, 786]
+    ends = np.array([0, 1, 10**8 + 6])
+    assert EpochOrder(10**8 + 7, -5, 2).at(ends).tolist() == [13246896, 74499461, 54475029]
+    ends = np.array([0, 1, 2**40])
+    found = EpochOrder(2**40 + 1, 0, 0).at(ends).tolist()
+    assert found == [425814838604, 865868586549, 648609607429]
+
+
+def reference_order(num_samples: int, seed: int, epoch: int) -> list[int]:
+    """The same in Python's integers, a position at a time."""
+    rows = isqrt(num_samples - 1) + 1
+    rows += rows % 2
+    sizes = rows, -(-num_samples // rows)
+    keys = [
+        xxhash.xxh3_64_intdigest(f"order {ORDER_VERSION}/{seed}/{epoch}/{k}".encode())
+        for k in range(ROUNDS)
+    ]
+    found = []
+    for value in range(num_samples):
+        inside = False
+        while not inside:
+            place = [*divmod(value, sizes[1])]
+            for k, key in enumerate(keys):
+                z = (place[1 - k % 2] + key) % 2**64
+                z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+                z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+                z ^= z >> 31
+                size = sizes[k % 2]
+                place[k % 2] = (place[k % 2] + ((z >> 32) * size >> 32)) % size
+            value = place[0] * sizes[1] + place[1]
+            inside = value < num_samples
+        found.append(value)
+    return found
+
+
+@pytest.mark.parametrize("num_samples", [*range(1, 40), 255, 256, 257, 1009])
+def test_order_is_one_to_one_and_the_references(num_samples: int) -> None:
+    for seed, epoch in ((0, 0), (-3, 1), (2**70, 10**6)):
+        found = order_of(num_samples, seed, epoch)
+        assert sorted(found) == list(range(num_samples))
+        assert found == reference_order(num_samples, seed, epoch)
+    places = [EpochOrder(num_samples, 0, 0).at(np.array([k])).item() for k in range(num_samples)]
+    assert places == order_of(num_samples), "a position does not depend on its block"
+
+
+@pytest.mark.parametrize("num_samples", [2, 3, 4, 5])
+def test_every_order_is_equally_likely(num_samples: int) -> None:
+    trials = 4000
+    seen = Counter(tuple(order_of(num_samples, epoch=epoch)) for epoch in range(trials))
+    orders = factorial(num_samples)
+    expected = trials / orders
+    absent = (orders - len(seen)) * expected
+    chi_square = absent + sum((count - expected) ** 2 / expected for count in seen.values())
+    assert chi_square < orders - 1 + 5 * (2 * (orders - 1)) ** 0.5
+
+
+def test_neighbours_are_of_random_shards() -> None:
+    num_samples, per_shard = 200_000, 1_000
+    for epoch in range(3):
+        shards = np.array(order_of(num_samples, epoch=epoch)) // per_shard
+        same = int((shards[1:] == shards[:-1]).sum())
+        expected = (num_samples - 1) * (per_shard - 1) / (num_samples - 1)
+        assert abs(same - expected) < 5 * expected**0.5
+    first, second = (np.array(order_of(num_samples, epoch=epoch)) for epoch in (0, 1))
+    assert int((first == second).sum()) < 10, "1 is expected where epochs are unrelated"
+    gaps = np.abs(np.diff(first))
+    assert abs(gaps.mean() / num_samples - 1 / 3) < 0.005
+
+
+# --- who gets what --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 5000])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_every_sample_once(world_size: int, batch_size: int, ends: Any) -> None:
+    for num_samples in (1, 2, 3, 5, 6, 7, 8, 16, 23, 24, 25, 100):
+        step = world_size * batch_size
+        if ends == "drop" and num_samples < step:
+            continue
+        made = samplers(num_samples, world_size, batch_size, ends)
+        batches = [list(sampler) for sampler in made]
+        assert [len(each) for each in batches] == [len(sampler) for sampler in made]
+        assert all(0 < len(batch) <= batch_size for each in batches for batch in each)
+        order, dealt = order_of(num_samples), interleaved(batches)
+        shapes = {tuple(len(batch) for batch in each) for each in batches}
+        if ends == "uneven":
+            assert dealt == order
+            steps = [len(each) for each in batches]
+            assert max(steps) - min(steps) <= (num_samples % step in range(1, world_size))
+        elif ends == "drop":
+            assert dealt == order[: num_samples // step * step]
+            assert shapes == {(batch_size,) * (num_samples // step)}
+        else:
+            assert dealt == (order * world_size)[: -(-num_samples // world_size) * world_size]
+            assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("before", [(1, 3), (2, 2), (3, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("after", [(1, 2), (2, 3), (3, 2), (4, 1)], ids=str)
+def test_resumed_on_another_world(ends: Any, before: Any, after: Any) -> None:
+    for num_samples in (12, 19, 24):
+        order = order_of(num_samples)
+        most, least = (len(samplers(num_samples, *before, ends)[rank]) for rank in (0, -1))
+        for steps in range(most + 1):
+            first = samplers(num_samples, *before, ends)
+            dealt = interleaved([list(itertools.islice(each, steps)) for each in first])
+            states = [json.dumps(each.state_dict()) for each in first]
+            state = json.loads(states[0])  # rank 0 has most steps
+            assert steps > least or len(set(states)) == 1
+            second = samplers(num_samples, *after, ends, state)
+            left = [each.batches_left(state["consumed"]) for each in second]
+            rest = [list(each) for each in second]
+            assert [len(each) for each in rest] == left
+            dealt += interleaved(rest)
+            full, world_size = after[0] * after[1], after[0]
+            if state["consumed"] == num_samples:
+                assert not any(rest)
+            elif ends == "drop":
+                dropped = (num_samples - state["consumed"]) % full
+                assert dealt == order[: num_samples - dropped]
+            elif ends == "uneven":
+                assert dealt == order
+            else:
+                more = (state["consumed"] - num_samples) % world_size
+                assert dealt == order + order[:more]
+            assert {each.position.epoch for each in second} == {1}
+
+
+def test_without_shuffle_in_input_order() -> None:
+    sampler = ResumableSampler(5, 2, shuffle=False, rank=0, world_size=1)
+    assert list(sampler) == [[0, 1], [2, 3], [4]]
+    assert list(sampler) == [[0, 1], [2, 3], [4]]
+    assert sampler.position.epoch == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 0}, "no samples"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"rank": 2}, "rank 2 of 2"),
+        ({"rank": -1}, "rank -1 of 2"),
+        ({"rank": None}, "give both, or neither"),
+        ({"ends": "stop"}, "one of pad, drop, uneven"),
+        ({"ends": "drop", "batch_size": 3}, "5 samples make no full step of 2 ranks x 3"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    arguments = {"num_samples": 5, "batch_size": 2, "rank": 0, "world_size": 2, **options}
+    with pytest.raises(InputError, match=message):
+        ResumableSampler(arguments.pop("num_samples"), arguments.pop("batch_size"), **arguments)
+
+
+def test_more_ranks_than_samples() -> None:
+    assert [list(each) for each in samplers(2, 5, 2, "uneven")] == [[[0]], [[1]], [], [], []]
+    assert [list(each) for each in samplers(2, 5, 2, "pad")] == [[[0]], [[1]], [[0]], [[1]], [[0]]]
+    idle = loader_of(2, rank=4, world_size=5, ends="uneven")
+    assert (len(idle), list(idle), idle.epoch) == (0, [], 1)
+
+
+# --- ranks of a training job ----------------------------------------------------------------------
+
+
+def test_launcher_then_process_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    early = EmbeddingLoader(Numbers(12), 2, collate_fn=list)
+    assert (early._sampler.rank, early._sampler.world_size) == (1, 3)
+    from torch import distributed
+
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        assert DistContext.of_training() == DistContext(source="group")
+        with pytest.raises(InputError, match=r"rank 1 of 3, .* says 0 of 1"):
+            next(iter(early))
+        late = EmbeddingLoader(Numbers(12), 2, collate_fn=list)
+        assert interleaved([list(late)]) == order_of(12)
+        given = EmbeddingLoader(Numbers(12), 2, rank=1, world_size=3, collate_fn=list)
+        assert next(iter(given)) == order_of(12)[1:6:3]
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_elements_of_an_array_are_jobs_of_their_own() -> None:
+    environ = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+    environ |= {"SLURM_STEP_NODELIST": "n1", "SLURM_ARRAY_TASK_ID": "3"}
+    environ |= {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "0"}
+    found = DistContext.of_training(environ)
+    assert (found.rank, found.world_size) == (1, 2)
+    assert DistContext.detect(environ).world_size == 8
+
+
+# --- the loader -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loader") / "out"
+    write_dataset(folder, [f"caption {i}" for i in range(13)])
+    return folder
+
+
+def ids(num_samples: int, seed: int = 0, epoch: int = 0) -> list[str]:
+    return [f"s{i}" for i in order_of(num_samples, seed, epoch)]
+
+
+def test_batches_are_collated_embeddings(root: Path) -> None:
+    loader = EmbeddingLoader(EmbeddingDataset(root), 4)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 4
+    assert [each for batch in batches for each in batch["id"]] == ids(13)
+    assert batches[0]["text_t5"].shape == (4, 3, 4)
+    assert batches[0]["text_t5_mask"].all()
+
+
+def test_a_state_is_json_and_says_which_data(root: Path) -> None:
+    dataset = EmbeddingDataset(root)
+    loader = loader_of(dataset, 4, seed=5, collate_fn=len)
+    next(iter(loader))
+    assert json.loads(json.dumps(loader.state_dict())) == {
+        "version": ORDER_VERSION,
+        "seed": 5,
+        "shuffle": True,
+        "epoch": 0,
+        "consumed": 4,
+        "num_samples": 13,
+        "fingerprint": dataset.fingerprint,
+        "samples_digest": dataset.samples_digest,
+    }
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_resumed_at_every_step(root: Path, world_size: int, num_workers: int) -> None:
+    """Also on another world with other workers; every step with 0 workers, else one."""
+    dataset = EmbeddingDataset(root)
+    steps = -(-13 // (2 * world_size))
+    chosen = range(steps + 1) if num_workers == 0 else [world_size * num_workers % steps]
+    other = world_size % 4 + 1, (num_workers + world_size) % 4
+    for step in chosen:
+        for world, workers in {(world_size, num_workers), other if step else (world_size, 0)}:
+            before, states = run_ranks(dataset, world_size, num_workers, None, step)
+            assert step == 0 or states[0]["consumed"] == min(13, step * 2 * world_size)
+            after, ended = run_ranks(dataset, world, workers, states[0], None)
+            assert interleaved(before) + interleaved(after) == ids(13)
+            assert {(state["epoch"], state["consumed"]) for state in ended} == {(1, 0)}
+
+
+def run_ranks(
+    dataset: Dataset[Any], world_size: int, num_workers: int, state: Any, steps: int | None
+) -> tuple[Any, list[Any]]:
+    """Per rank: ids of its batches, and its state after `steps` steps, or the epoch."""
+    batches, states = [], []
+    for rank in range(world_size):
+        loader = loader_of(
+            dataset,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+            ends="uneven",
+            collate_fn=just_ids,
+        )
+        if state is not None:
+            loader.load_state_dict(state)
+        batches.append(list(itertools.islice(loader, steps)))
+        states.append(json.loads(json.dumps(loader.state_dict())))
+    return batches, states
+
+
+def just_ids(samples: list[dict[str, Any]]) -> list[str]:
+    return [sample["id"] for sample in samples]
+
+
+def test_epochs_follow_each_other() -> None:
+    loader = loader_of(7)
+    for epoch in range(3):
+        assert loader.epoch == epoch
+        assert interleaved([list(loader)]) == order_of(7, epoch=epoch)
+    loader.set_epoch(1)
+    assert interleaved([list(loader)]) == order_of(7, epoch=1)
+    with pytest.raises(InputError, match="epoch is -1"):
+        loader.set_epoch(-1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_break_loses_nothing(num_workers: int) -> None:
+    """The same workers stay, and what they had ready is dropped."""
+    loader = loader_of(23, num_workers=num_workers)
+    seen: list[int] = []
+    for stop in (2, 1, 5):
+        for batch in itertools.islice(loader, stop):
+            seen += batch
+        loader.set_epoch(0)  # as loops for DistributedSampler do: it goes on
+        assert loader.state_dict()["consumed"] == len(seen)
+        assert loader.batches_left == len(loader) - len(seen) // 2
+    assert seen + interleaved([list(loader)]) == order_of(23)
+    assert interleaved([list(loader)]) == order_of(23, epoch=1)
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_resumed_at_the_end_of_an_epoch(ends: Any) -> None:
+    loader = loader_of(7, 3, ends=ends)
+    iterator = iter(loader)
+    for _ in range(len(loader)):
+        next(iterator)
+    at_end = loader.state_dict()
+    assert (at_end["epoch"], at_end["consumed"]) == (0, 7)
+    assert next(iterator, None) is None
+    assert loader.state_dict() == {**at_end, "epoch": 1, "consumed": 0}
+    resumed = loader_of(7, 1, ends=ends)  # smaller batches do not find what was dropped
+    resumed.load_state_dict(at_end)
+    assert (resumed.epoch, resumed.batches_left, list(resumed)) == (0, 0, [])
+    assert resumed.epoch == 1
+    assert interleaved([list(resumed)]) == order_of(7, epoch=1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_one_place_at_a_time(num_workers: int) -> None:
+    loader = loader_of(11, num_workers=num_workers)
+    order = order_of(11)
+    first, second = iter(loader), iter(loader)
+    with pytest.raises(InputError, match="iterate anew, or make two"):
+        next(first)
+    assert next(second) == order[:2]
+    saved = loader.state_dict()
+    assert next(second) == order[2:4]
+    loader.set_epoch(0)
+    assert next(second) == order[4:6]
+    loader.load_state_dict(saved)
+    with pytest.raises(InputError, match="state was set"):
+        next(second)
+    assert interleaved([list(loader)]) == order[2:]
+    third = iter(loader)
+    next(third)
+    loader.set_epoch(4)
+    with pytest.raises(InputError, match="epoch or state was set"):
+        next(third)
+    assert interleaved([list(loader)]) == order_of(11, epoch=4)
+
+
+def test_the_order_is_the_states() -> None:
+    first = loader_of(9, seed=3, shuffle=True)
+    seen = next(iter(first))
+    second = loader_of(9, seed=4, shuffle=False)
+    second.load_state_dict(first.state_dict())
+    assert seen + interleaved([list(second)]) == order_of(9, seed=3)
+    assert second.state_dict()["seed"] == 3
+
+
+class Untrustworthy(Numbers):
+    """Fails at one sample until it is mended."""
+
+    bad: int | None = None
+
+    def __getitem__(self, i: int) -> int:
+        if i == self.bad:
+            raise OSError("unreadable")
+        return i
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_unreadable_batch_does_not_count(num_workers: int) -> None:
+    dataset, order = Untrustworthy(10), order_of(10)
+    dataset.bad = order[5]
+    loader = loader_of(dataset, num_workers=num_workers, persistent_workers=False)
+    seen: list[int] = []
+    iterator = iter(loader)
+    with pytest.raises(OSError, match="unreadable"):
+        seen.extend(itertools.chain.from_iterable(iterator))
+    assert (seen, loader.state_dict()["consumed"]) == (order[:4], 4)
+    assert next(iterator, None) is None, "it does not go on behind the batch"
+    dataset.bad = None
+    assert seen + interleaved([list(loader)]) == order
+
+
+def test_damage_is_raised(tmp_path: Path) -> None:
+    write_dataset(tmp_path, ["a", "b", "c"])
+    unit_paths(tmp_path, 0).shard.unlink()
+    with pytest.raises(VerificationError, match="shard-000000"):
+        list(EmbeddingLoader(EmbeddingDataset(tmp_path), 2, num_workers=1))
+
+
+class Drawing(Numbers):
+    """A sample is a random number of the process that reads it."""
+
+    def __getitem__(self, i: int) -> int:
+        return int(torch.randint(1 << 40, ()))
+
+
+def test_torchs_generator_is_left_alone() -> None:
+    """A resumed job begins an iteration more than one that was never stopped."""
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    drawn = [list(loader_of(Drawing(6), num_workers=1, rank=r, world_size=2)) for r in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    list(loader_of(6))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+def test_another_dataset_is_refused(root: Path, tmp_path: Path) -> None:
+    texts: list[Any] = [f"caption {i}" for i in range(13)]
+    write_dataset(tmp_path / "spec", texts, normalize=["nfc"])
+    write_dataset(tmp_path / "failed", [*texts, "nan"])
+    write_dataset(tmp_path / "other-failed", ["nan", *texts])
+    write_dataset(tmp_path / "more", [*texts, "one more"])
+    write_dataset(tmp_path / "same", texts)
+
+    def made(*folders: str | Path) -> EmbeddingLoader:
+        return loader_of(EmbeddingDataset([tmp_path / folder for folder in folders]))
+
+    state = made(root).state_dict()
+    made("same").load_state_dict(state)
+    with pytest.raises(ConflictError, match=r"fingerprint is [0-9a-f]{64}, that of .* here \w+"):
+        made("spec").load_state_dict(state)
+    for other in (["more"], ["same", "same"]):
+        with pytest.raises(ConflictError, match="samples_digest is"):
+            made(*other).load_state_dict(state)
+    failed = made("failed").state_dict()
+    assert failed["num_samples"] == 13
+    with pytest.raises(ConflictError, match="samples_digest is"):
+        made("other-failed").load_state_dict(failed)
+    with pytest.raises(ConflictError, match="fingerprint is None"):
+        made(root).load_state_dict(loader_of(13).state_dict())
+    with pytest.raises(ConflictError, match="it has 12 samples, the one here 13"):
+        loader_of(13).load_state_dict(loader_of(12).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2: expected 1"),
+        ({"consumed": 14}, "consumed=14"),
+        ({"consumed": -1}, "consumed=-1"),
+        ({"consumed": 1.5}, "'consumed' is 1.5"),
+        ({"epoch": True}, "'epoch' is True"),
+        ({"epoch": -1}, "epoch=-1"),
+        ({"seed": "0"}, "'seed' is '0'"),
+        ({"shuffle": 1}, "'shuffle' is 1"),
+        ({"fingerprint": 7}, "'fingerprint' is 7"),
+        ({"num_samples": None}, "'num_samples' is None"),
+    ],
+    ids=str,
+)
+def test_a_bad_state_changes_nothing(change: dict[str, Any], message: str) -> None:
+    loader = loader_of(13)
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    with pytest.raises(InputError, match=message):
+        loader.load_state_dict({**state, **change})
+    key = next(iter(change))
+    with pytest.raises(InputError, match=f"no '{key}' in"):
+        loader.load_state_dict({k: v for k, v in state.items() if k != key})
+    assert loader.state_dict() == state
+    assert next(iterator) == order_of(13)[2:4]
+
+
+def test_what_is_no_state_is_said() -> None:
+    state: Any
+    for state in ([], {}, None, {"_num_yielded": 3}):
+        with pytest.raises(InputError, match="no state of a loader"):
+            loader_of(3).load_state_dict(state)
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+
+def test_what_it_cannot_load() -> None:
+    with pytest.raises(InputError, match="Stream has no positions"):
+        loader_of(Stream())
+    with pytest.raises(InputError, match="no samples"):
+        loader_of(0)
+    with pytest.raises(InputError, match="in_order is False"):
+        loader_of(3, in_order=False)
+    with pytest.raises(ValueError, match="mutually exclusive"):
+        loader_of(3, drop_last=True)
+
+
+# --- with other loaders ---------------------------------------------------------------------------
+
+
+def test_the_sampler_in_a_plain_data_loader() -> None:
+    sampler = ResumableSampler(9, 2, rank=0, world_size=1)
+    plain: DataLoader[Any] = DataLoader(Numbers(9), batch_sampler=sampler, collate_fn=list)
+    assert len(plain) == 5
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        assert interleaved([list(plain)]) == order_of(9, epoch=epoch)
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+CONSUMER = """
+import itertools, json, os, sys
+from pathlib import Path
+from embed_precompute import EmbeddingDataset, EmbeddingLoader
+
+root, folder, workers = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+loader = EmbeddingLoader(EmbeddingDataset(root), 1, num_workers=workers, seed=9)
+state = folder / "state.json"
+seen = []
+if state.exists():
+    saved = json.loads(state.read_text())
+    loader.load_state_dict(saved["loader"])
+    seen = saved["seen"]
+for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
+    seen += batch["id"]
+    whole = folder / "whole"
+    whole.write_text(json.dumps({"loader": loader.state_dict(), "seen": seen}))
+    os.replace(whole, state)
+"""
+
+
+@pytest.mark.parametrize("kills", [3])
+def test_killed_and_resumed(root: Path, tmp_path: Path, kills: int) -> None:
+    """What a checkpoint saw and what came after it is each sample once, epoch after epoch."""
+    rng = random.Random(kills)
+    state = tmp_path / "state.json"
+    for attempt in range(kills):
+        words = [sys.executable, "-c", CONSUMER, str(root), str(tmp_path), str(attempt)]
+        process = subprocess.Popen(words, env=clean_environment(), start_new_session=True)
+        before = state.read_bytes() if state.exists() else b""
+        deadline = time.monotonic() + 60
+        while (state.read_bytes() if state.exists() else b"") == before:
+            assert process.poll() is None, "it ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.0002)
+        time.sleep(rng.uniform(0, 0.004))
+        process.kill()
+        process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # workers, which would end after some seconds
+    done = json.loads(state.read_text())
+    seen, loader = done["seen"], EmbeddingLoader(EmbeddingDataset(root), 1)
+    loader.load_state_dict(done["loader"])
+    assert len(seen) >= kills
+    seen += [each for batch in loader for each in batch["id"]]
+    assert seen == [each for epoch in range(loader.epoch) for each in ids(13, 9, epoch)]
