@@ -13,6 +13,7 @@ import pytest
 import torch
 from jobs import call, write_captions, write_job
 
+import bench_table
 from embed_precompute import load_config
 from embed_precompute.batching import make_batches, pack
 from embed_precompute.bench import BenchReport, Difference, EncoderBench, Measured, bench
@@ -118,6 +119,26 @@ def _share(found: EncoderBench, variant: str) -> float:
     return measured.real_share
 
 
+def test_forwards_of_one_cost_are_counted_not_run(tmp_path: Path, tiny_t5: Path) -> None:
+    fields = {"attention_mask": "padding", "max_length": 300}
+    job = write_job(tmp_path, tmp_path / "absent", tiny_t5, None, **fields)
+    names = ["hf-pad", "hf-random"]
+    (t5,) = bench(load_config(job), 96, 1, names, synthetic=True).encoders
+    pad, random = t5.measured
+    assert pad.batches == [(WINDOW, 300)] * 2  # 16,384 tokens and more
+    assert (pad.counted, random.counted) == (3.0, 3.0)
+    assert pad.real_share == pytest.approx(t5.num_tokens / (96 * 300))
+    assert pad.difference is not None
+    assert pad.difference.relative < 3e-6
+
+
+def test_no_room_for_float32(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embed_precompute.bench.memory.available", lambda device: 1000)
+    (_, t5) = bench(load_config(job), 4, 1, ["fused"]).encoders
+    assert t5.measured[0].difference is None
+    assert "the layers in float32 take 0.0 GiB" in t5.left_out["the difference from float32"]
+
+
 def test_bfloat16_shows_its_distance_from_float32(
     tmp_path: Path, corpus: list[str], tiny_t5: Path
 ) -> None:
@@ -197,7 +218,7 @@ def test_without_a_table(tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None
     words = ["--synthetic", "--rounds", "1", "--captions", "6", "--variants", "hf", "fused"]
     code, out, said = call("bench", str(job), *words)
     assert code == 0, said
-    assert "6 captions, 144 tokens: synthetic, the first of 16,384 captions" in out
+    assert "6 captions, 144 tokens (mean 24.0): synthetic, the first of 16,384 captions" in out
     assert "synthetic, 1 windows of 6 of 16,384 captions sorted by length" in out
 
 
@@ -239,8 +260,11 @@ def test_command_prints_a_table_and_writes_json(job: Path, tmp_path: Path) -> No
     code, out, said = call("bench", str(job), *words, "--json", str(target))
     assert code == 0, said
     assert "captions/s" in out
-    assert "t5: t5, attention_mask none, float32\n  5 captions, 120 tokens: the first of 100" in out
-    assert "hf: 2 of 4 x 24, 100 % of it needed (counted as 1.25 of 2 forwards)" in out
+    assert (
+        "t5: t5, attention_mask none, float32\n  5 captions, 120 tokens (mean 24.0): the first"
+        in out
+    )
+    assert "hf: 2 of 4 x 24, 100 % of it needed (counted as 1.25 forwards)" in out
     assert "hf-pad left out: it is no variant of t5, attention_mask none: hf, hf-eager" in out
     written = json.loads(target.read_text())
     assert [encoder["name"] for encoder in written["encoders"]] == ["clip", "t5"]
@@ -338,11 +362,43 @@ def test_ratios_are_medians_of_rounds() -> None:
     assert "shardformer         4.0         96     0.33     1.00x     250.0 MiB" in text
     assert "5.00e-01   2.5e-01" in text
     assert "hf left out: no reason" in text
-    assert "(counted as 1.50 of 2 forwards)" in text
+    assert "(counted as 1.50 forwards)" in text
     assert (
         comparison(other, fused) == "shardformer against fused: time +0.0 % (-25.0 to +10.0), "
         "peak memory +25.0 %"
     )
+
+
+def test_table_of_real_shapes(
+    tmp_path: Path,
+    tiny_t5: Path,
+    tiny_clip: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def tiny(folder: Path, shape: str, dtype: str, layers: int) -> Path:
+        return tiny_clip if shape == "clip" else tiny_t5
+
+    monkeypatch.setattr(bench_table, "checkpoint", tiny)
+    words = ["bench_table", str(tmp_path), "--jobs", "xxl-masked", "--dtypes", "float32"]
+    words += ["--num-captions", "4", "--rounds", "1", "--variants", "hf", "fused"]
+    monkeypatch.setattr(sys, "argv", words)
+    bench_table.main()
+    *_, head, _, row = capfd.readouterr().out.splitlines()
+    cells = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
+    assert cells["mode"] == "masked"
+    assert cells["shape"] == "2 layers of xxl"
+    assert float(cells["of GEMM"]) >= 0
+    assert cells["fused is"].endswith("x hf")
+
+
+def test_quick_weights_are_scaled_and_typed() -> None:
+    weights = bench_table.QuickWeights("bfloat16")
+    weights.add("w", 300, 400, std=0.05, mean=1.0)
+    made = weights.tensors["w"]
+    assert made.dtype == torch.bfloat16
+    assert made.float().std().item() == pytest.approx(0.05, rel=0.05)
+    assert made.float().mean().item() == pytest.approx(1.0, rel=0.01)
 
 
 def test_whole_job_beside_its_encoders_alone(job: Path) -> None:

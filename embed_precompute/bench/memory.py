@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+MEMORY = Path("/proc/meminfo")
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -47,13 +48,28 @@ def growth(device: str, forward: Callable[[], object]) -> int | None:
     return max(0, height - resident)
 
 
+def available(device: str) -> int | None:
+    """Bytes that may still be taken; None on a GPU, whose allocator says by itself when none are.
+
+    A limit of the process' control group, as of a container, is not looked at.
+    """
+    if device.startswith("cuda"):
+        return None
+    return _kib(MEMORY, "MemAvailable")
+
+
 def _trim() -> None:
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def _resident(name: str) -> int | None:
-    for line in STATUS.read_text().splitlines():
+    return _kib(STATUS, name)
+
+
+def _kib(path: Path, name: str) -> int | None:
+    """Bytes of a line such as `VmRSS: 10 kB`."""
+    for line in path.read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return None

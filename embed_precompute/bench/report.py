@@ -48,7 +48,8 @@ class Measured:
     batches: list[tuple[int, int]] = field(default_factory=list)
     """(B, L) of each forward; packed (1, T)."""
     counted: float = 0.0
-    """Forwards that count: one that too few captions were left to fill counts by its part."""
+    """Forwards that count: one that too few captions were left to fill counts by its part, and of
+    many that only differ in their ids some count for all."""
     real_share: float = 1.0
     """Of the positions that were computed (and count), those that the captions need."""
     round_s: list[float] = field(default_factory=list)
@@ -149,8 +150,12 @@ def _difference(written: dict[str, float] | None) -> Difference | None:
 
 def encoder_lines(bench: EncoderBench) -> list[str]:
     """The table of one encoder, and what stands behind it."""
+    mean = bench.num_tokens / bench.num_captions
     lines = ["", f"{bench.name}: {bench.mode}, {bench.dtype}"]
-    lines.append(f"  {bench.num_captions:,} captions, {bench.num_tokens:,} tokens: {bench.chosen}")
+    lines.append(
+        f"  {bench.num_captions:,} captions, {bench.num_tokens:,} tokens (mean {mean:.1f}): "
+        f"{bench.chosen}"
+    )
     if bench.measured:
         rate = statistics.median(bench.gemm_flops)
         lines.append(
@@ -196,8 +201,8 @@ def _behind(measured: Measured) -> list[str]:
         f"weights {_mib(measured.weight_bytes)}, buffers {_mib(measured.buffer_bytes)}, a forward "
         f"{_mib(measured.forward_bytes)}",
     ]
-    if measured.counted < len(measured.batches):
-        parts[0] += f" (counted as {measured.counted:.2f} of {len(measured.batches)} forwards)"
+    if measured.counted != len(measured.batches):
+        parts[0] += f" (counted as {measured.counted:.2f} forwards)"
     return [f"{measured.variant}: {'; '.join(parts)}"]
 
 

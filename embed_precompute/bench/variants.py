@@ -1,8 +1,10 @@
 """The variants of an encoder: ours as a job runs them, and transformers as others run it.
 
-Guarantees: every variant encodes the same captions with the same weights. Ours (`hf`, `fused`,
-`shardformer`) run in the forwards that a job has. A peer gets what its users give it: transformers'
-plain mask of ones and zeros, batches of 32 padded to their longest, or all padded to max_length.
+Guarantees: every variant encodes the same captions with the same weights; of those that pad all to
+one length, whose forwards cost the same, only the first are run, and counted for all. Ours (`hf`,
+`fused`, `shardformer`) run in the forwards that a job has. A peer gets what its users give it:
+transformers' plain mask of ones and zeros, batches of 32 padded to their longest, or all padded to
+max_length.
 What cannot run here is an InputError with the reason.
 Costs: the transformers variants share one copy of the weights (an eager one has its own); the
 others load their own.
@@ -108,6 +110,19 @@ def as_implementation(
     return encoder_registry.resolve(resolved.name, config, resolved.padded_length)
 
 
+PADDED_TOKENS = 1 << 14
+"""From so many tokens on, forwards that only differ in ids are not run but counted."""
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """What a variant runs."""
+
+    batches: list[TokenBatch]
+    times: float = 1.0
+    """How often each forward counts."""
+
+
 class VariantMaker:
     """Makes the variants of one encoder."""
 
@@ -117,7 +132,7 @@ class VariantMaker:
         self._device, self._output_dtype = device, output_dtype
         self._models: dict[str | None, Any] = {}
 
-    def make(self, name: str) -> tuple[TextEncoder, list[TokenBatch]]:
+    def make(self, name: str) -> tuple[TextEncoder, Forwards]:
         """A variant and its forwards. Raises InputError: why there is none."""
         mode = mode_of(self._resolved)
         if name not in MODES[mode]:
@@ -129,7 +144,7 @@ class VariantMaker:
             return self._own(variant)
         return self._peer(variant)
 
-    def _own(self, variant: Own) -> tuple[TextEncoder, list[TokenBatch]]:
+    def _own(self, variant: Own) -> tuple[TextEncoder, Forwards]:
         if variant.implementation == REFERENCE:
             model = self._model(None)
             encoder: TextEncoder = hf.HfEncoder(
@@ -140,9 +155,9 @@ class VariantMaker:
                 self._resolved, variant.implementation, compiled=variant.compiled
             )
             encoder = encoder_registry.build(resolved, self._device, self._output_dtype)
-        return encoder, list(encoder.resolved.batches(self._ids))
+        return encoder, Forwards(list(encoder.resolved.batches(self._ids)))
 
-    def _peer(self, variant: Peer) -> tuple[TextEncoder, list[TokenBatch]]:
+    def _peer(self, variant: Peer) -> tuple[TextEncoder, Forwards]:
         model = self._model(variant.attention)
         if variant.attention is not None and self._chosen_attention() == variant.attention:
             raise InputError(f"transformers chooses {variant.attention} here by itself: see hf.")
@@ -151,22 +166,26 @@ class VariantMaker:
         )
         return encoder, self._frames(variant)
 
-    def _frames(self, variant: Peer) -> list[TokenBatch]:
+    def _frames(self, variant: Peer) -> Forwards:
         resolved, ids = self._resolved, self._ids
         if variant.frames == "job":
-            return list(resolved.batches(ids))
+            return Forwards(list(resolved.batches(ids)))
         order = list(range(len(ids)))
         if variant.frames == "sorted":
             order.sort(key=lambda row: len(ids[row]))
-        batches = []
+        pads = variant.frames == "pad"
+        batches: list[TokenBatch] = []
+        encoded = 0
         for start in range(0, len(order), WINDOW):
             rows = order[start : start + WINDOW]
             longest = max(len(ids[row]) for row in rows)
-            length = resolved.config.resolved_max_length if variant.frames == "pad" else longest
+            frame = (len(rows), resolved.config.resolved_max_length if pads else longest)
             tokenizer = resolved.tokenizer
-            frame = (len(rows), length)
             batches.append(make_batch(ids, rows, frame, tokenizer.pad_id, tokenizer.filler))
-        return batches
+            encoded += len(rows)
+            if pads and encoded * frame[1] >= PADDED_TOKENS:
+                break
+        return Forwards(batches, times=len(ids) / encoded)
 
     def _model(self, attention: str | None) -> Any:
         if attention not in self._models:
