@@ -76,7 +76,7 @@ def make_batches(
     for shape in sorted(rows_of, key=lambda shape: shape[1]):
         rows = rows_of[shape]
         for start in range(0, len(rows), shape[0]):
-            yield _batch(ids, rows[start : start + shape[0]], shape, pad_id, filler)
+            yield make_batch(ids, rows[start : start + shape[0]], shape, pad_id, filler)
 
 
 def pack(ids: Sequence[NDArray[np.integer[Any]]], stream: int, pad_id: int) -> Iterator[TokenBatch]:
@@ -105,13 +105,14 @@ def pack(ids: Sequence[NDArray[np.integer[Any]]], stream: int, pad_id: int) -> I
         yield TokenBatch(input_ids, lengths, np.array(rows, dtype=np.int64), packed=True)
 
 
-def _batch(
+def make_batch(
     ids: Sequence[NDArray[np.integer[Any]]],
     rows: list[int],
     shape: Shape,
     pad_id: int,
     filler: NDArray[np.integer[Any]],
 ) -> TokenBatch:
+    """A batch of the captions `rows` of `ids`, at most B; `filler` is in the lines left over."""
     lines = [ids[row] for row in rows] + [filler] * (shape[0] - len(rows))
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     for line, tokens in enumerate(lines):

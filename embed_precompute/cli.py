@@ -144,24 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     status = _folder_command(commands, "status", _status, "what is done, left and failed")
     status.add_argument("--json", action="store_true", help="as one line of JSON")
 
-    bench = _config_command(
-        commands, "bench", _bench, "encoder implementations side by side on this device"
-    )
-    bench.add_argument(
-        "--captions",
-        type=_positive,
-        metavar="N",
-        help="the first N captions (default: a batch of each of an encoder's shapes)",
-    )
-    bench.add_argument(
-        "--rounds",
-        type=_positive,
-        default=5,
-        metavar="N",
-        help="times each implementation has its turn (default: %(default)s)",
-    )
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
-
+    _add_bench(commands)
     _add_verify_and_repair(commands)
     _folder_command(commands, "finalize", _finalize, "manifest and index from the unit records")
 
@@ -178,6 +161,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_export(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = _config_command(
+        commands, "bench", _bench, "encoder implementations side by side on this device"
+    )
+    bench.add_argument(
+        "--captions",
+        type=_positive,
+        metavar="N",
+        help="captions to encode: windows of 32 out of all, sorted by length (default: 192; one "
+        "batch where all captions are padded to one length)",
+    )
+    bench.add_argument(
+        "--rounds",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="times each variant has its turn (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="only these; a wrong name lists all"
+    )
+    bench.add_argument(
+        "--synthetic",
+        action="store_true",
+        help="no captions: random tokens in the lengths of video captions",
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
 
 
 def _add_verify_and_repair(commands: Any) -> None:
@@ -374,7 +386,13 @@ def _plan(config: Config, arguments: Any) -> int:
 def _bench(config: Config, arguments: Any) -> int:
     from embed_precompute.bench import bench
 
-    report = bench(config, arguments.captions, arguments.rounds)
+    report = bench(
+        config,
+        arguments.captions,
+        arguments.rounds,
+        arguments.variants,
+        synthetic=arguments.synthetic,
+    )
     for line in report.lines():
         print(line)
     if arguments.json is not None:

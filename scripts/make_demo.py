@@ -151,7 +151,7 @@ def demo_captions(num_rows: int, seed: int = 0) -> pa.Table:
     )
 
 
-class _Weights:
+class Weights:
     """Random tensors by name: the same for one seed, on any machine and torch version."""
 
     def __init__(self, seed: int) -> None:
@@ -179,7 +179,7 @@ class _Weights:
 
 
 def _save(
-    folder: Path, config: dict[str, Any], weights: _Weights, dtype: str, tokenizer: Tokenizer
+    folder: Path, config: dict[str, Any], weights: Weights, dtype: str, tokenizer: Tokenizer
 ) -> None:
     """config.json, model.safetensors, tokenizer.json and tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -221,18 +221,21 @@ def write_t5(
     vocab_size: int = 1000,
     dtype: str = "float32",
     seed: int = 0,
+    weights: Weights | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
     """Write a random T5 encoder and a tokenizer trained on `corpus`; returns `folder`.
 
     `model_type` is t5, mt5 or umt5 (umt5: a relative bias in every layer). `gated` is v1.1's gated
-    gelu; without it, the first T5's relu. Weights are scaled as T5 scales its own at birth.
+    gelu; without it, the first T5's relu. Weights are scaled as T5 scales its own at birth, and
+    made by `weights`. A `tokenizer` given is taken instead of training one.
     """
     if model_type not in ("t5", "mt5", "umt5"):
         raise ValueError(f"model_type is {model_type!r}: expected t5, mt5 or umt5.")
     if width % heads:
         raise ValueError(f"width {width} is not a multiple of heads {heads}.")
     head_width = width // heads
-    weights = _Weights(seed)
+    weights = weights or Weights(seed)
     weights.add("shared.weight", vocab_size, width, std=1.0)
     for layer in range(layers):
         block = f"encoder.block.{layer}.layer"
@@ -269,7 +272,7 @@ def write_t5(
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
     }
-    _save(folder, config, weights, dtype, t5_tokenizer(corpus, vocab_size))
+    _save(folder, config, weights, dtype, tokenizer or t5_tokenizer(corpus, vocab_size))
     return folder
 
 
@@ -284,18 +287,21 @@ def write_clip(
     eos_rule: Literal["first", "argmax"] = "first",
     dtype: str = "float32",
     seed: int = 0,
+    weights: Weights | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
     """Write a random CLIP text encoder (77 positions) and its tokenizer; returns `folder`.
 
     `eos_rule` is where transformers pools: `first` end-of-text token (config.json has its real id),
-    or `argmax` of the ids (config.json says 2, as OpenAI's own checkpoints do).
+    or `argmax` of the ids (config.json says 2, as OpenAI's own checkpoints do). `weights` and
+    `tokenizer` as in `write_t5`.
     """
     if vocab_size < 514:
         raise ValueError(f"vocab_size is {vocab_size}: expected 514 or more (bytes and specials).")
     if width % heads:
         raise ValueError(f"width {width} is not a multiple of heads {heads}.")
-    tokenizer = clip_tokenizer(corpus, vocab_size)
-    weights = _Weights(seed)
+    tokenizer = tokenizer or clip_tokenizer(corpus, vocab_size)
+    weights = weights or Weights(seed)
     embeddings = "text_model.embeddings"
     weights.add(f"{embeddings}.token_embedding.weight", vocab_size, width, std=1.0)
     weights.add(f"{embeddings}.position_embedding.weight", CLIP_POSITIONS, width, std=0.5)

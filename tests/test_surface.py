@@ -15,7 +15,10 @@ from embed_precompute import config, errors
 COMMANDS = {
     "run": {"--limit", "--print_config", "--print-config"},
     "plan": {"--limit", "--print_config", "--print-config", "--sample", "--write"},
-    "bench": {"--captions", "--json", "--print_config", "--print-config", "--rounds"},
+    "bench": {
+        *("--captions", "--json", "--print_config", "--print-config", "--rounds", "--synthetic"),
+        "--variants",
+    },
     "status": {"--json"},
     "verify": {"--level", "--sample", "--seed", "--device"},
     "repair": {"--failed"},

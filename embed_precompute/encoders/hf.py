@@ -89,15 +89,16 @@ def padding_mask(lengths: NDArray[np.int32], length: int, dtype: torch.dtype) ->
     return additive[:, None, None, :]
 
 
-def load_model(resolved: ResolvedEncoder) -> Any:
+def load_model(resolved: ResolvedEncoder, **hf_kwargs: Any) -> Any:
     """The model on the CPU, in eval mode, every weight from the checkpoint in the asked dtype.
 
+    `hf_kwargs` go to transformers' from_pretrained: another attention implementation, say.
     Raises InputError as `load_checkpoint` does.
     """
     where = f"encoders.{resolved.name}.pretrained"
     dtype: torch.dtype = getattr(torch, resolved.config.dtype)
     model = load_checkpoint(
-        where, resolved.folder, resolved.config.kind, resolved.model_type, dtype=dtype
+        where, resolved.folder, resolved.config.kind, resolved.model_type, dtype=dtype, **hf_kwargs
     )
     width = model.config.hidden_size if resolved.pooled else model.config.d_model
     if width != resolved.dim:

@@ -76,6 +76,8 @@ class CaptionTokenizer:
     """Highest id of the vocabulary, added tokens included."""
     filler: NDArray[np.int32]
     """[tokens] ids of the empty caption."""
+    special_ids: frozenset[int]
+    """Ids that stand for no text: pad, end, unknown, and the tokens added to the vocabulary."""
     digest: str
     """sha256 of the ids of a fixed probe set, whole and truncated."""
 
@@ -95,6 +97,9 @@ class CaptionTokenizer:
         self._backend.no_truncation()
         self.max_id = max(self._backend.get_vocab(with_added_tokens=True).values())
         self.filler = self._encode([""])[0]
+        added = self._backend.get_added_tokens_decoder()
+        named = [self.eos_id, self.pad_id, self._unk_id, *self.filler.tolist()]
+        self.special_ids = frozenset({*added, *(token for token in named if token is not None)})
         self._unknown_in_filler = int((self.filler == self._unk_id).sum())
         if max_length < len(self.filler):
             raise InputError(
