@@ -19,7 +19,7 @@ from embed_precompute.batching import make_batches, pack
 from embed_precompute.bench import BenchReport, Difference, EncoderBench, Measured, bench
 from embed_precompute.bench.measure import counted_shares, useful_flops
 from embed_precompute.bench.report import comparison, encoder_lines
-from embed_precompute.bench.variants import MODES
+from embed_precompute.bench.variants import MODES, topped_up
 from embed_precompute.bench.workload import (
     WINDOW,
     corpus_windows,
@@ -98,6 +98,10 @@ def test_forwards_are_those_that_the_names_say(everything: dict[str, EncoderBenc
     assert _batches(clip, "hf-pad") == [(WINDOW, 77)] * 2
     assert _batches(masked, "hf-pad") == [(WINDOW, 24)] * 2
     assert _batches(masked, "fused") == [(1, 4096)]
+    fused = masked.of("fused")
+    assert fused is not None
+    assert fused.counted == pytest.approx(masked.num_tokens / 4096, rel=0.01)
+    assert fused.real_share > 0.99
     for found in (masked, clip):
         (few, short), (many, long) = _batches(found, "hf-sorted")
         assert few == many == WINDOW
@@ -229,6 +233,14 @@ def test_a_part_empty_forward_counts_by_its_part() -> None:
     streams = list(pack(captions, 10, 0))  # three, three, three, one
     assert counted_shares(streams) == pytest.approx([1.0, 1.0, 1.0, 1 / 3])
     assert counted_shares(streams[:1]) == pytest.approx([0.9])
+
+
+def test_streams_are_full_of_the_same_captions() -> None:
+    ids = [np.full(length, length, np.int32) for length in (9, 2, 5, 3)]
+    given = topped_up(ids, 50)
+    assert [len(tokens) for tokens in given] == [9, 2, 5, 3, 9, 2, 5, 3, 9, 2]
+    assert sum(map(len, given)) == 49
+    assert topped_up(ids, 19) == ids
 
 
 def test_flops_by_hand(tiny_t5: Path, tiny_clip: Path) -> None:

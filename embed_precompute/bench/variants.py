@@ -2,7 +2,8 @@
 
 Guarantees: every variant encodes the same captions with the same weights; of those that pad all to
 one length, whose forwards cost the same, only the first are run, and counted for all. Ours (`hf`,
-`fused`, `shardformer`) run in the forwards that a job has. A peer gets what its users give it:
+`fused`, `shardformer`) run in the forwards that a job has: streams are full, with more of the same
+captions, and count by what they hold of those given. A peer gets what its users give it:
 transformers' plain mask of ones and zeros, batches of 32 padded to their longest, or all padded to
 max_length.
 What cannot run here is an InputError with the reason.
@@ -155,7 +156,11 @@ class VariantMaker:
                 self._resolved, variant.implementation, compiled=variant.compiled
             )
             encoder = encoder_registry.build(resolved, self._device, self._output_dtype)
-        return encoder, Forwards(list(encoder.resolved.batches(self._ids)))
+        if not encoder.resolved.packed:
+            return encoder, Forwards(list(encoder.resolved.batches(self._ids)))
+        given = topped_up(self._ids, encoder.resolved.shapes[0][1])
+        times = sum(map(len, self._ids)) / sum(map(len, given))
+        return encoder, Forwards(list(encoder.resolved.batches(given)), times)
 
     def _peer(self, variant: Peer) -> tuple[TextEncoder, Forwards]:
         model = self._model(variant.attention)
@@ -197,6 +202,19 @@ class VariantMaker:
 
     def _chosen_attention(self) -> str:
         return str(self._model(None).config._attn_implementation)
+
+
+def topped_up(ids: Ids, stream: int) -> Ids:
+    """`ids`, and behind them as many of them again as their streams have room for: a job's streams
+    are full, and one that is not would seem cheap, for its attention has little to do."""
+    given = list(ids)
+    room = -sum(map(len, ids)) % stream
+    while fitting := [tokens for tokens in ids if len(tokens) <= room]:
+        for tokens in fitting:
+            if len(tokens) <= room:
+                given.append(tokens)
+                room -= len(tokens)
+    return given
 
 
 class PeerEncoder:
