@@ -30,65 +30,85 @@ class ClipBody:
         self._heads: int = config.num_attention_heads
         self._scale = (config.hidden_size // self._heads) ** -0.5
         self._activation: str = config.hidden_act
+        self._output_bias = [_output_bias(layer.self_attn) for layer in self._text.encoder.layers]
 
     def __call__(
         self, ids: torch.Tensor, batch: TokenBatch, groups: list[Group], keep: torch.Tensor | None
     ) -> torch.Tensor:
         """See `fused.Body`."""
         assert keep is not None, "CLIP is pooled"
-        space = self._workspace
+        space, layers = self._workspace, self._text.encoder.layers
         steps = space.steps(len(ids))
         words = self._text.embeddings.token_embedding.weight
         places = self._text.embeddings.position_embedding.weight
         position = torch.from_numpy(_positions(batch)).to(space.device)
         stream = space.take("stream", steps[-1].stop, words.shape[1])
+        normed = space.take("normed", *stream.shape)
         space.kernels.embed(ids, words, stream)
         stream[: len(ids)].add_(functional.embedding(position, places))
-        *layers, last = self._text.encoder.layers
-        for layer in layers:
-            mixed = self._attention(layer, stream, steps, groups)
+        for rows in steps:
+            space.kernels.layer_norm(stream[rows], layers[0].layer_norm1, normed[rows])
+        following = [*(layer.layer_norm1 for layer in layers[1:]), self._text.final_layer_norm]
+        for number, layer in enumerate(layers):
+            mixed = self._attention(layer.self_attn, normed, steps, groups)
+            if number == len(layers) - 1:
+                # Only what is kept goes on, in products of one size again.
+                keep = functional.pad(keep, (0, -len(keep) % KEPT_ROWS))
+                steps = [slice(at, at + KEPT_ROWS) for at in range(0, len(keep), KEPT_ROWS)]
+                stream, mixed, normed = stream[keep], mixed[keep], normed[keep]
             for rows in steps:
-                self._after_attention(layer, stream[rows], mixed[rows])
-        # Of the last layer only what is kept goes on, in products of one size again.
-        mixed = self._attention(last, stream, steps, groups)
-        keep = functional.pad(keep, (0, -len(keep) % KEPT_ROWS))
-        kept, mixed = stream[keep], mixed[keep]
-        for start in range(0, len(keep), KEPT_ROWS):
-            rows = slice(start, start + KEPT_ROWS)
-            self._after_attention(last, kept[rows], mixed[rows])
-        return self._norm(kept, self._text.final_layer_norm)[: len(batch.lengths)]
-
-    def _norm(self, stream: torch.Tensor, norm: Any) -> torch.Tensor:
-        normed = self._workspace.take("normed", *stream.shape)
-        kernels = self._workspace.kernels
-        kernels.layer_norm(stream, norm.weight, norm.bias, norm.eps, normed)
-        return normed
+                self._after_attention(number, stream[rows], mixed[rows], normed[rows])
+                delta = self._feed_forward(layer.mlp, normed[rows])
+                space.kernels.add_layer_norm(
+                    stream[rows], delta, layer.mlp.fc2.bias, following[number], normed[rows]
+                )
+        return normed[: len(batch.lengths)]
 
     def _attention(
-        self, layer: Any, stream: torch.Tensor, steps: list[slice], groups: list[Group]
+        self, parts: Any, normed: torch.Tensor, steps: list[slice], groups: list[Group]
     ) -> torch.Tensor:
-        """[T, D], before the output matrix."""
-        space, parts = self._workspace, layer.self_attn
-        q, k, v = qkv = tuple(space.take(name, *stream.shape) for name in "qkv")
+        """[T, D], before the output matrix. `_output_bias` says where two of the biases are."""
+        space = self._workspace
+        q, k, v = (space.take(name, *normed.shape) for name in "qkv")
         for rows in steps:
-            normed = self._norm(stream[rows], layer.layer_norm1)
-            for linear, out in ((parts.q_proj, q), (parts.k_proj, k), (parts.v_proj, v)):
-                space.linear(normed, linear.weight, linear.bias, out[rows])
-        mixed = space.take("mixed", *stream.shape)
-        attend(qkv, groups, self._heads, None, self._scale, mixed)
+            space.linear(normed[rows], parts.q_proj.weight, q[rows], parts.q_proj.bias)
+            space.linear(normed[rows], parts.k_proj.weight, k[rows])
+            space.linear(normed[rows], parts.v_proj.weight, v[rows])
+        mixed = space.take("mixed", *normed.shape)
+        attend((q, k, v), groups, self._heads, None, self._scale, mixed)
         return mixed
 
-    def _after_attention(self, layer: Any, stream: torch.Tensor, mixed: torch.Tensor) -> None:
-        """The rest of a layer, on rows of the stream, in place."""
-        space, output, dense = self._workspace, layer.self_attn.out_proj, layer.mlp
-        space.add_linear(stream, mixed, output.weight)
-        stream.add_(output.bias)
-        normed = self._norm(stream, layer.layer_norm2)
-        inner = space.take("inner", len(stream), dense.fc1.weight.shape[0])
-        space.linear(normed, dense.fc1.weight, dense.fc1.bias, inner)
-        space.kernels.activate(inner, self._activation, None)
-        space.add_linear(stream, inner, dense.fc2.weight)
-        stream.add_(dense.fc2.bias)
+    def _after_attention(
+        self, number: int, stream: torch.Tensor, mixed: torch.Tensor, normed: torch.Tensor
+    ) -> None:
+        """Add rows of `mixed` to the stream, through the output matrix; norm the sum."""
+        space, layer = self._workspace, self._text.encoder.layers[number]
+        delta = space.take("delta", *stream.shape)
+        space.linear(mixed, layer.self_attn.out_proj.weight, delta)
+        bias = self._output_bias[number]
+        space.kernels.add_layer_norm(stream, delta, bias, layer.layer_norm2, normed)
+
+    def _feed_forward(self, dense: Any, normed: torch.Tensor) -> torch.Tensor:
+        """[rows, D], without the last bias."""
+        space = self._workspace
+        inner = space.take("inner", len(normed), dense.fc1.weight.shape[0])
+        space.linear(normed, dense.fc1.weight, inner)
+        space.kernels.activate_biased(inner, self._activation, dense.fc1.bias)
+        delta = space.take("delta", *normed.shape)
+        space.linear(inner, dense.fc2.weight, delta)
+        return delta
+
+
+@torch.inference_mode()
+def _output_bias(attention: Any) -> torch.Tensor:
+    """[D] float32: the output's bias, and that of the values behind the output matrix.
+
+    The weights of attention sum to one, so the values' bias passes through it; that of the keys
+    adds the same to every product of a query, which no softmax sees.
+    """
+    output, values = attention.out_proj, attention.v_proj
+    through: torch.Tensor = output.weight.float() @ values.bias.float() + output.bias.float()
+    return through
 
 
 def _positions(batch: TokenBatch) -> np.ndarray:

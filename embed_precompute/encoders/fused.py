@@ -36,7 +36,7 @@ class Group:
     length: int
 
 
-PRODUCT_ROWS = 4096
+PRODUCT_ROWS = 2048
 """Rows of one matrix product on a CPU: enough for its full rate, and what lies between two products
 of a layer stays in a cache."""
 ATTENTION_TOKENS = 2048
@@ -96,7 +96,11 @@ class Workspace:
         return self.take("weight", *weight.shape).copy_(weight)
 
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None = None,
     ) -> None:
         """out[T, N] = x[T, K] weight[N, K]^T + bias[N]."""
         matrix = self.weight(weight).t()

@@ -42,16 +42,21 @@ class Kernels:
         """T5's norm of the rows of x [T, D]: no mean, no bias; the statistics in float32."""
         self._run(_rms_norm, (x, out), weight.float(), eps)
 
-    def layer_norm(
+    def layer_norm(self, x: torch.Tensor, norm: Any, out: torch.Tensor) -> None:
+        """CLIP's norm of the rows of x [T, D]; `norm` is the model's module."""
+        self._run(_layer_norm, (x, out), norm.weight.float(), norm.bias.float(), norm.eps)
+
+    def add_layer_norm(
         self,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        delta: torch.Tensor,
         bias: torch.Tensor,
-        eps: float,
+        norm: Any,
         out: torch.Tensor,
     ) -> None:
-        """CLIP's norm of the rows of x [T, D]."""
-        self._run(_layer_norm, (x, out), weight.to(x.dtype), bias.to(x.dtype), eps)
+        """x += delta + bias, then the norm of the sum; the sum is rounded only where it is kept."""
+        weights = (bias.float(), norm.weight.float(), norm.bias.float())
+        self._run(_add_layer_norm, (x, delta, out), *weights, norm.eps)
 
     def activate(self, inner: torch.Tensor, activation: str, gate: torch.Tensor | None) -> None:
         """inner = activation(inner) * gate, in place; [T, F]."""
@@ -59,6 +64,10 @@ class Kernels:
             self._run(_activate, (inner,), activation)
         else:
             self._run(_activate_gated, (inner, gate), activation)
+
+    def activate_biased(self, inner: torch.Tensor, activation: str, bias: torch.Tensor) -> None:
+        """inner = activation(inner + bias), in place; [T, F]."""
+        self._run(_activate_biased, (inner,), bias.float(), activation)
 
     def _run(self, kernel: Callable[..., None], rows: tuple[torch.Tensor, ...], *rest: Any) -> None:
         if self._compiled:
@@ -102,7 +111,21 @@ def _rms_norm(x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, eps: flo
 def _layer_norm(
     x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> None:
-    out.copy_(functional.layer_norm(x, weight.shape, weight, bias, eps))
+    out.copy_(functional.layer_norm(x.float(), weight.shape, weight, bias, eps))
+
+
+def _add_layer_norm(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    out: torch.Tensor,
+    added: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> None:
+    total = x.float() + (delta.float() + added)
+    x.copy_(total)
+    out.copy_(functional.layer_norm(total, weight.shape, weight, bias, eps))
 
 
 def _activate(inner: torch.Tensor, activation: str) -> None:
@@ -111,6 +134,10 @@ def _activate(inner: torch.Tensor, activation: str) -> None:
 
 def _activate_gated(inner: torch.Tensor, gate: torch.Tensor, activation: str) -> None:
     inner.copy_(ACTIVATIONS[activation](inner.float()) * gate)
+
+
+def _activate_biased(inner: torch.Tensor, bias: torch.Tensor, activation: str) -> None:
+    inner.copy_(ACTIVATIONS[activation](inner.float() + bias))
 
 
 def _gelu_new(x: torch.Tensor) -> torch.Tensor:

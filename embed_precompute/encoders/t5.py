@@ -79,7 +79,7 @@ class T5Body:
         for rows in steps:
             normed = self._norm(stream[rows], layer.layer_norm.weight)
             for linear, out in ((parts.q, q), (parts.k, k), (parts.v, v)):
-                space.linear(normed, linear.weight, None, out[rows])
+                space.linear(normed, linear.weight, out[rows])
         mixed = space.take("mixed", *shape)
         attend(qkv, groups, self._heads, bias, 1.0, mixed)
         return mixed
@@ -90,10 +90,10 @@ class T5Body:
         gated = hasattr(parts, "wi_0")
         first = parts.wi_0 if gated else parts.wi
         inner = space.take("inner", len(stream), first.weight.shape[0])
-        space.linear(normed, first.weight, None, inner)
+        space.linear(normed, first.weight, inner)
         gate = space.take("gate", *inner.shape) if gated else None
         if gate is not None:
-            space.linear(normed, parts.wi_1.weight, None, gate)
+            space.linear(normed, parts.wi_1.weight, gate)
         space.kernels.activate(inner, self._activation, gate)
         space.add_linear(stream, inner, parts.wo.weight)
 
