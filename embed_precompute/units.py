@@ -45,6 +45,13 @@ from embed_precompute.store.manifest import (
 )
 from embed_precompute.store.shards import ShardFile, ShardReader, ShardWriter
 
+EXPONENT_BITS = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+}
+"""dtype -> integers of its size, and the bits that are all set in inf and nan, and only there."""
+
 
 @dataclass
 class EncodedTokens:
@@ -161,7 +168,7 @@ class UnitWriter:
             vectors = values[line]
             if vectors.dim() == 2:
                 vectors = vectors[: lengths[row]]
-            if not bool(torch.isfinite(vectors).all()):
+            if not is_finite(vectors):
                 self._reject(row, Status.NON_FINITE, f"text_{name} holds inf or nan")
                 continue
             self._shard.write(name, row, vectors)
@@ -315,6 +322,17 @@ class UnitWriter:
             }
             for name, tokens in self._unit.tokens.items()
         }
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no element is inf or nan; `values` is contiguous, on the CPU.
+
+    By numpy and from the bits: torch would start threads of its own here, in the writer's, beside
+    those of the encoder. Those wait for each other spinning, and a run took a tenth longer.
+    """
+    integers, exponent = EXPONENT_BITS[values.dtype]
+    bits = values.reshape(-1).view(integers).numpy()
+    return not bits.size or int(np.bitwise_and(bits, exponent).max()) != exponent
 
 
 def _entry(file: StoredFile) -> dict[str, Any]:

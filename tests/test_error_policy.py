@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from handmade import write_dataset
 from jobs import call, dataset_bytes, write_captions, write_job
 
@@ -27,6 +28,7 @@ from embed_precompute.store.manifest import finalize
 from embed_precompute.store.records import read_record, unit_paths
 from embed_precompute.store.rows import read_samples
 from embed_precompute.store.space import UNLIMITED, Room, _lower, _Quota, room_at
+from embed_precompute.units import is_finite
 from embed_precompute.verify import verify
 
 STRIDE = 5
@@ -262,3 +264,18 @@ def test_index_arrays_of_another_header_are_refused(tmp_path: Path) -> None:
     index = DatasetIndex(tmp_path)
     assert index.status.dtype == np.uint8
     assert os.path.exists(tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_finite(dtype: torch.dtype) -> None:
+    """As torch says, for every half-precision number there is; and for the edges of float32."""
+    edges = [0.0, -0.0, torch.finfo(dtype).max, torch.finfo(dtype).min, torch.finfo(dtype).tiny]
+    wrong = [torch.inf, -torch.inf, torch.nan, -torch.nan]
+    values = torch.tensor([*edges, *wrong], dtype=dtype)
+    if dtype.itemsize == 2:
+        values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    for value in values:
+        row = torch.tensor([1.0, 0.0, -2.0], dtype=dtype)
+        row[1] = value
+        assert is_finite(row.view(3, 1)) is bool(torch.isfinite(value))
+    assert is_finite(torch.empty(0, 4, dtype=dtype))
