@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from embed_precompute.batching import TokenBatch
+from embed_precompute.encoders.copies import upload
 from embed_precompute.encoders.fused import Group, Workspace, attend
 
 KEPT_ROWS = 256
@@ -41,7 +42,7 @@ class ClipBody:
         steps = space.steps(len(ids))
         words = self._text.embeddings.token_embedding.weight
         places = self._text.embeddings.position_embedding.weight
-        position = torch.from_numpy(_positions(batch)).to(space.device)
+        position = upload(torch.from_numpy(_positions(batch)), space.device)
         stream = space.take("stream", steps[-1].stop, words.shape[1])
         normed = space.take("normed", *stream.shape)
         space.kernels.embed(ids, words, stream)

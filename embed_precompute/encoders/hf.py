@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from embed_precompute.batching import TokenBatch
 from embed_precompute.encoders import ResolvedEncoder
 from embed_precompute.encoders.checkpoint import MODEL_CLASSES, quiet_transformers
+from embed_precompute.encoders.copies import Copies, Lines, Pending, upload
 from embed_precompute.errors import InputError, InternalError
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -42,7 +43,7 @@ class HfEncoder:
         self.resolved = resolved
         self._device = torch.device(device)
         self._dtype: torch.dtype = getattr(torch, resolved.config.dtype)
-        self._output_dtype: torch.dtype = getattr(torch, output_dtype)
+        self._copies = Copies(self._device, getattr(torch, output_dtype))
         self._masked = resolved.config.attention_mask == "padding"
         self._output = "pooler_output" if resolved.pooled else "last_hidden_state"
         self._shapes = {*resolved.shapes, resolved.null_shape}
@@ -53,22 +54,26 @@ class HfEncoder:
         """See `TextEncoder.weight_bytes`."""
         return weight_bytes(self._model)
 
-    def encode(self, batch: TokenBatch) -> torch.Tensor:
+    def encode(self, batch: TokenBatch) -> Lines:
         """See `TextEncoder.encode`."""
+        return self.submit(batch).wait()
+
+    def submit(self, batch: TokenBatch) -> Pending:
+        """See `TextEncoder.submit`."""
         if batch.input_ids.shape not in self._shapes:
             raise InternalError(f"A batch is {batch.input_ids.shape}: expected {self._shapes}.")
         message = forward_too_large(self.resolved, batch, self._device)
         with torch.inference_mode(), out_of_memory(message), tf32(self.resolved):
-            input_ids = torch.from_numpy(batch.input_ids).to(self._device, non_blocking=True)
+            input_ids = upload(torch.from_numpy(batch.input_ids), self._device)
             output = self._model(input_ids=input_ids, attention_mask=self._mask(batch))
             embeddings: torch.Tensor = getattr(output, self._output)
-            return embeddings.to(self._output_dtype).cpu().contiguous()
+            return self._copies.download(embeddings, reused=False)
 
     def _mask(self, batch: TokenBatch) -> torch.Tensor | None:
         if not self._masked:
             return None
         mask = padding_mask(batch.lengths, batch.input_ids.shape[1], self._dtype)
-        return mask.to(self._device, non_blocking=True)
+        return upload(mask, self._device)
 
 
 def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> HfEncoder:
