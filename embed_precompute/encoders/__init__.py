@@ -236,10 +236,14 @@ def resolve(
     )
 
 
-def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> TextEncoder:
-    """Load the model onto `device` (cpu, cuda, cuda:N). Raises InputError: damaged checkpoint."""
+def build(
+    resolved: ResolvedEncoder, device: str, output_dtype: str, *, may_offload: bool = True
+) -> TextEncoder:
+    """Load the model onto `device` (cpu, cuda, cuda:N); where it does not fit on a GPU, some of its
+    layers stay in host memory, if they may. Raises InputError: damaged checkpoint, no room."""
     module = importlib.import_module(IMPLEMENTATIONS[resolved.implementation])
-    return cast(TextEncoder, module.build(resolved, device, output_dtype))
+    built = module.build(resolved, device, output_dtype, may_offload=may_offload)
+    return cast(TextEncoder, built)
 
 
 def _implementation(where: str, config: EncoderConfig, checkpoint: Checkpoint) -> str:

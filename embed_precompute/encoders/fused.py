@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 from embed_precompute.batching import TokenBatch
-from embed_precompute.encoders import ResolvedEncoder, hf
+from embed_precompute.encoders import ResolvedEncoder, hf, offload
 from embed_precompute.encoders.copies import Copies, Lines, Pending, upload
 from embed_precompute.encoders.kernels import Kernels
 from embed_precompute.errors import InternalError
@@ -189,7 +189,9 @@ def longest_of(resolved: ResolvedEncoder) -> int:
 class FusedEncoder:
     """A text encoder with our own body."""
 
-    def __init__(self, resolved: ResolvedEncoder, device: str, output_dtype: str) -> None:
+    def __init__(
+        self, resolved: ResolvedEncoder, device: str, output_dtype: str, *, may_offload: bool
+    ) -> None:
         from embed_precompute.encoders import clip, t5
 
         self.resolved = resolved
@@ -197,9 +199,7 @@ class FusedEncoder:
         self._copies = Copies(self._device, getattr(torch, output_dtype))
         self._shapes = {*resolved.shapes, resolved.null_shape}
         dtype: torch.dtype = getattr(torch, resolved.config.dtype)
-        model: Any = hf.load_model(resolved)
-        with hf.out_of_memory(hf.weights_too_large(resolved, device)):
-            self._model = model.to(self._device)
+        self._model: Any = hf.load_on(resolved, self._device, may_offload=may_offload)
         self._body: Body
         if resolved.compiled and self._device.type == "cuda":
             from embed_precompute.encoders import graph
@@ -215,7 +215,7 @@ class FusedEncoder:
 
     def weight_bytes(self) -> int:
         """See `TextEncoder.weight_bytes`."""
-        return hf.weight_bytes(self._model)
+        return offload.num_bytes(self._model)
 
     def encode(self, batch: TokenBatch) -> Lines:
         """See `TextEncoder.encode`."""
@@ -256,5 +256,8 @@ class FusedEncoder:
         )
 
 
-def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> FusedEncoder:
-    return FusedEncoder(resolved, device, output_dtype)
+def build(
+    resolved: ResolvedEncoder, device: str, output_dtype: str, *, may_offload: bool
+) -> FusedEncoder:
+    """See `encoders.build`."""
+    return FusedEncoder(resolved, device, output_dtype, may_offload=may_offload)
