@@ -379,6 +379,8 @@ class RuntimeConfig:
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes this rank's GPU when there is one."""
+    offload: Literal["auto", "never"] = "auto"
+    """auto: layers that do not fit on a GPU stay in host memory (a warning); never: an error."""
     max_failed_samples: int = 100
     """Samples that may fail (status non_finite or error) before the run stops with exit 5."""
     on_environment_change: Literal["warn", "refuse"] = "warn"

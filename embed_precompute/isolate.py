@@ -9,28 +9,45 @@ Costs: nothing while all goes well; one forward per caption of a batch that fail
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 import torch
 
 from embed_precompute.batching import TokenBatch, make_batches, pack
 from embed_precompute.encoders import TextEncoder
+from embed_precompute.encoders.copies import Lines, Pending
 from embed_precompute.errors import EmbedPrecomputeError
 
 MAX_REASON = 200
 
 
-Lines = torch.Tensor | list[torch.Tensor]
+@dataclass(frozen=True)
+class Forward:
+    """A forward that was begun."""
+
+    batch: TokenBatch
+    pending: Pending
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """A reason for every caption (of `batch.rows`) without an embedding."""
+
+    def ready(self) -> bool:
+        """Whether `pending.wait` would return at once."""
+        return self.pending.ready()
 
 
-def encode_batch(encoder: TextEncoder, batch: TokenBatch) -> tuple[Lines, dict[int, str]]:
-    """The embeddings of a batch, and a reason for every caption (of `batch.rows`) without one."""
+def begin(encoder: TextEncoder, batch: TokenBatch) -> Forward:
+    """Begin the forward of a batch. What fails later, while it is waited for, is an error of the
+    device and no sample's fault."""
     try:
-        return encoder.encode(batch), {}
+        return Forward(batch, encoder.submit(batch))
     except (EmbedPrecomputeError, MemoryError):
         raise
     except Exception as error:
         if _lost_device(error):
             raise
-        return _one_by_one(encoder, batch, error)
+        lines, failed = _one_by_one(encoder, batch, error)
+        return Forward(batch, Pending(lines), failed)
 
 
 def _lost_device(error: Exception) -> bool:
@@ -58,7 +75,7 @@ def _one_by_one(
             text = " ".join(str(error).split())[:MAX_REASON]
             reasons[row] = f"the encoder failed: {type(error).__name__}: {text}"
         else:
-            lines[line] = encoded[0]
+            lines[line] = encoded[0].clone()  # its whole forward's memory is not kept
     return torch.stack(lines) if isinstance(empty, torch.Tensor) else lines, reasons
 
 

@@ -113,9 +113,10 @@ def _build_encoders(prepared: Prepared, device: str) -> list[TextEncoder]:
     """Load every encoder and run one forward of each shape, so that a shape that does not fit in
     memory fails now and not after an hour."""
     dtype = prepared.config.output.dtype
+    may_offload = prepared.config.runtime.offload == "auto"
     built = []
     for resolved in prepared.encoders:
-        encoder = encoder_registry.build(resolved, device, dtype)
+        encoder = encoder_registry.build(resolved, device, dtype, may_offload=may_offload)
         with one_compiles_first(resolved.compiled):
             for batch in resolved.every_shape():
                 encoder.encode(batch)

@@ -3,7 +3,8 @@
 Guarantees: an error in any stage ends all three and is raised by `Stages.run`; a unit is handed to
 the writer whole or dropped; a stop request is met within the grace.
 Costs: one reader thread, one writer thread; memory holds the token ids of `prefetch_units` + 3
-units and `write_queue_batches` encoded batches.
+units and `write_queue_batches` encoded batches, on a GPU up to `copies.IN_FLIGHT` more. A GPU is
+idle between two units for the time that the next one's first batch takes to be laid out.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
 
 from embed_precompute.distributed import NULL_UNIT, Claims, DistContext
 from embed_precompute.encoders import TextEncoder
+from embed_precompute.encoders.copies import Lines, in_order
 from embed_precompute.errors import IncompleteError
-from embed_precompute.isolate import encode_batch
+from embed_precompute.isolate import Forward, begin
 from embed_precompute.plan import Plan
 from embed_precompute.preemption import StopRequest
 from embed_precompute.preflight import Prepared
@@ -83,8 +84,8 @@ class _Encoded:
     unit: Unit
     name: str = ""
     rows: np.ndarray | None = None
-    values: torch.Tensor | list[torch.Tensor] | None = None
-    failed: dict[int, str] = field(default_factory=dict)
+    values: Lines | None = None
+    failed: Mapping[int, str] = field(default_factory=dict)
     abandoned: bool = False
 
 
@@ -188,13 +189,21 @@ class Stages:
 
     def _encoded_batches(self, unit: Unit) -> Iterator[_Encoded]:
         for encoder in self._encoders:
-            resolved = encoder.resolved
-            ids = unit.tokens[resolved.name].ids
-            for batch in resolved.batches(ids, null=unit.is_null):
+            for forward in in_order(self._forwards(encoder, unit)):
                 began = time.monotonic()
-                values, failed = encode_batch(encoder, batch)
+                values = forward.pending.wait()
                 self.encode_seconds += time.monotonic() - began
-                yield _Encoded(unit, resolved.name, batch.rows, values, failed)
+                rows = forward.batch.rows
+                yield _Encoded(unit, encoder.resolved.name, rows, values, forward.failed)
+
+    def _forwards(self, encoder: TextEncoder, unit: Unit) -> Iterator[Forward]:
+        resolved = encoder.resolved
+        ids = unit.tokens[resolved.name].ids
+        for batch in resolved.batches(ids, null=unit.is_null):
+            began = time.monotonic()
+            forward = begin(encoder, batch)
+            self.encode_seconds += time.monotonic() - began
+            yield forward
 
     def _write(self) -> None:
         messages = iter(self._batches)

@@ -94,6 +94,7 @@ def encoders_alone(config: Any, captions: int | None) -> float:
 
     from embed_precompute import encoders
     from embed_precompute.distributed import DistContext
+    from embed_precompute.encoders.copies import in_order
     from embed_precompute.preflight import prepare, resolve_device
     from embed_precompute.units import read_unit
 
@@ -116,8 +117,9 @@ def encoders_alone(config: Any, captions: int | None) -> float:
     for unit in units:
         for encoder in built:
             ids = unit.tokens[encoder.resolved.name].ids
-            for batch in encoder.resolved.batches(ids, null=unit.is_null):
-                encoder.encode(batch)
+            batches = encoder.resolved.batches(ids, null=unit.is_null)
+            for pending in in_order(map(encoder.submit, batches)):
+                pending.wait()
     torch.distributed.barrier()
     return time.monotonic() - began
 

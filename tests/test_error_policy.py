@@ -62,13 +62,13 @@ def before_each_forward(
     patch: pytest.MonkeyPatch, check: Callable[[TextEncoder, TokenBatch], None]
 ) -> None:
     for encoder_class in (HfEncoder, FusedEncoder):
-        original = encoder_class.encode
+        original = encoder_class.submit
 
-        def encode(self: Any, batch: Any, original: Any = original) -> Any:
+        def submit(self: Any, batch: Any, original: Any = original) -> Any:
             check(self, batch)
             return original(self, batch)
 
-        patch.setattr(encoder_class, "encode", encode)
+        patch.setattr(encoder_class, "submit", submit)
 
 
 def test_a_poisoned_sample_gets_a_status_and_its_neighbours_their_bytes(

@@ -128,15 +128,15 @@ def job(tiny_clip: Path, tmp_path: Path) -> Path:
 
 def at_batch(patch: pytest.MonkeyPatch, n: int, act: Callable[[], None]) -> None:
     """`act` before the n-th forward; warm-up forwards are counted too."""
-    original, count = HfEncoder.encode, [0]
+    original, count = HfEncoder.submit, [0]
 
-    def encode(self: HfEncoder, batch: Any) -> Any:
+    def submit(self: HfEncoder, batch: Any) -> Any:
         count[0] += 1
         if count[0] == n:
             act()
         return original(self, batch)
 
-    patch.setattr(HfEncoder, "encode", encode)
+    patch.setattr(HfEncoder, "submit", submit)
 
 
 def terminate() -> None:

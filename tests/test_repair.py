@@ -16,8 +16,7 @@ from jobs import call, dataset_bytes, write_captions, write_job
 
 from embed_precompute import preflight, reencode
 from embed_precompute import repair as repair_module
-from embed_precompute.encoders.fused import FusedEncoder
-from embed_precompute.encoders.hf import HfEncoder
+from embed_precompute.encoders.copies import Pending
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import replace_bytes, seal
 from embed_precompute.store.leftovers import QUARANTINE
@@ -86,15 +85,14 @@ def test_deep_in_half_precision_and_with_padding(
 
 
 def disturb(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Of both implementations: another environment is compared with the reference."""
-    for encoder_class in (HfEncoder, FusedEncoder):
-        original = encoder_class.encode
+    """Of every implementation: another environment is compared with the reference."""
+    original = Pending.wait
 
-        def encode(self: Any, batch: Any, original: Any = original) -> Any:
-            values = original(self, batch)
-            return change(values) if isinstance(values, torch.Tensor) else list(map(change, values))
+    def wait(self: Pending) -> Any:
+        values = original(self)
+        return change(values) if isinstance(values, torch.Tensor) else list(map(change, values))
 
-        patch.setattr(encoder_class, "encode", encode)
+    patch.setattr(Pending, "wait", wait)
 
 
 def test_deep_finds_what_the_digests_cannot(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ SECTIONS = {
     config.VideoTokensConfig: "buckets bucket_config time_compression_ratio "
     "spatial_compression_ratio patch_size",
     config.OutputConfig: "path samples_per_shard dtype codec",
-    config.RuntimeConfig: "device max_failed_samples on_environment_change plan_timeout_s "
+    config.RuntimeConfig: "device offload max_failed_samples on_environment_change plan_timeout_s "
     "prefetch_units write_queue_batches progress_interval_s grace_s",
     config.Config: "captions encoders output runtime",
 }

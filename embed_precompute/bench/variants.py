@@ -25,7 +25,8 @@ from embed_precompute import encoders as encoder_registry
 from embed_precompute.batching import TokenBatch, make_batch
 from embed_precompute.bench.workload import WINDOW, Ids
 from embed_precompute.config import Implementation
-from embed_precompute.encoders import ResolvedEncoder, TextEncoder, hf
+from embed_precompute.encoders import ResolvedEncoder, TextEncoder, hf, offload
+from embed_precompute.encoders.copies import Pending
 from embed_precompute.errors import InputError
 
 REFERENCE: Implementation = "hf"
@@ -239,7 +240,11 @@ class PeerEncoder:
 
     def weight_bytes(self) -> int:
         """See `TextEncoder.weight_bytes`; shared with the other peers of the same attention."""
-        return hf.weight_bytes(self._model)
+        return offload.num_bytes(self._model)
+
+    def submit(self, batch: TokenBatch) -> Pending:
+        """See `TextEncoder.submit`: at once, as its users do."""
+        return Pending(self.encode(batch))
 
     def encode(self, batch: TokenBatch) -> torch.Tensor:
         """See `TextEncoder.encode`; `batch` may have any shape."""

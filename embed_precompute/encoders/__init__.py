@@ -28,7 +28,7 @@ from embed_precompute.encoders.tokenizer import CaptionTokenizer, Tokenized
 from embed_precompute.errors import InputError, InternalError
 
 if TYPE_CHECKING:
-    import torch
+    from embed_precompute.encoders.copies import Lines, Pending
 
 __all__ = [
     "CaptionTokenizer",
@@ -147,14 +147,19 @@ class TextEncoder(Protocol):
 
     resolved: ResolvedEncoder
 
-    def encode(self, batch: TokenBatch) -> torch.Tensor | list[torch.Tensor]:
-        """Embeddings of a batch on the CPU, contiguous, in the output dtype; [i] is caption i.
+    def submit(self, batch: TokenBatch) -> Pending:
+        """Begin the forward of a batch; on a CPU it is over when this returns.
 
-        [B, L, D] (t5) or [B, C] (clip), filler included; with attention_mask padding the
+        `Pending.wait` gives the embeddings on the CPU, contiguous, in the output dtype; [i] is
+        caption i. [B, L, D] (t5) or [B, C] (clip), filler included; with attention_mask padding the
         positions behind a line's length mean nothing. Of a packed batch of t5 a list of
         [length, D].
         `batch` is one that `ResolvedEncoder.batches` gives.
         """
+        ...
+
+    def encode(self, batch: TokenBatch) -> Lines:
+        """`submit` and wait."""
         ...
 
     def weight_bytes(self) -> int:
@@ -231,10 +236,14 @@ def resolve(
     )
 
 
-def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> TextEncoder:
-    """Load the model onto `device` (cpu, cuda, cuda:N). Raises InputError: damaged checkpoint."""
+def build(
+    resolved: ResolvedEncoder, device: str, output_dtype: str, *, may_offload: bool = True
+) -> TextEncoder:
+    """Load the model onto `device` (cpu, cuda, cuda:N); where it does not fit on a GPU, some of its
+    layers stay in host memory, if they may. Raises InputError: damaged checkpoint, no room."""
     module = importlib.import_module(IMPLEMENTATIONS[resolved.implementation])
-    return cast(TextEncoder, module.build(resolved, device, output_dtype))
+    built = module.build(resolved, device, output_dtype, may_offload=may_offload)
+    return cast(TextEncoder, built)
 
 
 def _implementation(where: str, config: EncoderConfig, checkpoint: Checkpoint) -> str:

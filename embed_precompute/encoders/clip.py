@@ -13,6 +13,8 @@ import torch
 from torch.nn import functional
 
 from embed_precompute.batching import TokenBatch
+from embed_precompute.encoders import offload
+from embed_precompute.encoders.copies import upload
 from embed_precompute.encoders.fused import Group, Workspace, attend
 
 KEPT_ROWS = 256
@@ -30,7 +32,8 @@ class ClipBody:
         self._heads: int = config.num_attention_heads
         self._scale = (config.hidden_size // self._heads) ** -0.5
         self._activation: str = config.hidden_act
-        self._output_bias = [_output_bias(layer.self_attn) for layer in self._text.encoder.layers]
+        layers = offload.each_on_device(self._text.encoder.layers)
+        self._output_bias = [_output_bias(layer.self_attn) for layer in layers]
 
     def __call__(
         self, ids: torch.Tensor, batch: TokenBatch, groups: list[Group], keep: torch.Tensor | None
@@ -41,7 +44,7 @@ class ClipBody:
         steps = space.steps(len(ids))
         words = self._text.embeddings.token_embedding.weight
         places = self._text.embeddings.position_embedding.weight
-        position = torch.from_numpy(_positions(batch)).to(space.device)
+        position = upload(torch.from_numpy(_positions(batch)), space.device)
         stream = space.take("stream", steps[-1].stop, words.shape[1])
         normed = space.take("normed", *stream.shape)
         space.kernels.embed(ids, words, stream)
@@ -49,7 +52,7 @@ class ClipBody:
         for rows in steps:
             space.kernels.layer_norm(stream[rows], layers[0].layer_norm1, normed[rows])
         following = [*(layer.layer_norm1 for layer in layers[1:]), self._text.final_layer_norm]
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(offload.each_on_device(layers)):
             mixed = self._attention(layer.self_attn, normed, steps, groups)
             if number == len(layers) - 1:
                 # Only what is kept goes on, in products of one size again.

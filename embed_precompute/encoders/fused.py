@@ -22,7 +22,8 @@ import torch
 from torch.nn import functional
 
 from embed_precompute.batching import TokenBatch
-from embed_precompute.encoders import ResolvedEncoder, hf
+from embed_precompute.encoders import ResolvedEncoder, hf, offload
+from embed_precompute.encoders.copies import Copies, Lines, Pending, upload
 from embed_precompute.encoders.kernels import Kernels
 from embed_precompute.errors import InternalError
 
@@ -188,17 +189,17 @@ def longest_of(resolved: ResolvedEncoder) -> int:
 class FusedEncoder:
     """A text encoder with our own body."""
 
-    def __init__(self, resolved: ResolvedEncoder, device: str, output_dtype: str) -> None:
+    def __init__(
+        self, resolved: ResolvedEncoder, device: str, output_dtype: str, *, may_offload: bool
+    ) -> None:
         from embed_precompute.encoders import clip, t5
 
         self.resolved = resolved
         self._device = torch.device(device)
-        self._output_dtype: torch.dtype = getattr(torch, output_dtype)
+        self._copies = Copies(self._device, getattr(torch, output_dtype))
         self._shapes = {*resolved.shapes, resolved.null_shape}
         dtype: torch.dtype = getattr(torch, resolved.config.dtype)
-        model: Any = hf.load_model(resolved)
-        with hf.out_of_memory(hf.weights_too_large(resolved, device)):
-            self._model = model.to(self._device)
+        self._model: Any = hf.load_on(resolved, self._device, may_offload=may_offload)
         self._body: Body
         if resolved.compiled and self._device.type == "cuda":
             from embed_precompute.encoders import graph
@@ -214,10 +215,14 @@ class FusedEncoder:
 
     def weight_bytes(self) -> int:
         """See `TextEncoder.weight_bytes`."""
-        return hf.weight_bytes(self._model)
+        return offload.num_bytes(self._model)
 
-    def encode(self, batch: TokenBatch) -> torch.Tensor | list[torch.Tensor]:
+    def encode(self, batch: TokenBatch) -> Lines:
         """See `TextEncoder.encode`."""
+        return self.submit(batch).wait()
+
+    def submit(self, batch: TokenBatch) -> Pending:
+        """See `TextEncoder.submit`."""
         frame = batch.input_ids.shape
         if frame not in self._shapes or batch.packed is not self.resolved.packed:
             kind = "packed" if self.resolved.packed else "one caption a line"
@@ -227,19 +232,16 @@ class FusedEncoder:
             )
         message = hf.forward_too_large(self.resolved, batch, self._device)
         with torch.inference_mode(), hf.out_of_memory(message), hf.tf32(self.resolved):
-            ids = torch.from_numpy(batch.input_ids).reshape(-1).to(self._device)
-            keep = None
+            ids = upload(torch.from_numpy(batch.input_ids).reshape(-1), self._device)
             if self.resolved.pooled:
-                keep = torch.from_numpy(self._end_of_text(batch)).to(self._device)
-            stream = self._body(ids, batch, groups_of(batch), keep)
-            output = torch.empty(stream.shape, dtype=self._output_dtype)  # the writer keeps it
-            output.copy_(stream)
-        if keep is not None:
-            return output
-        if not batch.packed:
-            return output.view(*frame, -1)
-        lengths: list[int] = batch.lengths.tolist()
-        return list(torch.split(output[: sum(lengths)], lengths))
+                keep = upload(torch.from_numpy(self._end_of_text(batch)), self._device)
+                pooled = self._body(ids, batch, groups_of(batch), keep)
+                return self._copies.download(pooled, reused=True)
+            stream = self._body(ids, batch, groups_of(batch), None)
+            if not batch.packed:
+                return self._copies.download(stream.view(*frame, -1), reused=True)
+            lengths: list[int] = batch.lengths.tolist()
+            return self._copies.download(stream[: sum(lengths)], lengths, reused=True)
 
     def _end_of_text(self, batch: TokenBatch) -> np.ndarray:
         """Where each caption is pooled in the stream: its first end-of-text token."""
@@ -254,5 +256,8 @@ class FusedEncoder:
         )
 
 
-def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> FusedEncoder:
-    return FusedEncoder(resolved, device, output_dtype)
+def build(
+    resolved: ResolvedEncoder, device: str, output_dtype: str, *, may_offload: bool
+) -> FusedEncoder:
+    """See `encoders.build`."""
+    return FusedEncoder(resolved, device, output_dtype, may_offload=may_offload)

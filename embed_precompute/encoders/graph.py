@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from embed_precompute.batching import TokenBatch
+from embed_precompute.encoders.copies import upload
 from embed_precompute.encoders.t5 import bias_rows
 
 BLOCK = 128
@@ -99,7 +100,7 @@ class Packing:
             (self.counts, counts),
             (self.blocks, blocks),
         ):
-            tensor.copy_(torch.from_numpy(values).view(tensor.shape))
+            tensor.copy_(upload(torch.from_numpy(values), tensor.device).view(tensor.shape))
 
     def block_mask(self, *, causal: bool) -> BlockMask:
         """Each caption sees itself; its tensors are those that `lay` fills."""

@@ -3,14 +3,14 @@
 Guarantees: the numbers are those of the transformers model for the same ids, and bitwise a function
 of the caption and the shape, whatever the other lines hold. attention_mask none calls the model
 without a mask, as Open-Sora does. Every weight comes from the checkpoint, in the dtype asked.
-Costs: weights once in memory in the asked dtype (memory-mapped where the file has that dtype);
-no compilation, no fused kernels.
+Costs: weights once in memory in the asked dtype (memory-mapped where the file has that dtype; on a
+GPU not in host memory at all, unless they do not fit there); no compilation, no fused kernels.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,19 @@ import transformers
 from numpy.typing import NDArray
 
 from embed_precompute.batching import TokenBatch
-from embed_precompute.encoders import ResolvedEncoder
-from embed_precompute.encoders.checkpoint import MODEL_CLASSES, quiet_transformers
-from embed_precompute.errors import InputError, InternalError
+from embed_precompute.encoders import ResolvedEncoder, offload, weights
+from embed_precompute.encoders.checkpoint import MODEL_CLASSES, quiet_transformers, weight_files
+from embed_precompute.encoders.copies import Copies, Lines, Pending, upload
+from embed_precompute.errors import EmbedPrecomputeError, InputError, InternalError
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 ENCODER_PREFIXES = {"t5": ("encoder.",), "clip": ("text_model.", "encoder.")}
 """How the text encoder's weights begin in a checkpoint that may hold more than it (transformers 5
 drops `text_model.` before it reports)."""
+NOT_COMPILED = (
+    " Layers that are not compiled may stay in host memory in part: set compile false and give a "
+    "new output.path (compile is part of the fingerprint)."
+)
 HARMLESS_LEFTOVERS = ("position_ids", "embed_tokens.weight")
 """Buffers that older versions saved, and the second name of T5's shared embedding."""
 
@@ -38,41 +43,48 @@ class HfEncoder:
     def __init__(
         self, resolved: ResolvedEncoder, device: str, output_dtype: str, model: Any
     ) -> None:
-        """`model` is what `load_model` gives, or that with other kernels."""
+        """`model` is what `load_on` gives, for this device."""
         self.resolved = resolved
         self._device = torch.device(device)
         self._dtype: torch.dtype = getattr(torch, resolved.config.dtype)
-        self._output_dtype: torch.dtype = getattr(torch, output_dtype)
+        self._copies = Copies(self._device, getattr(torch, output_dtype))
         self._masked = resolved.config.attention_mask == "padding"
         self._output = "pooler_output" if resolved.pooled else "last_hidden_state"
         self._shapes = {*resolved.shapes, resolved.null_shape}
-        with out_of_memory(weights_too_large(resolved, device)):
-            self._model = model.to(self._device)
+        self._model = model
 
     def weight_bytes(self) -> int:
         """See `TextEncoder.weight_bytes`."""
-        return weight_bytes(self._model)
+        return offload.num_bytes(self._model)
 
-    def encode(self, batch: TokenBatch) -> torch.Tensor:
+    def encode(self, batch: TokenBatch) -> Lines:
         """See `TextEncoder.encode`."""
+        return self.submit(batch).wait()
+
+    def submit(self, batch: TokenBatch) -> Pending:
+        """See `TextEncoder.submit`."""
         if batch.input_ids.shape not in self._shapes:
             raise InternalError(f"A batch is {batch.input_ids.shape}: expected {self._shapes}.")
         message = forward_too_large(self.resolved, batch, self._device)
         with torch.inference_mode(), out_of_memory(message), tf32(self.resolved):
-            input_ids = torch.from_numpy(batch.input_ids).to(self._device, non_blocking=True)
+            input_ids = upload(torch.from_numpy(batch.input_ids), self._device)
             output = self._model(input_ids=input_ids, attention_mask=self._mask(batch))
             embeddings: torch.Tensor = getattr(output, self._output)
-            return embeddings.to(self._output_dtype).cpu().contiguous()
+            return self._copies.download(embeddings, reused=False)
 
     def _mask(self, batch: TokenBatch) -> torch.Tensor | None:
         if not self._masked:
             return None
         mask = padding_mask(batch.lengths, batch.input_ids.shape[1], self._dtype)
-        return mask.to(self._device, non_blocking=True)
+        return upload(mask, self._device)
 
 
-def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> HfEncoder:
-    return HfEncoder(resolved, device, output_dtype, load_model(resolved))
+def build(
+    resolved: ResolvedEncoder, device: str, output_dtype: str, *, may_offload: bool
+) -> HfEncoder:
+    """See `encoders.build`."""
+    model = load_on(resolved, torch.device(device), may_offload=may_offload)
+    return HfEncoder(resolved, device, output_dtype, model)
 
 
 def padding_mask(lengths: NDArray[np.int32], length: int, dtype: torch.dtype) -> torch.Tensor:
@@ -89,17 +101,64 @@ def padding_mask(lengths: NDArray[np.int32], length: int, dtype: torch.dtype) ->
     return additive[:, None, None, :]
 
 
+def load_on(
+    resolved: ResolvedEncoder,
+    device: torch.device,
+    *,
+    may_offload: bool,
+    adapt: Callable[[Any], Any] = lambda model: model,
+) -> Any:
+    """The model on `device`, or the last of its layers in host memory when they do not fit there
+    and `may_offload`. `adapt` changes it in place before that.
+
+    A GPU gets each weight from the file, and the host never holds the model. Raises InputError as
+    `load_checkpoint` does, and when it does not fit.
+    """
+    too_large = weights_too_large(resolved, str(device))
+    with out_of_memory(too_large):
+        free = offload.free_bytes(device)
+        if free is None:
+            return adapt(load_model(resolved)).to(device)
+        size, config = _size(resolved), _config(resolved)
+        room = free - offload.forward_bytes(resolved, config)
+        may_offload = may_offload and not resolved.compiled
+        if size <= (room if may_offload else free):
+            return adapt(load_model(resolved, device_map={"": str(device)})).to(device)
+        if not may_offload:
+            raise InputError(too_large + (NOT_COMPILED if resolved.compiled else ""))
+        model = adapt(load_model(resolved))
+        layers = offload.layers_of(model, pooled=resolved.pooled)
+        offload.place(f"encoders.{resolved.name}", model, layers, device, room)
+        return model
+
+
+def _model_class(kind: str, model_type: str) -> Any:
+    return getattr(transformers, MODEL_CLASSES[kind][model_type])
+
+
+def _config(resolved: ResolvedEncoder) -> Any:
+    config_class = _model_class(resolved.config.kind, resolved.model_type).config_class
+    return config_class.from_pretrained(str(resolved.folder), local_files_only=True)
+
+
+def _size(resolved: ResolvedEncoder) -> int:
+    """Bytes of the weights in the asked dtype."""
+    kind, folder = resolved.config.kind, resolved.folder
+    class_name = MODEL_CLASSES[kind][resolved.model_type]
+    files = weight_files(f"encoders.{resolved.name}.pretrained", str(folder), folder, class_name)
+    return weights.loaded_bytes(files, kind, getattr(torch, resolved.config.dtype))
+
+
 def load_model(resolved: ResolvedEncoder, **hf_kwargs: Any) -> Any:
-    """The model on the CPU, in eval mode, every weight from the checkpoint in the asked dtype.
+    """The model in eval mode, every weight from the checkpoint in the asked dtype.
 
     `hf_kwargs` go to transformers' from_pretrained: another attention implementation, say.
     Raises InputError as `load_checkpoint` does.
     """
     where = f"encoders.{resolved.name}.pretrained"
     dtype: torch.dtype = getattr(torch, resolved.config.dtype)
-    model = load_checkpoint(
-        where, resolved.folder, resolved.config.kind, resolved.model_type, dtype=dtype, **hf_kwargs
-    )
+    kind, model_type = resolved.config.kind, resolved.model_type
+    model = load_checkpoint(where, resolved.folder, kind, model_type, dtype=dtype, **hf_kwargs)
     width = model.config.hidden_size if resolved.pooled else model.config.d_model
     if width != resolved.dim:
         raise InternalError(f"{where}: the model gives {width} numbers, not {resolved.dim}.")
@@ -121,7 +180,8 @@ def load_checkpoint(
     Raises InputError naming weights that are missing, of another shape, or of layers that
     config.json does not have.
     """
-    model_class = getattr(transformers, MODEL_CLASSES[kind][model_type])
+    model_class = _model_class(kind, model_type)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder)}
     ours = {
         "use_safetensors": True,
         "local_files_only": True,
@@ -131,7 +191,21 @@ def load_checkpoint(
     }
     with quiet_transformers():
         try:
-            model, loading = model_class.from_pretrained(str(folder), **{**hf_kwargs, **ours})
+            if hf_kwargs.keys() <= {"attn_implementation"} and isinstance(dtype, torch.dtype):
+                files = weight_files(where, str(folder), folder, model_class.__name__)
+                cast = weights.read_cast(files, kind, dtype)
+                if cast is not None:
+                    config = model_class.config_class.from_pretrained(
+                        str(folder), local_files_only=True
+                    )
+                    source = {
+                        "pretrained_model_name_or_path": None,
+                        "config": config,
+                        "state_dict": cast,
+                    }
+            model, loading = model_class.from_pretrained(**{**hf_kwargs, **source, **ours})
+        except (EmbedPrecomputeError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # safetensors and transformers raise many kinds for damage
             reason = " ".join(str(error).split())[:600]
             raise InputError(
@@ -171,8 +245,7 @@ def _check_loading(where: str, kind: str, loading: dict[str, Any]) -> None:
 
 def _check_dtype(where: str, model: Any, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
-        # T5's wo overflows in float16, so transformers keeps it in float32 there.
-        kept = parameter.dtype == torch.float32 and dtype == torch.float16 and ".wo." in name
+        kept = parameter.dtype == torch.float32 and weights.kept_in_float32(name, dtype)
         if parameter.dtype != dtype and not kept:
             raise InternalError(f"{where}: {name} is {parameter.dtype}, asked was {dtype}.")
 
@@ -180,12 +253,6 @@ def _check_dtype(where: str, model: Any, dtype: torch.dtype) -> None:
 def _some(keys: Any) -> str:
     names = sorted(keys)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def weight_bytes(model: Any) -> int:
-    """Bytes that a model's weights and buffers take."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def weights_too_large(resolved: ResolvedEncoder, device: str) -> str:

@@ -85,11 +85,16 @@ def check_usable(what: str, model_type: str) -> None:
         )
 
 
-def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> TextEncoder:
-    """The hf encoder over an optimised model."""
-    from embed_precompute.encoders.hf import HfEncoder, load_model
+def build(
+    resolved: ResolvedEncoder, device: str, output_dtype: str, *, may_offload: bool
+) -> TextEncoder:
+    """The hf encoder over an optimised model; see `encoders.build`."""
+    import torch
 
-    return HfEncoder(resolved, device, output_dtype, shardformer_t5(load_model(resolved)))
+    from embed_precompute.encoders.hf import HfEncoder, load_on
+
+    model = load_on(resolved, torch.device(device), may_offload=may_offload, adapt=shardformer_t5)
+    return HfEncoder(resolved, device, output_dtype, model)
 
 
 @contextlib.contextmanager

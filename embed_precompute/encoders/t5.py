@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from embed_precompute.batching import TokenBatch
+from embed_precompute.encoders import offload
 from embed_precompute.encoders.fused import Group, Workspace, attend
 
 
@@ -45,7 +46,7 @@ class T5Body:
         stream = space.take("stream", steps[-1].stop, table.shape[1], dtype=residual)
         space.kernels.embed(ids, table, stream)
         longest = max(group.length for group in groups)
-        for number, block in enumerate(self._encoder.block):
+        for number, block in enumerate(offload.each_on_device(self._encoder.block)):
             bias = self._laid_out(number, longest) if self._shared is None else self._shared
             mixed = self._attention(block.layer[0], stream, steps, groups, bias)
             for rows in steps:

@@ -1,0 +1,184 @@
+"""Outputs on their way from a device: with a device that finishes a copy as late as it may."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jobs import call, dataset_bytes, write_captions, write_job
+
+from embed_precompute.encoders import copies
+from embed_precompute.encoders.copies import IN_FLIGHT, Copies, in_order
+
+CPU = torch.device("cpu")
+SLOTS = 4
+"""`runtime.write_queue_batches` of the jobs here."""
+
+
+class LateSide:
+    """Copies when it is waited for and not before; its host memory is counted, and used again when
+    the last view of it is gone."""
+
+    def __init__(self) -> None:
+        self.free: list[np.ndarray] = []
+        self.num_buffers = self.live = self.most_live = 0
+        self.flying: list[LateCopy] = []
+        self.most_flying = 0
+        self.num_waits = 0
+        self.fails_at: int | None = None
+
+    def empty(self, like: torch.Tensor) -> torch.Tensor:
+        num_bytes = like.numel() * like.element_size()
+        fitting = [i for i, buffer in enumerate(self.free) if len(buffer) >= num_bytes]
+        if fitting:
+            buffer = self.free.pop(fitting[0])
+        else:
+            buffer = np.empty(max(num_bytes, 1 << 20), np.uint8)
+            self.num_buffers += 1
+        self.live += 1
+        self.most_live = max(self.most_live, self.live)
+        lent = buffer[:num_bytes]
+        weakref.finalize(lent, self._returned, buffer)
+        return torch.from_numpy(lent).view(like.dtype).view(like.shape)
+
+    def _returned(self, buffer: np.ndarray) -> None:
+        buffer[:] = 0xFF  # NaN in every dtype: nobody may look at it any more
+        self.live -= 1
+        self.free.append(buffer)
+
+    def start(self, source: torch.Tensor, target: torch.Tensor) -> LateCopy:
+        copy = LateCopy(self, source, target)
+        self.flying.append(copy)
+        self.most_flying = max(self.most_flying, len(self.flying))
+        return copy
+
+
+class LateCopy:
+    def __init__(self, side: LateSide, source: torch.Tensor, target: torch.Tensor) -> None:
+        self._side, self._source, self._target = side, source, target
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        self._side.num_waits += 1
+        if self._side.num_waits == self._side.fails_at:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        assert self._side.flying[0] is self, "waited for out of order"
+        self._side.flying.pop(0)
+        with torch.inference_mode():
+            self._target.copy_(self._source)
+
+
+@pytest.fixture
+def side(monkeypatch: pytest.MonkeyPatch) -> LateSide:
+    late = LateSide()
+    monkeypatch.setattr(copies, "side_of", lambda device: late)
+    return late
+
+
+def test_a_later_forward_may_write_where_the_output_was(side: LateSide) -> None:
+    workspace = torch.arange(6.0).view(3, 2)
+    pending = Copies(CPU, torch.float32).download(workspace, [1, 2], reused=True)
+    workspace.fill_(7)
+    assert not pending.ready()
+    first, second = pending.wait()
+    assert first.tolist() == [[0, 1]]
+    assert second.tolist() == [[2, 3], [4, 5]]
+
+
+def test_host_memory_is_used_again_when_its_last_view_is_gone(side: LateSide) -> None:
+    device = Copies(CPU, torch.bfloat16)
+    pending = device.download(torch.ones(4, 2), [3, 1], reused=True)
+    kept = pending.wait()[1]
+    del pending
+    for value in (2.0, 3.0):
+        device.download(torch.full((4, 2), value), reused=True).wait()
+    assert side.num_buffers == side.most_live == 2
+    assert kept.tolist() == [[1, 1]]
+    del kept
+    assert side.live == 0
+
+
+def test_on_a_cpu_nothing_is_copied_and_nothing_waits() -> None:
+    device = Copies(CPU, torch.float32)
+    output = torch.ones(4, 2)
+    pending = device.download(output, reused=False)
+    assert pending.ready()
+    assert pending.wait() is output
+    assert device.download(output, reused=True).wait() is not output
+    assert copies.upload(output, CPU) is output
+
+
+class Begun:
+    def __init__(self, number: int, ready: Callable[[int], bool]) -> None:
+        self.number, self._ready = number, ready
+
+    def ready(self) -> bool:
+        return self._ready(self.number)
+
+
+@pytest.mark.parametrize(
+    ("ready", "begun_at_each"),
+    [
+        (lambda number: True, [1, 2, 3, 4, 5]),  # a CPU: each is handed on at once
+        (lambda number: False, [2, 3, 4, 5, 5]),
+        (lambda number: number == 1, [2, 2, 4, 5, 5]),
+    ],
+)
+def test_the_next_is_begun_before_one_is_waited_for(
+    ready: Callable[[int], bool], begun_at_each: list[int]
+) -> None:
+    begun: list[int] = []
+
+    def forwards() -> Iterator[Begun]:
+        for number in range(5):
+            begun.append(number)
+            yield Begun(number, ready)
+
+    seen = [(each.number, len(begun)) for each in in_order(forwards())]
+    assert seen == list(enumerate(begun_at_each))
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_t5: Path, tiny_clip: Path, corpus: list[str]) -> Path:
+    captions = write_captions(tmp_path / "captions.parquet", ["", *corpus[:60]])
+    return write_job(tmp_path, captions, tiny_t5, tiny_clip, samples_per_shard=40)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "mask"), [("fused", "padding"), ("fused", "none"), ("hf", "padding")]
+)
+def test_a_job_with_late_copies_gives_the_same_bytes(
+    job: Path, tmp_path: Path, side: LateSide, implementation: str, mask: str
+) -> None:
+    words = [
+        *("--encoders.t5.implementation", implementation, "--encoders.t5.attention_mask", mask),
+        *("--encoders.clip.implementation", implementation),
+        *("--runtime.write_queue_batches", str(SLOTS)),
+    ]
+    if implementation == "fused":
+        words += ["--encoders.clip.stream_tokens", "96"]
+        words += ["--encoders.t5.stream_tokens", "96"] if mask == "padding" else []
+    code, _, said = call("run", str(job), *words)
+    assert code == 0, said
+    late = dataset_bytes(tmp_path / "out")
+    assert side.most_flying == IN_FLIGHT
+    assert side.live == 0
+    # On their way, in the queue, with the writer, and one each on either side of the queue.
+    assert side.num_buffers <= side.most_live <= IN_FLIGHT + SLOTS + 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copies, "side_of", lambda device: None)
+        assert call("run", str(job), *words, "--output.path", str(tmp_path / "again"))[0] == 0
+    assert dataset_bytes(tmp_path / "again") == late
+
+
+def test_what_fails_on_the_way_is_no_samples_fault(job: Path, side: LateSide) -> None:
+    side.fails_at = 4  # the encoders' first forwards are two
+    code, _, said = call("run", str(job))
+    assert code == 1
+    assert "illegal memory access" in said
