@@ -17,6 +17,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_fault(check: Callable[[Lab], list[Finding]], lab: Lab) -> None:
+    lab.sow(0, check.__name__)
     findings = check(lab)
     for finding in findings:
         print(f"{finding.fault} {finding.injection}: {finding.measured}")
