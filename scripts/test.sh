@@ -7,7 +7,7 @@
 #                                               of Shardformer too (default .venv-colossalai)
 #
 # PYTHON=python3.12   another interpreter        TORCH_SPEC=torch==2.13.0   the current stack's torch
-# PYTEST_ARGS="-x -k store"   passed to pytest
+# PYTEST_ARGS="-x -k store"   passed to pytest       TEST_WORKERS=2   its processes (0: in one)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -52,5 +52,5 @@ if [ "$stack" = current ]; then
 fi
 step "pytest"
 # shellcheck disable=SC2086  # PYTEST_ARGS is a list of words
-python -m pytest ${PYTEST_ARGS:-}
+python -m pytest -n "${TEST_WORKERS:-2}" --dist worksteal ${PYTEST_ARGS:-}
 step "all checks passed ($stack)"

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import os
-import random
 import shutil
 import sys
 import tempfile
@@ -51,9 +50,7 @@ def _run(arguments: argparse.Namespace, folder: Path) -> list[Finding]:
         fault = f"F{int(name[1:3])}" if name[1:3].isdigit() else name
         if arguments.only and not {fault, name} & set(arguments.only):
             continue
-        # A seed and a folder of its own: --only gives a check the faults it has in a whole run.
-        lab = Lab(folder / name, random.Random(f"{arguments.seed}:{name}").getrandbits(32),
-                  long=arguments.long)  # fmt: skip
+        lab = Lab(folder / name, check_seed(arguments.seed, name), long=arguments.long)
         began = time.monotonic()
         try:
             found = check(lab)
@@ -77,7 +74,7 @@ if __name__ == "__main__":
     os.environ["PYTHONPATH"] = os.pathsep.join([*IMPORTS, os.environ.get("PYTHONPATH", "")])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from faults.lab import Finding, Lab
+    from faults.lab import Finding, Lab, check_seed
     from faults.table import CHECKS
 
     sys.exit(main())

@@ -193,8 +193,9 @@ def _trace(root: str, path: str) -> None:
     Steps(root, before, after_all_but_close).install()
 
 
-def _pace(seconds: float, log: str | None = None) -> None:
-    """Each unit takes `seconds` longer; units that are begun are noted in `log`."""
+def _pace(seconds: float, log: str | None = None, until: str | None = None) -> None:
+    """Each unit takes `seconds` longer, as long as there is no file `until`; units that are begun
+    are noted in `log`."""
     from embed_precompute.stages import Stages
 
     real = Stages._encoded_batches
@@ -204,7 +205,8 @@ def _pace(seconds: float, log: str | None = None) -> None:
             fd = _REAL["open"](log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             os.write(fd, f"{os.getpid()} {unit.number}\n".encode())
             _REAL["close"](fd)
-        time.sleep(seconds)
+        if until is None or not os.path.exists(until):
+            time.sleep(seconds)
         yield from real(self, unit)
 
     Stages._encoded_batches = paced  # type: ignore[method-assign]

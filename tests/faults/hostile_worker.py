@@ -5,6 +5,7 @@ Imports as little as a reader does, so that its memory is a reader's.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -36,6 +37,13 @@ def attack(folder: str, seed: int, count: int, report: str) -> None:
     """`count` mutations from `seed`; a line of JSON in `report` for each."""
     from handmade import write_dataset
 
+    # What each child would import anew: it is a reader's memory all the same.
+    import embed_precompute.captions
+    import embed_precompute.datasets
+    import embed_precompute.info
+    import embed_precompute.store.manifest
+    import embed_precompute.verify  # noqa: F401
+
     rng = random.Random(seed)
     base = Path(folder)
     (base / "outside").mkdir()
@@ -46,6 +54,7 @@ def attack(folder: str, seed: int, count: int, report: str) -> None:
     shutil.copy(base / "sound.parquet", base / "captions.parquet")
     watch = _Watch(base)
     sys.addaudithook(watch.hook)
+    gc.freeze()  # a collection in a child would copy every page of these modules
     with open(report, "a", buffering=1) as sink:
         for _ in range(count):
             root, trial = base / "root", rng.getrandbits(64)

@@ -38,6 +38,11 @@ class Finding:
     seconds: float = 0.0
 
 
+def check_seed(seed: int, check: str) -> int:
+    """The seed of one check, so that `--only` gives it the faults it has in a whole run."""
+    return random.Random(f"{seed}:{check}").getrandbits(32)
+
+
 class Lab:
     """A workplace for checks: one seed, one size, one folder."""
 
@@ -46,6 +51,11 @@ class Lab:
         self.rng = random.Random(seed)
         self._made = 0
         self._undisturbed: dict[tuple[int | None, int], dict[str, bytes]] = {}
+
+    def sow(self, seed: int, check: str) -> None:
+        """The faults of one check from here on: the same whatever ran before it, or beside it."""
+        self.seed = check_seed(seed, check)
+        self.rng = random.Random(self.seed)
 
     def size(self, short: int, long: int) -> int:
         """How many times to try."""

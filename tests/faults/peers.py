@@ -23,7 +23,7 @@ def f08_two_jobs(lab: Lab) -> list[Finding]:
     """Two jobs of one plan at once, of 1 to 3 ranks each; what both encode is wasted."""
     problems: list[str] = []
     wasted: list[tuple[float, str]] = []
-    for trial in range(lab.size(2, 50)):
+    for trial in range(lab.size(5, 50)):
         job = lab.job("f08", per_shard=1)  # many units, so that the tail is not all
         worlds = [1, 1] if trial == 0 else [lab.rng.randint(1, 3), lab.rng.randint(1, 3)]
         begun = job.path.with_name("begun")
@@ -91,7 +91,9 @@ def f09_another_spec(lab: Lab) -> list[Finding]:
     """While a job runs: one field changed, each in turn; then fields that are not of the spec."""
     job = lab.job("f09")
     log = job.path.with_name("log")
-    first = start("run", str(job.path), log=log, hooks=[("pace", {"seconds": 0.5})])
+    refused = job.path.with_name("refused")
+    pace = ("pace", {"seconds": 0.5, "until": str(refused)})
+    first = start("run", str(job.path), log=log, hooks=[pace])
     wait_for(lambda: len(job.records()) > 0)
     problems: list[str] = []
     slowest = 0.0
@@ -105,7 +107,9 @@ def f09_another_spec(lab: Lab) -> list[Finding]:
         slowest = max(slowest, time.monotonic() - began)
         if code != 3 or named not in said or "->" not in said or "Traceback" in said:
             problems.append(f"{section} {fields}: exit {code} {said[-300:]}")
-    finish(first)
+    refused.touch()
+    code = finish(first)
+    problems += [f"the first job: exit {code} {log.read_text()[-200:]}"] * (code != 0)
     for section, fields in NOT_FIELDS:
         other = _copy(lab, job)
         other.edit(section, **fields)

@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signa
 
 def f20_soak(lab: Lab) -> list[Finding]:
     """Per run some random faults, then an undisturbed run; ten such periods in the long form."""
-    periods, seconds = lab.size(1, 10), lab.size(15, 600)
+    periods, seconds = lab.size(1, 10), lab.size(6, 600)
     problems: list[str] = []
     runs = faults = 0
     for _ in range(periods):
