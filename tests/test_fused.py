@@ -22,7 +22,15 @@ from jobs import call, write_captions, write_job
 from embed_precompute import encoders
 from embed_precompute.batching import pack
 from embed_precompute.config import EncoderConfig
-from embed_precompute.encoders import TextEncoder, build, graph, resolve, settle
+from embed_precompute.encoders import (
+    TextEncoder,
+    build,
+    clip,
+    fused,
+    graph,
+    resolve,
+    settle,
+)
 from embed_precompute.encoders.fused import Group, groups_of, longest_of
 from embed_precompute.encoders.kernels import one_compiles_first
 from embed_precompute.errors import InputError, InternalError
@@ -101,6 +109,43 @@ def test_neighbours_place_and_order_change_no_bit(
         assert torch.equal(shuffled[place], together[row]), texts[row]
     for row, text in enumerate(texts):
         assert torch.equal(together[row], encode(encoder, [text])[0]), text
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_streams_of_several_products(
+    encode: Encode,
+    corpus: list[str],
+    folders: dict[str, Path],
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Real streams take several steps; tests' are as short as one. The last reaches behind them."""
+    monkeypatch.setattr(fused, "PRODUCT_ROWS", 100)
+    monkeypatch.setattr(fused, "ATTENTION_TOKENS", 60)
+    monkeypatch.setattr(clip, "KEPT_ROWS", 3)
+    texts = ["", "x", "a red fox", "a red fax", *corpus[:40]]
+    config = config_of(mode, folders)
+    encoder = build(resolve("enc", config), "cpu", "float32")
+    reference = dataclasses.replace(config, implementation="hf")
+    expected = encode(build(resolve("enc", reference), "cpu", "float32"), texts)
+    ours = encode(encoder, texts)
+    for text, found, wanted in zip(texts, ours, expected, strict=True):
+        difference = (found - wanted).abs().max() / wanted.abs().max()
+        assert difference <= RELATIVE["float32"], (text, float(difference))
+    for row in (0, 7, len(texts) - 1):
+        assert torch.equal(ours[row], encode(encoder, [texts[row]])[0]), texts[row]
+
+
+def test_steps_have_one_size_and_cover_the_stream() -> None:
+    def steps(num_tokens: int, *, converts: bool = False) -> list[slice]:
+        device = torch.device("cpu")
+        space = fused.Workspace(device, torch.float32, compiled=False, converts=converts)
+        return space.steps(num_tokens)
+
+    assert steps(4096) == [slice(0, 2048), slice(2048, 4096)]
+    assert steps(2047) == [slice(0, 2047)]
+    assert steps(2049) == [slice(0, 1025), slice(1025, 2050)]
+    assert steps(9000, converts=True) == [slice(0, 9000)]
 
 
 def test_an_end_of_text_token_within_a_caption(encode: Encode, folders: dict[str, Path]) -> None:
