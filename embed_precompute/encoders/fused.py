@@ -14,12 +14,14 @@ The mathematics follows transformers' modeling_t5.py, modeling_umt5.py and model
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from embed_precompute.batching import TokenBatch
 from embed_precompute.encoders import ResolvedEncoder, hf, offload
@@ -151,6 +153,18 @@ def attend(
             out[rows].view(frame).copy_(mixed.transpose(1, 2))
 
 
+def one_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """On a GPU: attention by the kernel that takes a caption's keys in one order, always.
+
+    torch's others choose by the whole shape, or split the keys among processors that would be idle,
+    and so a caption's sums would depend on how many of its length there are. The plain products are
+    for head sizes that the kernel does not take, which are a model's own.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def groups_of(batch: TokenBatch) -> list[Group]:
     """The captions of a batch as groups of neighbours of one length.
 
@@ -231,7 +245,12 @@ class FusedEncoder:
                 "ResolvedEncoder.batches makes them."
             )
         message = hf.forward_too_large(self.resolved, batch, self._device)
-        with torch.inference_mode(), hf.out_of_memory(message), hf.tf32(self.resolved):
+        with (
+            torch.inference_mode(),
+            hf.out_of_memory(message),
+            hf.tf32(self.resolved),
+            one_attention(self._device),
+        ):
             ids = upload(torch.from_numpy(batch.input_ids).reshape(-1), self._device)
             if self.resolved.pooled:
                 keep = upload(torch.from_numpy(self._end_of_text(batch)), self._device)

@@ -31,6 +31,10 @@ TOKENS_PER_BLOCK = 32
 CAPTURE_WARM_UP = 3
 """Forwards before a CUDA graph is captured: allocations and tuning are over by then."""
 
+KERNEL_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
+"""The same kernel for frames below 128 positions too: the one that torch has for short queries
+splits the keys by the number of the GPU's processors, and with it their sums."""
+
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """q, k, v [B, H, L, dk] -> [B, H, L, dk]."""
 
@@ -342,7 +346,9 @@ def _flex(
     score_mod: Callable[..., torch.Tensor] | None, mask: BlockMask | None, scale: float
 ) -> Attend:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        mixed = flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale)
+        mixed = flex_attention(
+            q, k, v, score_mod, block_mask=mask, scale=scale, kernel_options=KERNEL_OPTIONS
+        )
         assert isinstance(mixed, torch.Tensor)
         return mixed
 
