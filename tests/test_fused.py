@@ -25,7 +25,6 @@ from embed_precompute.config import EncoderConfig
 from embed_precompute.encoders import (
     TextEncoder,
     build,
-    clip,
     fused,
     graph,
     resolve,
@@ -122,7 +121,6 @@ def test_streams_of_several_products(
     """Real streams take several steps; tests' are as short as one. The last reaches behind them."""
     monkeypatch.setattr(fused, "PRODUCT_ROWS", 100)
     monkeypatch.setattr(fused, "ATTENTION_TOKENS", 60)
-    monkeypatch.setattr(clip, "KEPT_ROWS", 3)
     texts = ["", "x", "a red fox", "a red fax", *corpus[:40]]
     config = config_of(mode, folders)
     encoder = build(resolve("enc", config), "cpu", "float32")

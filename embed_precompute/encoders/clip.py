@@ -17,9 +17,6 @@ from embed_precompute.encoders import offload
 from embed_precompute.encoders.copies import upload
 from embed_precompute.encoders.fused import Group, Workspace, attend
 
-KEPT_ROWS = 256
-"""Rows of one product over end-of-text tokens: a stream holds some hundred of them."""
-
 
 class ClipBody:
     """See `fused.Body`."""
@@ -55,9 +52,11 @@ class ClipBody:
         for number, layer in enumerate(offload.each_on_device(layers)):
             mixed = self._attention(layer.self_attn, normed, steps, groups)
             if number == len(layers) - 1:
-                # Only what is kept goes on, in products of one size again.
-                keep = functional.pad(keep, (0, -len(keep) % KEPT_ROWS))
-                steps = [slice(at, at + KEPT_ROWS) for at in range(0, len(keep), KEPT_ROWS)]
+                # Only what is kept goes on, in products of the same size: of few rows a CPU splits
+                # the sums among its threads, and their number would show in the bits.
+                size = steps[0].stop
+                keep = functional.pad(keep, (0, -len(keep) % size))
+                steps = steps[: len(keep) // size]
                 stream, mixed, normed = stream[keep], mixed[keep], normed[keep]
             for rows in steps:
                 self._after_attention(number, stream[rows], mixed[rows], normed[rows])
