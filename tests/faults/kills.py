@@ -191,7 +191,7 @@ def f03_signals(lab: Lab) -> list[Finding]:
     wait_for(lambda: (job.root / "plan.json").exists() and "units are done" in log.read_text())
     time.sleep(1.0)
     signal_to(process.pid or 0, signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(1.0)  # within half a second of when the first is heard of they would be one request
     began = time.monotonic()
     signal_to(process.pid or 0, signal.SIGTERM)
     code = finish(process, 60)
