@@ -54,9 +54,10 @@ class Kernels:
         norm: Any,
         out: torch.Tensor,
     ) -> None:
-        """x += delta + bias, then the norm of the sum; the sum is rounded only where it is kept."""
-        weights = (bias.float(), norm.weight.float(), norm.bias.float())
-        self._run(_add_layer_norm, (x, delta, out), *weights, norm.eps)
+        """x += delta + bias, rounded once; then the norm of x."""
+        # Two kernels: torch 2.5 cannot compile a sum that is kept and normed at once.
+        self._run(_add, (x, delta), bias.float())
+        self.layer_norm(x, norm, out)
 
     def activate(self, inner: torch.Tensor, activation: str, gate: torch.Tensor | None) -> None:
         """inner = activation(inner) * gate, in place; [T, F]."""
@@ -114,18 +115,8 @@ def _layer_norm(
     out.copy_(functional.layer_norm(x.float(), weight.shape, weight, bias, eps))
 
 
-def _add_layer_norm(
-    x: torch.Tensor,
-    delta: torch.Tensor,
-    out: torch.Tensor,
-    added: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-) -> None:
-    total = x.float() + (delta.float() + added)
-    x.copy_(total)
-    out.copy_(functional.layer_norm(total, weight.shape, weight, bias, eps))
+def _add(x: torch.Tensor, delta: torch.Tensor, bias: torch.Tensor) -> None:
+    x.copy_(x.float() + (delta.float() + bias))
 
 
 def _activate(inner: torch.Tensor, activation: str) -> None:
