@@ -9,6 +9,7 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from embed_precompute.errors import (
     VerificationError,
 )
 from embed_precompute.samples import Status
-from embed_precompute.store import index, manifest, records
+from embed_precompute.store import committed, index, joined, manifest, records, rows
 from embed_precompute.store.commit import (
     StagedFile,
     digest_file,
@@ -238,6 +239,56 @@ def test_finalize(tmp_path: Path) -> None:
     parts = [pq.read_table(unit_paths(tmp_path, unit).rows) for unit in range(3)]
     expected = [row for part in parts for row in part.drop_columns("text").to_pylist()]
     assert table.to_pylist() == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        (committed, "HEAD_BYTES", 9),
+        (committed, "SMALL_PART_BYTES", 9),
+        (committed, "READ_ROWS", 1),
+        (committed, "UNITS_PER_TASK", 1),
+        (joined, "READ_ROWS", 1),
+        (joined, "READ_ROWS", 6),
+        (rows, "READ_ROWS", 3),
+    ],
+)
+def test_how_much_is_read_at_once_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, value: int
+) -> None:
+    make_units(tmp_path, 5)
+    expected = finalize(tmp_path)
+    for path in ("manifest.json", "manifest.parquet"):
+        (tmp_path / path).unlink()
+    monkeypatch.setattr(module, name, value)
+    assert finalize(tmp_path) == expected
+
+
+def test_no_thread_outlives_a_finalize_that_fails(tmp_path: Path) -> None:
+    make_units(tmp_path, 5)
+    before = threading.active_count()
+    unit_paths(tmp_path, 1).rows.write_bytes(b"damaged")
+    with pytest.raises(VerificationError, match=r"shard-000001\.rows\.parquet"):
+        finalize(tmp_path)
+    assert threading.active_count() == before
+    assert leftovers(tmp_path) == []
+
+
+def test_a_shard_with_other_counts_than_its_record(tmp_path: Path) -> None:
+    make_units(tmp_path, 2)
+    paths, record = unit_paths(tmp_path, 1), read_record(tmp_path, 1)
+    for change in (
+        {"num_stored": 1},
+        {
+            "encoders": {
+                **record["encoders"],
+                "t5": {**record["encoders"]["t5"], "stored_tokens": 5},
+            }
+        },
+    ):
+        paths.record.write_bytes(seal({**record, **change}))
+        with pytest.raises(VerificationError, match=r"shard-000001\.safetensors: it has 2 rows"):
+            finalize(tmp_path)
 
 
 def test_finalize_is_idempotent(tmp_path: Path) -> None:
@@ -453,7 +504,7 @@ def test_id_hashes_are_sorted_in_parts(
     with index.IndexWriter(tmp_path, []) as writer:
         for part in (slice(0, 20), slice(20, 51)):
             writer.append({name: column[part] for name, column in columns.items()}, ids[part])
-        writer.end_unit(51, 1)
+        writer.add_unit(51, 1)
         for staged in writer.finish().values():
             staged.replace()
     hashes = np.array([index.id_hash(sample_id) for sample_id in ids], np.uint64)

@@ -3,8 +3,7 @@
 Guarantees: under a final name there is either nothing or a whole file that was fsynced before it
 got the name; a published file is never overwritten, except by `replace` (derived files, which
 anyone can make again). Order: bytes, sha256, fsync(file), close, link, fsync(folder). A process
-that dies leaves at most a `.tmp-*` file. Sealed JSON is canonical and holds the digest of its own
-content.
+that dies leaves at most a `.tmp-*` file.
 Costs: one fsync of the file and one of its folder; the digest reads the file back once, in 8 MiB
 pieces, from the page cache. No locks, no clocks.
 """
@@ -16,7 +15,6 @@ import enum
 import errno
 import functools
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -24,21 +22,18 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from embed_precompute.config import FORMAT_VERSION, canonical_json, digest_of
-from embed_precompute.errors import InternalError, StorageError, VerificationError
+from embed_precompute.errors import InternalError, StorageError
+from embed_precompute.store.sealed import MAX_JSON_BYTES as MAX_JSON_BYTES
+from embed_precompute.store.sealed import read_sealed as read_sealed
+from embed_precompute.store.sealed import seal as seal
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 TEMP_PREFIX = ".tmp-"
 PIECE_BYTES = 8 << 20
-MAX_JSON_BYTES = 16 << 20
-MAX_RECORD_BYTES = 1 << 20
-MAX_JSON_ITEMS = 1 << 19
-"""What a JSON file of ours may hold, so that parsing a hostile one takes little memory: an empty
-list is 2 bytes in the file and 64 in memory."""
 
 # What file systems without hard links answer to link().
 _NO_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS})
@@ -64,58 +59,6 @@ class StoredFile:
     """Basename, never a path."""
     bytes: int
     sha256: str
-
-
-def seal(obj: dict[str, Any]) -> bytes:
-    """`obj` as canonical JSON with the digest of its own content, and a final newline."""
-    content = {key: value for key, value in obj.items() if key != "digest"}
-    return canonical_json({**content, "digest": digest_of(content)}) + b"\n"
-
-
-def read_sealed(path: Path, kind: str | None = None) -> dict[str, Any]:
-    """The object in a sealed JSON file, with its `digest`.
-
-    A missing file is FileNotFoundError: only the caller knows what absence means. Anything but the
-    exact bytes of `seal` (a flipped bit, a torn write, a version or kind this program does not
-    know) is VerificationError.
-    """
-    limit = MAX_RECORD_BYTES if kind in ("unit", "null") else MAX_JSON_BYTES
-    try:
-        with path.open("rb") as file:
-            payload = file.read(limit + 1)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise StorageError(f"{path}: reading failed: {error.strerror}.") from error
-    if len(payload) > limit:
-        raise VerificationError(f"{path} is over {limit} bytes: not one of our files.")
-    if sum(payload.count(mark) for mark in b",[{") > MAX_JSON_ITEMS:
-        raise VerificationError(f"{path} has over {MAX_JSON_ITEMS} values: not one of our files.")
-    remedy = "Restore it, or use `embed-precompute repair` and run the job again."
-    try:
-        obj = json.loads(payload)
-    except (ValueError, RecursionError) as error:
-        raise VerificationError(f"{path} is damaged: not JSON ({error}). {remedy}") from error
-    if not isinstance(obj, dict):
-        raise VerificationError(f"{path} is damaged: not a JSON object. {remedy}")
-    version = obj.get("format_version")
-    if version != FORMAT_VERSION:
-        raise VerificationError(
-            f"{path} has format_version {version!r}: this program reads {FORMAT_VERSION}."
-        )
-    try:
-        sealed = seal(obj)
-    except (ValueError, RecursionError) as error:
-        raise VerificationError(
-            f"{path} is damaged: not canonical JSON ({error}). {remedy}"
-        ) from error
-    if payload != sealed:
-        raise VerificationError(
-            f"{path} is damaged: its content does not have the digest it states. {remedy}"
-        )
-    if kind is not None and obj.get("kind") != kind:
-        raise VerificationError(f"{path} is of kind {obj.get('kind')!r}: expected {kind!r}.")
-    return obj
 
 
 _staged: set[Path] = set()

@@ -1,159 +1,214 @@
-"""A committed unit read back: record, shard and rows part, checked against one another.
+"""Committed units read back: record, shard and rows part, checked against one another.
 
 Guarantees: what comes out is consistent with the plan, the record, the whole rows part (sha256) and
 the shard's header, or a VerificationError names the file that is not. The shard's values are not
 read: that is for `verify`.
-Costs: two passes over the rows part; of the shard only header, offsets and checksums.
+Costs: one pass over a small rows part, two over a large one; of the shard header, offsets and
+checksums. `open_units` reads and decodes some hundred small units ahead, so that neither a network
+file system's round trips nor pyarrow, which takes most of the time, are waited for one by one.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import hashlib
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from embed_precompute.errors import VerificationError
-from embed_precompute.samples import Status
+from embed_precompute.errors import StorageError, VerificationError
 from embed_precompute.store.commit import StoredFile, digest_file
-from embed_precompute.store.index import Array
+from embed_precompute.store.heads import Array, ShardHead
+from embed_precompute.store.joined import joined
 from embed_precompute.store.records import (
     StoredTensor,
     UnitPaths,
+    checked_record,
+    no_record,
     null_paths,
     read_record,
     unit_paths,
 )
-from embed_precompute.store.rows import iter_batches
+from embed_precompute.store.rows import READ_ROWS, iter_batches
+from embed_precompute.store.sealed import (
+    MAX_RECORD_BYTES,
+    FileStart,
+    parse_sealed,
+    read_start,
+)
 from embed_precompute.store.shards import ShardReader
 
-_LABELS = pa.array([status.label for status in Status])
-_VALUES = np.array([status.value for status in Status], np.uint8)
+SMALL_PART_BYTES = 1 << 20
+"""A rows part up to this size is read once, for its digest and its rows."""
+HEAD_BYTES = 1 << 14
+"""What is read of a shard at first: header, offsets and checksums of some hundred rows."""
+READERS = 4
+DECODERS = 2
+UNITS_PER_TASK = 64
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The bytes of a unit's files that tell what is in it, or why they cannot be had."""
+
+    paths: UnitPaths
+    record: FileStart | OSError
+    rows: FileStart | OSError
+    rows_sha256: str
+    """Of what `rows` has."""
+    shard: FileStart | OSError
+
+    @classmethod
+    def read(cls, root: Path, unit: int) -> _Files:
+        paths = unit_paths(root, unit)
+        rows = _start(paths.rows, SMALL_PART_BYTES)
+        return cls(
+            paths,
+            _start(paths.record, MAX_RECORD_BYTES),
+            rows,
+            hashlib.sha256(rows.payload).hexdigest() if isinstance(rows, FileStart) else "",
+            _start(paths.shard, HEAD_BYTES),
+        )
+
+
+def _start(path: Path, limit: int) -> FileStart | OSError:
+    try:
+        return read_start(path, limit)
+    except OSError as error:
+        return error
 
 
 class CommittedUnit:
     """One unit of a plan; opening it checks its record, its rows part and its shard's header."""
 
     def __init__(
-        self, root: Path, plan: Mapping[str, Any], tensors: Sequence[StoredTensor], unit: int
+        self,
+        root: Path,
+        plan: Mapping[str, Any],
+        tensors: Sequence[StoredTensor],
+        unit: int,
+        files: _Files | None = None,
     ) -> None:
-        self.paths = unit_paths(root, unit)
-        self.record = read_record(root, unit)
+        files = _Files.read(root, unit) if files is None else files
+        self.paths = files.paths
+        self.record = record = _record(files, unit)
         self._tensors = tensors
+        self._names = [tensor.name for tensor in tensors]
         first_row = unit * plan["rows_per_unit"]
-        num_rows = min(plan["rows_per_unit"], plan["num_rows"] - first_row)
-        _require_same(
-            self.paths.record,
-            self.record | {"encoders": sorted(self.record["encoders"])},
-            {
-                "fingerprint": plan["fingerprint"],
-                "plan": plan["plan"],
-                "first_row": first_row,
-                "num_rows": num_rows,
-                "encoders": sorted(tensor.name for tensor in tensors),
-            },
+        expected = {
+            "fingerprint": plan["fingerprint"],
+            "plan": plan["plan"],
+            "first_row": first_row,
+            "num_rows": min(plan["rows_per_unit"], plan["num_rows"] - first_row),
+        }
+        _require_same(self.paths.record, record, expected)
+        encoders = {"encoders": sorted(record["encoders"])}
+        _require_same(self.paths.record, encoders, {"encoders": self._names})
+        self._part = _small_part(files, record["files"]["rows"])
+        self._decoded: list[pa.RecordBatch] | None = None
+        self.head = ShardHead(
+            self.paths.shard,
+            _readable(self.paths.shard, files.shard),
+            plan["fingerprint"],
+            unit,
+            tensors,
+            record,
         )
-        _check_size(self.paths.shard, self.record["files"]["shard"])
-        _check_digest(self.paths.rows, self.record["files"]["rows"])
-        self.shard = ShardReader(self.paths.shard, plan["fingerprint"], unit, tensors)
-        self._lengths = {tensor.name: self.shard.lengths(tensor.name) for tensor in tensors}
-        _require_same(
-            self.paths.shard, {"rows": self.shard.num_rows}, {"rows": self.record["num_stored"]}
-        )
+
+    @cached_property
+    def shard(self) -> ShardReader:
+        """The shard with its values, mapped."""
+        record = self.record
+        return ShardReader(self.paths.shard, record["fingerprint"], record["unit"], self._tensors)
 
     def batches(self) -> Iterator[tuple[pa.RecordBatch, dict[str, Array]]]:
         """The rows part without text, and for each batch the columns that go into the index.
 
         Sums are compared with the record after the last batch.
         """
-        seen = _Seen(self.record["first_row"] - 1, [tensor.name for tensor in self._tensors])
-        names = [tensor.name for tensor in self._tensors]
-        num_rows = self.record["num_samples"]
-        for batch in iter_batches(self.paths.rows, names, text=False, num_rows=num_rows):
-            yield batch, self._columns(batch, seen)
-        for name, sums in seen.encoders.items():
-            sums["stored_tokens"] = int(self._lengths[name].sum())
-        found = {
-            "samples": seen.samples,
-            "status": seen.status,
-            "encoders": {name: dict(sums) for name, sums in seen.encoders.items()},
-            "last row": seen.last_row,
-        }
-        expected = {
-            "samples": self.record["num_samples"],
-            "status": self.record["status"],
-            "encoders": self.record["encoders"],
-            "last row": self.record["first_row"] + self.record["num_rows"] - 1,
-        }
-        _require_same(self.paths.rows, found, expected)
+        return joined([self])
 
-    def _columns(self, batch: pa.RecordBatch, seen: _Seen) -> dict[str, Array]:
-        codes = pc.index_in(batch.column("status"), value_set=_LABELS)
-        self._require(codes.null_count == 0, "an unknown status")
-        status = _VALUES[codes.to_numpy()]
-        ok = status == Status.OK
-        shard = batch.column("shard").to_numpy()
-        self._require(bool((shard == self.record["unit"]).all()), "samples of another shard")
-        rows = np.concatenate(([seen.last_row], batch.column("row").to_numpy()))
-        steps = np.diff(rows)
-        ordered = bool(((steps == 0) | (steps == 1)).all())
-        self._require(ordered and rows[1] >= self.record["first_row"], "rows out of order")
-        index = self._filled(batch, "index", ok, -1)
-        stored = index[ok]
-        fits = bool(((stored >= 0) & (stored < self.shard.num_rows)).all())
-        self._require(fits, "an index that is not in the shard")
-        columns = {"status": status, "shard": shard, "index": index}
-        for name, lengths in self._lengths.items():
-            tokens = self._filled(batch, f"{name}_tokens", ok, 0)
-            truncated = self._filled(batch, f"{name}_truncated", ok, False)
-            length = self._filled(batch, f"{name}_length", ok, 0)
-            same = bool((length[ok] == lengths[stored]).all())
-            self._require(same, f"{name}_length unlike the shard's")
-            checksums = np.zeros(len(ok), np.uint64)
-            checksums[ok] = self.shard.checksums(name)[stored]
-            columns |= {f"length_{name}": length, f"xxh3_{name}": checksums}
-            seen.encoders[name]["tokens"] += int(tokens.sum(dtype=np.int64))
-            seen.encoders[name]["truncated"] += int(truncated.sum())
-        seen.add(status, int(rows[-1]))
-        return columns
-
-    def _filled(self, batch: pa.RecordBatch, name: str, ok: Array, missing: Any) -> Array:
-        """A column that is null exactly where the status is not ok, with `missing` there."""
-        column = batch.column(name)
-        if column.null_count == 0 and ok.all():  # nearly always: half of finalize's time is here
-            plain: Array = column.to_numpy(zero_copy_only=False)
-            return plain
-        valid = column.is_valid().to_numpy(zero_copy_only=False)
-        self._require(
-            bool((valid == ok).all()), f"{name} null where status is ok, or not elsewhere"
+    def rows(self) -> Iterator[pa.RecordBatch]:
+        """The rows part without text, whatever it says."""
+        if self._decoded is not None:
+            return iter(self._decoded)
+        return iter_batches(
+            self.paths.rows,
+            self._names,
+            text=False,
+            num_rows=self.record["num_samples"],
+            payload=self._part,
         )
-        values: Array = pc.fill_null(column, missing).to_numpy(zero_copy_only=False)
-        return values
 
-    def _require(self, condition: bool, problem: str) -> None:
-        if not condition:
-            raise VerificationError(f"{self.paths.rows} has {problem}.")
+    def decode(self) -> None:
+        """Decodes the rows if they are few, so that `rows` costs nothing more."""
+        if self._part is not None and self.record["num_samples"] <= READ_ROWS:
+            self._decoded = list(self.rows())
+            self._part = None
 
 
-class _Seen:
-    """What the batches so far add up to."""
+def open_units(
+    root: Path, plan: Mapping[str, Any], tensors: Sequence[StoredTensor]
+) -> Generator[CommittedUnit, None, None]:
+    """Every unit of a plan, in order. Close the iterator: its threads end then.
 
-    def __init__(self, last_row: int, encoders: Sequence[str]) -> None:
-        self.samples = 0
-        self.last_row = last_row
-        self.status = {status.label: 0 for status in Status}
-        self.encoders = {name: Counter(tokens=0, truncated=0) for name in encoders}
+    Some threads read files ahead and wait for the file system, others decode rows, in pyarrow; both
+    let Python run meanwhile, so what is Python stays in this thread.
+    """
+    per_task = max(1, min(UNITS_PER_TASK, READ_ROWS // max(1, plan["rows_per_unit"])))
+    numbers = range(plan["num_units"])
+    tasks = [numbers[first : first + per_task] for first in range(0, len(numbers), per_task)]
+    with _pool("read-units", READERS) as readers, _pool("decode-units", DECODERS) as decoders:
 
-    def add(self, status: Array, last_row: int) -> None:
-        self.samples += len(status)
-        self.last_row = last_row
-        counts = np.bincount(status, minlength=len(Status))
-        for label in Status:
-            self.status[label.label] += int(counts[label])
+        def read(task: range) -> Future[list[_Files]]:
+            return readers.submit(lambda: [_Files.read(root, unit) for unit in task])
+
+        def opened() -> Iterator[Future[list[CommittedUnit]]]:
+            for task, files in zip(tasks, _ahead(map(read, tasks), 2 * READERS), strict=True):
+                units = [
+                    CommittedUnit(root, plan, tensors, unit, found)
+                    for unit, found in zip(task, files, strict=True)
+                ]
+                yield decoders.submit(_decoded, units)
+
+        for units in _ahead(opened(), 2 * DECODERS):
+            yield from units
+
+
+def _decoded(units: list[CommittedUnit]) -> list[CommittedUnit]:
+    for unit in units:
+        unit.decode()
+    return units
+
+
+_T = TypeVar("_T")
+
+
+def _ahead(futures: Iterator[Future[_T]], count: int) -> Iterator[_T]:
+    """The results in order, with `count` more under way."""
+    pending: deque[Future[_T]] = deque()
+    for future in futures:
+        pending.append(future)
+        if len(pending) > count:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+@contextlib.contextmanager
+def _pool(name: str, threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that do not begin what nobody waits for any more."""
+    pool = ThreadPoolExecutor(threads, name)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def check_null(root: Path, plan: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> StoredFile:
@@ -170,24 +225,47 @@ def check_null(root: Path, plan: Mapping[str, Any], tensors: Sequence[StoredTens
     return stored
 
 
-def _check_size(path: Path, entry: Mapping[str, Any]) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise VerificationError(
-            f"{path} cannot be read, though its unit is committed: {error.strerror}."
-        ) from error
-    _require_same(path, {"bytes": size}, {"bytes": entry["bytes"]})
+def _record(files: _Files, unit: int) -> dict[str, Any]:
+    path = files.paths.record
+    if isinstance(files.record, FileNotFoundError):
+        raise no_record(path)
+    if isinstance(files.record, OSError):
+        raise StorageError(f"{path}: reading failed: {files.record.strerror}.")
+    return checked_record(files.paths, unit, parse_sealed(path, files.record, "unit"))
+
+
+def _small_part(files: _Files, entry: Mapping[str, Any]) -> bytes | None:
+    """A rows part that is small, or None for a large one; its digest is right in either case."""
+    path = files.paths.rows
+    start = _readable(path, files.rows)
+    _require_same(path, {"bytes": start.size}, {"bytes": entry["bytes"]})
+    if start.size > start.limit:
+        _check_digest(path, entry)
+        return None
+    _require_same(path, {"sha256": files.rows_sha256}, {"sha256": entry["sha256"]})
+    return start.payload
 
 
 def _check_digest(path: Path, entry: Mapping[str, Any]) -> StoredFile:
-    _check_size(path, entry)
     try:
+        _require_same(path, {"bytes": path.stat().st_size}, {"bytes": entry["bytes"]})
         stored = digest_file(path)
     except OSError as error:
-        raise VerificationError(f"{path} cannot be read: {error.strerror}.") from error
+        raise _unreadable(path, error) from error
     _require_same(path, {"sha256": stored.sha256}, {"sha256": entry["sha256"]})
     return stored
+
+
+def _readable(path: Path, found: FileStart | OSError) -> FileStart:
+    if isinstance(found, OSError):
+        raise _unreadable(path, found) from found
+    return found
+
+
+def _unreadable(path: Path, error: OSError) -> VerificationError:
+    return VerificationError(
+        f"{path} cannot be read, though its unit is committed: {error.strerror}."
+    )
 
 
 def _require_same(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from embed_precompute.store.records import read_manifest
 
 NPY_HEADER_BYTES = 128
 SORT_ENTRIES = 1 << 20
+UNITS_PER_WRITE = 4096
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -95,6 +96,8 @@ class IndexWriter:
     def __init__(self, folder: Path, encoders: Sequence[str]) -> None:
         self._files: dict[str, _ArrayFile] = {}
         self._num_samples = self._id_bytes = 0
+        self._units: list[tuple[int, int, int]] = []
+        self._unit_start = 0
         self._bins = np.zeros(1 << 16, np.int64)
         self._unsorted = _ArrayFile(folder / "id_hash.unsorted", "<u8")
         try:
@@ -128,17 +131,24 @@ class IndexWriter:
         self._files["id_offsets"].append(ends)
         hashes = np.fromiter(map(id_hash, ids), np.uint64, len(ids))
         self._unsorted.append(hashes)
-        np.add.at(self._bins, _bin(hashes), 1)  # a unit has far fewer samples than there are bins
+        np.add.at(self._bins, _bin(hashes), 1)  # far fewer samples than there are bins
         self._num_samples += len(ids)
         self._id_bytes = int(ends[-1])
 
-    def end_unit(self, num_samples: int, num_stored: int) -> None:
-        """Closes a unit of the samples appended last."""
-        row = [self._num_samples - num_samples, num_samples, num_stored]
-        self._files["shards"].append(np.array(row))
+    def add_unit(self, num_samples: int, num_stored: int) -> None:
+        """The next unit; those of all samples follow one another."""
+        self._units.append((self._unit_start, num_samples, num_stored))
+        self._unit_start += num_samples
+        if len(self._units) == UNITS_PER_WRITE:
+            self._write_units()
+
+    def _write_units(self) -> None:
+        self._files["shards"].append(np.array(self._units, np.int64).reshape(-1))
+        self._units.clear()
 
     def finish(self) -> dict[str, StagedFile]:
         """The finished arrays, staged, by name."""
+        self._write_units()
         self._sort_ids()
         sorted_size = {name: self._num_samples for name in ("id_hash", "id_order")}
         return {name: file.finish(sorted_size.get(name)) for name, file in self._files.items()}

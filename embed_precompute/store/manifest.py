@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,8 +31,9 @@ from embed_precompute.store.commit import (
     replace_bytes,
     seal,
 )
-from embed_precompute.store.committed import CommittedUnit, check_null
+from embed_precompute.store.committed import CommittedUnit, check_null, open_units
 from embed_precompute.store.index import IndexWriter
+from embed_precompute.store.joined import joined
 from embed_precompute.store.leftovers import remove_file, remove_leftovers
 from embed_precompute.store.records import (
     UnitPaths,
@@ -100,16 +101,13 @@ def _finalize(root: Path) -> dict[str, Any]:
     names = [tensor.name for tensor in tensors]
     totals = _Totals(names)
     with (
+        contextlib.closing(open_units(root, plan, tensors)) as units,
         IndexWriter(root / "index", names) as index,
         _SampleTable(root / "manifest.parquet", names) as table,
     ):
-        for number in range(plan["num_units"]):
-            unit = CommittedUnit(root, plan, tensors, number)
-            for batch, columns in unit.batches():
-                index.append(columns, batch.column("sample_id").cast(pa.binary()).to_pylist())
-                table.append(batch)
-            index.end_unit(unit.record["num_samples"], unit.record["num_stored"])
-            totals.add(unit.record)
+        for batch, columns in joined(_counted(units, index, totals)):
+            index.append(columns, batch.column("sample_id").cast(pa.binary()).to_pylist())
+            table.append(batch)
         if totals.samples != plan["num_samples"]:
             raise VerificationError(
                 f"{root}: the units hold {totals.samples} samples, plan.json says "
@@ -123,6 +121,16 @@ def _finalize(root: Path) -> dict[str, Any]:
     remove_leftovers(root, root / "index", *(root / "shards").iterdir())
     manifest: dict[str, Any] = json.loads(payload)
     return manifest
+
+
+def _counted(
+    units: Iterable[CommittedUnit], index: IndexWriter, totals: _Totals
+) -> Iterator[CommittedUnit]:
+    """`units`, each noted as it passes."""
+    for unit in units:
+        index.add_unit(unit.record["num_samples"], unit.record["num_stored"])
+        totals.add(unit.record)
+        yield unit
 
 
 def _require_complete(root: Path, num_units: int) -> None:
@@ -143,15 +151,23 @@ class _Totals:
         self.status: Counter[str] = Counter({status.label: 0 for status in Status})
         self.encoders: dict[str, Counter[str]] = {name: Counter() for name in encoders}
         self.environments: Counter[bytes] = Counter()
+        self._last_environment: dict[str, str] | None = None
+        self._environment = b""
         self.records = hashlib.sha256()
 
     def add(self, record: dict[str, Any]) -> None:
         self.samples += record["num_samples"]
         self.stored += record["num_stored"]
-        self.status.update(record["status"])
+        for label, count in record["status"].items():
+            self.status[label] += count
         for name, sums in record["encoders"].items():
-            self.encoders[name].update(sums)
-        self.environments[canonical_json(record["environment"])] += 1
+            encoder = self.encoders[name]
+            for key, count in sums.items():
+                encoder[key] += count
+        if record["environment"] != self._last_environment:
+            self._last_environment = record["environment"]
+            self._environment = canonical_json(record["environment"])
+        self.environments[self._environment] += 1
         self.records.update(f"{record['digest']}\n".encode())
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from embed_precompute.config import ENCODER_NAME, FORMAT_VERSION
 from embed_precompute.errors import IncompleteError, InputError, StorageError, VerificationError
 from embed_precompute.samples import Status
-from embed_precompute.store.commit import read_sealed
+from embed_precompute.store.sealed import read_sealed
 
 UNITS_PER_FOLDER = 1000
 CODECS = ("raw",)
@@ -162,9 +162,16 @@ def read_record(root: Path, unit: int | None) -> dict[str, Any]:
     try:
         record = read_sealed(paths.record, "null" if unit is None else "unit")
     except FileNotFoundError:
-        raise IncompleteError(
-            f"{paths.record} is missing: not committed yet. Run the same command again."
-        ) from None
+        raise no_record(paths.record) from None
+    return checked_record(paths, unit, record)
+
+
+def no_record(path: Path) -> IncompleteError:
+    return IncompleteError(f"{path} is missing: not committed yet. Run the same command again.")
+
+
+def checked_record(paths: UnitPaths, unit: int | None, record: dict[str, Any]) -> dict[str, Any]:
+    """`record`, if it is as the format says and of this unit."""
     _require(paths.record, record, _null_shape(paths) if unit is None else _shape(paths, unit))
     if unit is not None:
         status = record["status"]
@@ -179,19 +186,27 @@ def _file_shape(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": int, "sha256": _HEX}
 
 
-def _common_shape() -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": _HEX,
-        "plan": _HEX,
-        "environment": {str: str},
-        "digest": _HEX,
-    }
+_COMMON_SHAPE: dict[str, Any] = {
+    "format_version": FORMAT_VERSION,
+    "fingerprint": _HEX,
+    "plan": _HEX,
+    "environment": {str: str},
+    "digest": _HEX,
+}
+_UNIT_SHAPE: dict[str, Any] = {
+    **_COMMON_SHAPE,
+    "kind": "unit",
+    **dict.fromkeys(("first_row", "num_rows", "num_samples", "num_stored"), int),
+    "status": {status.label: int for status in Status},
+    "rows_sha256": _HEX,
+    "encoders": {str: {"tokens": int, "truncated": int, "stored_tokens": int}},
+    "adopted_shard": bool,
+}
 
 
 def _null_shape(paths: UnitPaths) -> dict[str, Any]:
     return {
-        **_common_shape(),
+        **_COMMON_SHAPE,
         "kind": "null",
         "encoders": {str: {"length": int, "tokens": int}},
         "files": {"shard": _file_shape(paths.shard)},
@@ -200,18 +215,9 @@ def _null_shape(paths: UnitPaths) -> dict[str, Any]:
 
 def _shape(paths: UnitPaths, unit: int) -> dict[str, Any]:
     return {
-        **_common_shape(),
-        "kind": "unit",
+        **_UNIT_SHAPE,
         "unit": unit,
-        "first_row": int,
-        "num_rows": int,
-        "num_samples": int,
-        "num_stored": int,
-        "status": {status.label: int for status in Status},
-        "rows_sha256": _HEX,
-        "encoders": {str: {"tokens": int, "truncated": int, "stored_tokens": int}},
         "files": {"shard": _file_shape(paths.shard), "rows": _file_shape(paths.rows)},
-        "adopted_shard": bool,
     }
 
 
@@ -246,27 +252,44 @@ def mismatch(value: Any, shape: Any, where: str) -> str | None:
     A shape is a type (int: 0 or more), a pattern, a literal value, `[shape]` for a list, a tuple of
     shapes that are all allowed, `{str: shape}` for any keys, or a dictionary of exact keys.
     """
-    if isinstance(shape, tuple):
+    kind = type(shape)
+    if kind is dict:
+        return _mismatched_object(value, shape, where)
+    if kind is tuple:
         problems = [mismatch(value, choice, where) for choice in shape]
         return problems[0] if all(problems) else None
-    if isinstance(shape, list):
+    if kind is list:
         if not isinstance(value, list):
             return f"{where} is {value!r:.80}, expected a list"
         entries = (mismatch(v, shape[0], f"{where}[{i}]") for i, v in enumerate(value))
         return next((problem for problem in entries if problem), None)
-    if isinstance(shape, dict):
-        if not isinstance(value, dict):
-            return f"{where} is {value!r:.80}, expected an object"
-        free = shape.get(str)
-        if free is None and value.keys() != shape.keys():
-            return f"{where} has keys {sorted(value)}, expected {sorted(shape)}"
-        fields = (mismatch(v, free or shape[k], f"{where}.{k}") for k, v in value.items())
-        return next((problem for problem in fields if problem), None)
-    if isinstance(shape, re.Pattern):
-        fits = isinstance(value, str) and shape.fullmatch(value) is not None
-    elif isinstance(shape, type):
-        fits = type(value) is shape and not (isinstance(value, int) and value < 0)
-    else:
-        fits = type(value) is type(shape) and value == shape
+    if _fits(value, shape, kind):
+        return None
     expected = shape.__name__ if isinstance(shape, type) else getattr(shape, "pattern", shape)
-    return None if fits else f"{where} is {value!r:.80}, expected {expected}"
+    return f"{where} is {value!r:.80}, expected {expected}"
+
+
+def _mismatched_object(value: Any, shape: Mapping[Any, Any], where: str) -> str | None:
+    if not isinstance(value, dict):
+        return f"{where} is {value!r:.80}, expected an object"
+    free = shape.get(str)
+    if free is None and value.keys() != shape.keys():
+        return f"{where} has keys {sorted(value)}, expected {sorted(shape)}"
+    for key, inner in value.items():
+        expected = free or shape[key]
+        kind = type(expected)
+        # Most values are plain and right: nothing is written about them.
+        if kind in (dict, tuple, list) or not _fits(inner, expected, kind):
+            problem = mismatch(inner, expected, f"{where}.{key}")
+            if problem:
+                return problem
+    return None
+
+
+def _fits(value: Any, shape: Any, kind: type) -> bool:
+    """Whether a value has a type (int: 0 or more), fits a pattern, or is a literal."""
+    if kind is type:
+        return type(value) is shape and not (shape is int and value < 0)
+    if kind is re.Pattern:
+        return isinstance(value, str) and shape.fullmatch(value) is not None
+    return type(value) is kind and bool(value == shape)

@@ -5,14 +5,11 @@ any order; a rejected row leaves no trace. A reader accepts exactly the header t
 for this fingerprint, unit and set of tensors, and a file of exactly the size it implies.
 Costs: writing holds no row, only 17 bytes per stored row and tensor; a reject rewrites the file
 once. Reading maps the file (no copy, no file descriptor kept); opening reads header and offsets.
-
-Every number is little-endian, as on every machine torch runs on.
 """
 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,30 +21,22 @@ import numpy as np
 import torch
 import xxhash
 
-from embed_precompute.config import FORMAT_VERSION, canonical_json
-from embed_precompute.errors import InputError, InternalError, VerificationError
+from embed_precompute.config import FORMAT_VERSION
+from embed_precompute.errors import InternalError, VerificationError
 from embed_precompute.store.commit import PIECE_BYTES, Outcome, StagedFile, StoredFile
+from embed_precompute.store.layout import (
+    CODES,
+    MAX_HEADER_BYTES,
+    METADATA_KEY,
+    TORCH_DTYPES,
+    Span,
+    data_bytes,
+    header_bytes,
+    layout,
+)
 from embed_precompute.store.records import StoredTensor
 
 __all__ = ["ShardFile", "ShardReader", "ShardWriter", "StoredTensor"]
-
-METADATA_KEY = "embed_precompute"
-MAX_HEADER_BYTES = 4 << 20
-ALIGNMENT = 64
-
-_TORCH_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
-# name in a safetensors header, bytes per element
-_CODES = {
-    "bfloat16": ("BF16", 2),
-    "float16": ("F16", 2),
-    "float32": ("F32", 4),
-    "int64": ("I64", 8),
-    "uint64": ("U64", 8),
-}
 
 
 @dataclass(frozen=True)
@@ -55,58 +44,6 @@ class ShardFile(StoredFile):
     """A finished shard, and which of the writer's rows are in it, in order."""
 
     kept: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Span:
-    """A tensor's place in the data section."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def _layout(
-    tensors: Sequence[StoredTensor], num_rows: int, totals: Mapping[str, int]
-) -> dict[str, _Span]:
-    """Every tensor of a shard in file order; `totals`: rows of each sequence tensor."""
-    by_name = sorted(tensors, key=lambda tensor: tensor.name)
-    parts: list[tuple[str, str, tuple[int, ...]]] = []
-    parts += [(f"text_{t.name}_offsets", "int64", (num_rows + 1,)) for t in by_name if not t.pooled]
-    parts += [(f"text_{t.name}_xxh3", "uint64", (num_rows,)) for t in by_name]
-    parts += [(f"text_{t.name}", t.dtype, (num_rows, t.dim)) for t in by_name if t.pooled]
-    parts += [(f"text_{t.name}", t.dtype, (totals[t.name], t.dim)) for t in by_name if not t.pooled]
-    spans: dict[str, _Span] = {}
-    position = 0
-    for key, dtype, shape in parts:
-        if key in spans:
-            raise InputError(f"two encoders would both make tensor {key}: rename one of them.")
-        size = _CODES[dtype][1]
-        for extent in shape:
-            size *= extent
-        spans[key] = _Span(dtype, shape, position, position + size)
-        position += size
-    return spans
-
-
-def _header(fingerprint: str, unit: int | None, spans: Mapping[str, _Span]) -> bytes:
-    """Length prefix and JSON, padded with spaces: the data section starts at a multiple of 64."""
-    identity = {"fingerprint": fingerprint, "format_version": FORMAT_VERSION, "unit": unit}
-    entries: dict[str, Any] = {"__metadata__": {METADATA_KEY: canonical_json(identity).decode()}}
-    for key, span in spans.items():
-        entries[key] = {
-            "dtype": _CODES[span.dtype][0],
-            "shape": list(span.shape),
-            "data_offsets": [span.begin, span.end],
-        }
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _data_bytes(spans: Mapping[str, _Span]) -> int:
-    return max(span.end for span in spans.values())
 
 
 def _byte_view(values: torch.Tensor) -> memoryview:
@@ -144,7 +81,7 @@ class ShardWriter:
         self._missing = {name: np.ones(self._num_rows, np.bool_) for name in self._tensors}
         self._rejected: set[int] = set()
         self._plan_bytes()
-        self._staged = StagedFile(target, len(self._head) + _data_bytes(self._spans))
+        self._staged = StagedFile(target, len(self._head) + data_bytes(self._spans))
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -163,7 +100,7 @@ class ShardWriter:
         length = int(self._starts[name][row + 1] - self._starts[name][row])
         shape = (tensor.dim,) if tensor.pooled else (length, tensor.dim)
         if (
-            values.dtype != _TORCH_DTYPES[tensor.dtype]
+            values.dtype != TORCH_DTYPES[tensor.dtype]
             or tuple(values.shape) != shape
             or values.device.type != "cpu"
             or not values.is_contiguous()
@@ -213,12 +150,12 @@ class ShardWriter:
     def _plan_bytes(self) -> None:
         """Header and spans for the present rows."""
         totals = {name: int(starts[-1]) for name, starts in self._starts.items()}
-        self._spans = _layout(list(self._tensors.values()), self._num_rows, totals)
-        self._head = _header(self._fingerprint, self._unit, self._spans)
+        self._spans = layout(list(self._tensors.values()), self._num_rows, totals)
+        self._head = header_bytes(self._fingerprint, self._unit, self._spans)
 
     def _position(self, name: str, row: int) -> int:
         tensor = self._tensors[name]
-        row_bytes = tensor.dim * _CODES[tensor.dtype][1]
+        row_bytes = tensor.dim * CODES[tensor.dtype][1]
         begin = self._spans[f"text_{name}"].begin
         return len(self._head) + begin + int(self._starts[name][row]) * row_bytes
 
@@ -246,7 +183,7 @@ class ShardWriter:
         self._plan_bytes()
         old = self._staged
         with old:
-            self._staged = StagedFile(old.target, len(self._head) + _data_bytes(self._spans))
+            self._staged = StagedFile(old.target, len(self._head) + data_bytes(self._spans))
             for name, spans in sources.items():
                 position = self._position(name, 0)
                 for begin, end in spans:
@@ -274,7 +211,7 @@ class ShardReader:
             raise self._damaged(f"no shard header in {data.numel()} bytes")
         head = raw[: 8 + size].tobytes()
         spans = self._check_header(head, fingerprint, unit)
-        expected = len(head) + _data_bytes(spans)
+        expected = len(head) + data_bytes(spans)
         if data.numel() != expected:
             raise self._damaged(f"found {data.numel()} bytes, its header describes {expected}")
         body = data[len(head) :]
@@ -284,7 +221,7 @@ class ShardReader:
         self._checksums: dict[str, np.ndarray[Any, np.dtype[np.uint64]]] = {}
         for name, tensor in self._tensors.items():
             span = spans[f"text_{name}"]
-            flat = body[span.begin : span.end].view(_TORCH_DTYPES[tensor.dtype])
+            flat = body[span.begin : span.end].view(TORCH_DTYPES[tensor.dtype])
             self._values[name] = flat.view(span.shape)
             self._checksums[name] = _array(body, spans[f"text_{name}_xxh3"], np.dtype("<u8"))
             if not tensor.pooled:
@@ -352,7 +289,7 @@ class ShardReader:
         # torch's own stubs do not know that from_file returns an UntypedStorage
         return empty if storage is None else empty.set_(storage)  # type: ignore[arg-type]
 
-    def _check_header(self, head: bytes, fingerprint: str, unit: int | None) -> dict[str, _Span]:
+    def _check_header(self, head: bytes, fingerprint: str, unit: int | None) -> dict[str, Span]:
         """The spans, if `head` is byte for byte the header we would write."""
         first = next(iter(self._tensors))
         try:
@@ -372,15 +309,15 @@ class ShardReader:
         for key, value in wanted.items():
             if found[key] != value:
                 raise self._damaged(f"it has {key} {found[key]!r}, expected {value!r}")
-        spans = _layout(list(self._tensors.values()), num_rows, totals)
-        expected = _header(fingerprint, unit, spans)
+        spans = layout(list(self._tensors.values()), num_rows, totals)
+        expected = header_bytes(fingerprint, unit, spans)
         if expected != head:
             differing = [k for k, v in json.loads(expected[8:]).items() if entries.get(k) != v]
             raise self._damaged(f"its header is not as the writer makes it {differing}")
         return spans
 
     def _offsets(
-        self, name: str, body: torch.Tensor, spans: Mapping[str, _Span]
+        self, name: str, body: torch.Tensor, spans: Mapping[str, Span]
     ) -> np.ndarray[Any, np.dtype[np.int64]]:
         starts = _array(body, spans[f"text_{name}_offsets"], np.dtype("<i8"))
         total = spans[f"text_{name}"].shape[0]
@@ -400,7 +337,7 @@ def _extent(entry: Mapping[str, Any]) -> int:
     return extent
 
 
-def _array(body: torch.Tensor, span: _Span, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+def _array(body: torch.Tensor, span: Span, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     values = body[span.begin : span.end].numpy().view(dtype)
     values.flags.writeable = False
     return values
