@@ -42,7 +42,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for ranks in arguments.ranks:
         rounds = [measure(arguments, ranks) for _ in range(arguments.rounds)]
-        cells = [f"{statistics.median(values):.2f}" for values in zip(*rounds, strict=True)]
+        cells = [f"{statistics.median(values):.3f}" for values in zip(*rounds, strict=True)]
         print(f"| {ranks} | {' | '.join(cells)} |", flush=True)
 
 
