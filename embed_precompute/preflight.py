@@ -34,8 +34,9 @@ from embed_precompute.plan import (
     rows_per_unit,
 )
 from embed_precompute.samples import Sample
-from embed_precompute.store.commit import MAX_JSON_BYTES, publish_bytes, read_sealed, seal
+from embed_precompute.store.commit import publish_bytes
 from embed_precompute.store.records import committed_units, read_record, refuse_linked_folders
+from embed_precompute.store.sealed import MAX_JSON_BYTES, read_sealed, seal
 from embed_precompute.store.space import room_at
 
 log = logging.getLogger(__name__)

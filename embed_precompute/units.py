@@ -25,13 +25,7 @@ from embed_precompute.encoders import ResolvedEncoder
 from embed_precompute.errors import InputError, InternalError, StorageError, VerificationError
 from embed_precompute.plan import Plan
 from embed_precompute.samples import Sample, Status
-from embed_precompute.store.commit import (
-    Outcome,
-    StoredFile,
-    digest_file,
-    publish_bytes,
-    seal,
-)
+from embed_precompute.store.commit import Outcome, StoredFile, digest_file, publish_bytes
 from embed_precompute.store.leftovers import move_aside
 from embed_precompute.store.manifest import (
     StoredSample,
@@ -43,6 +37,7 @@ from embed_precompute.store.manifest import (
     stored_tensors,
     unit_paths,
 )
+from embed_precompute.store.sealed import seal
 from embed_precompute.store.shards import ShardFile, ShardReader, ShardWriter
 
 EXPONENT_BITS = {

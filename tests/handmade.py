@@ -55,7 +55,8 @@ def make_plan(
 
 
 def write_plan(root: Path, plan: Plan) -> None:
-    from embed_precompute.store.commit import publish_bytes, seal
+    from embed_precompute.store.commit import publish_bytes
+    from embed_precompute.store.sealed import seal
 
     publish_bytes(root / "plan.json", seal(plan.to_json()))
 

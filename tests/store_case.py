@@ -12,11 +12,7 @@ import pytest
 import torch
 
 from embed_precompute.samples import Status
-from embed_precompute.store.commit import (
-    digest_file,
-    publish_bytes,
-    seal,
-)
+from embed_precompute.store.commit import digest_file, publish_bytes
 from embed_precompute.store.manifest import (
     StoredSample,
     finalize,
@@ -25,6 +21,7 @@ from embed_precompute.store.manifest import (
     rows_part_bytes,
     unit_paths,
 )
+from embed_precompute.store.sealed import seal
 from embed_precompute.store.shards import ShardWriter, StoredTensor
 
 FINGERPRINT = "f" * 64

@@ -34,13 +34,12 @@ from embed_precompute.store.commit import (
     StagedFile,
     digest_file,
     publish_bytes,
-    read_sealed,
     replace_bytes,
-    seal,
 )
 from embed_precompute.store.manifest import (
     unit_paths,
 )
+from embed_precompute.store.sealed import read_sealed, seal
 from embed_precompute.store.shards import ShardWriter
 
 

@@ -24,9 +24,10 @@ from embed_precompute.errors import (
     InputError,
     VerificationError,
 )
-from embed_precompute.store.commit import read_sealed, replace_bytes, seal
+from embed_precompute.store.commit import replace_bytes
 from embed_precompute.store.manifest import finalize
 from embed_precompute.store.records import unit_paths
+from embed_precompute.store.sealed import read_sealed, seal
 
 # s1 is null, s3 is not finite, s0, s4 and s7 are equal (s4 and s7 are in other shards).
 TEXTS = ["a b c", None, "", "nan", "a b c", "d e", "f é", "a b c"]

@@ -22,11 +22,11 @@ from embed_precompute.encoders.fused import FusedEncoder
 from embed_precompute.encoders.hf import HfEncoder
 from embed_precompute.errors import EmbedPrecomputeError, VerificationError
 from embed_precompute.info import dataset_lines, read_status
-from embed_precompute.store.commit import read_sealed, seal
 from embed_precompute.store.index import DatasetIndex
 from embed_precompute.store.manifest import finalize
 from embed_precompute.store.records import read_record, unit_paths
 from embed_precompute.store.rows import read_samples
+from embed_precompute.store.sealed import read_sealed, seal
 from embed_precompute.store.space import UNLIMITED, Room, _lower, _Quota, room_at
 from embed_precompute.units import is_finite
 from embed_precompute.verify import verify

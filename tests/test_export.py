@@ -32,8 +32,8 @@ from embed_precompute.errors import (
 from embed_precompute.export import tensors
 from embed_precompute.export.opensora import OpenSoraOptions, export_opensora, read_ids
 from embed_precompute.export.table import NO_LATENTS, NUM_PARTS
-from embed_precompute.store.commit import read_sealed
 from embed_precompute.store.rows import read_samples
+from embed_precompute.store.sealed import read_sealed
 
 ROWS = 30
 NULL_ROWS = (4, 11)

@@ -21,7 +21,7 @@ import torch
 import xxhash
 
 from embed_precompute.samples import Status
-from embed_precompute.store.commit import publish_bytes, seal
+from embed_precompute.store.commit import publish_bytes
 from embed_precompute.store.manifest import (
     StoredSample,
     finalize,
@@ -31,6 +31,7 @@ from embed_precompute.store.manifest import (
     stored_tensors,
     unit_paths,
 )
+from embed_precompute.store.sealed import seal
 from embed_precompute.store.shards import ShardWriter
 
 FINGERPRINT = "0123456789abcdef" * 4

@@ -18,9 +18,10 @@ from embed_precompute import preflight, reencode
 from embed_precompute import repair as repair_module
 from embed_precompute.encoders.copies import Pending
 from embed_precompute.samples import Status
-from embed_precompute.store.commit import replace_bytes, seal
+from embed_precompute.store.commit import replace_bytes
 from embed_precompute.store.leftovers import QUARANTINE
 from embed_precompute.store.records import null_paths, read_record, unit_paths
+from embed_precompute.store.sealed import seal
 from embed_precompute.verify import verify
 
 TEXTS = [f"a video of scene {i} with {'many ' * (i % 9)}people" for i in range(30)]

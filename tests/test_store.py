@@ -42,13 +42,7 @@ from embed_precompute.errors import (
 )
 from embed_precompute.samples import Status
 from embed_precompute.store import committed, index, joined, manifest, records, rows
-from embed_precompute.store.commit import (
-    StagedFile,
-    digest_file,
-    publish_bytes,
-    read_sealed,
-    seal,
-)
+from embed_precompute.store.commit import StagedFile, digest_file, publish_bytes
 from embed_precompute.store.index import DatasetIndex
 from embed_precompute.store.manifest import (
     StoredSample,
@@ -63,6 +57,7 @@ from embed_precompute.store.manifest import (
     stored_tensors,
     unit_paths,
 )
+from embed_precompute.store.sealed import read_sealed, seal
 from embed_precompute.store.shards import ShardReader
 
 

@@ -25,9 +25,10 @@ from handmade import (
 from embed_precompute.errors import InputError
 from embed_precompute.info import dataset_lines, read_status, sample_lines
 from embed_precompute.samples import Sample, Status
-from embed_precompute.store.commit import digest_file, read_sealed, replace_bytes, seal
+from embed_precompute.store.commit import digest_file, replace_bytes
 from embed_precompute.store.manifest import finalize
 from embed_precompute.store.records import unit_paths
+from embed_precompute.store.sealed import read_sealed, seal
 from embed_precompute.verify import verify
 
 TEXTS = ["a b c", None, "", "nan", "a b c", "d e", "f é", "a b c"]

@@ -26,7 +26,6 @@ class T5Body:
         self._heads, self._inner = config.num_heads, config.num_heads * config.d_kv
         self._activation: str = config.dense_act_fn
         self._eps: float = config.layer_norm_epsilon
-        self._length = length
         distance = torch.arange(length, device=workspace.device)
         # The bias of query i and key j stands at j - i + length - 1.
         self._distance = distance[None, :] - distance[:, None] + length - 1

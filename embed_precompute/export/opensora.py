@@ -47,13 +47,12 @@ from embed_precompute.store.commit import (
     StoredFile,
     make_folder,
     publish_bytes,
-    read_sealed,
     replace_bytes,
-    seal,
 )
 from embed_precompute.store.committed import check_null
 from embed_precompute.store.leftovers import remove_file, remove_leftovers
 from embed_precompute.store.records import null_paths
+from embed_precompute.store.sealed import read_sealed, seal
 from embed_precompute.store.shards import ShardReader
 from embed_precompute.text_pair import PadMasked, TextPair, pad_to
 

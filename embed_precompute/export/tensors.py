@@ -24,8 +24,9 @@ import torch
 from embed_precompute.config import FORMAT_VERSION, digest_of
 from embed_precompute.errors import StorageError, VerificationError
 from embed_precompute.export.source import Entry
-from embed_precompute.store.commit import Outcome, publish_bytes, read_sealed, replace_bytes, seal
+from embed_precompute.store.commit import Outcome, publish_bytes, replace_bytes
 from embed_precompute.store.committed import CommittedUnit
+from embed_precompute.store.sealed import read_sealed, seal
 from embed_precompute.text_pair import TextPair
 
 THREADS = 8

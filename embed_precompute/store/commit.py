@@ -25,9 +25,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from embed_precompute.errors import InternalError, StorageError
-from embed_precompute.store.sealed import MAX_JSON_BYTES as MAX_JSON_BYTES
-from embed_precompute.store.sealed import read_sealed as read_sealed
-from embed_precompute.store.sealed import seal as seal
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer

@@ -29,7 +29,6 @@ from embed_precompute.store.commit import (
     StoredFile,
     digest_file,
     replace_bytes,
-    seal,
 )
 from embed_precompute.store.committed import CommittedUnit, check_null, open_units
 from embed_precompute.store.index import IndexWriter
@@ -54,6 +53,7 @@ from embed_precompute.store.rows import (
     rows_part_bytes,
     rows_schema,
 )
+from embed_precompute.store.sealed import seal
 from embed_precompute.store.shards import StoredTensor
 
 __all__ = [

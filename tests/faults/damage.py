@@ -14,9 +14,9 @@ from store_case import flips
 from embed_precompute.checks import Report
 from embed_precompute.errors import VerificationError
 from embed_precompute.repair import repair
-from embed_precompute.store.commit import read_sealed
 from embed_precompute.store.manifest import finalize
 from embed_precompute.store.records import read_record, unit_paths
+from embed_precompute.store.sealed import read_sealed
 from embed_precompute.verify import verify
 from faults.lab import Finding, Lab, first_lines
 

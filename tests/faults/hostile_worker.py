@@ -219,7 +219,7 @@ def _bytes(root: Path, captions: Path, rng: random.Random) -> str:
 
 def _json(root: Path, captions: Path, rng: random.Random) -> str:
     """A value of a JSON file replaced, and the file sealed anew, so that its digest is right."""
-    from embed_precompute.store.commit import seal
+    from embed_precompute.store.sealed import seal
 
     path = rng.choice(_files(root, ".json"))
     content = json.loads(path.read_bytes())
@@ -355,7 +355,7 @@ def _write_captions(path: Path, rng: random.Random, *, bomb: bool) -> None:
 
 def _restate(root: Path, path: Path) -> None:
     """State a file's new size and sha256 in the record or manifest that has it, sealed anew."""
-    from embed_precompute.store.commit import seal
+    from embed_precompute.store.sealed import seal
 
     payload = path.read_bytes()
     now = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
