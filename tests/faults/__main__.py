@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--long", action="store_true", help="the sizes of the issue, over an hour")
     parser.add_argument("--seed", type=int, default=0, help="the same seed, the same faults")
     parser.add_argument("--only", nargs="*", metavar="F", help="such as F1 F5 or f13_slow cost")
+    parser.add_argument("--jobs", type=int, default=1, help="periods of F20 at the same time")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the findings here too")
     arguments = parser.parse_args()
@@ -43,6 +44,7 @@ def main() -> int:
 
 def _run(arguments: argparse.Namespace, folder: Path) -> list[Finding]:
     size = " --long" if arguments.long else ""
+    size += f" --jobs {arguments.jobs}" if arguments.jobs > 1 else ""
     findings: list[Finding] = []
     print("| fault | injection | target | measured | holds | s | command |\n|" + "---|" * 7)
     for check in CHECKS:
@@ -50,7 +52,8 @@ def _run(arguments: argparse.Namespace, folder: Path) -> list[Finding]:
         fault = f"F{int(name[1:3])}" if name[1:3].isdigit() else name
         if arguments.only and not {fault, name} & set(arguments.only):
             continue
-        lab = Lab(folder / name, check_seed(arguments.seed, name), long=arguments.long)
+        seed = check_seed(arguments.seed, name)
+        lab = Lab(folder / name, seed, long=arguments.long, jobs=arguments.jobs)
         began = time.monotonic()
         try:
             found = check(lab)

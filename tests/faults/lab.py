@@ -46,8 +46,8 @@ def check_seed(seed: int, check: str) -> int:
 class Lab:
     """A workplace for checks: one seed, one size, one folder."""
 
-    def __init__(self, folder: Path, seed: int, *, long: bool) -> None:
-        self.folder, self.seed, self.long = folder, seed, long
+    def __init__(self, folder: Path, seed: int, *, long: bool, jobs: int = 1) -> None:
+        self.folder, self.seed, self.long, self.jobs = folder, seed, long, jobs
         self.rng = random.Random(seed)
         self._made = 0
         self._undisturbed: dict[tuple[int | None, int], dict[str, bytes]] = {}

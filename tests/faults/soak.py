@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from jobs import call
 
 from faults.commits import CODES
 from faults.hooks import Hook
 from faults.kills import UNIT_S
-from faults.lab import Finding, Job, Lab, first_lines, wait_for
+from faults.lab import Finding, Job, Lab, check_seed, first_lines, wait_for
 from faults.processes import execute, signal_to, start_gang
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -19,30 +23,54 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signa
 def f20_soak(lab: Lab) -> list[Finding]:
     """Per run some random faults, then an undisturbed run; ten such periods in the long form."""
     periods, seconds = lab.size(1, 10), lab.size(6, 600)
-    problems: list[str] = []
-    runs = faults = 0
-    for _ in range(periods):
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            job = lab.job("f20")
-            history: list[str] = []
-            for _ in range(lab.rng.randint(1, 5)):
-                history.append(_hurt(lab, job))
-                faults += 1
-            code, said = execute("run", str(job.path), log=job.path.with_name("log"))
-            wrong = job.wrong(lab.undisturbed(), quarantine=True)
-            wrong += [f"exit {code} {said[-300:]}"] * (code != 0)
-            problems += [f"run {runs} {history}: {p}" for p in wrong]
-            runs += 1
-            job.remove()
+    seeds = [check_seed(lab.seed, f"period {k}") for k in range(periods)]
+    folders = [lab.new("f20-period") for _ in range(periods)]
+    if lab.jobs == 1:
+        outcomes = list(map(_period, folders, seeds, [seconds] * periods))
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(lab.jobs, spawn) as pool:
+            outcomes = list(pool.map(_period, folders, seeds, [seconds] * periods))
+    problems = [problem for outcome in outcomes for problem in outcome.problems]
+    runs, faults = (sum(getattr(o, name) for o in outcomes) for name in ("runs", "faults"))
     return [
         Finding(
-            "F20", f"{periods} x {seconds} s of mixed faults", "0 violations",
+            "F20", f"{periods} x {seconds} s of mixed faults, {lab.jobs} at a time", "0 violations",
             f"{runs} runs, {faults} faults, seed {lab.seed}: {len(problems)} wrong "
             f"{first_lines(problems)}",
             not problems,
         )
     ]  # fmt: skip
+
+
+@dataclass
+class _Outcome:
+    """What a period found."""
+
+    runs: int = 0
+    faults: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def _period(folder: Path, seed: int, seconds: int) -> _Outcome:
+    """Runs under faults for `seconds`, in a workplace of its own."""
+    lab = Lab(folder, seed, long=True)
+    outcome = _Outcome()
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        job = lab.job("f20")
+        history: list[str] = []
+        for _ in range(lab.rng.randint(1, 5)):
+            history.append(_hurt(lab, job))
+            outcome.faults += 1
+        code, said = execute("run", str(job.path), log=job.path.with_name("log"))
+        wrong = job.wrong(lab.undisturbed(), quarantine=True)
+        wrong += [f"exit {code} {said[-300:]}"] * (code != 0)
+        outcome.problems += [f"seed {seed}, run {outcome.runs} {history}: {p}" for p in wrong]
+        outcome.runs += 1
+        if not wrong:
+            job.remove()
+    return outcome
 
 
 def _hurt(lab: Lab, job: Job) -> str:

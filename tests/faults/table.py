@@ -38,4 +38,6 @@ CHECKS: tuple[Callable[[Lab], list[Finding]], ...] = (
     kills.f19_orphans,
     soak.f20_soak,
     cost.cost_integrity,
+    cost.cost_run_ram,
+    cost.cost_run_disk,
 )
