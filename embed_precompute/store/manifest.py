@@ -40,6 +40,7 @@ from embed_precompute.store.records import (
     null_paths,
     read_plan,
     read_record,
+    refuse_linked_folders,
     stored_tensors,
     unit_paths,
 )
@@ -94,6 +95,7 @@ def finalize(root: Path) -> dict[str, Any]:
 
 def _finalize(root: Path) -> dict[str, Any]:
     plan = read_plan(root)
+    refuse_linked_folders(root)
     tensors = stored_tensors(plan["spec"])
     _require_complete(root, plan["num_units"])
     files = {name: digest_file(root / name) for name in ("plan.json", "null.json")}
