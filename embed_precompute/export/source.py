@@ -250,12 +250,13 @@ def captions_path(root: Path) -> str:
 def _examine(footer: Footer) -> tuple[CaptionFile, pa.Schema]:
     metadata = footer.metadata
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    file = open_parquet(footer.source, footer.input)
+    parquet = open_parquet(footer.source, footer.input).parquet
     try:
         # The types rows are read with, not those Arrow would restore from the writer's notes.
-        return CaptionFile(footer.source, footer.input, starts_of(groups)), file.schema_arrow
+        file = CaptionFile(footer.source, footer.input, starts_of(groups))
+        return file, parquet.schema_arrow
     finally:
-        file.close(force=True)
+        parquet.close(force=True)
 
 
 def _unify(path: str, files: Sequence[CaptionFile], schemas: Sequence[pa.Schema]) -> pa.Schema:
