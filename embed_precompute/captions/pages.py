@@ -11,7 +11,8 @@ some KiB, which is decompressed once more, and of lists the pages too where they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import struct
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ MAX_HEADER_BYTES = 16 << 20
 """pyarrow's own limit: a page header may hold the least and the greatest value."""
 MAX_DICTIONARY_BYTES = 2 << 20
 """Writers stop at 1 MiB; in a larger one a single value is taken to be all of it."""
+_SHORT_HEADER = 64
+"""Most are longer, by their statistics: with less than this left of a window a new one is read."""
 VALUE_BYTES = 16
 """What a value takes beside its bytes, in offsets, levels and views."""
 _MAX_LEVELS = 8 << 20
@@ -57,11 +60,15 @@ class PageTooLarge(ParquetDamage):
 class Leaf:
     """A leaf of the schema: what a column chunk of each row group holds."""
 
-    path: str
-    """As pyarrow names columns: `text`, or `text.list.element`."""
+    parts: tuple[str, ...]
+    """(`text`,), or (`text`, `list`, `element`)."""
     physical_type: int
     max_repetition: int
     """How many lists it is in."""
+
+    @property
+    def path(self) -> str:
+        return ".".join(self.parts)
 
 
 @dataclass(frozen=True)
@@ -131,16 +138,15 @@ def column_chunks(footer: bytes, columns: Collection[str]) -> list[list[Chunk]]:
         if number == 2 and kind == LIST:
             leaves = _leaves([_element(cursor) for _ in cursor.elements()])
         elif number == 4 and kind == LIST:
-            wanted = {i for i, leaf in enumerate(leaves) if _selects(columns, leaf.path)}
+            wanted = {i for i, leaf in enumerate(leaves) if _selects(columns, leaf)}
             groups = [_row_group(cursor, leaves, wanted) for _ in cursor.elements()]
         else:
             cursor.skip(kind)
     return groups
 
 
-def _selects(columns: Collection[str], path: str) -> bool:
-    parts = path.split(".")
-    return any(".".join(parts[: n + 1]) in columns for n in range(len(parts)))
+def _selects(columns: Collection[str], leaf: Leaf) -> bool:
+    return any(".".join(leaf.parts[: n + 1]) in columns for n in range(len(leaf.parts)))
 
 
 def _element(cursor: Compact) -> tuple[str, Numbers]:
@@ -158,21 +164,21 @@ def _element(cursor: Compact) -> tuple[str, Numbers]:
 def _leaves(elements: Sequence[tuple[str, Numbers]]) -> list[Leaf]:
     """Of a schema laid out in depth-first order, its root first."""
     leaves = []
-    open_nodes: list[list[Any]] = []  # [children left, path, lists around]
+    open_nodes: list[list[Any]] = []  # [children left, parts, lists around]
     for i, (name, numbers) in enumerate(elements):
         while open_nodes and open_nodes[-1][0] == 0:
             open_nodes.pop()
         if i and not open_nodes:
             raise ParquetDamage("its schema has more than one root")
-        _, path, depth = open_nodes[-1] if open_nodes else (0, "", 0)
+        _, parts, depth = open_nodes[-1] if open_nodes else (0, (), 0)
         if open_nodes:
             open_nodes[-1][0] -= 1
-            path = f"{path}.{name}" if path else name
+            parts = (*parts, name)
             depth += numbers.get((3,)) == _REPEATED
         if (children := numbers.get((5,), 0)) > 0:
-            open_nodes.append([children, path, depth])
+            open_nodes.append([children, parts, depth])
         elif i:
-            leaves.append(Leaf(path, numbers.get((1,), -1), depth))
+            leaves.append(Leaf(parts, numbers.get((1,), -1), depth))
     return leaves
 
 
@@ -279,13 +285,7 @@ class _Bound:
         known = self._chunk.codec in _CODECS and page.bytes <= MAX_DICTIONARY_BYTES
         if bound <= self._enough or not known:
             return bound
-        payload = self._payload(page)
-        position = longest = 0
-        while position < len(payload):
-            size = int.from_bytes(payload[position : position + 4], "little")
-            longest = max(longest, size)
-            position += 4 + size
-        return min(longest, bound)
+        return min(_longest_value(self._payload(page)), bound)
 
     def _payload(self, page: Page) -> bytes:
         packed = self._read_at(page.begin, page.packed_bytes)
@@ -298,6 +298,21 @@ class _Bound:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ParquetDamage(f"a page cannot be decompressed: {error}") from error
         return unpacked
+
+
+def _longest_value(plain: bytes) -> int:
+    """Of byte arrays, each behind its length; a tenth of a microsecond each."""
+    unpack = struct.Struct("<I").unpack_from
+    position = longest = 0
+    try:
+        while position < len(plain):
+            size = unpack(plain, position)[0]
+            if size > longest:
+                longest = size
+            position += 4 + size
+    except struct.error:
+        raise ParquetDamage("a dictionary ends inside a value") from None
+    return longest
 
 
 def _one_bit_levels(data: bytes, count: int) -> np.ndarray[Any, Any]:
@@ -334,21 +349,26 @@ def row_bytes(read_at: ReadAt, chunk: Chunk, limit: int, enough: int) -> int:
     of whose bytes are at most `enough` is not looked into.
     """
     bound = _Bound(read_at, chunk, enough)
-    position = chunk.begin
-    window, start = b"", 0
-    while position < chunk.end:
-        if not start <= position < start + len(window) - 64:
-            window, start = read_at(position, WINDOW_BYTES), position
-        page, window, start = _read_header(read_at, window, start, position)
-        largest = max(page.bytes, page.packed_bytes, _made_at_once(page))
-        if largest > limit:
+    for page in read_pages(read_at, chunk):
+        if max(page.bytes, page.packed_bytes, _made_at_once(page)) > limit:
             what = f"a page of {page.bytes} bytes (compressed {page.packed_bytes})"
             raise PageTooLarge(f"{what} with {page.num_values} values")
         bound.add(page)
         if bound.row_bytes > limit:
             raise PageTooLarge(f"rows of up to {bound.row_bytes} bytes")
-        position = page.begin + page.packed_bytes
     return bound.row_bytes
+
+
+def read_pages(read_at: ReadAt, chunk: Chunk) -> Iterator[Page]:
+    """The page headers of a chunk, in order."""
+    position = chunk.begin
+    window, start = b"", 0
+    while position < chunk.end:
+        if not start <= position < start + len(window) - _SHORT_HEADER:
+            window, start = read_at(position, WINDOW_BYTES), position
+        page, window, start = _read_header(read_at, window, start, position)
+        yield page
+        position = page.begin + page.packed_bytes
 
 
 def _made_at_once(page: Page) -> int:
