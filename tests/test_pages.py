@@ -15,12 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from embed_precompute.captions import CaptionTable
+from embed_precompute.captions.chunks import Chunk, column_chunks
 from embed_precompute.captions.pages import (
     WINDOW_BYTES,
-    Chunk,
     PageTooLarge,
     ReadAt,
-    column_chunks,
     read_pages,
     row_bytes,
 )
@@ -139,7 +138,7 @@ def test_a_column_is_selected_as_pyarrow_selects_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
-@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
 def test_rows_of_a_chunk_are_no_wider_than_their_bound(codec: str, version: str) -> None:
     options = {"compression": codec, "data_page_version": version, "data_page_size": 4096}
     values = ["x" * 1000, *["y"] * 5000]
@@ -158,6 +157,7 @@ def test_rows_of_a_chunk_are_no_wider_than_their_bound(codec: str, version: str)
     assert bound(["x" * 1000] * 100, **delta) >= 1000  # each may repeat the one before
     lists = [["x" * 1000], *[["y"] * (i % 7) for i in range(5000)]]
     assert bound(lists) == 6 * (1000 + 16)
+    assert bound([[x, [], x] for x in lists]) == (2 * 6 + 1) * (1000 + 16)
     wide = bound([["y" * 50] * 2000, *[["z"]] * 2000], use_dictionary=False)
     assert wide >= 2000 * 50  # one list on many pages
 

@@ -1,34 +1,25 @@
-"""What the columns of a parquet file decode to, by its footer and page headers alone.
+"""What the column chunks of a parquet file decode to, by their page headers.
 
 Guarantees: whatever the bytes, an answer or ParquetDamage. A bound of decoded bytes follows from
 the sizes by which pages are decompressed and from the values that a page may repeat, not from the
-footer's claims. (pyarrow's own metadata of a column chunk ends the process where a footer is
-damaged: nothing here uses it.)
-Costs: of a footer, some 30 microseconds per column chunk; of a row group, as much per page and one
-read of 16 KiB (all pages so small that several share it cost one), beside a dictionary of more than
-some KiB, which is decompressed once more, and of lists the pages too where they are of version 1.
+footer's claims.
+Costs: some 30 microseconds a page and one read of 16 KiB (pages so small that several share it cost
+one); a dictionary of more than some KiB is decompressed once more, and so are the pages of lists
+where they are of version 1.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from embed_precompute.captions.thrift import (
-    BINARY,
-    I32,
-    I64,
-    LIST,
-    STRUCT,
-    Compact,
-    CutShort,
-    ParquetDamage,
-)
+from embed_precompute.captions.chunks import Chunk
+from embed_precompute.captions.thrift import I32, Compact, CutShort, ParquetDamage
 
 WINDOW_BYTES = 16 << 10
 MAX_HEADER_BYTES = 16 << 20
@@ -44,46 +35,13 @@ _BYTE_ARRAY, _FIXED_BYTES = 6, 7
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3
 _PLAIN_DICTIONARY, _RLE, _DELTA_LENGTH, _DELTA_BYTES, _RLE_DICTIONARY = 2, 3, 6, 7, 8
 _CODECS = {0: "", 1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
-_REPEATED = 2
 
 ReadAt = Callable[[int, int], bytes]
 """(offset, size) -> the bytes there, fewer at the end of the file."""
-Numbers = dict[tuple[int, ...], int]
-"""Path of field numbers -> value."""
 
 
 class PageTooLarge(ParquetDamage):
     """It may be sound, but what it decodes to are no captions."""
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A leaf of the schema: what a column chunk of each row group holds."""
-
-    parts: tuple[str, ...]
-    """(`text`,), or (`text`, `list`, `element`)."""
-    physical_type: int
-    max_repetition: int
-    """How many lists it is in."""
-
-    @property
-    def path(self) -> str:
-        return ".".join(self.parts)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A leaf's part of a row group, as the footer has it."""
-
-    leaf: Leaf
-    codec: int
-    num_bytes: int
-    """Of its pages decompressed, as the footer claims."""
-    begin: int
-    """Where its first page is in the file."""
-    end: int
-    null_count: int | None
-    """None where the statistics do not say."""
 
 
 @dataclass(frozen=True)
@@ -102,116 +60,12 @@ class Page:
     """Of version 2, where they are not compressed."""
 
 
-_SCHEMA = {(1,): I32, (3,): I32, (5,): I32}
-_CHUNK = {(4,): I32, (6,): I64, (7,): I64, (9,): I64, (11,): I64, (12, 3): I64}
 _HEADER = {
     **{(n,): I32 for n in (1, 2, 3)},
     **{(5, n): I32 for n in (1, 2, 4)},
     **{(7, n): I32 for n in (1, 2)},
     **{(8, n): I32 for n in (1, 4, 6)},
 }
-
-
-def _numbers(cursor: Compact, wanted: dict[tuple[int, ...], int], at: tuple[int, ...]) -> Numbers:
-    """The wanted numbers of a struct and the structs in it; a field of another type is skipped."""
-    found: Numbers = {}
-    for number, kind in cursor.fields():
-        path = (*at, number)
-        if wanted.get(path) == kind:
-            found[path] = cursor.number(kind)
-        elif kind == STRUCT and any(key[: len(path)] == path for key in wanted):
-            found |= _numbers(cursor, wanted, path)
-        else:
-            cursor.skip(kind)
-    return found
-
-
-def column_chunks(footer: bytes, columns: Collection[str]) -> list[list[Chunk]]:
-    """The chunks of these columns in each row group, as pyarrow selects them by name.
-
-    `footer` is its thrift bytes. A chunk is known by its place, not by the name it gives itself.
-    """
-    cursor = Compact(footer)
-    leaves: list[Leaf] = []
-    groups: list[list[Chunk]] = []
-    for number, kind in cursor.fields():
-        if number == 2 and kind == LIST:
-            leaves = _leaves([_element(cursor) for _ in cursor.elements()])
-        elif number == 4 and kind == LIST:
-            wanted = {i for i, leaf in enumerate(leaves) if _selects(columns, leaf)}
-            groups = [_row_group(cursor, leaves, wanted) for _ in cursor.elements()]
-        else:
-            cursor.skip(kind)
-    return groups
-
-
-def _selects(columns: Collection[str], leaf: Leaf) -> bool:
-    return any(".".join(leaf.parts[: n + 1]) in columns for n in range(len(leaf.parts)))
-
-
-def _element(cursor: Compact) -> tuple[str, Numbers]:
-    name, numbers = "", Numbers()
-    for number, kind in cursor.fields():
-        if number == 4 and kind == BINARY:
-            name = cursor.binary().decode(errors="surrogateescape")
-        elif _SCHEMA.get((number,)) == kind:
-            numbers[(number,)] = cursor.number(kind)
-        else:
-            cursor.skip(kind)
-    return name, numbers
-
-
-def _leaves(elements: Sequence[tuple[str, Numbers]]) -> list[Leaf]:
-    """Of a schema laid out in depth-first order, its root first."""
-    leaves = []
-    open_nodes: list[list[Any]] = []  # [children left, parts, lists around]
-    for i, (name, numbers) in enumerate(elements):
-        while open_nodes and open_nodes[-1][0] == 0:
-            open_nodes.pop()
-        if i and not open_nodes:
-            raise ParquetDamage("its schema has more than one root")
-        _, parts, depth = open_nodes[-1] if open_nodes else (0, (), 0)
-        if open_nodes:
-            open_nodes[-1][0] -= 1
-            parts = (*parts, name)
-            depth += numbers.get((3,)) == _REPEATED
-        if (children := numbers.get((5,), 0)) > 0:
-            open_nodes.append([children, parts, depth])
-        elif i:
-            leaves.append(Leaf(parts, numbers.get((1,), -1), depth))
-    return leaves
-
-
-def _row_group(cursor: Compact, leaves: Sequence[Leaf], wanted: Collection[int]) -> list[Chunk]:
-    chunks: list[Chunk] = []
-    position = 0
-    for number, kind in cursor.fields():
-        if number != 1 or kind != LIST:
-            cursor.skip(kind)
-            continue
-        for position, _ in enumerate(cursor.elements(), 1):
-            if position - 1 in wanted:
-                chunks.append(_chunk(cursor, leaves[position - 1]))
-            else:
-                cursor.skip(STRUCT)
-    if position != len(leaves):
-        raise ParquetDamage(f"a row group has {position} columns, the schema {len(leaves)}")
-    return chunks
-
-
-def _chunk(cursor: Compact, leaf: Leaf) -> Chunk:
-    found: Numbers = {}
-    for number, kind in cursor.fields():
-        if number == 3 and kind == STRUCT:
-            found = _numbers(cursor, _CHUNK, ())
-        else:
-            cursor.skip(kind)
-    data, dictionary, size, unpacked = (found.get((n,), 0) for n in (9, 11, 7, 6))
-    begin = dictionary if 0 < dictionary < data else data
-    nulls = found.get((12, 3))
-    if min(data, size, unpacked, nulls or 0) < 0:
-        raise ParquetDamage(f"column {leaf.path!r} has {size} bytes at {data}, {nulls} nulls")
-    return Chunk(leaf, found.get((4,), -1), unpacked, begin, begin + size, nulls)
 
 
 class _Bound:
@@ -265,7 +119,7 @@ class _Bound:
     def _row_starts(self, page: Page) -> np.ndarray[Any, Any]:
         """Where on the page a row begins; nowhere where that cannot be told."""
         levels = b""
-        if self._chunk.leaf.max_repetition == 1 and page.num_values <= _MAX_LEVELS:
+        if page.num_values <= _MAX_LEVELS:
             if page.kind == _DATA_V2:
                 levels = self._read_at(page.begin, page.repetition_bytes)
             elif page.repetition_encoding == _RLE and self._chunk.codec in _CODECS:
@@ -273,7 +127,7 @@ class _Bound:
                 levels = payload[4 : 4 + int.from_bytes(payload[:4], "little")]
         if not levels:
             return np.zeros(0, np.int64)
-        return np.flatnonzero(_one_bit_levels(levels, page.num_values) == 0)
+        return _zeros(levels, self._chunk.leaf.max_repetition.bit_length(), page.num_values)
 
     def _longest_of(self, page: Page) -> int:
         """Upper bound of a dictionary's longest value."""
@@ -315,12 +169,12 @@ def _longest_value(plain: bytes) -> int:
     return longest
 
 
-def _one_bit_levels(data: bytes, count: int) -> np.ndarray[Any, Any]:
-    """`count` levels of 0 or 1 from parquet's hybrid of runs and packed bits."""
-    levels = np.zeros(count, np.uint8)
+def _zeros(data: bytes, width: int, count: int) -> np.ndarray[Any, Any]:
+    """Where `count` levels of `width` bits are 0, from parquet's hybrid of runs and packed bits."""
+    zero = np.zeros(count, np.bool_)
     position = filled = 0
     while filled < count:
-        header, shift = 0, 0
+        header = shift = 0
         while True:
             if position >= len(data) or shift > 28:
                 raise ParquetDamage("a page's levels end early")
@@ -332,14 +186,16 @@ def _one_bit_levels(data: bytes, count: int) -> np.ndarray[Any, Any]:
                 break
         num = header >> 1
         if header & 1:
-            bits = np.frombuffer(data[position : position + num], np.uint8)
-            run = np.unpackbits(bits, bitorder="little")[: count - filled]
-            levels[filled : filled + len(run)] = run
-            filled, position = filled + 8 * num, position + num
+            packed = np.frombuffer(data[position : position + num * width], np.uint8)
+            packed = packed[: len(packed) // width * width]
+            bits = np.unpackbits(packed, bitorder="little").reshape(-1, width)
+            run = ~bits.any(axis=1)[: count - filled]
+            zero[filled : filled + len(run)] = run
+            filled, position = filled + 8 * num, position + num * width
         else:
-            levels[filled : filled + num] = data[position : position + 1] not in (b"\0", b"")
+            zero[filled : filled + num] = data[position : position + 1] == b"\0"
             filled, position = filled + num, position + 1
-    return levels
+    return np.flatnonzero(zero)
 
 
 def row_bytes(read_at: ReadAt, chunk: Chunk, limit: int, enough: int) -> int:
@@ -384,7 +240,7 @@ def _read_header(
     while True:
         cursor = Compact(window, position - start)
         try:
-            found = _numbers(cursor, _HEADER, ())
+            found = cursor.numbers(_HEADER)
             break
         except CutShort:
             if len(window) >= MAX_HEADER_BYTES:

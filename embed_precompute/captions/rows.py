@@ -2,8 +2,8 @@
 
 Guarantees: rows come in plan order whatever the row groups; reading ever higher rows decodes each
 row group at most once (after a probe of how wide its first rows are), and going back starts its row
-group again. Damage is an InputError that names file and row group, and so is a page that would take
-more than MAX_PAGE_BYTES, before it is decoded.
+group again. Damage is an InputError that names file and row group, and so is, before it is decoded,
+a page or a list of more than `max_page_bytes`.
 Costs: one open file, one batch of at most `batch_rows` rows and a 1 MiB window per column, whatever
 the number of rows. A range that starts inside a row group decodes that group from its first row.
 The page headers of a row group are read once before it, see `pages`.
@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from embed_precompute.captions.chunks import Chunk, column_chunks
 from embed_precompute.captions.files import InputFile, Source, one_line, open_parquet
-from embed_precompute.captions.pages import Chunk, PageTooLarge, ReadAt, column_chunks, row_bytes
+from embed_precompute.captions.pages import PageTooLarge, ReadAt, row_bytes
 from embed_precompute.captions.thrift import ParquetDamage
 from embed_precompute.errors import InputError
 
 BATCH_BYTES = 4 << 20
 """Decoded bytes a batch aims at."""
-MAX_PAGE_BYTES = 128 << 20
-"""Writers end a page at 1 MiB, but look at its size only every so many rows."""
+MAX_PAGE_BYTES = 64 << 20
+"""pyarrow decodes a page whole, and Python text takes up to four times its bytes. Writers end a page
+at 1 MiB, but look at its size only every so many rows."""
 MOST_BATCH_BYTES = 8 * BATCH_BYTES
 """What a batch may come to where its rows are all as wide as the widest can be."""
 PROBE_ROWS = (1, 16)
@@ -92,10 +94,17 @@ def _closed(offset: int, size: int) -> bytes:
 class RowCursor:
     """Batches of `columns` for any range of global rows."""
 
-    def __init__(self, row_map: RowMap, columns: Sequence[str], batch_rows: int) -> None:
+    def __init__(
+        self,
+        row_map: RowMap,
+        columns: Sequence[str],
+        batch_rows: int,
+        max_page_bytes: int = MAX_PAGE_BYTES,
+    ) -> None:
         self._map = row_map
         self._columns = list(columns)
         self._batch_rows = batch_rows
+        self._max_page_bytes = max_page_bytes
         self._file_index = -1
         self._parquet: Any = None
         self._read_at: ReadAt = _closed
@@ -175,13 +184,13 @@ class RowCursor:
         for chunk in self._chunks[self._group]:
             try:
                 enough = MOST_BATCH_BYTES // self._batch_rows
-                total += row_bytes(self._read_at, chunk, MAX_PAGE_BYTES, enough)
+                total += row_bytes(self._read_at, chunk, self._max_page_bytes, enough)
             except PageTooLarge as error:
                 file = self._map.files[self._file_index]
                 raise InputError(
                     f"{file.source}: column {chunk.leaf.path!r} of row group {self._group} has "
-                    f"{error}: expected at most {MAX_PAGE_BYTES} bytes of either. Name the column "
-                    "of the captions, or write the file without such values."
+                    f"{error}: expected at most {self._max_page_bytes} bytes. Name the column of the "
+                    "captions, or write the file with smaller pages or without such values."
                 ) from error
             except ParquetDamage as error:
                 raise self._damage(f"column {chunk.leaf.path!r}: {error}") from error

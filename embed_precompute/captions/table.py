@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from embed_precompute.captions.chunks import Chunk
 from embed_precompute.captions.columns import (
     INTEGER,
     STRING,
@@ -34,7 +35,6 @@ from embed_precompute.captions.columns import (
 )
 from embed_precompute.captions.files import Footer, InputFile, Source, find_files, read_footers
 from embed_precompute.captions.ids import IdCheck, id_strings
-from embed_precompute.captions.pages import Chunk
 from embed_precompute.captions.recipes import (
     PlainRecipe,
     Recipe,

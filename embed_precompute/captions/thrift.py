@@ -9,13 +9,18 @@ Costs: about a microsecond per value, nothing in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 I8, I16, I32, I64, DOUBLE, BINARY, LIST, SET, STRUCT = 3, 4, 5, 6, 7, 8, 9, 10, 12
 _BOOLEANS = (1, 2)
 _BITS = {I16: 16, I32: 32, I64: 64}
 _MAX_DEPTH = 32
 _CUT = "it ends too early"
+
+
+Path = tuple[int, ...]
+"""Field numbers, of a struct and of those in it."""
+Numbers = dict[Path, int]
 
 
 class ParquetDamage(ValueError):  # noqa: N818  the reader's word; an InputError is made of it
@@ -92,6 +97,19 @@ class Compact:
         count = byte >> 4 if byte >> 4 < 15 else self._size()
         for _ in range(count):  # each takes a byte at least, or the bytes have ended
             yield byte & 15
+
+    def numbers(self, wanted: Mapping[Path, int], at: Path = ()) -> Numbers:
+        """Values of the wanted fields of a struct, {path: type}; one of another type is skipped."""
+        found: Numbers = {}
+        for number, kind in self.fields():
+            path = (*at, number)
+            if wanted.get(path) == kind:
+                found[path] = self.number(kind)
+            elif kind == STRUCT and any(key[: len(path)] == path for key in wanted):
+                found |= self.numbers(wanted, path)
+            else:
+                self.skip(kind)
+        return found
 
     def skip(self, kind: int, depth: int = 0) -> None:
         """Pass over a field's value; a boolean field has none, it is in its type."""

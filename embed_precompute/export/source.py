@@ -31,6 +31,8 @@ from embed_precompute.store.records import read_plan, stored_tensors
 from embed_precompute.store.rows import read_samples
 
 READ_ROWS = 2048
+MAX_PAGE_BYTES = 1 << 30
+"""Of any column, not of captions alone: images may have been written a thousand to a page."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class CaptionRows:
         self._recipe = captions["recipe"]["kind"]
         self._normalize = make_normalizer(captions["normalize"])
         self._map = RowMap(files)
-        self._cursor = RowCursor(self._map, self.schema.names, READ_ROWS)
+        self._cursor = RowCursor(self._map, self.schema.names, READ_ROWS, MAX_PAGE_BYTES)
 
     def batches(
         self, first_row: int, num_rows: int, entries: Sequence[Entry]
