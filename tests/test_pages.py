@@ -340,9 +340,9 @@ def test_rows_that_repeat_a_wide_value_come_few_at_a_time(
     """Narrow rows first, so that nothing read before warns of them."""
     path = tmp_path / "bomb.parquet"
     if encoding == "RLE_DICTIONARY":
-        texts, options = repeated([0] * 3000 + [1] * 600, ["x", "y" * MIB]), {}
+        texts, options = repeated([0] * 3000 + [1] * 90, ["x", "y" * MIB]), {}
     else:
-        texts = pa.array(["x"] * 3000 + ["y" * MIB] * 600)
+        texts = pa.array(["x"] * 3000 + ["y" * MIB] * 90)
         options = {"use_dictionary": False, "column_encoding": {"text": encoding}}
     pq.write_table(pa.table({"text": texts}), path, **options)
     assert path.stat().st_size < 3 * MIB
@@ -369,6 +369,8 @@ def test_a_page_of_gigabytes_is_refused_before_it_is_decoded(tmp_path: Path) -> 
     for part in (str(path), "column 'text' of row group 0 has a page of", "Name the column"):
         assert part in message
     assert str(MAX_PAGE_BYTES) in message
+    cursor = RowCursor(table.row_map, ["text"], 100, max_page_bytes=1 << 30)
+    assert [len(batch) for _, batch in cursor.batches(0, 10)] == [10]
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])

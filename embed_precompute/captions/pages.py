@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from embed_precompute.captions.chunks import Chunk
-from embed_precompute.captions.thrift import I32, Compact, CutShort, ParquetDamage
+from embed_precompute.captions.thrift import I32, Compact, CutShort, ParquetDamage, Path
 
 WINDOW_BYTES = 16 << 10
 MAX_HEADER_BYTES = 16 << 20
@@ -60,12 +60,13 @@ class Page:
     """Of version 2, where they are not compressed."""
 
 
-_HEADER = {
-    **{(n,): I32 for n in (1, 2, 3)},
-    **{(5, n): I32 for n in (1, 2, 4)},
-    **{(7, n): I32 for n in (1, 2)},
-    **{(8, n): I32 for n in (1, 4, 6)},
-}
+_HEADER_FIELDS = (
+    *((1,), (2,), (3,)),  # type, bytes, packed bytes
+    *((5, 1), (5, 2), (5, 4)),  # version 1: values, encoding, that of repetition levels
+    *((7, 1), (7, 2)),  # dictionary: values, encoding
+    *((8, 1), (8, 4), (8, 6)),  # version 2: values, encoding, bytes of repetition levels
+)
+_HEADER: dict[Path, int] = dict.fromkeys(_HEADER_FIELDS, I32)
 
 
 class _Bound:
@@ -189,7 +190,7 @@ def _zeros(data: bytes, width: int, count: int) -> np.ndarray[Any, Any]:
             packed = np.frombuffer(data[position : position + num * width], np.uint8)
             packed = packed[: len(packed) // width * width]
             bits = np.unpackbits(packed, bitorder="little").reshape(-1, width)
-            run = ~bits.any(axis=1)[: count - filled]
+            run = (bits.max(axis=1) == 0)[: count - filled]
             zero[filled : filled + len(run)] = run
             filled, position = filled + 8 * num, position + num * width
         else:

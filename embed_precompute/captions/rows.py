@@ -27,8 +27,8 @@ from embed_precompute.errors import InputError
 BATCH_BYTES = 4 << 20
 """Decoded bytes a batch aims at."""
 MAX_PAGE_BYTES = 64 << 20
-"""pyarrow decodes a page whole, and Python text takes up to four times its bytes. Writers end a page
-at 1 MiB, but look at its size only every so many rows."""
+"""pyarrow decodes a page whole, and Python's text takes up to four times its bytes. Writers end a
+page at 1 MiB, but look at its size only every so many rows."""
 MOST_BATCH_BYTES = 8 * BATCH_BYTES
 """What a batch may come to where its rows are all as wide as the widest can be."""
 PROBE_ROWS = (1, 16)
@@ -189,8 +189,8 @@ class RowCursor:
                 file = self._map.files[self._file_index]
                 raise InputError(
                     f"{file.source}: column {chunk.leaf.path!r} of row group {self._group} has "
-                    f"{error}: expected at most {self._max_page_bytes} bytes. Name the column of the "
-                    "captions, or write the file with smaller pages or without such values."
+                    f"{error}: expected at most {self._max_page_bytes} bytes. Name the column "
+                    "of the captions, or write the file with smaller pages or without such values."
                 ) from error
             except ParquetDamage as error:
                 raise self._damage(f"column {chunk.leaf.path!r}: {error}") from error
