@@ -278,8 +278,8 @@ def test_flipped_footers_do_not_end_the_process(tmp_path: Path) -> None:
     )
     assert found.returncode == 0, found.stderr[-2000:]
     opened, refused = map(int, found.stdout.split())
-    assert opened > 100
-    assert refused > 100
+    assert opened > 50
+    assert refused > 50
 
 
 _FLIPS = """
@@ -293,7 +293,7 @@ path = Path(sys.argv[1])
 sound = path.read_bytes()
 size = int.from_bytes(sound[-8:-4], "little")
 counts = [0, 0]
-for bit in range(0, size * 8, 3):
+for bit in range(0, size * 8, 7):
     flipped = bytearray(sound)
     flipped[len(sound) - 8 - size + bit // 8] ^= 1 << bit % 8
     path.write_bytes(flipped)
