@@ -97,10 +97,9 @@ def write_captions(path: Path, rng: random.Random, way: str = "sound") -> None:
         texts = pa.array(["x"] * 150 + ["y" * (1 << 20)] * 50)
         options = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
     elif way == "page":
-        texts = pa.array(["x"] * 300_000 + ["y" * (2 << 20)] * rng.choice((24, 80)))
+        texts = pa.array(["x"] * 15_000 + ["y" * (2 << 20)] * rng.choice((24, 80)))
         ids = pa.array([str(i) for i in range(len(texts))])
         options = {"use_dictionary": False, "data_page_size": 1 << 30}
-        options["max_rows_per_page"] = 1 << 30
     fps = pa.array([24 if i % 7 else None for i in range(len(ids))], pa.int64())
     table = pa.table({"id": ids, "text": texts, "fps": fps})
     pq.write_table(table, path, compression="zstd", **options)
