@@ -334,7 +334,17 @@ def read_footers(sources: Sequence[Source], examine: Callable[[Footer], T]) -> l
         pool.shutdown(cancel_futures=True)
 
 
-def open_parquet(source: Source, expected: InputFile) -> Any:
+@dataclass(frozen=True)
+class OpenParquet:
+    """An open file: its `ParquetFile`, its bytes by place, and its footer's thrift bytes."""
+
+    parquet: Any
+    read_at: Callable[[int, int], bytes]
+    """(offset, size) -> the bytes there, fewer at the end of the file."""
+    thrift: bytes
+
+
+def open_parquet(source: Source, expected: InputFile) -> OpenParquet:
     """The file as a `ParquetFile` that streams pages; ConflictError if it changed.
 
     Text comes as plain `string` (or `list<string>`), whatever Arrow type it was written from.
@@ -352,12 +362,16 @@ def open_parquet(source: Source, expected: InputFile) -> Any:
     # Without pre_buffer and with a buffer the reader holds a window of each column chunk, not the
     # chunk: memory does not depend on the size of row groups.
     try:
-        return pq.ParquetFile(
-            source.filesystem.open_input_file(source.location),
+        file = source.filesystem.open_input_file(source.location)
+        parquet = pq.ParquetFile(
+            file,
             metadata=metadata,
             pre_buffer=False,
             buffer_size=1 << 20,
             page_checksum_verification=True,
+        )
+        return OpenParquet(
+            parquet, lambda offset, size: bytes(file.read_at(size, offset)), footer.thrift
         )
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{source} cannot be opened: {one_line(error)}.") from error

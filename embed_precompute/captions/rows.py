@@ -2,9 +2,11 @@
 
 Guarantees: rows come in plan order whatever the row groups; reading ever higher rows decodes each
 row group at most once (after a probe of how wide its first rows are), and going back starts its row
-group again. Damage is an InputError that names file and row group.
+group again. Damage is an InputError that names file and row group, and so is, before it is decoded,
+a page or a list of more than `max_page_bytes`.
 Costs: one open file, one batch of at most `batch_rows` rows and a 1 MiB window per column, whatever
 the number of rows. A range that starts inside a row group decodes that group from its first row.
+The page headers of a row group are read once before it, see `pages`.
 """
 
 from __future__ import annotations
@@ -16,11 +18,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from embed_precompute.captions.chunks import Chunk, column_chunks
 from embed_precompute.captions.files import InputFile, Source, one_line, open_parquet
+from embed_precompute.captions.pages import PageTooLarge, ReadAt, row_bytes
+from embed_precompute.captions.thrift import ParquetDamage
 from embed_precompute.errors import InputError
 
 BATCH_BYTES = 4 << 20
 """Decoded bytes a batch aims at."""
+MAX_PAGE_BYTES = 64 << 20
+"""pyarrow decodes a page whole, and Python's text takes up to four times its bytes. Writers end a
+page at 1 MiB, but look at its size only every so many rows."""
+MOST_BATCH_BYTES = 8 * BATCH_BYTES
+"""What a batch may come to where its rows are all as wide as the widest can be."""
 PROBE_ROWS = (1, 16)
 """The first rows are read alone and a few together: eight captions of a forged file may stand for
 gigabytes."""
@@ -62,15 +72,44 @@ class RowMap:
         return f"{self.files[index].source}, row {local} (the first is row 0)"
 
 
+def chunks_of(
+    source: Source, thrift: bytes, columns: Sequence[str], num_groups: int
+) -> list[list[Chunk]]:
+    """`column_chunks` of a file's footer; InputError that names the file where it is damaged."""
+    try:
+        groups = column_chunks(thrift, columns)
+        if len(groups) != num_groups:
+            raise ParquetDamage(f"it has {len(groups)} row groups, expected {num_groups}")
+    except ParquetDamage as error:
+        raise InputError(
+            f"{source} has a damaged parquet footer ({error}). Copy or write it again."
+        ) from error
+    return groups
+
+
+def _closed(offset: int, size: int) -> bytes:
+    raise ValueError(f"{size} bytes at {offset} of a closed file")
+
+
 class RowCursor:
     """Batches of `columns` for any range of global rows."""
 
-    def __init__(self, row_map: RowMap, columns: Sequence[str], batch_rows: int) -> None:
+    def __init__(
+        self,
+        row_map: RowMap,
+        columns: Sequence[str],
+        batch_rows: int,
+        max_page_bytes: int = MAX_PAGE_BYTES,
+    ) -> None:
         self._map = row_map
         self._columns = list(columns)
         self._batch_rows = batch_rows
+        self._max_page_bytes = max_page_bytes
         self._file_index = -1
         self._parquet: Any = None
+        self._read_at: ReadAt = _closed
+        self._chunks: list[list[Chunk]] = []  # of each row group of the open file
+        self._most_rows: dict[int, int] = {}  # row group of the open file -> rows a batch may have
         self._group = -1
         self._batch: Any = None
         self._batch_start = 0
@@ -93,6 +132,7 @@ class RowCursor:
         if self._parquet is not None:
             self._parquet.close(force=True)
         self._parquet, self._batch, self._stream = None, None, iter(())
+        self._read_at, self._chunks, self._most_rows = _closed, [], {}
         self._file_index, self._next_row, self._stream_end = -1, 0, 0
 
     def _seek(self, row: int) -> None:
@@ -109,13 +149,21 @@ class RowCursor:
         file = self._map.files[index]
         if index != self._file_index:
             self.close()
-            self._parquet = open_parquet(file.source, file.input)
-            self._file_index = index
+            self._open_file(index, file)
         self._group = int(np.searchsorted(file.group_starts, local, side="right")) - 1
         start, end = (int(n) for n in file.group_starts[self._group : self._group + 2])
         self._next_row, self._stream_end = row - local + start, row - local + end
         self._batch = None
+        if self._group not in self._most_rows:
+            self._most_rows[self._group] = self._rows_at_most()
         self._stream = self._stream_group(self._rows_per_batch())
+
+    def _open_file(self, index: int, file: CaptionFile) -> None:
+        opened = open_parquet(file.source, file.input)
+        self._parquet, self._read_at = opened.parquet, opened.read_at
+        self._file_index = index
+        num_groups = len(file.group_starts) - 1
+        self._chunks = chunks_of(file.source, opened.thrift, self._columns, num_groups)
 
     def _stream_group(self, batch_rows: int) -> Iterator[Any]:
         batches: Iterator[Any] = self._parquet.iter_batches(
@@ -125,6 +173,30 @@ class RowCursor:
             use_threads=False,
         )
         return batches
+
+    def _rows_at_most(self) -> int:
+        """Rows that cannot make more than MOST_BATCH_BYTES whatever they repeat, by the pages.
+
+        How wide the rows before were says nothing of these: each of them may be two bits that stand
+        for the longest value of a dictionary.
+        """
+        total = 0
+        for chunk in self._chunks[self._group]:
+            try:
+                enough = MOST_BATCH_BYTES // self._batch_rows
+                total += row_bytes(self._read_at, chunk, self._max_page_bytes, enough)
+            except PageTooLarge as error:
+                file = self._map.files[self._file_index]
+                raise InputError(
+                    f"{file.source}: column {chunk.leaf.path!r} of row group {self._group} has "
+                    f"{error}: expected at most {self._max_page_bytes} bytes. Name the column "
+                    "of the captions, or write the file with smaller pages or without such values."
+                ) from error
+            except ParquetDamage as error:
+                raise self._damage(f"column {chunk.leaf.path!r}: {error}") from error
+            except (pa.ArrowException, OSError) as error:
+                raise self._damage(one_line(error)) from error
+        return max(1, MOST_BATCH_BYTES // max(1, total))
 
     def _rows_per_batch(self) -> int:
         """Rows that make BATCH_BYTES at the width seen last; the first group is probed for it.
@@ -139,7 +211,8 @@ class RowCursor:
         return self._fitting(self._batch_rows)
 
     def _fitting(self, most: int) -> int:
-        return max(1, min(most, int(BATCH_BYTES / max(1, self._row_bytes))))
+        fitting = int(BATCH_BYTES / max(1, self._row_bytes))
+        return max(1, min(most, fitting, self._most_rows[self._group]))
 
     def _next_of(self, stream: Iterator[Any]) -> Any:
         try:

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from embed_precompute.captions.chunks import Chunk
 from embed_precompute.captions.columns import (
     INTEGER,
     STRING,
@@ -32,7 +33,7 @@ from embed_precompute.captions.columns import (
     strings,
     values,
 )
-from embed_precompute.captions.files import Footer, InputFile, find_files, read_footers
+from embed_precompute.captions.files import Footer, InputFile, Source, find_files, read_footers
 from embed_precompute.captions.ids import IdCheck, id_strings
 from embed_precompute.captions.recipes import (
     PlainRecipe,
@@ -42,7 +43,14 @@ from embed_precompute.captions.recipes import (
     opensora_fps_column,
     recipe_needs,
 )
-from embed_precompute.captions.rows import CaptionFile, RowCursor, RowMap, starts_of
+from embed_precompute.captions.rows import (
+    MAX_PAGE_BYTES,
+    CaptionFile,
+    RowCursor,
+    RowMap,
+    chunks_of,
+    starts_of,
+)
 from embed_precompute.config import CaptionsConfig
 from embed_precompute.errors import InputError
 from embed_precompute.samples import Sample, Status
@@ -50,10 +58,9 @@ from embed_precompute.samples import Sample, Status
 MAX_CAPTION_CHARS = 1 << 20
 """More is no caption: an encoder takes a few hundred tokens, and tokenising takes many times the
 text's memory."""
-MAX_PAGE_BYTES = 128 << 20
 PAGE_ROWS = 1024
-"""A writer looks at a page's size every so many rows, and a page is decoded whole: captions so
-wide that a page would have more bytes than that are no captions."""
+"""A writer looks at a page's size every so many rows: captions so wide that a page would have more
+than MAX_PAGE_BYTES are no captions."""
 READ_ROWS = 2048
 SCAN_ROWS = 16384
 MAX_ADDED_TOKENS = 1 << 16
@@ -329,51 +336,43 @@ def _examine(footer: Footer, needs: Sequence[Need], fps_column: str | None) -> _
     """What is kept of a file: the footer itself may be megabytes."""
     families = check_columns(footer, needs)
     metadata = footer.metadata
-    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    starts = starts_of(groups)
-    if int(starts[-1]) != footer.input.rows or min(groups, default=0) < 0:
+    num_rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    starts = starts_of(num_rows)
+    if int(starts[-1]) != footer.input.rows or min(num_rows, default=0) < 0:
         raise InputError(
             f"{footer.source} has a damaged parquet footer: its row groups have {starts[-1]} rows, "
             f"the file {footer.input.rows}. Copy or write it again."
         )
-    _refuse_wide(footer, needs)
+    groups = chunks_of(footer.source, footer.thrift, [need.column for need in needs], len(num_rows))
+    _refuse_wide(footer.source, groups, num_rows)
     has_nulls = None
     if fps_column is not None and families[fps_column] == INTEGER:
-        has_nulls = _footer_nulls(metadata, fps_column)
+        has_nulls = _footer_nulls(groups, fps_column)
     return _FileFacts(CaptionFile(footer.source, footer.input, starts), families, has_nulls)
 
 
-def _refuse_wide(footer: Footer, needs: Sequence[Need]) -> None:
-    """Before a page is decoded: a small file may stand for gigabytes."""
-    wanted = {need.column for need in needs}
-    for number in range(footer.metadata.num_row_groups):
-        group = footer.metadata.row_group(number)
-        for position in range(group.num_columns):
-            chunk = group.column(position)
-            name = chunk.path_in_schema.split(".")[0]
-            page = chunk.total_uncompressed_size * min(PAGE_ROWS, group.num_rows)
-            page //= max(1, group.num_rows)
-            if name in wanted and not 0 <= page <= MAX_PAGE_BYTES:
+def _refuse_wide(
+    source: Source, groups: Sequence[Sequence[Chunk]], num_rows: Sequence[int]
+) -> None:
+    """Before anything is planned, by what the footer claims; a cursor looks at the pages."""
+    for number, (chunks, rows) in enumerate(zip(groups, num_rows, strict=True)):
+        for chunk in chunks:
+            if chunk.num_bytes * min(PAGE_ROWS, rows) // max(1, rows) > MAX_PAGE_BYTES:
                 raise InputError(
-                    f"{footer.source}: column {name!r} of row group {number} has "
-                    f"{chunk.total_uncompressed_size} bytes in {group.num_rows} rows: expected at "
-                    f"most {MAX_PAGE_BYTES} in {PAGE_ROWS}. Name the column of the captions, or "
-                    "write the file without such values."
+                    f"{source}: column {chunk.leaf.path!r} of row group {number} has "
+                    f"{chunk.num_bytes} bytes in {rows} rows: expected at most {MAX_PAGE_BYTES} "
+                    f"in {PAGE_ROWS}. Name the column of the captions, or write the file without "
+                    "such values."
                 )
 
 
-def _footer_nulls(metadata: Any, column: str) -> bool | None:
+def _footer_nulls(groups: Sequence[Sequence[Chunk]], column: str) -> bool | None:
     """Whether the column holds a null, by the statistics; None if a row group has none."""
-    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    position = paths.index(column)
-    unknown = False
-    for i in range(metadata.num_row_groups):
-        statistics = metadata.row_group(i).column(position).statistics
-        if statistics is None or not statistics.has_null_count:
-            unknown = True
-        elif statistics.null_count > 0:
-            return True
-    return None if unknown else False
+    chunks = [chunk for group in groups for chunk in group]
+    counts = [chunk.null_count for chunk in chunks if chunk.leaf.path == column]
+    if any(counts):
+        return True
+    return None if None in counts else False
 
 
 def _any_null(facts: Sequence[_FileFacts], column: str) -> bool:

@@ -35,6 +35,9 @@ KERNEL_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
 """The same kernel for frames below 128 positions too: the one that torch has for short queries
 splits the keys by the number of the GPU's processors, and with it their sums."""
 
+SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 32}
+"""Queries and keys of one step of the kernel."""
+
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """q, k, v [B, H, L, dk] -> [B, H, L, dk]."""
 
@@ -342,12 +345,18 @@ class ClipLayers:
         return output
 
 
+def _options(dtype: torch.dtype) -> Any:
+    """In float32 smaller tiles than torch 2.5's, which with a bias take 115 KB of shared memory:
+    GPUs of compute capability 8.6 and 8.9 have 101."""
+    return KERNEL_OPTIONS | SMALL_TILES if dtype == torch.float32 else KERNEL_OPTIONS
+
+
 def _flex(
     score_mod: Callable[..., torch.Tensor] | None, mask: BlockMask | None, scale: float
 ) -> Attend:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         mixed = flex_attention(
-            q, k, v, score_mod, block_mask=mask, scale=scale, kernel_options=KERNEL_OPTIONS
+            q, k, v, score_mod, block_mask=mask, scale=scale, kernel_options=_options(q.dtype)
         )
         assert isinstance(mixed, torch.Tensor)
         return mixed

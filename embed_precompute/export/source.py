@@ -31,6 +31,8 @@ from embed_precompute.store.records import read_plan, stored_tensors
 from embed_precompute.store.rows import read_samples
 
 READ_ROWS = 2048
+MAX_PAGE_BYTES = 1 << 30
+"""Of any column, not of captions alone: images may have been written a thousand to a page."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class CaptionRows:
         self._recipe = captions["recipe"]["kind"]
         self._normalize = make_normalizer(captions["normalize"])
         self._map = RowMap(files)
-        self._cursor = RowCursor(self._map, self.schema.names, READ_ROWS)
+        self._cursor = RowCursor(self._map, self.schema.names, READ_ROWS, MAX_PAGE_BYTES)
 
     def batches(
         self, first_row: int, num_rows: int, entries: Sequence[Entry]
@@ -250,12 +252,13 @@ def captions_path(root: Path) -> str:
 def _examine(footer: Footer) -> tuple[CaptionFile, pa.Schema]:
     metadata = footer.metadata
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    file = open_parquet(footer.source, footer.input)
+    parquet = open_parquet(footer.source, footer.input).parquet
     try:
         # The types rows are read with, not those Arrow would restore from the writer's notes.
-        return CaptionFile(footer.source, footer.input, starts_of(groups)), file.schema_arrow
+        file = CaptionFile(footer.source, footer.input, starts_of(groups))
+        return file, parquet.schema_arrow
     finally:
-        file.close(force=True)
+        parquet.close(force=True)
 
 
 def _unify(path: str, files: Sequence[CaptionFile], schemas: Sequence[pa.Schema]) -> pa.Schema:

@@ -21,6 +21,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from faults.hostile_captions import (
+    captions_footer,
+    captions_other,
+    captions_pages,
+    write_captions,
+)
+
 TEXTS = ["one", "two words", None, "three more words", "one", "last of all"]
 BAD_NAMES = (
     "../outside/secret", "/etc/passwd", "..", ".", "", "a/../../outside/secret", "a\0b", "con",
@@ -50,7 +57,7 @@ def attack(folder: str, seed: int, count: int, report: str) -> None:
     (base / "outside" / "secret").write_text("secret")
     whole = base / "whole"
     write_dataset(whole, TEXTS)
-    _write_captions(base / "sound.parquet", rng, bomb=False)
+    write_captions(base / "sound.parquet", rng)
     shutil.copy(base / "sound.parquet", base / "captions.parquet")
     watch = _Watch(base)
     sys.addaudithook(watch.hook)
@@ -182,13 +189,16 @@ def _finalize(root: Path, captions: Path) -> None:
 
 def _read_captions(root: Path, captions: Path) -> None:
     from embed_precompute.captions import CaptionTable
-    from embed_precompute.config import CaptionsConfig
+    from embed_precompute.config import CaptionsConfig, RecipeConfig
 
-    table = CaptionTable.open(CaptionsConfig(path=str(captions)), [])
+    recipe = RecipeConfig(kind="opensora")  # asks the footer whether the integer fps has nulls
+    table = CaptionTable.open(CaptionsConfig(path=str(captions), recipe=recipe), [])
     scan = table.scan(None)
     reader = table.reader(scan.num_rows, scan.last_row_samples)
     for first in range(0, min(scan.num_rows, 1000), 100):
         reader.read(first, min(100, scan.num_rows - first))
+    if scan.num_rows > 1000:
+        reader.read(scan.num_rows - 100, 100)
 
 
 def _files(root: Path, *suffixes: str) -> list[Path]:
@@ -328,31 +338,6 @@ def _rows(root: Path, captions: Path, rng: random.Random) -> str:
     return f"rows: {way}"
 
 
-def _captions(root: Path, captions: Path, rng: random.Random) -> str:
-    """The input: a bomb, or a table of other types."""
-    _write_captions(captions, rng, bomb=True)
-    return "captions: bomb or other types"
-
-
-def _write_captions(path: Path, rng: random.Random, *, bomb: bool) -> None:
-    texts: Any = pa.array([f"caption {i}" for i in range(200)])
-    ids: Any = pa.array([f"s{i}" for i in range(200)])
-    if bomb:
-        way = rng.randrange(5)
-        if way == 0:
-            texts = pa.array(["x" * rng.choice((1 << 20, 24 << 20))] * 8)
-            ids = ids.slice(0, 8)
-        elif way == 1:
-            texts = pa.array([["x"] * 2000] * 200)
-        elif way == 2:
-            texts = pa.array([[[1]]] * 200)
-        elif way == 3:
-            ids = pa.array(["same"] * 200)
-        else:
-            ids, texts = pa.array([rng.randbytes(8)] * 200), pa.array([b"\xff\xfe"] * 200)
-    pq.write_table(pa.table({"id": ids, "text": texts}), path, compression="zstd")
-
-
 def _restate(root: Path, path: Path) -> None:
     """State a file's new size and sha256 in the record or manifest that has it, sealed anew."""
     from embed_precompute.store.sealed import seal
@@ -368,4 +353,7 @@ def _restate(root: Path, path: Path) -> None:
                 owner.write_bytes(seal(content))
 
 
-MUTATIONS = (_bytes, _bytes, _json, _json, _header, _index, _rows, _captions)
+MUTATIONS = (
+    _bytes, _bytes, _json, _json, _header, _index, _rows, captions_other,
+    captions_footer, captions_pages,
+)  # fmt: skip
