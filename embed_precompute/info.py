@@ -283,6 +283,6 @@ def _shard_bytes(root: Path) -> int:
         for name in names:
             try:
                 total += os.stat(os.path.join(folder, name)).st_size
-            except FileNotFoundError:  # a temporary file of a run that goes on
+            except OSError:  # a temporary file of a run that goes on, or a link to nowhere
                 continue
     return total
