@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embed_precompute.errors import EmbedPrecomputeError, VerificationError
-from embed_precompute.samples import FAILURES, INPUT_FACTS, Status
+from embed_precompute.samples import INPUT_FACTS, Status, count_failed
 from embed_precompute.store.commit import digest_file
 from embed_precompute.store.committed import CommittedUnit
 from embed_precompute.store.index import Array, DatasetIndex, id_hash
@@ -207,7 +207,7 @@ class UnitCheck:
             report.rejected_units.add(unit)
         elif record is not None:
             report.num_ok[unit] = record["status"][Status.OK.label]
-            if any(record["status"][failure.label] for failure in FAILURES):
+            if count_failed(record["status"]):
                 report.failed_units.add(unit)
         return record
 

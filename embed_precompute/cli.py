@@ -443,11 +443,13 @@ def _repair(arguments: Any) -> int:
 
 
 def _finalize(arguments: Any) -> int:
+    from embed_precompute.samples import count_failed
     from embed_precompute.store.manifest import finalize
 
-    for line in _summary(arguments.folder, finalize(arguments.folder)):
+    manifest = finalize(arguments.folder)
+    for line in _summary(arguments.folder, manifest):
         print(line)
-    return EXIT_COMPLETE
+    return EXIT_FAILED_SAMPLES if count_failed(manifest["counts"]["status"]) else EXIT_COMPLETE
 
 
 def _info(arguments: Any) -> int:

@@ -4,7 +4,8 @@ Guarantees: `DistContext.detect` gives the same answer under torchrun, srun, acc
 claiming is an optimisation and never carries correctness: whatever the store says, or if it is
 gone, a rank ends only when every unit has a record, and a unit computed twice is published once.
 Two jobs on one output share the work too: see `Claims`.
-Costs: one round trip to torchrun's TCPStore per unit; no collective, no lock, no clock. torch is
+Costs: one round trip to torchrun's TCPStore per unit, and `STORE_TIMEOUT` once if it falls silent;
+no collective, no lock, no clock. torch is
 imported only to reach the store.
 """
 
@@ -13,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import queue
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -167,26 +170,47 @@ def connect_store(dist: DistContext) -> CounterStore | None:
         )
     except (RuntimeError, ValueError):
         return None
-    return _AgentStore(store)
+    return _AgentStore(store, STORE_TIMEOUT)
 
 
 class _AgentStore:
-    """TCPStore with its own error type turned into one the claimer can meet without torch."""
+    """TCPStore with every failure turned into ConnectionError, which the claimer meets.
 
-    def __init__(self, store: Any) -> None:
+    Its own timeout is for connecting: an answer it awaits for ever, and an agent that is stopped
+    (or a machine that hangs) would hold up every rank. So a thread asks, and is left behind.
+    """
+
+    def __init__(self, store: Any, timeout: timedelta) -> None:
         self._store = store
+        self._timeout = timeout
+        self._silent = False
 
     def add(self, key: str, amount: int, /) -> int:
-        try:
-            return int(self._store.add(key, amount))
-        except RuntimeError as error:  # torch.distributed.DistError is a RuntimeError
-            raise ConnectionError(str(error)) from None
+        return int(self._ask(lambda: self._store.add(key, amount)))
 
     def first(self, key: str, value: str, /) -> str:
+        return str(self._ask(lambda: self._store.compare_set(key, "", value)), "utf-8")
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        if self._silent:
+            raise ConnectionError("torchrun's store does not answer")
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put(question())
+            except RuntimeError as error:  # torch.distributed.DistError is a RuntimeError
+                answers.put(ConnectionError(str(error)))
+
+        threading.Thread(target=ask, name="store", daemon=True).start()
         try:
-            return str(self._store.compare_set(key, "", value), "utf-8")
-        except RuntimeError as error:
-            raise ConnectionError(str(error)) from None
+            answer = answers.get(timeout=self._timeout.total_seconds())
+        except queue.Empty:
+            self._silent = True
+            raise ConnectionError("torchrun's store does not answer") from None
+        if isinstance(answer, ConnectionError):
+            raise answer
+        return answer
 
 
 class Claims:

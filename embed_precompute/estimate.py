@@ -18,7 +18,7 @@ import xxhash
 from embed_precompute.encoders import ResolvedEncoder
 from embed_precompute.preflight import FILES_PER_UNIT, Prepared, stored_bytes_per_token
 from embed_precompute.samples import Sample, Status
-from embed_precompute.store.space import room_at
+from embed_precompute.store.space import UNLIMITED, room_at
 
 PIECE_ROWS = 10_000
 ROWS_BYTES_PER_SAMPLE = 60
@@ -139,7 +139,7 @@ def _disk_lines(prepared: Prepared, figures: Figures) -> list[str]:
         f"output     {plan.num_units:,} shards of up to {plan.samples_per_shard:,} samples, about "
         f"{files:,} files",
         f"disk       about {_size(total)} (equal texts in a shard are stored once, which can only "
-        f"make it less), {_size(free)} free at {prepared.root} ({room.bytes_limit})",
+        f"make it less), {_free(free)} free at {prepared.root} ({room.bytes_limit})",
     ]
     if files > room.files:
         lines.append(
@@ -151,6 +151,10 @@ def _disk_lines(prepared: Prepared, figures: Figures) -> list[str]:
             "exit 74 and go on when there is space"
         )
     return lines
+
+
+def _free(count: int) -> str:
+    return _size(count) if count < UNLIMITED else "an unknown amount"
 
 
 def _size(count: float) -> str:

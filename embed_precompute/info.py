@@ -18,7 +18,7 @@ import torch
 
 from embed_precompute.errors import IncompleteError, InputError
 from embed_precompute.plan import Plan
-from embed_precompute.samples import FAILURES, Status
+from embed_precompute.samples import Status, count_failed
 from embed_precompute.store.index import DatasetIndex
 from embed_precompute.store.records import (
     committed_units,
@@ -50,8 +50,8 @@ class DatasetStatus:
 
     @property
     def complete(self) -> bool:
-        """Every unit is done and the manifest is written: training can read it."""
-        return self.finalised and self.units_done == self.num_units
+        """Everything is done and the manifest is written: training can read it."""
+        return self.finalised and self.null_done and self.units_done == self.num_units
 
     @property
     def samples_done(self) -> int:
@@ -60,7 +60,7 @@ class DatasetStatus:
     @property
     def failed_samples(self) -> int:
         """Samples that have no embedding through a failure of ours."""
-        return sum(self.samples[status.label] for status in FAILURES)
+        return count_failed(self.samples)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -283,6 +283,6 @@ def _shard_bytes(root: Path) -> int:
         for name in names:
             try:
                 total += os.stat(os.path.join(folder, name)).st_size
-            except FileNotFoundError:  # a temporary file of a run that goes on
+            except OSError:  # a temporary file of a run that goes on, or a link to nowhere
                 continue
     return total

@@ -35,7 +35,7 @@ from embed_precompute.preflight import (
 )
 from embed_precompute.progress import Progress
 from embed_precompute.resume import Committed, check_record
-from embed_precompute.samples import FAILURES
+from embed_precompute.samples import count_failed
 from embed_precompute.stages import Stages
 from embed_precompute.store.commit import replace_bytes
 from embed_precompute.store.leftovers import remove_dead
@@ -62,8 +62,7 @@ class RunResult:
     def num_failed(self) -> int:
         if self.manifest is None:
             return 0
-        status = self.manifest["counts"]["status"]
-        return sum(status[failure.label] for failure in FAILURES)
+        return count_failed(self.manifest["counts"]["status"])
 
 
 def run(config: Config, limit: int | None = None, dist: DistContext | None = None) -> RunResult:
@@ -81,11 +80,12 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
     root, plan = prepared.root, prepared.plan
     done = Committed(root, plan)
     check_record(prepared, done.any_unit(), here)
-    if dist.is_main and not done.everything():
-        check_room(prepared, done.units)
-        _write_provenance(prepared, here, dist)
+    # Before the room is looked at: a job that was killed may have left a shard for each rank.
     if dist.local_rank == 0 and (leftovers := remove_dead(root)):
         log.info("%d temporary files of writers that died here are removed", leftovers)
+    if dist.is_main and not done.everything():
+        check_room(prepared, done.left())
+        _write_provenance(prepared, here, dist)
     claims = Claims(
         dist, plan.plan_id, plan.num_units, done, connect_store(dist), refresh=done.refresh
     )

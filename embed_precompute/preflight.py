@@ -15,7 +15,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,25 +127,24 @@ def _refuse_foreign_units(prepared: Prepared) -> None:
         )
 
 
-def check_room(prepared: Prepared, units_done: int) -> None:
+def check_room(prepared: Prepared, units_left: Collection[int]) -> None:
     """Whether the rest of the dataset fits where it goes: a warning when not, StorageError (exit
     74) when not even one shard does. An estimate from the dataset's first captions."""
-    plan, root = prepared.plan, prepared.root
-    units_left = plan.num_units - units_done
-    if units_left <= 0:
+    if not units_left:
         return
-    first, num_rows = plan.unit_rows(0)
+    plan, root = prepared.plan, prepared.root
+    sample_rows = min(plan.unit_rows(0)[1], ROOM_ROWS)
     reader = prepared.table.reader(plan.num_rows, plan.last_row_samples)
-    samples = reader.read(first, min(num_rows, ROOM_ROWS))
+    samples = reader.read(0, sample_rows)
     reader.close()
     # Equal texts of a shard are stored once.
     distinct = list({sample.text: sample for sample in samples}.values())
     per_sample = _bytes_per_sample(prepared.config, prepared.encoders, distinct)
-    per_row = per_sample * len(distinct) / max(1, min(num_rows, ROOM_ROWS))
-    one, total = (
-        int(per_row * rows) for rows in (num_rows, plan.num_rows * units_left / plan.num_units)
-    )
-    files = units_left * FILES_PER_UNIT
+    per_row = per_sample * len(distinct) / sample_rows
+    rows = [plan.unit_rows(unit)[1] for unit in units_left]
+    # What is left may be the last unit alone, which may be a small one.
+    one, total = int(per_row * max(rows)), int(per_row * sum(rows))
+    files = len(rows) * FILES_PER_UNIT
     room = room_at(root)
     if room.bytes < one or room.files < FILES_PER_UNIT:
         raise StorageError(

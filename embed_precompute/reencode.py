@@ -29,13 +29,23 @@ from embed_precompute.errors import ConflictError, InputError
 from embed_precompute.plan import differing_fields
 from embed_precompute.preflight import environment, resolve_device
 from embed_precompute.samples import Sample, Status
+from embed_precompute.store.nearness import MAX_RELATIVE_DIFFERENCE, MIN_COSINE, distance
 from embed_precompute.store.records import null_paths, read_record, unit_paths
 from embed_precompute.store.rows import StoredSample, read_samples
 from embed_precompute.store.shards import ShardReader, StoredTensor
 
 REFERENCE = "hf"
-MAX_RELATIVE_DIFFERENCE = 1e-5
-MIN_COSINE = 0.999
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """What encodes the samples again; no model is loaded yet."""
+
+    device: str
+    here: Mapping[str, str]
+    """The environment."""
+    encoders: Mapping[str, ResolvedEncoder]
+    """The reference for an implementation that cannot run here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +66,10 @@ class _Tally:
         self.equal = self.near = 0
         self.worst_difference, self.worst_cosine = 0.0, 1.0
 
-    def line(self, num_samples: int, seed: int) -> str:
+    def line(self, num_samples: int, with_null: bool, seed: int) -> str:
+        null = " and the null embedding" if with_null else ""
         text = (
-            f"{num_samples} samples and the null embedding encoded again (seed {seed}): "
+            f"{num_samples} samples{null} encoded again (seed {seed}): "
             f"{self.equal} embeddings byte-equal"
         )
         if self.near:
@@ -69,39 +80,51 @@ class _Tally:
         return text
 
 
+def get_ready(
+    root: Path, plan: Mapping[str, Any], tensors: Sequence[StoredTensor], device: str = "auto"
+) -> Ready:
+    """Finds checkpoints and device, before anything long is begun.
+
+    InputError or ConflictError when the checkpoints of the dataset are not at hand.
+    """
+    config = _load_config(root)
+    device = resolve_device(device, DistContext())
+    specs = plan["spec"]["encoders"]
+    encoders = {
+        t.name: _resolve(t.name, config.encoders.get(t.name), specs[t.name]) for t in tensors
+    }
+    return Ready(device, environment(device, list(encoders.values())), encoders)
+
+
 def reencode(
     report: Report,
     plan: Mapping[str, Any],
     tensors: Sequence[StoredTensor],
+    ready: Ready,
     *,
     num_samples: int,
     seed: int,
-    device: str = "auto",
 ) -> None:
     """Adds a problem for every sample whose embedding is not what its text gives.
 
-    `report.num_ok` says which units may be drawn from. InputError or ConflictError when the
-    checkpoints of the dataset are not at hand.
+    `report.num_ok` says which units may be drawn from.
     """
-    config = _load_config(report.root)
-    device = resolve_device(device, DistContext())
-    here = environment(device)
-    drawn = [_null(report, plan, tensors, here)] if report.null_sound else []
-    drawn += _draw(report, plan, tensors, here, num_samples, seed)
+    null_sound = report.null_sound
+    drawn = [_null(report, plan, tensors, ready.here)] if null_sound else []
+    drawn += _draw(report, plan, tensors, ready.here, num_samples, seed)
     tally = _Tally()
     for tensor in tensors:
-        spec = plan["spec"]["encoders"][tensor.name]
+        resolved = ready.encoders[tensor.name]
         exact = [d for d in drawn if d.same_environment]
         rest = [d for d in drawn if not d.same_environment]
-        if spec["implementation"] not in encoder_registry.IMPLEMENTATIONS:
+        if plan["spec"]["encoders"][tensor.name]["implementation"] != resolved.implementation:
             exact, rest = [], drawn
-        resolved = _resolve(tensor.name, config.encoders.get(tensor.name), spec)
         for chosen, bitwise in ((exact, True), (rest, False)):
             if chosen:
                 encoder = resolved if bitwise else _reference(resolved)
-                values = _encode(encoder, device, tensor.dtype, chosen)
+                values = _encode(encoder, ready.device, tensor.dtype, chosen)
                 _compare(report, encoder, chosen, values, tally, bitwise=bitwise)
-    report.deep = tally.line(len(drawn) - report.null_sound, seed)
+    report.deep = tally.line(len(drawn) - null_sound, null_sound, seed)
 
 
 def _load_config(root: Path) -> Config:
@@ -127,12 +150,12 @@ def _load_config(root: Path) -> Config:
 
 
 def _resolve(name: str, config: EncoderConfig | None, spec: Mapping[str, Any]) -> ResolvedEncoder:
-    """The encoder of the plan, or the reference where this program lacks its implementation."""
+    """The encoder of the plan, or the reference where its implementation cannot run here."""
     if config is None:
         raise ConflictError(f"config.yaml has no encoder {name!r}, the plan has: restore it.")
-    known = spec["implementation"] in encoder_registry.IMPLEMENTATIONS
-    implementation: Any = spec["implementation"] if known else REFERENCE
-    compiled = bool(known and spec.get("compiled"))
+    can_run = encoder_registry.can_run(spec["implementation"], spec["model_type"])
+    implementation: Any = spec["implementation"] if can_run else REFERENCE
+    compiled = bool(can_run and spec.get("compiled"))
     config = dataclasses.replace(config, implementation=implementation, compile=compiled)
     resolved = encoder_registry.resolve(name, config, spec["padded_length"])
     wanted = {**spec, "implementation": implementation, "compiled": compiled}
@@ -252,7 +275,7 @@ def _compare(
             found = f"{what} with shape {list(stored.shape)}, or inf or nan in it"
             report.problem(each.path, found, f"finite, shape {list(made.shape)}")
             continue
-        difference, cosine = _distance(stored, made)
+        difference, cosine = distance(stored, made)
         if _same_bytes(stored, made):
             tally.equal += 1
         elif bitwise:
@@ -273,14 +296,3 @@ def _compare(
 def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     views = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
     return torch.equal(*views)
-
-
-def _distance(stored: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
-    """(max|a - b| / max|b|, the smallest cosine of any token), in float64."""
-    a, b = stored.double(), reference.double()
-    scale = float(b.abs().max()) if b.numel() else 0.0
-    difference = float((a - b).abs().max()) / scale if scale else float((a != b).any())
-    cosines = torch.nn.functional.cosine_similarity(a, b, dim=-1).reshape(-1)
-    zero = ((a == 0).all(-1) & (b == 0).all(-1)).reshape(-1)
-    cosines = cosines.masked_fill(zero, 1.0)
-    return difference, float(cosines.min()) if cosines.numel() else 1.0

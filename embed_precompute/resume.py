@@ -43,6 +43,10 @@ class Committed:
     def units(self) -> int:
         return len(self._units - {NULL_UNIT})
 
+    def left(self) -> set[int]:
+        """The units without a record, of those that hold captions."""
+        return self._all - self._units - {NULL_UNIT}
+
     def any_unit(self) -> int | None:
         return min(self._units, default=None)
 

@@ -8,6 +8,7 @@ Costs: stdlib only.
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -33,6 +34,11 @@ class Status(enum.IntEnum):
 
 INPUT_FACTS = (Status.NULL_TEXT, Status.INVALID_TEXT, Status.EMPTY_LIST)
 FAILURES = (Status.NON_FINITE, Status.ERROR)
+
+
+def count_failed(status: Mapping[str, int]) -> int:
+    """Samples that failed, of a count by status label."""
+    return sum(status[failure.label] for failure in FAILURES)
 
 
 @dataclass(frozen=True)

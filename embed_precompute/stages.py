@@ -29,7 +29,7 @@ from embed_precompute.plan import Plan
 from embed_precompute.preemption import StopRequest
 from embed_precompute.preflight import Prepared
 from embed_precompute.resume import check_record
-from embed_precompute.samples import FAILURES
+from embed_precompute.samples import count_failed
 from embed_precompute.store.manifest import (
     committed_units,
     read_record,
@@ -244,7 +244,7 @@ class Stages:
             return
         for number in committed_units(self._prepared.root) - self._failed_of.keys():
             status = read_record(self._prepared.root, number)["status"]
-            self._failed_of[number] = sum(status[failure.label] for failure in FAILURES)
+            self._failed_of[number] = count_failed(status)
         total = failed + sum(self._failed_of.values())
         if total > self._max_failed:
             row = min(unit.failures)

@@ -37,6 +37,7 @@ from embed_precompute.store.manifest import (
     stored_tensors,
     unit_paths,
 )
+from embed_precompute.store.nearness import MIN_COSINE, distance
 from embed_precompute.store.sealed import seal
 from embed_precompute.store.shards import ShardFile, ShardReader, ShardWriter
 
@@ -192,10 +193,11 @@ class UnitWriter:
 
         A shard without a record is left by a writer that died, or that is about to publish its
         record; replacing it could pair our bytes with its record. So it is kept when every row in
-        it checks, and moved aside otherwise.
+        it checks and is what our row is, as far as environments may differ, and moved aside
+        otherwise: it may be damaged, of other captions, or lack another row than ours.
         """
-        path, num_rows = self._paths.shard, len(ours.kept)
-        if self._is_orphan(path) and not self._is_sound(path, num_rows):
+        path = self._paths.shard
+        if self._is_orphan(path) and not self._is_sound(path):
             move_aside(self._root, path)
         if self._shard.publish() is not Outcome.DIFFERENT or self._paths.record.exists():
             return ours, False
@@ -205,14 +207,15 @@ class UnitWriter:
     def _is_orphan(self, path: Path) -> bool:
         return path.exists() and not self._paths.record.exists()
 
-    def _is_sound(self, path: Path, num_rows: int) -> bool:
+    def _is_sound(self, path: Path) -> bool:
+        ours = self._shard.read_back()
         unit = None if self._unit.is_null else self._unit.number
         try:
-            reader = ShardReader(path, self._plan.fingerprint, unit, self._tensors)
-            return reader.num_rows == num_rows and all(
-                reader.check_row(tensor.name, row)
+            theirs = ShardReader(path, self._plan.fingerprint, unit, self._tensors)
+            return theirs.num_rows == ours.num_rows and all(
+                theirs.check_row(tensor.name, row) and _is_same(tensor.name, row, theirs, ours)
                 for tensor in self._tensors
-                for row in range(num_rows)
+                for row in range(ours.num_rows)
             )
         except (VerificationError, StorageError):
             return False
@@ -328,6 +331,15 @@ def is_finite(values: torch.Tensor) -> bool:
     integers, exponent = EXPONENT_BITS[values.dtype]
     bits = values.reshape(-1).view(integers).numpy()
     return not bits.size or int(np.bitwise_and(bits, exponent).max()) != exponent
+
+
+def _is_same(name: str, row: int, theirs: ShardReader, ours: ShardReader) -> bool:
+    """Whether a row of two shards is one embedding, perhaps of two environments."""
+    if theirs.length(name, row) != ours.length(name, row):
+        return False
+    if theirs.checksum(name, row) == ours.checksum(name, row):
+        return True
+    return distance(theirs.row(name, row), ours.row(name, row))[1] >= MIN_COSINE
 
 
 def _entry(file: StoredFile) -> dict[str, Any]:

@@ -13,12 +13,13 @@ some samples again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +70,25 @@ def verify(
         raise InputError(f"level is {level!r}: expected quick, full or deep.")
     check = _begin(Path(root), level)
     check.plan_file()
+    encode_again: Callable[[], None] | None = None
+    if level == "deep" and check.plan is not None and check.tensors:
+        # Not above: the encoders bring torch's whole weight, and transformers.
+        from embed_precompute.reencode import get_ready, reencode
+
+        # A checkpoint that is not at hand must not come out after hours, in place of the report.
+        ready = get_ready(check.root, check.plan, check.tensors, device)
+        encode_again = functools.partial(
+            reencode, check.report, check.plan, check.tensors, ready,
+            num_samples=num_samples, seed=secrets.randbits(32) if seed is None else seed,
+        )  # fmt: skip
     check.null_embedding()
     with contextlib.ExitStack() as stack:
         check.derived_files(stack)
         check.units()
     check.totals()
     check.stray_files()
-    if level == "deep" and check.plan is not None and check.tensors:
-        # Not above: the encoders bring torch's whole weight, and transformers.
-        from embed_precompute.reencode import reencode
-
-        seed = secrets.randbits(32) if seed is None else seed
-        reencode(
-            check.report,
-            check.plan,
-            check.tensors,
-            num_samples=num_samples,
-            seed=seed,
-            device=device,
-        )
+    if encode_again is not None:
+        encode_again()
     return check.report
 
 
@@ -137,6 +138,8 @@ class _Verification:
         if self.report.is_file(path):
             self._check_plan(path)
         self.report.plan_rejected = len(self.report.problems) > before
+        if self.report.plan_rejected:
+            self.plan, self.tensors = None, ()  # the units are judged by their own records
 
     def _check_plan(self, path: Path) -> None:
         with self.report.checking(path):

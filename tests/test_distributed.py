@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 
-from embed_precompute.distributed import NULL_UNIT, Claims, DistContext
+from embed_precompute.distributed import NULL_UNIT, Claims, DistContext, _AgentStore
 from embed_precompute.errors import InputError
 
 TORCHRUN = {
@@ -154,6 +157,39 @@ def test_a_store_that_goes_away_costs_nothing_but_order(broken_after: int) -> No
     )
     assert sorted(list_units(claims, done)) == list(range(NULL_UNIT, 9))
     assert claims.take_finalize(), "without a store every rank may finalise"
+
+
+class SilentStore:
+    """TCPStore whose agent is stopped after some answers: torch awaits the next one for ever."""
+
+    def __init__(self, answers: int) -> None:
+        self.counters = Counters()
+        self.answers = answers
+        self.over = threading.Event()
+
+    def add(self, key: str, amount: int) -> int:
+        self.answers -= 1
+        if self.answers < 0:
+            self.over.wait(60)
+            raise RuntimeError("the test is over")
+        return self.counters.add(key, amount)
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        return self.counters.first(key, value).encode()
+
+
+@pytest.mark.parametrize("answers", [0, 1, 4])
+def test_a_store_that_falls_silent_holds_nobody_up(answers: int) -> None:
+    done: set[int] = set()
+    silent = SilentStore(answers)
+    store = _AgentStore(silent, timedelta(seconds=0.2))
+    dist = DistContext(rank=1, world_size=2)
+    claims = Claims(dist, "p", 9, done.__contains__, store)
+    began = time.monotonic()
+    assert sorted(list_units(claims, done)) == list(range(NULL_UNIT, 9))
+    assert claims.take_finalize()
+    assert time.monotonic() - began < 30
+    silent.over.set()
 
 
 def test_a_new_rendezvous_on_the_same_store_starts_a_new_count() -> None:

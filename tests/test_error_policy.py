@@ -22,6 +22,8 @@ from embed_precompute.encoders.fused import FusedEncoder
 from embed_precompute.encoders.hf import HfEncoder
 from embed_precompute.errors import EmbedPrecomputeError, VerificationError
 from embed_precompute.info import dataset_lines, read_status
+from embed_precompute.store import space
+from embed_precompute.store.commit import this_host
 from embed_precompute.store.index import DatasetIndex
 from embed_precompute.store.manifest import finalize
 from embed_precompute.store.records import read_record, unit_paths
@@ -152,6 +154,64 @@ def test_quota_is_the_lower_limit(tmp_path: Path) -> None:
     assert _lower(whole, quota, "q") == Room(3096, 0, "q", "q")
     assert _lower(whole, _Quota(), "q") == whole
     assert _lower(whole, _Quota(block_soft=3), "q").bytes == 3072
+
+
+def test_what_a_killed_job_left_makes_room(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its temporary files fill the disk, and go before anybody asks for room."""
+    dead = tmp_path / "out/shards/000" / f".tmp-shard-000000-{this_host()}-999999999-0123456789ab"
+    dead.parent.mkdir(parents=True)
+    dead.touch()
+
+    def room(root: Path) -> Room:
+        return Room(0 if dead.exists() else UNLIMITED, UNLIMITED, "the disk", "the disk")
+
+    monkeypatch.setattr(preflight, "room_at", room)
+    code, _, said = call("run", str(job))
+    assert code == 0, said
+
+
+def test_room_for_the_last_small_shard_is_enough(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = [str(job), "--output.samples_per_shard", "19"]
+    assert call("run", *config)[0] == 0
+    whole, last = (unit_paths(tmp_path / "out", unit) for unit in (0, 1))
+    free = whole.shard.stat().st_size // 2
+    last.record.unlink()
+    monkeypatch.setattr(preflight, "room_at", lambda root: Room(free, 99, "it", "it"))
+    code, _, said = call("run", *config)
+    assert code == 0, said
+
+
+def test_a_limit_that_is_not_known_or_not_ours_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FUSE says 0 of 0 blocks where a file system cannot tell; a folder's group counts only where
+    new files get it."""
+    facts = os.statvfs(tmp_path)
+    nothing = os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255))
+    full = _Quota(block_hard=1, bytes_used=1024)
+    asked: list[tuple[str, int]] = []
+
+    def quota(kind: str, device: str, owner: int) -> _Quota | None:
+        asked.append((kind, owner))
+        return full if kind == "group" and owner == tmp_path.stat().st_gid else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda path: nothing)
+        patch.setattr(space, "_device_of", lambda folder: None)
+        assert room_at(tmp_path).bytes == UNLIMITED
+    monkeypatch.setattr(os, "statvfs", lambda path: facts)
+    monkeypatch.setattr(space, "_device_of", lambda folder: "/dev/sda1")
+    monkeypatch.setattr(space, "_read_quota", quota)
+    other = tmp_path.stat().st_gid + 1
+    monkeypatch.setattr(os, "getegid", lambda: other)
+    assert room_at(tmp_path).bytes > 0
+    assert ("group", other) in asked
+    tmp_path.chmod(0o2755)
+    assert room_at(tmp_path).bytes == 0
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(job: Path, tmp_path: Path) -> None:

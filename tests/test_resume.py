@@ -11,8 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import handmade
 import pytest
+import torch
 import yaml
+from handmade import DIMS, embedding, make_plan, samples_of, write_unit
 from jobs import (
     call,
     clean_environment,
@@ -23,6 +26,8 @@ from jobs import (
 )
 
 from embed_precompute import pipeline
+from embed_precompute.store.records import read_record, stored_tensors, unit_paths
+from embed_precompute.store.shards import ShardReader
 
 TEXTS = [f"a video of scene {i} with {'many ' * (i % 9)}people" for i in range(90)]
 
@@ -128,6 +133,40 @@ def test_damage_between_shard_and_record_is_redone(
     assert code == 0, said
     shutil.rmtree(root / "_quarantine")
     assert dataset_bytes(root) == undisturbed[1]
+
+
+@pytest.mark.parametrize("left", [["nan", "b", "c"], ["d", "e", "nan"]])
+def test_a_shard_of_other_rows_than_ours_is_made_again(left: list[str], tmp_path: Path) -> None:
+    """Its writer died before the record, of the same unit: another row had failed, or the captions
+    were others. Every row in it checks, and there are as many of them."""
+    ours = ["a", "b", "nan"]
+    plan = make_plan(3, 3)
+    write_unit(tmp_path, plan, 0, samples_of(left))
+    paths = unit_paths(tmp_path, 0)
+    paths.record.unlink()
+    paths.rows.unlink()
+    write_unit(tmp_path, plan, 0, samples_of(ours))
+    shard = ShardReader(paths.shard, plan.fingerprint, 0, stored_tensors(plan.spec))
+    for row, text in enumerate(ours[:2]):
+        for name in DIMS:
+            assert torch.equal(shard.row(name, row), embedding(name, text))
+    assert read_record(tmp_path, 0)["adopted_shard"] is False
+
+
+def test_a_shard_of_another_environment_is_adopted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer may be about to publish its record: values that differ in last bits stay."""
+    plan, texts = make_plan(3, 3), ["a", "b", "c"]
+    with monkeypatch.context() as patch:
+        patch.setattr(handmade, "embedding", lambda *a: embedding(*a) * (1 + 2**-8))
+        write_unit(tmp_path, plan, 0, samples_of(texts))
+    paths = unit_paths(tmp_path, 0)
+    before = paths.shard.read_bytes()
+    paths.record.unlink()
+    write_unit(tmp_path, plan, 0, samples_of(texts))
+    assert paths.shard.read_bytes() == before
+    assert read_record(tmp_path, 0)["adopted_shard"] is True
 
 
 def test_max_restarts_and_one_worker_killed(

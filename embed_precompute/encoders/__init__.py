@@ -180,6 +180,17 @@ def settle(config: EncoderConfig, spec: Mapping[str, Any]) -> EncoderConfig:
     return dataclasses.replace(config, **chosen)
 
 
+def can_run(implementation: str, model_type: str) -> bool:
+    """Whether an implementation that a plan names is known here, and has what it needs."""
+    if implementation != "shardformer":
+        return implementation in IMPLEMENTATIONS
+    try:
+        shardformer.check_usable("", model_type)
+    except InputError:
+        return False
+    return True
+
+
 def resolve(
     name: str, config: EncoderConfig, padded_length: int | None = None, *, num_samples: int = 0
 ) -> ResolvedEncoder:

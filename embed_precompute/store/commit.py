@@ -188,6 +188,11 @@ class StagedFile:
         return self._fd
 
     @property
+    def path(self) -> Path:
+        """The temporary file."""
+        return self._temp
+
+    @property
     def position(self) -> int:
         """Where the next `write` goes."""
         return self._position

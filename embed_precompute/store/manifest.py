@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ from embed_precompute.store.records import (
     null_paths,
     read_plan,
     read_record,
+    refuse_linked_folders,
     stored_tensors,
     unit_paths,
 )
@@ -94,10 +96,12 @@ def finalize(root: Path) -> dict[str, Any]:
 
 def _finalize(root: Path) -> dict[str, Any]:
     plan = read_plan(root)
+    refuse_linked_folders(root)
     tensors = stored_tensors(plan["spec"])
     _require_complete(root, plan["num_units"])
+    null = check_null(root, plan, tensors)
     files = {name: digest_file(root / name) for name in ("plan.json", "null.json")}
-    files["null.safetensors"] = check_null(root, plan, tensors)
+    files["null.safetensors"] = null
     names = [tensor.name for tensor in tensors]
     totals = _Totals(names)
     with (
@@ -213,7 +217,8 @@ def _replace_derived(root: Path, derived: dict[str, StagedFile], payload: bytes)
     """The derived files, then manifest.json: it never stands beside files it does not describe."""
     path = root / "manifest.json"
     try:
-        stale = path.exists() and path.read_bytes() != payload
+        # What is no file may be a pipe, which nobody writes to.
+        stale = os.path.lexists(path) and not (path.is_file() and path.read_bytes() == payload)
     except OSError as error:
         raise StorageError(f"{path}: reading failed: {error.strerror}.") from error
     if stale:

@@ -90,14 +90,18 @@ def committed_units(root: Path) -> set[int]:
 
 def refuse_linked_folders(root: Path) -> None:
     """InputError when a folder of the dataset is a link: nothing is written outside the root."""
-    folders = [root / name for name in ("shards", "index", "logs", "_quarantine")]
-    folders += [root / "shards" / name for name in _names(str(root / "shards"))]
-    for folder in folders:
-        if os.path.islink(folder):
-            raise InputError(
-                f"{folder} is a link to {os.readlink(folder)!r}: a dataset is written below its "
-                "own folder only. Move the whole dataset there and link output.path itself."
-            )
+    for name in ("shards", "index", "logs", "_quarantine"):
+        _refuse_link(root / name)
+    for name in _names(str(root / "shards")):
+        _refuse_link(root / "shards" / name)
+
+
+def _refuse_link(folder: Path) -> None:
+    if os.path.islink(folder):
+        raise InputError(
+            f"{folder} is a link to {os.readlink(folder)!r}: a dataset is written below its own "
+            "folder only. Move the whole dataset there and link output.path itself."
+        )
 
 
 def _names(folder: str) -> list[str]:

@@ -7,9 +7,11 @@ Costs: each value is written once, to compare.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,10 +98,14 @@ class FileStart:
 
 
 def read_start(path: Path | str, limit: int) -> FileStart:
-    """The first `limit` bytes of a file; OSError when it cannot be read."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    """The first `limit` bytes of a file; OSError when it cannot be read, or is no file."""
+    # Opening a pipe would wait for its other end.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        size = os.fstat(fd).st_size
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        size = status.st_size
         wanted = min(limit, size)
         payload = os.read(fd, wanted)
         while len(payload) < wanted and (more := os.read(fd, wanted - len(payload))):

@@ -139,6 +139,11 @@ class ShardWriter:
         self._staged.sync()
         return ShardFile(stored.name, stored.bytes, stored.sha256, tuple(kept))
 
+    def read_back(self) -> ShardReader:
+        """The finished shard before it has its name, mapped from its temporary file."""
+        tensors = list(self._tensors.values())
+        return ShardReader(self._staged.path, self._fingerprint, self._unit, tensors)
+
     def publish(self) -> Outcome:
         """Gives the finished shard its name; the first wins. As `StagedFile.publish`."""
         return self._staged.publish()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,13 +52,18 @@ def room_at(root: Path) -> Room:
     while not folder.exists():
         folder = folder.parent
     facts = os.statvfs(folder)
-    # A file system without a table of inodes says 0 of 0.
+    # Without a table of inodes it is 0 of 0, and what FUSE says of a file system that cannot tell
+    # its size is 0 of 0 blocks.
     files = facts.f_favail if facts.f_files else UNLIMITED
-    room = Room(facts.f_bavail * facts.f_frsize, files, "the file system", "the file system")
+    free = facts.f_bavail * facts.f_frsize if facts.f_blocks else UNLIMITED
+    room = Room(free, files, "the file system", "the file system")
     device = _device_of(folder)
     if device is None:
         return room
-    for kind, owner in (("user", os.geteuid()), ("group", folder.stat().st_gid)):
+    made_in = folder.stat()
+    # New files are of the folder's group where it says so, else of ours.
+    group = made_in.st_gid if made_in.st_mode & stat.S_ISGID else os.getegid()
+    for kind, owner in (("user", os.geteuid()), ("group", group)):
         quota = _read_quota(kind, device, owner)
         if quota is not None:
             room = _lower(room, quota, f"the {kind} quota")
