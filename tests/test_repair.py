@@ -360,6 +360,24 @@ def test_nothing_is_moved_or_removed_through_a_link(
     assert mine.exists()
 
 
+@pytest.mark.parametrize("name", ["plan.json", "null.json", "record", "rows", "manifest.json"])
+def test_what_is_no_file_is_named_and_never_waited_for(name: str, tmp_path: Path) -> None:
+    """A pipe makes whoever opens it wait; a link to itself and a folder are other errors."""
+    whole = tmp_path / "whole"
+    write_dataset(whole, ["a", "b", "c"])
+    commands = [["status"], ["info"], ["info", "--id", "s1"], ["finalize"], ["repair"]]
+    for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path)):
+        for number, words in enumerate(commands):
+            root = shutil.copytree(whole, tmp_path / f"{make} {number}")
+            paths = unit_paths(root, 0)
+            path = {"record": paths.record, "rows": paths.rows}.get(name, root / name)
+            path.unlink()
+            make(path)
+            code, _, said = call(words[0], str(root), *words[1:])
+            assert code in (0, 2, 4, 5, 74), said
+            assert "Traceback" not in said
+
+
 def test_status_of_a_dataset_that_lost_its_null_embedding(root: Path) -> None:
     null_paths(root).record.unlink()
     code, said, _ = call("status", str(root))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +172,8 @@ def iter_batches(
     naming the file when it is missing, damaged, or has other columns or another number of rows.
     """
     try:
+        if payload is None and not stat.S_ISREG(path.stat().st_mode):
+            raise OSError("it is no regular file")  # pyarrow would wait for a pipe's other end
         with pq.ParquetFile(
             # pyarrow reads a relative name such as exp:3 as a URI
             path.absolute() if payload is None else pa.BufferReader(payload),
