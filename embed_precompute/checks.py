@@ -30,6 +30,7 @@ from embed_precompute.store.rows import (
     READ_ROWS,
     iter_batches,
     read_samples,
+    rows_at_once,
     rows_digest,
     rows_schema,
 )
@@ -144,8 +145,9 @@ class SampleTable:
     def __init__(self, path: Path, encoders: Sequence[str], num_samples: int) -> None:
         self.path = path
         self._schema = rows_schema(encoders, text=False)
+        self._source = pa.OSFile(str(path))
         self._file = pq.ParquetFile(
-            path.absolute(),  # pyarrow reads a relative name such as exp:3 as a URI
+            self._source,
             page_checksum_verification=True,
             pre_buffer=False,
             buffer_size=1 << 20,
@@ -159,12 +161,14 @@ class SampleTable:
             raise VerificationError(
                 f"{path} has {self._file.metadata.num_rows} rows: expected {num_samples}."
             )
-        self._batches = self._file.iter_batches(READ_ROWS, use_threads=False)
+        rows = rows_at_once(path, self._source, self._schema.names, READ_ROWS)
+        self._batches = self._file.iter_batches(rows, use_threads=False)
         self._batch: pa.RecordBatch = next(self._batches)
         self._first = 0
 
     def close(self) -> None:
         self._file.close()
+        self._source.close()
 
     def rows(self, first: int, count: int) -> pa.Table:
         """`count` rows from row `first`, which may not be before that of the last call."""

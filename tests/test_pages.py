@@ -15,16 +15,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from embed_precompute.captions import CaptionTable
-from embed_precompute.captions.chunks import Chunk, column_chunks
-from embed_precompute.captions.pages import (
+from embed_precompute.captions.rows import MAX_PAGE_BYTES, MOST_BATCH_BYTES, RowCursor
+from embed_precompute.config import CaptionsConfig
+from embed_precompute.errors import InputError
+from embed_precompute.parquet.chunks import Chunk, column_chunks
+from embed_precompute.parquet.pages import (
     WINDOW_BYTES,
     PageTooLarge,
     ReadAt,
     read_pages,
     row_bytes,
 )
-from embed_precompute.captions.rows import MAX_PAGE_BYTES, MOST_BATCH_BYTES, RowCursor
-from embed_precompute.captions.thrift import (
+from embed_precompute.parquet.thrift import (
     BINARY,
     DOUBLE,
     I8,
@@ -36,8 +38,6 @@ from embed_precompute.captions.thrift import (
     Compact,
     ParquetDamage,
 )
-from embed_precompute.config import CaptionsConfig
-from embed_precompute.errors import InputError
 
 COLUMNS = ["id", "text", "fps", "tags", "deep"]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from store_case import (
@@ -127,6 +128,38 @@ def test_damaged_rows_part(tmp_path: Path) -> None:
     path.write_bytes(rows_part_bytes(3, ["clip"], samples_of(3)))
     with pytest.raises(VerificationError, match="has columns"):
         list(read_samples(path, ["clip", "t5"]))
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_forged_rows_part_is_decoded_a_bounded_piece_at_a_time(
+    tmp_path: Path, text: bool
+) -> None:
+    """300 rows that repeat one value of 8 MiB are 2.4 GiB, in a file of some KiB."""
+    path, encoders, count = tmp_path / "x", ["clip", "t5"], 300
+    path.write_bytes(rows_part_bytes(3, encoders, samples_of(3)))
+    table = pq.read_table(path).take([0] * count)
+    column = "text" if text else "sample_id"
+    value = pa.array(["x" * (8 << 20)])
+    repeated = pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), value)
+    field = pa.field(column, repeated.type, nullable=text)
+    table = table.set_column(table.column_names.index(column), field, repeated)
+    pq.write_table(table, path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 1 << 18
+    sizes = [(len(b), b.nbytes) for b in rows.iter_batches(path, encoders, text=text)]
+    assert sum(size for size, _ in sizes) == count
+    assert max(nbytes for _, nbytes in sizes) <= rows.MOST_BATCH_BYTES + (1 << 20)
+
+
+def test_a_page_of_a_forged_rows_part_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    path, encoders = tmp_path / "x", ["clip", "t5"]
+    path.write_bytes(rows_part_bytes(3, encoders, samples_of(3)))
+    table = pq.read_table(path).take([0] * 20)
+    at = table.column_names.index("text")
+    texts = pa.array(["x" * (4 << 20)] * 20)
+    table = table.set_column(at, "text", texts)
+    pq.write_table(table, path, compression="zstd", store_schema=False, use_dictionary=False)
+    with pytest.raises(VerificationError, match=r"x is damaged: a page of \d+ bytes"):
+        list(rows.iter_batches(path, encoders))
 
 
 def test_committed_units_is_a_listing(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embed_precompute.captions.chunks import Chunk, column_chunks
 from embed_precompute.captions.files import InputFile, Source, one_line, open_parquet
-from embed_precompute.captions.pages import PageTooLarge, ReadAt, row_bytes
-from embed_precompute.captions.thrift import ParquetDamage
 from embed_precompute.errors import InputError
+from embed_precompute.parquet.chunks import Chunk, ReadAt, column_chunks
+from embed_precompute.parquet.pages import PageTooLarge, row_bytes
+from embed_precompute.parquet.thrift import ParquetDamage
 
 BATCH_BYTES = 4 << 20
 """Decoded bytes a batch aims at."""

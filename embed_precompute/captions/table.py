@@ -19,7 +19,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from embed_precompute.captions.chunks import Chunk
 from embed_precompute.captions.columns import (
     INTEGER,
     STRING,
@@ -53,6 +52,7 @@ from embed_precompute.captions.rows import (
 )
 from embed_precompute.config import CaptionsConfig
 from embed_precompute.errors import InputError
+from embed_precompute.parquet.chunks import Chunk
 from embed_precompute.samples import Sample, Status
 
 MAX_CAPTION_CHARS = 1 << 20

@@ -1,9 +1,11 @@
 """Rows parts: what became of each sample of a unit, with the text that was encoded.
 
 Guarantees: every sample of a unit is one row, in input order; equal samples give equal bytes (one
-version of pyarrow). Page checksums are written and checked, but they leave out page headers and the
-footer: only the sha256 in the unit's record covers the whole part.
-Costs: a part is made in memory (a unit's texts, compressed); reading holds one batch of rows.
+version of pyarrow). What a forged part would decode to is bounded before it is decoded. Page
+checksums are written and checked, but they leave out page headers and the footer: only the sha256
+in the unit's record covers the whole part.
+Costs: a part is made in memory (a unit's texts, compressed); reading holds one batch of rows, and
+parses the footer and page headers once more than pyarrow does.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ import pyarrow.parquet as pq
 
 from embed_precompute.config import canonical_json
 from embed_precompute.errors import VerificationError
+from embed_precompute.parquet.chunks import column_chunks, footer_bytes
+from embed_precompute.parquet.pages import row_bytes
+from embed_precompute.parquet.thrift import ParquetDamage
 from embed_precompute.samples import Status
 
 ROW_GROUP_ROWS = 4096
@@ -29,7 +34,10 @@ ROW_GROUP_TEXT_BYTES = 64 << 20
 _WRITER = re.compile(r"parquet-cpp-arrow version [0-9.]+(-SNAPSHOT)?")
 READ_ROWS = 4096
 READ_TEXT_ROWS = 256
-"""Fewer at a time with their texts: a few bytes of a dictionary page can stand for long ones."""
+MAX_PAGE_BYTES = ROW_GROUP_TEXT_BYTES + (4 << 20)
+"""No row group of ours has more text than that, or one caption; a page is decoded whole."""
+MOST_BATCH_BYTES = 32 << 20
+"""What a batch may come to where its rows are all as wide as the widest can be."""
 
 
 @dataclass(frozen=True)
@@ -174,13 +182,15 @@ def iter_batches(
     try:
         if payload is None and not stat.S_ISREG(path.stat().st_mode):
             raise OSError("it is no regular file")  # pyarrow would wait for a pipe's other end
-        with pq.ParquetFile(
-            # pyarrow reads a relative name such as exp:3 as a URI
-            path.absolute() if payload is None else pa.BufferReader(payload),
-            page_checksum_verification=True,
-            pre_buffer=False,
-            buffer_size=0 if payload is not None else 1 << 20,
-        ) as file:
+        with (
+            pa.OSFile(str(path)) if payload is None else pa.BufferReader(payload) as source,
+            pq.ParquetFile(
+                source,
+                page_checksum_verification=True,
+                pre_buffer=False,
+                buffer_size=0 if payload is not None else 1 << 20,
+            ) as file,
+        ):
             schema = rows_schema(encoders)
             if not file.schema_arrow.equals(schema):
                 raise VerificationError(
@@ -194,6 +204,7 @@ def iter_batches(
                 )
             names = rows_schema(encoders, text=text).names
             rows = READ_TEXT_ROWS if text else READ_ROWS
+            rows = rows_at_once(path, source, names, rows)
             if file.metadata.num_rows <= rows:  # the same, with half the calls
                 yield from file.read(names, use_threads=False).to_batches()
                 return
@@ -202,6 +213,27 @@ def iter_batches(
         raise VerificationError(f"{path} is missing, though its unit is committed.") from None
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names not in UTF-8
         raise VerificationError(f"{path} is damaged: {error}.") from error
+
+
+def rows_at_once(path: Path, source: Any, columns: Sequence[str], rows: int) -> int:
+    """At most `rows`, fewer where a batch of them could decode to more than MOST_BATCH_BYTES.
+
+    `source` is the open Arrow file of `path`. A few bytes of a dictionary can stand for long texts,
+    as often as there are rows. VerificationError where one page alone is too large.
+    """
+    enough = MOST_BATCH_BYTES // rows
+    most = rows
+
+    def read_at(offset: int, size: int) -> bytes:
+        return bytes(source.read_at(size, offset))
+
+    try:
+        for group in column_chunks(footer_bytes(read_at, source.size()), columns):
+            bounds = [row_bytes(read_at, chunk, MAX_PAGE_BYTES, enough) for chunk in group]
+            most = min(most, MOST_BATCH_BYTES // max(1, sum(bounds)))
+    except ParquetDamage as error:
+        raise VerificationError(f"{path} is damaged: {error}.") from error
+    return max(1, most)
 
 
 def read_samples(

@@ -46,8 +46,8 @@ def captions_footer(root: Path, captions: Path, rng: random.Random) -> str:
 
 def captions_pages(root: Path, captions: Path, rng: random.Random) -> str:
     """A page header of the input: bits flipped, or a size or a number of values forged."""
-    from embed_precompute.captions.chunks import column_chunks
-    from embed_precompute.captions.pages import read_pages
+    from embed_precompute.parquet.chunks import column_chunks
+    from embed_precompute.parquet.pages import read_pages
 
     payload = bytearray(captions.read_bytes())
     footer = bytes(payload[-8 - int.from_bytes(payload[-8:-4], "little") : -8])

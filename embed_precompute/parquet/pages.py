@@ -11,15 +11,15 @@ where they are of version 1.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from embed_precompute.captions.chunks import Chunk
-from embed_precompute.captions.thrift import I32, Compact, CutShort, ParquetDamage, Path
+from embed_precompute.parquet.chunks import Chunk, ReadAt
+from embed_precompute.parquet.thrift import I32, Compact, CutShort, ParquetDamage, Path
 
 WINDOW_BYTES = 16 << 10
 MAX_HEADER_BYTES = 16 << 20
@@ -35,9 +35,6 @@ _BYTE_ARRAY, _FIXED_BYTES = 6, 7
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3
 _PLAIN_DICTIONARY, _RLE, _DELTA_LENGTH, _DELTA_BYTES, _RLE_DICTIONARY = 2, 3, 6, 7, 8
 _CODECS = {0: "", 1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
-
-ReadAt = Callable[[int, int], bytes]
-"""(offset, size) -> the bytes there, fewer at the end of the file."""
 
 
 class PageTooLarge(ParquetDamage):

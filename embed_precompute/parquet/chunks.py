@@ -7,11 +7,11 @@ Costs: some 30 microseconds per column chunk of the file, of every column.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from embed_precompute.captions.thrift import (
+from embed_precompute.parquet.thrift import (
     BINARY,
     I32,
     I64,
@@ -22,6 +22,10 @@ from embed_precompute.captions.thrift import (
     ParquetDamage,
 )
 
+ReadAt = Callable[[int, int], bytes]
+"""(offset, size) -> the bytes there, fewer at the end of the file."""
+
+FOOTER_WINDOW_BYTES = 16 << 10
 _REPEATED = 2
 _SCHEMA = {(1,): I32, (3,): I32, (5,): I32}
 _CHUNK = {(4,): I32, (6,): I64, (7,): I64, (9,): I64, (11,): I64, (12, 3): I64}
@@ -55,6 +59,17 @@ class Chunk:
     end: int
     null_count: int | None
     """None where the statistics do not say."""
+
+
+def footer_bytes(read_at: ReadAt, size: int) -> bytes:
+    """The footer's thrift bytes of a file of `size` bytes; what follows are its length and PAR1."""
+    tail = read_at(max(0, size - FOOTER_WINDOW_BYTES), FOOTER_WINDOW_BYTES)
+    num_bytes = int.from_bytes(tail[-8:-4], "little")
+    if size < 12 or tail[-4:] != b"PAR1" or num_bytes > size - 12:
+        raise ParquetDamage("it has no footer")
+    if num_bytes + 8 > len(tail):
+        tail = read_at(size - num_bytes - 8, num_bytes + 8)
+    return tail[-8 - num_bytes : -8]
 
 
 def column_chunks(footer: bytes, columns: Collection[str]) -> list[list[Chunk]]:
