@@ -30,6 +30,11 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the findings here too")
     arguments = parser.parse_args()
+    known = {name for check in CHECKS for name in _names(check.__name__)}
+    if unknown := set(arguments.only or ()) - known:
+        parser.error(
+            f"no such check: {' '.join(sorted(unknown))}; there are {' '.join(sorted(known))}"
+        )
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     findings = _run(arguments, folder)
@@ -42,14 +47,18 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def _names(check: str) -> tuple[str, str]:
+    """What `--only` takes for a check: its fault and its own name."""
+    return f"F{int(check[1:3])}" if check[1:3].isdigit() else check, check
+
+
 def _run(arguments: argparse.Namespace, folder: Path) -> list[Finding]:
     size = " --long" if arguments.long else ""
     size += f" --jobs {arguments.jobs}" if arguments.jobs > 1 else ""
     findings: list[Finding] = []
     print("| fault | injection | target | measured | holds | s | command |\n|" + "---|" * 7)
     for check in CHECKS:
-        name = check.__name__
-        fault = f"F{int(name[1:3])}" if name[1:3].isdigit() else name
+        fault, name = _names(check.__name__)
         if arguments.only and not {fault, name} & set(arguments.only):
             continue
         seed = check_seed(arguments.seed, name)

@@ -24,6 +24,7 @@ from typing import Any
 from jobs import clean_environment
 
 from faults.hooks import Hook, install
+from faults.lab import wait_for
 
 # The server knows only what the environment tells it about where to find modules.
 _PATHS = [Path(__file__).parents[k] / name for k, name in ((2, "."), (2, "scripts"), (1, "."))]
@@ -98,6 +99,8 @@ class Gang:
     """Ranks under an agent."""
 
     agent: ForkServerProcess
+    group: int
+    """The process group of the agent and of all it started."""
     board: Path
     """The agent writes the pids of its ranks here."""
     seen: set[int] = field(default_factory=set)
@@ -117,18 +120,28 @@ class Gang:
         return [pid for pid in self.seen if alive(pid)]
 
     def kill(self) -> None:
-        """SIGKILL for the agent and every rank."""
+        """SIGKILL for the agent and all it started; when this returns, none of them lives."""
         with contextlib.suppress(ProcessLookupError):
             self.agent.kill()
         self.agent.join()
-        for pid in self.all_ranks():
-            signal_to(pid, signal.SIGKILL)
+        self._end()
 
     def finish(self, timeout: float = 180.0) -> int:
+        """The agent's exit code; when this returns, nothing it started lives."""
         code = finish(self.agent, timeout)
-        for pid in self.all_ranks():
-            signal_to(pid, signal.SIGKILL)
+        self._end()
         return code
+
+    def ended(self, timeout: float = 40.0) -> bool:
+        """Whether all of them end by themselves in time."""
+        return wait_for(lambda: not group_members(self.group), timeout, 0.02)
+
+    def _end(self) -> None:
+        # By group: an agent killed between fork and note leaves ranks that no board names.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.group, signal.SIGKILL)
+        if not self.ended():
+            raise TimeoutError(f"{group_members(self.group)} outlive SIGKILL")
 
 
 def start_gang(
@@ -143,7 +156,8 @@ def start_gang(
     board = log.with_suffix(f".{time.monotonic_ns()}.pids")
     by_rank = [[*hooks, *(hooks_of or {}).get(rank, ())] for rank in range(world)]
     agent = launch(_agent, list(words), str(log), by_rank, max_restarts, str(board))
-    return Gang(agent, board)
+    assert agent.pid is not None
+    return Gang(agent, agent.pid, board)
 
 
 def alive(pid: int) -> bool:
@@ -155,6 +169,19 @@ def alive(pid: int) -> bool:
         return False
 
 
+def group_members(group: int) -> list[int]:
+    """Pids of the processes of a group that run."""
+    members = []
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError, IndexError), open(f"{entry.path}/stat", "rb") as file:
+            state, _, its_group = file.read().rpartition(b")")[2].split()[:3]
+            if int(its_group) == group and state not in b"ZX":
+                members.append(int(entry.name))
+    return members
+
+
 def signal_to(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
@@ -163,6 +190,7 @@ def signal_to(pid: int, number: int) -> None:
 def _agent(
     words: list[str], log: str, hooks: list[list[Hook]], max_restarts: int, board: str
 ) -> None:
+    os.setpgid(0, 0)
     port, server = _serve()
     world = len(hooks)
     code = 1

@@ -101,7 +101,8 @@ def _hurt(lab: Lab, job: Job) -> str:
         hooks=[("pace", {"seconds": UNIT_S})], hooks_of=hooks_of,
     )  # fmt: skip
     goal = before + rng.randint(0, 12)
-    wait_for(lambda: len(job.records()) >= goal or (not gang.ranks() and before != 0), 10)
+    wait_for(lambda: gang.board.exists(), 10)
+    wait_for(lambda: len(job.records()) >= goal or not gang.ranks(), 10)
     time.sleep(rng.uniform(0, 0.3))
     ranks = gang.ranks()
     if kind == "signal" and ranks:
