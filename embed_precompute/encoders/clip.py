@@ -21,6 +21,8 @@ from embed_precompute.encoders.fused import Group, Workspace, attend
 class ClipBody:
     """See `fused.Body`."""
 
+    product_rows = 2048  # the last layer's, of pooled rows alone, are filled up to so many
+
     def __init__(self, model: Any, workspace: Workspace, length: int) -> None:
         # transformers 4 wraps the text model once more than 5.
         self._text = getattr(model, "text_model", model)

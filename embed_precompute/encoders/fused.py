@@ -4,7 +4,7 @@ Guarantees: the numbers of the transformers model up to rounding (fp32: relative
 3e-6). Every forward has one shape, [T] tokens, and attention runs per caption at the caption's own
 length, so an embedding is bitwise a function of the caption and T: neighbours, place in the stream
 and order change no bit. Nor does a CPU's number of threads, at the shapes of T5 base, XXL and CLIP
-L with products of `PRODUCT_ROWS` rows (measured); of fewer rows, libraries split some sums among
+L with products of 2,048 rows and more (measured); of fewer rows, libraries split some sums among
 threads. On a CPU without matrix hardware for half precision, bfloat16 and float16 weights are
 computed with in float32, which is hundreds of times faster there and no less exact.
 Costs: the weights once, as `hf` holds them (memory-mapped where the file has their dtype, so that
@@ -41,9 +41,6 @@ class Group:
     length: int
 
 
-PRODUCT_ROWS = 2048
-"""Rows of one matrix product on a CPU: enough for its full rate, and what lies between two products
-of a layer stays in a cache."""
 ATTENTION_TOKENS = 2048
 """Tokens of equally long captions that attend in one call: more leave the cache."""
 
@@ -66,14 +63,21 @@ class Workspace:
     """Buffers that every forward uses again, by name; and the kernels that work on them."""
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, *, compiled: bool, converts: bool
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        product_rows: int,
+        *,
+        compiled: bool,
+        converts: bool,
     ) -> None:
-        """`converts`: the weights have another dtype than the computation."""
+        """`product_rows`: the most rows of one matrix product on a CPU, enough for its full rate.
+        `converts`: the weights have another dtype than the computation."""
         self.device, self.dtype = device, dtype
         self.kernels = Kernels(device, compiled=compiled)
         # A weight is converted for each product, so there one product takes all rows.
         whole = device.type != "cpu" or converts
-        self._product_rows = 1 << 62 if whole else PRODUCT_ROWS
+        self._product_rows = 1 << 62 if whole else product_rows
         self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
     def steps(self, num_tokens: int) -> list[slice]:
@@ -222,11 +226,15 @@ class FusedEncoder:
 
             self._body = graph.body(self._model, longest_of(resolved), pooled=resolved.pooled)
         else:
+            make = clip.ClipBody if resolved.pooled else t5.T5Body
             computed = compute_dtype(dtype, self._device)
             workspace = Workspace(
-                self._device, computed, compiled=resolved.compiled, converts=computed != dtype
+                self._device,
+                computed,
+                make.product_rows,
+                compiled=resolved.compiled,
+                converts=computed != dtype,
             )
-            make = clip.ClipBody if resolved.pooled else t5.T5Body
             self._body = make(self._model, workspace, longest_of(resolved))
 
     def weight_bytes(self) -> int:

@@ -19,6 +19,8 @@ from embed_precompute.encoders.fused import Group, Workspace, attend
 class T5Body:
     """See `fused.Body`."""
 
+    product_rows = 4096
+
     def __init__(self, model: Any, workspace: Workspace, length: int) -> None:
         self._encoder = model.encoder
         self._workspace = workspace
