@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_streams_of_several_products(
 ) -> None:
     """Real streams take several steps; tests' are as short as one. The last reaches behind them."""
     for body in (T5Body, ClipBody):
-        monkeypatch.setattr(body, "product_rows", 100)
+        monkeypatch.setattr(body, "product_rows", lambda config, dtype: 100)
     monkeypatch.setattr(fused, "ATTENTION_TOKENS", 60)
     texts = ["", "x", "a red fox", "a red fax", *corpus[:40]]
     config = config_of(mode, folders)
@@ -147,6 +148,16 @@ def test_steps_have_one_size_and_cover_the_stream() -> None:
     assert steps(2047) == [slice(0, 2047)]
     assert steps(2049) == [slice(0, 1025), slice(1025, 2050)]
     assert steps(9000, converts=True) == [slice(0, 9000)]
+
+
+def test_rows_of_a_product_by_width() -> None:
+    def rows(d_ff: int, dtype: torch.dtype) -> int:
+        return T5Body.product_rows(SimpleNamespace(d_ff=d_ff), dtype)
+
+    assert rows(10240, torch.bfloat16) == 4096
+    assert rows(10240, torch.float32) == 2048
+    assert rows(2048, torch.bfloat16) == 20480
+    assert rows(1 << 30, torch.float32) == 1
 
 
 def test_an_end_of_text_token_within_a_caption(encode: Encode, folders: dict[str, Path]) -> None:

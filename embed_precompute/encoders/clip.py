@@ -21,8 +21,6 @@ from embed_precompute.encoders.fused import Group, Workspace, attend
 class ClipBody:
     """See `fused.Body`."""
 
-    product_rows = 2048  # the last layer's, of pooled rows alone, are filled up to so many
-
     def __init__(self, model: Any, workspace: Workspace, length: int) -> None:
         # transformers 4 wraps the text model once more than 5.
         self._text = getattr(model, "text_model", model)
@@ -33,6 +31,12 @@ class ClipBody:
         self._activation: str = config.hidden_act
         layers = offload.each_on_device(self._text.encoder.layers)
         self._output_bias = [_output_bias(layer.self_attn) for layer in layers]
+
+    @staticmethod
+    def product_rows(config: Any, dtype: torch.dtype) -> int:
+        """The most rows of one matrix product on a CPU; the last layer's, of pooled rows alone, are
+        filled up to so many."""
+        return 2048
 
     def __call__(
         self, ids: torch.Tensor, batch: TokenBatch, groups: list[Group], keep: torch.Tensor | None

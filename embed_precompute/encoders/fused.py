@@ -71,7 +71,7 @@ class Workspace:
         compiled: bool,
         converts: bool,
     ) -> None:
-        """`product_rows`: the most rows of one matrix product on a CPU, enough for its full rate.
+        """`product_rows`: the most rows of one matrix product on a CPU.
         `converts`: the weights have another dtype than the computation."""
         self.device, self.dtype = device, dtype
         self.kernels = Kernels(device, compiled=compiled)
@@ -231,7 +231,7 @@ class FusedEncoder:
             workspace = Workspace(
                 self._device,
                 computed,
-                make.product_rows,
+                make.product_rows(self._model.config, computed),
                 compiled=resolved.compiled,
                 converts=computed != dtype,
             )

@@ -15,11 +15,13 @@ from embed_precompute.batching import TokenBatch
 from embed_precompute.encoders import offload
 from embed_precompute.encoders.fused import Group, Workspace, attend
 
+PRODUCT_BYTES = 80 << 20
+"""Of the widest activations of one matrix product. More rows read the weights less often, until a
+cache no longer has what one product hands to the next; measured at the widths of base and XXL."""
+
 
 class T5Body:
     """See `fused.Body`."""
-
-    product_rows = 4096
 
     def __init__(self, model: Any, workspace: Workspace, length: int) -> None:
         self._encoder = model.encoder
@@ -35,6 +37,12 @@ class T5Body:
         # Where all layers share one, it is laid out once; umT5's are, one after another, in each
         # forward: all of them at once would outgrow the weights.
         self._shared = self._laid_out(0, length) if len(self._bias_rows) == 1 else None
+
+    @staticmethod
+    def product_rows(config: Any, dtype: torch.dtype) -> int:
+        """The most rows of one matrix product on a CPU."""
+        row_bytes: int = config.d_ff * dtype.itemsize
+        return max(1, PRODUCT_BYTES // row_bytes)
 
     def __call__(
         self, ids: torch.Tensor, batch: TokenBatch, groups: list[Group], keep: torch.Tensor | None
