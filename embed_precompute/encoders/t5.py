@@ -40,9 +40,10 @@ class T5Body:
 
     @staticmethod
     def product_rows(config: Any, dtype: torch.dtype) -> int:
-        """The most rows of one matrix product on a CPU."""
+        """The most rows of one matrix product on a CPU; never so few that libraries split sums
+        among threads."""
         row_bytes: int = config.d_ff * dtype.itemsize
-        return max(1, PRODUCT_BYTES // row_bytes)
+        return max(2048, PRODUCT_BYTES // row_bytes)
 
     def __call__(
         self, ids: torch.Tensor, batch: TokenBatch, groups: list[Group], keep: torch.Tensor | None
