@@ -18,8 +18,8 @@ import string
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from embed_precompute.errors import InputError
-from embed_precompute.video_buckets import Bucket, Draw, table_buckets, video_tokens
+from embed_precompute.errors import InputError, require
+from embed_precompute.video_buckets import Bucket, VideoTokensConfig
 
 FORMAT_VERSION = 1
 ENCODER_NAME = re.compile(r"^[a-z][a-z0-9_]{0,31}$")
@@ -47,11 +47,6 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
 @dataclass(frozen=True)
 class RecipeConfig:
     """How a row becomes the text that is encoded."""
@@ -69,7 +64,7 @@ class RecipeConfig:
 
     def __post_init__(self) -> None:
         if self.fps_max is not None:
-            _require(
+            require(
                 self.fps_max > 0, f"captions.recipe.fps_max is {self.fps_max}: expected 1 or more."
             )
         if self.kind == "template":
@@ -89,14 +84,14 @@ class RecipeConfig:
             if name is None:
                 continue
             plain = re.fullmatch(r"[^.\[\]{}!:]+", name) is not None
-            _require(
+            require(
                 plain and conversion is None and "{" not in (spec or ""),
                 f"{where} holds {{{name}}}: expected plain column names such as {{text}} or "
                 "{fps}, with at most a format such as {fps:.1f}.",
             )
             if name not in names:
                 names.append(name)
-        _require("text" in names, f"{where} {self.template!r} does not use {{text}}.")
+        require("text" in names, f"{where} {self.template!r} does not use {{text}}.")
         return tuple(names)
 
 
@@ -118,69 +113,11 @@ class CaptionsConfig:
     """Null text or invalid UTF-8: record it as the sample's status, or fail (exit 2)."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.path), "captions.path is empty: expected a parquet file or folder.")
+        require(bool(self.path), "captions.path is empty: expected a parquet file or folder.")
 
 
 NAMED_BUCKETS = 4
 """Buckets that an error names per padded length; a table has hundreds."""
-
-
-@dataclass(frozen=True)
-class VideoTokensConfig:
-    """Tokens the video adds to the sequence, from the buckets the trainer puts its clips in."""
-
-    buckets: tuple[tuple[int, int, int], ...] | None = None
-    """[frames, height, width] of every bucket, in pixels; this or bucket_config."""
-    bucket_config: dict[str, dict[int, Draw]] | None = None
-    """Open-Sora's table: resolution (256px, 720p) -> frames -> [probability, batch size]."""
-    time_compression_ratio: int = 4
-    """Frames per latent frame, as in the trainer's autoencoder."""
-    spatial_compression_ratio: int = 8
-    """Pixels per latent, in height and width; times patch_size: its ae_spatial_compression."""
-    patch_size: int = 2
-    """Latents per token, in height and width, as the trainer's patch_size."""
-
-    def check(self) -> None:
-        """Raises InputError. Not at construction: jsonargparse would wrap it in its own words."""
-        for name in ("time_compression_ratio", "spatial_compression_ratio", "patch_size"):
-            value = getattr(self, name)
-            _require(value >= 1, f"encoder added_tokens.{name} is {value}: expected 1 or more.")
-        _require(
-            (self.buckets is None) != (self.bucket_config is None),
-            "encoder added_tokens as a mapping needs one of buckets and bucket_config; set the "
-            "other to null.",
-        )
-        buckets = self.all_buckets()
-        _require(bool(buckets), "encoder added_tokens has no bucket that a clip could be in.")
-        for bucket in buckets:
-            _require(
-                min(bucket.frames, bucket.height, bucket.width) >= 1,
-                f"encoder added_tokens has the bucket {bucket}: expected frames, height and width "
-                "of 1 or more.",
-            )
-        self.by_tokens()
-
-    def all_buckets(self) -> list[Bucket]:
-        """The buckets, in the order given."""
-        if self.buckets is not None:
-            return [Bucket(*bucket) for bucket in self.buckets]
-        size_multiple = self.spatial_compression_ratio * self.patch_size
-        return table_buckets(self.bucket_config or {}, size_multiple)
-
-    def by_tokens(self) -> dict[int, list[Bucket]]:
-        """The buckets by the tokens they add, fewest first."""
-        found: dict[int, list[Bucket]] = {}
-        for bucket in self.all_buckets():
-            tokens = video_tokens(
-                bucket,
-                self.time_compression_ratio,
-                self.spatial_compression_ratio,
-                self.patch_size,
-            )
-            found.setdefault(tokens, []).append(bucket)
-        return dict(sorted(found.items()))
-
-
 DEFAULT_CLIP_BUCKETS = (16, 32, 48, 64)
 DEFAULT_T5_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384)
 
@@ -229,65 +166,76 @@ class EncoderConfig:
         for name in ("max_length", "seq_align", "batch_tokens", "batch_size", "stream_tokens"):
             value = getattr(self, name)
             if value is not None:
-                _require(
+                require(
                     1 <= value <= MOST_TOKENS,
                     f"encoder {name} is {value}: expected 1 or more, at most {MOST_TOKENS}.",
                 )
         if isinstance(self.added_tokens, VideoTokensConfig):
             self.added_tokens.check()
         elif isinstance(self.added_tokens, int):
-            _require(
+            require(
                 self.added_tokens >= 0, f"encoder added_tokens is {self.added_tokens}: below 0."
             )
+        require(
+            self.stream_tokens >= self.resolved_max_length,
+            f"encoder stream_tokens is {self.stream_tokens}: expected at least max_length "
+            f"({self.resolved_max_length}), so that every caption fits.",
+        )
+        self._check_kind()
+        self._check_compute()
+        self._check_buckets()
+
+    def _check_kind(self) -> None:
+        """What only the other kind, or the other mask, has."""
         if self.kind == "clip":
-            _require(
+            require(
                 self.attention_mask == "none" and self.seq_align == 1 and self.added_tokens == 0,
                 "a clip encoder takes no attention_mask, seq_align or added_tokens: CLIP is causal "
                 "and pooled at its end-of-text token, so pads cannot reach it. Remove the field.",
             )
-            _require(
+            require(
                 self.implementation != "shardformer",
                 "a clip encoder cannot have implementation shardformer: it is for t5 alone. Use hf "
                 "or auto.",
             )
         if self.attention_mask == "padding":
-            _require(
+            require(
                 self.seq_align == 1 and self.added_tokens == 0,
                 "seq_align and added_tokens belong to attention_mask none, where pads are encoded. "
                 "A masked dataset stores real tokens only and the loader pads it to any length: "
                 "remove both fields.",
             )
-        _require(
-            self.stream_tokens >= self.resolved_max_length,
-            f"encoder stream_tokens is {self.stream_tokens}: expected at least max_length "
-            f"({self.resolved_max_length}), so that every caption fits.",
-        )
-        _require(
+
+    def _check_compute(self) -> None:
+        require(
             self.compile is not True or self.implementation in ("auto", "fused"),
             f"encoder compile is true: {self.implementation} is never compiled. Use the "
             "implementation fused, or remove compile.",
         )
-        _require(
+        require(
             not self.tf32 or self.dtype == "float32",
             f"encoder tf32 is true with dtype {self.dtype}: it is a way to multiply float32. "
             "Remove it.",
         )
-        if self.buckets is not None:
-            _require(
-                self.implementation != "fused" and self.compile is not True,
-                "encoder buckets are for the implementation hf: fused packs captions end to end. "
-                "Remove buckets, or use hf.",
-            )
-            _require(
-                self.kind == "clip" or self.attention_mask == "padding",
-                "encoder buckets are for clip and for attention_mask padding: with attention_mask "
-                "none every caption has the one padded length. Remove the field.",
-            )
-            _require(
-                all(1 <= b <= self.resolved_max_length for b in self.buckets),
-                f"encoder buckets {list(self.buckets)} must lie in 1..max_length "
-                f"({self.resolved_max_length}).",
-            )
+
+    def _check_buckets(self) -> None:
+        if self.buckets is None:
+            return
+        require(
+            self.implementation != "fused" and self.compile is not True,
+            "encoder buckets are for the implementation hf: fused packs captions end to end. "
+            "Remove buckets, or use hf.",
+        )
+        require(
+            self.kind == "clip" or self.attention_mask == "padding",
+            "encoder buckets are for clip and for attention_mask padding: with attention_mask "
+            "none every caption has the one padded length. Remove the field.",
+        )
+        require(
+            all(1 <= b <= self.resolved_max_length for b in self.buckets),
+            f"encoder buckets {list(self.buckets)} must lie in 1..max_length "
+            f"({self.resolved_max_length}).",
+        )
 
     @property
     def resolved_max_length(self) -> int:
@@ -358,13 +306,13 @@ class OutputConfig:
     """How stored tensors are coded; raw: as they are."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.path), "output.path is empty: expected a folder.")
-        _require(
+        require(bool(self.path), "output.path is empty: expected a folder.")
+        require(
             "://" not in self.path,
             f"output.path is {self.path!r}: expected a folder that every rank mounts, not a URI.",
         )
         if isinstance(self.samples_per_shard, int):
-            _require(
+            require(
                 self.samples_per_shard >= 1,
                 f"output.samples_per_shard is {self.samples_per_shard}: expected 1 or more.",
             )
@@ -399,15 +347,15 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         for name in ("max_failed_samples", "plan_timeout_s", "progress_interval_s", "grace_s"):
             value = getattr(self, name)
-            _require(
+            require(
                 0 <= value <= MOST_SECONDS,
                 f"runtime.{name} is {value}: expected 0 to {MOST_SECONDS}.",
             )
         for name in ("prefetch_units", "write_queue_batches"):
             value = getattr(self, name)
-            _require(value >= 1, f"runtime.{name} is {value}: expected 1 or more.")
+            require(value >= 1, f"runtime.{name} is {value}: expected 1 or more.")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
-        _require(
+        require(
             known is not None,
             f"runtime.device is {self.device!r}: expected auto, cpu, cuda or cuda:N.",
         )
@@ -427,13 +375,13 @@ class Config:
     """How the job runs."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.encoders), "encoders is empty: name at least one, such as t5 or clip.")
+        require(bool(self.encoders), "encoders is empty: name at least one, such as t5 or clip.")
         for name in self.encoders:
-            _require(
+            require(
                 ENCODER_NAME.match(name) is not None,
                 f"encoders.{name}: expected a name of lower-case letters, digits and _.",
             )
-            _require(
+            require(
                 not name.endswith(RESERVED_ENDINGS),
                 f"encoders.{name}: the endings {', '.join(RESERVED_ENDINGS)} are taken by tensors "
                 "that stand beside an encoder's. Choose another name.",

@@ -31,6 +31,12 @@ class InputError(EmbedPrecomputeError):
     exit_code = EXIT_USAGE
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise InputError with `message` unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
+
+
 class ConflictError(EmbedPrecomputeError):
     """The output belongs to another fingerprint, plan or input (exit 3)."""
 

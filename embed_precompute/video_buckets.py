@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from embed_precompute.errors import InputError
+from embed_precompute.errors import InputError, require
 
 # Width to height; the sampler uses each of them upright and on its side.
 ASPECT_RATIOS = (
@@ -47,6 +47,62 @@ class Bucket:
 
     def __str__(self) -> str:
         return f"{self.resolution} {self.frames}x{self.height}x{self.width}".strip()
+
+
+@dataclass(frozen=True)
+class VideoTokensConfig:
+    """Tokens the video adds to the sequence, from the buckets the trainer puts its clips in."""
+
+    buckets: tuple[tuple[int, int, int], ...] | None = None
+    """[frames, height, width] of every bucket, in pixels; this or bucket_config."""
+    bucket_config: dict[str, dict[int, Draw]] | None = None
+    """Open-Sora's table: resolution (256px, 720p) -> frames -> [probability, batch size]."""
+    time_compression_ratio: int = 4
+    """Frames per latent frame, as in the trainer's autoencoder."""
+    spatial_compression_ratio: int = 8
+    """Pixels per latent, in height and width; times patch_size: its ae_spatial_compression."""
+    patch_size: int = 2
+    """Latents per token, in height and width, as the trainer's patch_size."""
+
+    def check(self) -> None:
+        """Raises InputError. Not at construction: jsonargparse would wrap it in its own words."""
+        for name in ("time_compression_ratio", "spatial_compression_ratio", "patch_size"):
+            value = getattr(self, name)
+            require(value >= 1, f"encoder added_tokens.{name} is {value}: expected 1 or more.")
+        require(
+            (self.buckets is None) != (self.bucket_config is None),
+            "encoder added_tokens as a mapping needs one of buckets and bucket_config; set the "
+            "other to null.",
+        )
+        buckets = self.all_buckets()
+        require(bool(buckets), "encoder added_tokens has no bucket that a clip could be in.")
+        for bucket in buckets:
+            require(
+                min(bucket.frames, bucket.height, bucket.width) >= 1,
+                f"encoder added_tokens has the bucket {bucket}: expected frames, height and width "
+                "of 1 or more.",
+            )
+        self.by_tokens()
+
+    def all_buckets(self) -> list[Bucket]:
+        """The buckets, in the order given."""
+        if self.buckets is not None:
+            return [Bucket(*bucket) for bucket in self.buckets]
+        size_multiple = self.spatial_compression_ratio * self.patch_size
+        return table_buckets(self.bucket_config or {}, size_multiple)
+
+    def by_tokens(self) -> dict[int, list[Bucket]]:
+        """The buckets by the tokens they add, fewest first."""
+        found: dict[int, list[Bucket]] = {}
+        for bucket in self.all_buckets():
+            tokens = video_tokens(
+                bucket,
+                self.time_compression_ratio,
+                self.spatial_compression_ratio,
+                self.patch_size,
+            )
+            found.setdefault(tokens, []).append(bucket)
+        return dict(sorted(found.items()))
 
 
 def video_tokens(bucket: Bucket, time_ratio: int, spatial_ratio: int, patch_size: int) -> int:

@@ -10,7 +10,7 @@ import pytest
 from jobs import call, clean_environment, execute
 
 import embed_precompute
-from embed_precompute import config, errors
+from embed_precompute import config, errors, video_buckets
 
 COMMANDS = {
     "run": {"--limit", "--print_config", "--print-config"},
@@ -51,7 +51,7 @@ SECTIONS = {
     config.EncoderConfig: "kind pretrained revision tokenizer max_length attention_mask seq_align "
     "added_tokens dtype batch_tokens batch_size buckets stream_tokens implementation "
     "compile tf32",
-    config.VideoTokensConfig: "buckets bucket_config time_compression_ratio "
+    video_buckets.VideoTokensConfig: "buckets bucket_config time_compression_ratio "
     "spatial_compression_ratio patch_size",
     config.OutputConfig: "path samples_per_shard dtype codec",
     config.RuntimeConfig: "device offload max_failed_samples on_environment_change plan_timeout_s "

@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,6 @@ class Gang:
     """The process group of the agent and of all it started."""
     board: Path
     """The agent writes the pids of its ranks here."""
-    seen: set[int] = field(default_factory=set)
 
     def ranks(self) -> list[int]:
         """Pids of the ranks that are now alive, by rank."""
@@ -111,13 +110,11 @@ class Gang:
             pids = [int(word) for word in self.board.read_text().split()]
         except FileNotFoundError:
             return []
-        self.seen.update(pids)
         return [pid for pid in pids if alive(pid)]
 
     def all_ranks(self) -> list[int]:
-        """Every rank there ever was that is alive."""
-        self.ranks()
-        return [pid for pid in self.seen if alive(pid)]
+        """Every rank that is alive, of this start or an earlier one, on the board or not."""
+        return [pid for pid in group_members(self.group) if pid != self.group]
 
     def kill(self) -> None:
         """SIGKILL for the agent and all it started; when this returns, none of them lives."""
