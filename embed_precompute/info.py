@@ -252,8 +252,6 @@ def _input_place(plan: Mapping[str, Any], row: int) -> str:
 
 
 def _read_plan(root: Path) -> dict[str, Any]:
-    if not root.is_dir():
-        raise InputError(f"{root} is not a folder. Expected the output.path of a run.")
     plan = read_plan(root)
     Plan.from_json(plan)
     return plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from jobs import call, clean_environment, execute
@@ -124,6 +125,16 @@ def test_import_and_help_bring_no_heavy_library() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["status", "verify", "repair", "finalize", "info", "export"])
+def test_a_file_in_the_place_of_a_dataset_is_a_mistake(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    more = [str(tmp_path / "out"), "--format", "opensora"] if name == "export" else []
+    code, _, said = call(name, str(tmp_path / "file"), *more)
+    assert (code, said.split("error: ")[1]) == (
+        2, f"{tmp_path / 'file'} is not a folder. Expected the output.path of a run.\n"
+    )  # fmt: skip
 
 
 def test_a_mistake_has_no_traceback() -> None:

@@ -113,6 +113,8 @@ def _names(folder: str) -> list[str]:
 
 def read_plan(root: Path) -> dict[str, Any]:
     """plan.json, with what the store needs of it checked."""
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder. Expected the output.path of a run.")
     path = root / "plan.json"
     try:
         plan = read_sealed(path, "plan")
