@@ -1,7 +1,7 @@
 """Train a small MMDiT-like model by flow matching on a finished dataset: how a trainer reads it.
 
 Guarantees: everything between dataset and model is what a real trainer uses: `EmbeddingDataset`,
-`collate_embeddings`, `prepare_ids`, `dropout_condition`; the same arguments give the same losses on
+`EmbeddingLoader`, `prepare_ids`, `dropout_condition`; the same arguments give the same losses on
 one machine. The model, its sizes and its latents are toys: a latent is a fixed random projection of
 the caption's own pooled embedding, so that a condition that is used lowers the loss.
 Costs: about half a minute on one CPU core for the demo's dataset; needs no video and no GPU.
@@ -24,14 +24,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
-from embed_precompute import (
-    EmbeddingDataset,
-    collate_embeddings,
-    dropout_condition,
-    prepare_ids,
-)
+from embed_precompute import EmbeddingDataset, EmbeddingLoader, dropout_condition, prepare_ids
+from embed_precompute.errors import EmbedPrecomputeError
 
 SIGMA_MIN = 1e-5
 LATENT_SHAPE = (4, 2, 4, 6)  # C, T, H, W
@@ -183,16 +178,7 @@ class Trainer:
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """Shuffled batches, epoch after epoch."""
-        loader: DataLoader[Any] = DataLoader(
-            self.dataset,
-            batch_size=self.batch_size,
-            shuffle=True,
-            drop_last=True,
-            generator=torch.Generator().manual_seed(self.seed),
-            collate_fn=collate_embeddings,
-        )
-        if len(loader) == 0:
-            raise SystemExit(f"{len(self.dataset)} samples make no batch of {self.batch_size}.")
+        loader = EmbeddingLoader(self.dataset, self.batch_size, seed=self.seed, ends="drop")
         while True:
             yield from loader
 
@@ -242,6 +228,14 @@ def main() -> None:
     parser.add_argument("--seq-align", type=int, default=1, help="sequence-parallel size")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     arguments = parser.parse_args()
+    try:
+        report(arguments)
+    except EmbedPrecomputeError as error:
+        raise SystemExit(f"train_example: {error}") from None
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Train, and print the loss on the way and with and without captions."""
     dataset = EmbeddingDataset(arguments.out)
     device = torch.device(arguments.device)
     trainer = Trainer(dataset, arguments.batch_size, arguments.seq_align, device, seed=0)
