@@ -21,6 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embed_precompute.config_file import load_config
+from embed_precompute.preflight import Prepared, prepare
+
 UNITS = (2048, 137, 512)
 """Samples of a unit, run by run, over and over."""
 
@@ -31,12 +34,14 @@ def main() -> int:
     parser.add_argument("--captions", type=int, default=2000, help="the first N (default 2000)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3], help="default 1 2 3")
     arguments, overrides = parser.parse_known_args()
+    prepared = prepare(load_config(arguments.config, overrides), arguments.captions)
+    overrides += fixed(prepared)
     expected: dict[str, dict[str, int]] = {}
     wrong = 0
     for number, ranks in enumerate(arguments.ranks):
         with tempfile.TemporaryDirectory() as folder:
             samples_per_shard = UNITS[number % len(UNITS)]
-            captions = shuffled(arguments, overrides, Path(folder), number)
+            captions = shuffled(prepared, Path(folder), number)
             settings = [*overrides, f"--captions.path={captions}", f"--output.path={folder}/out"]
             settings.append(f"--output.samples_per_shard={samples_per_shard}")
             launch(arguments.config, settings, ranks)
@@ -54,12 +59,20 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def shuffled(arguments: argparse.Namespace, overrides: list[str], folder: Path, seed: int) -> Path:
-    """The first captions as one file, with ids of their own; in another order unless seed is 0."""
-    from embed_precompute.config_file import load_config
-    from embed_precompute.preflight import prepare
+def fixed(prepared: Prepared) -> list[str]:
+    """What makes the plain table of `shuffled` lead to the same embeddings."""
+    settings = ["--captions.text_column=text", "--captions.id_column=id"]
+    settings += ["--captions.recipe.kind=none", "--captions.normalize=[]"]
+    for encoder in prepared.encoders:
+        if isinstance(encoder.config.added_tokens, str):  # that column's numbers pad as this one
+            assert encoder.padded_length is not None
+            added_tokens = -encoder.padded_length % encoder.config.seq_align
+            settings.append(f"--encoders.{encoder.name}.added_tokens={added_tokens}")
+    return settings
 
-    prepared = prepare(load_config(arguments.config, overrides), arguments.captions)
+
+def shuffled(prepared: Prepared, folder: Path, seed: int) -> Path:
+    """The first captions as one file, with ids of their own; in another order unless seed is 0."""
     plan = prepared.plan
     reader = prepared.table.reader(plan.num_rows, plan.last_row_samples)
     samples = reader.read(0, plan.num_rows)
@@ -76,13 +89,11 @@ def shuffled(arguments: argparse.Namespace, overrides: list[str], folder: Path, 
 
 def launch(config: str, settings: list[str], ranks: int) -> None:
     """`run` under torchrun."""
-    fixed = ["--captions.text_column=text", "--captions.id_column=id"]
-    fixed += ["--captions.recipe.kind=none", "--captions.normalize=[]"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", "-m", "embed_precompute", "run", config]
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     done = subprocess.run(
-        [*command, *settings, *fixed],
+        [*command, *settings],
         env={**os.environ, "OMP_NUM_THREADS": threads},
         stdout=subprocess.DEVNULL,
     )
