@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import bench_table
 from embed_precompute import load_config
 from embed_precompute.batching import make_batches, pack
 from embed_precompute.bench import BenchReport, Difference, EncoderBench, Measured, bench
-from embed_precompute.bench.measure import counted_shares, useful_flops
+from embed_precompute.bench.measure import counted_shares, difference, useful_flops
 from embed_precompute.bench.report import comparison, encoder_lines
 from embed_precompute.bench.variants import MODES, topped_up
 from embed_precompute.bench.workload import (
@@ -153,6 +154,13 @@ def test_bfloat16_shows_its_distance_from_float32(
         assert measured.difference is not None
         assert 1e-4 < measured.difference.relative < 5e-2, measured.variant
     assert t5.rounding is None  # stored as float32
+
+
+def test_differences_are_over_all_captions() -> None:
+    exact = {0: torch.tensor([3.0, 4.0]), 7: torch.tensor([[0.0, -12.0]])}
+    ours = {0: torch.tensor([3.0, 4.5]), 7: torch.tensor([[1.2, -12.0]]), 9: torch.ones(2)}
+    found = difference(ours, exact)
+    assert dataclasses.astuple(found) == pytest.approx((1.2, 0.1, 0.1))
 
 
 def test_windows_lie_evenly_over_the_sorted_corpus() -> None:
@@ -356,7 +364,7 @@ def test_ratios_are_medians_of_rounds() -> None:
     fused.round_s = [1.0, 2.0, 4.0]
     other = Measured("shardformer", 100 << 20, 0.5, 50 << 20, 100 << 20, shapes, 1.5, 0.9)
     other.round_s = [1.1, 2.0, 3.0]
-    other.difference = Difference(0.5, 0.25)
+    other.difference = Difference(0.5, 0.25, 0.125)
     rates = [5e9, 1e9, 1e9]
     found = EncoderBench(
         *("t5", "t5, attention_mask none", "float32", "the first", 8, 192, 1e9, rates, 6, None),
@@ -372,7 +380,7 @@ def test_ratios_are_medians_of_rounds() -> None:
     }
     text = "\n".join(encoder_lines(found))
     assert "shardformer         4.0         96     0.33     1.00x     250.0 MiB" in text
-    assert "5.00e-01   2.5e-01" in text
+    assert "5.00e-01   2.5e-01  1.2e-01" in text
     assert "hf left out: no reason" in text
     assert "(counted as 1.50 forwards)" in text
     assert (

@@ -31,9 +31,11 @@ from embed_precompute.encoders import ResolvedEncoder, TextEncoder
 from embed_precompute.encoders.fused import compute_dtype
 from embed_precompute.errors import InputError
 
-NUM_COMPARED = 6
+NUM_COMPARED = 24
 """Captions that are encoded in float32 as well: of the first window, from the shortest to the
 longest."""
+COMPARED_AT_ONCE = 6
+"""Of them, those of one forward: the scores of all would be gigabytes."""
 MEMORY_RUNS = 2
 """Forwards whose memory is looked at; the smaller figure is less the allocator's leftovers."""
 OURS = ("hf", "fused")
@@ -180,16 +182,20 @@ def _evenly(ids: Ids) -> list[int]:
 
 
 def _in_float32(resolved: ResolvedEncoder, ids: Ids, rows: list[int], device: str) -> Embeddings:
-    """transformers' embeddings of the captions `rows`, in one forward; the model is dropped."""
+    """transformers' embeddings of the captions `rows`; the model is dropped."""
     _check_room(resolved, device)
     length = resolved.padded_length or max(len(ids[row]) for row in rows)
-    frame = (len(rows), length)
+    frame = (min(len(rows), COMPARED_AT_ONCE), length)
     config = dataclasses.replace(resolved.config, dtype="float32", tf32=False)
     exact = dataclasses.replace(resolved, config=config, shapes=(frame,))
     tokenizer = resolved.tokenizer
-    batch = make_batch(ids, rows, frame, tokenizer.pad_id, tokenizer.filler)
-    output = encoder_registry.build(exact, device, "float32").encode(batch)
-    return _captions_of(output, batch, exact, rows)
+    encoder = encoder_registry.build(exact, device, "float32")
+    found: Embeddings = {}
+    for first in range(0, len(rows), frame[0]):
+        some = rows[first : first + frame[0]]
+        batch = make_batch(ids, some, frame, tokenizer.pad_id, tokenizer.filler)
+        found |= _captions_of(encoder.encode(batch), batch, exact, some)
+    return found
 
 
 def _check_room(resolved: ResolvedEncoder, device: str) -> None:
@@ -222,7 +228,9 @@ def difference(ours: Embeddings, exact: Embeddings) -> Difference:
     pairs = [(ours[row].double(), expected.double()) for row, expected in exact.items()]
     largest = max(float((a - b).abs().max()) for a, b in pairs)
     scale = max(float(b.abs().max()) for _, b in pairs)
-    return Difference(largest, largest / scale)
+    wrong = sum(float((a - b).square().sum()) for a, b in pairs)
+    power = sum(float(b.square().sum()) for _, b in pairs)
+    return Difference(largest, largest / scale, (wrong / power) ** 0.5)
 
 
 def _seconds(contestant: Contestant) -> float:

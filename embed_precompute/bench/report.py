@@ -31,6 +31,8 @@ class Difference:
     """max |a - b|"""
     relative: float
     """max |a - b| / max |b|"""
+    rms: float
+    """Root mean square of a - b over that of b: steadier, where two roundings are compared."""
 
 
 @dataclass
@@ -177,7 +179,8 @@ def _table(bench: EncoderBench) -> list[str]:
     width = max(len(measured.variant) for measured in bench.measured)
     lines = [
         f"  {'':<{width}} {'captions/s':>11} {'tokens/s':>10} {'of GEMM':>8} {'fused is':>9} "
-        f"{'peak memory':>13} {'largest diff':>13} {'relative':>9}"
+        f"{'peak memory':>13} {'largest diff':>13} {'relative':>9} "
+        f"{'rms':>8}"
     ]
     for measured in bench.measured:
         figures, difference = bench.figures(measured), measured.difference
@@ -187,7 +190,8 @@ def _table(bench: EncoderBench) -> list[str]:
             f"{figures['tokens_per_s']:>10,.0f} {figures['of_gemm']:>8.2f} "
             f"{'-' if fused is None else f'{fused:.2f}x':>9} {_mib(measured.peak_bytes):>13} "
             f"{'-' if difference is None else f'{difference.largest:.2e}':>13} "
-            f"{'-' if difference is None else f'{difference.relative:.1e}':>9}"
+            f"{'-' if difference is None else f'{difference.relative:.1e}':>9} "
+            f"{'-' if difference is None else f'{difference.rms:.1e}':>8}"
         )
     return lines
 
