@@ -26,14 +26,15 @@ from embed_precompute.config import EncoderConfig
 from embed_precompute.encoders import (
     TextEncoder,
     build,
-    fused,
     graph,
     resolve,
     settle,
+    stream,
 )
 from embed_precompute.encoders.clip import ClipBody
-from embed_precompute.encoders.fused import Group, groups_of, longest_of
+from embed_precompute.encoders.fused import longest_of
 from embed_precompute.encoders.kernels import one_compiles_first
+from embed_precompute.encoders.stream import Group, groups_of
 from embed_precompute.encoders.t5 import T5Body
 from embed_precompute.errors import InputError, InternalError
 
@@ -124,7 +125,7 @@ def test_streams_of_several_products(
     """Real streams take several steps; tests' are as short as one. The last reaches behind them."""
     for body in (T5Body, ClipBody):
         monkeypatch.setattr(body, "product_rows", lambda config, dtype: 100)
-    monkeypatch.setattr(fused, "ATTENTION_TOKENS", 60)
+    monkeypatch.setattr(stream, "ATTENTION_TOKENS", 60)
     texts = ["", "x", "a red fox", "a red fax", *corpus[:40]]
     config = config_of(mode, folders)
     encoder = build(resolve("enc", config), "cpu", "float32")
@@ -141,7 +142,7 @@ def test_streams_of_several_products(
 def test_steps_have_one_size_and_cover_the_stream() -> None:
     def steps(num_tokens: int, *, converts: bool = False) -> list[slice]:
         device = torch.device("cpu")
-        space = fused.Workspace(device, torch.float32, 2048, compiled=False, converts=converts)
+        space = stream.Workspace(device, torch.float32, 2048, compiled=False, converts=converts)
         return space.steps(num_tokens)
 
     assert steps(4096) == [slice(0, 2048), slice(2048, 4096)]

@@ -31,7 +31,8 @@ from embed_precompute.encoders import (
     resolve,
 )
 from embed_precompute.encoders.copies import IN_FLIGHT, Copies, in_order, upload
-from embed_precompute.encoders.fused import longest_of, one_attention
+from embed_precompute.encoders.fused import longest_of
+from embed_precompute.encoders.stream import one_attention
 from embed_precompute.errors import InputError
 
 Encode = Callable[[TextEncoder, Sequence[str]], "list[torch.Tensor]"]

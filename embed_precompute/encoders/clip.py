@@ -15,7 +15,7 @@ from torch.nn import functional
 from embed_precompute.batching import TokenBatch
 from embed_precompute.encoders import offload
 from embed_precompute.encoders.copies import upload
-from embed_precompute.encoders.fused import Group, Workspace, attend
+from embed_precompute.encoders.stream import Group, Workspace, attend
 
 
 class ClipBody:

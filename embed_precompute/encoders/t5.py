@@ -13,7 +13,7 @@ import torch
 
 from embed_precompute.batching import TokenBatch
 from embed_precompute.encoders import offload
-from embed_precompute.encoders.fused import Group, Workspace, attend
+from embed_precompute.encoders.stream import Group, Workspace, attend
 
 PRODUCT_BYTES = 80 << 20
 """Of the widest activations of one matrix product. More rows read the weights less often, until a
