@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from embed_precompute.captions.columns import INTEGER, family
 from embed_precompute.errors import InputError, StorageError, VerificationError
 from embed_precompute.export.source import CaptionRows, Entry
-from embed_precompute.store.commit import TEMP_PREFIX, StagedFile, StoredFile
+from embed_precompute.store.commit import TEMP_PREFIX, Sink, StagedFile, StoredFile
 from embed_precompute.store.leftovers import remove_file
 
 SAMPLE_ID, LATENTS, TEXT = "sample_id", "latents_path", "text"
@@ -143,7 +143,7 @@ class ParquetTable:
     def __init__(self, target: Path, schema: pa.Schema) -> None:
         self._staged = StagedFile(target)
         self._writer = pq.ParquetWriter(
-            _Sink(self._staged), schema, version="2.6", compression="snappy", store_schema=False
+            Sink(self._staged), schema, version="2.6", compression="snappy", store_schema=False
         )
 
     def __enter__(self) -> ParquetTable:
@@ -216,22 +216,6 @@ def _changes(column: str, value: str) -> bool:
     except ValueError:
         return False
     return not number.is_integer() or value != str(int(value) if value.isdecimal() else number)
-
-
-class _Sink(io.RawIOBase):
-    """A staged file as the file object that pyarrow writes to."""
-
-    def __init__(self, staged: StagedFile) -> None:
-        self._staged = staged
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._staged.position
-
-    def write(self, payload: Any) -> int:
-        return self._staged.write(payload)
 
 
 def check_table(path: Path, num_rows: int, memory_efficient: bool) -> dict[str, int]:

@@ -15,6 +15,7 @@ import enum
 import errno
 import functools
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -22,7 +23,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from embed_precompute.errors import InternalError, StorageError
 
@@ -367,6 +368,22 @@ class StagedFile:
 
     def _error(self, action: str, error: OSError, needed: int = 0) -> StorageError:
         return storage_error(self.target, action, error, max(needed, self._expected_bytes))
+
+
+class Sink(io.RawIOBase):
+    """A staged file as the file object that pyarrow writes to."""
+
+    def __init__(self, staged: StagedFile) -> None:
+        self._staged = staged
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._staged.position
+
+    def write(self, payload: Any) -> int:
+        return self._staged.write(payload)
 
 
 def publish_bytes(target: Path, payload: bytes) -> Outcome:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 from collections import Counter
@@ -26,6 +25,7 @@ from embed_precompute.config import FORMAT_VERSION, canonical_json
 from embed_precompute.errors import IncompleteError, StorageError, VerificationError
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import (
+    Sink,
     StagedFile,
     StoredFile,
     digest_file,
@@ -228,22 +228,6 @@ def _replace_derived(root: Path, derived: dict[str, StagedFile], payload: bytes)
     replace_bytes(path, payload)
 
 
-class _Sink(io.RawIOBase):
-    """A staged file as the file object that pyarrow writes to."""
-
-    def __init__(self, staged: StagedFile) -> None:
-        self._staged = staged
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._staged.position
-
-    def write(self, payload: Any) -> int:
-        return self._staged.write(payload)
-
-
 class _SampleTable:
     """manifest.parquet: every sample, streamed in row groups of exactly 65,536."""
 
@@ -251,7 +235,7 @@ class _SampleTable:
         self._staged = StagedFile(target)
         self._schema = rows_schema(encoders, text=False)
         try:
-            self._writer = parquet_writer(_Sink(self._staged), self._schema)
+            self._writer = parquet_writer(Sink(self._staged), self._schema)
         except BaseException:
             self._staged.discard()
             raise
