@@ -4,10 +4,9 @@ Guarantees: the numbers of the transformers model up to rounding (fp32: relative
 3e-6). Every forward has one shape, [T] tokens, and attention runs per caption at the caption's own
 length, so an embedding is bitwise a function of the caption and T: neighbours, place in the stream
 and order change no bit. Nor does a CPU's number of threads, at the shapes of T5 base, XXL and CLIP
-L with products of 2,048 rows (measured; T5's of more not yet); of fewer rows, libraries split
-some sums among threads. On a CPU without matrix hardware for half precision, bfloat16
-and float16 weights are computed with in float32, which is hundreds of times faster there
-and no less exact.
+L with products of 2,048 rows and more (measured); of fewer rows, libraries split some sums among
+threads. On a CPU without matrix hardware for half precision, bfloat16 and float16 weights are
+computed with in float32, which is hundreds of times faster there and no less exact.
 Costs: the weights once, as `hf` holds them (memory-mapped where the file has their dtype, so that
 ranks of one node share them), and one set of buffers for T tokens (see `stream`).
 
