@@ -39,6 +39,7 @@ from embed_precompute.store.records import (
     read_manifest,
     read_plan,
     read_record,
+    require_folder,
     stored_tensors,
     unit_paths,
 )
@@ -112,8 +113,7 @@ def check_derived(root: Path) -> Report:
 
 
 def _begin(root: Path, level: Level) -> _Verification:
-    if not root.is_dir():
-        raise InputError(f"{root} is not a folder. Expected the output.path of a run.")
+    require_folder(root)
     if not any(os.path.lexists(root / name) for name in ("plan.json", "manifest.json", "shards")):
         raise InputError(f"{root} holds no dataset: no plan.json, manifest.json or shards.")
     return _Verification(Report(root, level))

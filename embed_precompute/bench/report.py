@@ -179,8 +179,7 @@ def _table(bench: EncoderBench) -> list[str]:
     width = max(len(measured.variant) for measured in bench.measured)
     lines = [
         f"  {'':<{width}} {'captions/s':>11} {'tokens/s':>10} {'of GEMM':>8} {'fused is':>9} "
-        f"{'peak memory':>13} {'largest diff':>13} {'relative':>9} "
-        f"{'rms':>8}"
+        f"{'peak memory':>13} {'largest diff':>13} {'relative':>9} {'rms':>8}"
     ]
     for measured in bench.measured:
         figures, difference = bench.figures(measured), measured.difference

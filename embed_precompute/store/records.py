@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from embed_precompute.config import ENCODER_NAME, FORMAT_VERSION
-from embed_precompute.errors import IncompleteError, InputError, StorageError, VerificationError
+from embed_precompute.errors import (
+    IncompleteError,
+    InputError,
+    StorageError,
+    VerificationError,
+    require,
+)
 from embed_precompute.samples import Status
 from embed_precompute.store.sealed import read_sealed
 
@@ -111,10 +117,14 @@ def _names(folder: str) -> list[str]:
         return []
 
 
+def require_folder(root: Path) -> None:
+    """InputError where there is no folder, or something else in its place."""
+    require(root.is_dir(), f"{root} is not a folder. Expected the output.path of a run.")
+
+
 def read_plan(root: Path) -> dict[str, Any]:
     """plan.json, with what the store needs of it checked."""
-    if not root.is_dir():
-        raise InputError(f"{root} is not a folder. Expected the output.path of a run.")
+    require_folder(root)
     path = root / "plan.json"
     try:
         plan = read_sealed(path, "plan")
