@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from embed_precompute import __version__
 from embed_precompute import encoders as encoder_registry
 from embed_precompute.captions import CaptionTable, Scan
 from embed_precompute.config import FORMAT_VERSION, Config, digest_of
@@ -165,7 +166,7 @@ def check_room(prepared: Prepared, units_left: Collection[int]) -> None:
 
 
 def environment(device: str, encoders: Sequence[ResolvedEncoder] = ()) -> dict[str, str]:
-    """What bytes may depend on besides the spec: full library versions, device, CPU capability."""
+    """What bytes may depend on besides the spec: versions, ours too, device, CPU capability."""
     import torch
 
     versions = {
@@ -174,6 +175,7 @@ def environment(device: str, encoders: Sequence[ResolvedEncoder] = ()) -> dict[s
     }
     if any(encoder.implementation == "shardformer" for encoder in encoders):
         versions["colossalai"] = importlib.metadata.version("colossalai")
+    versions["embed_precompute"] = __version__  # its own layers round as its release does
     versions["torch"] = torch.__version__  # with the build, such as +cpu or +cu124
     on_gpu = device.startswith("cuda")
     return {
