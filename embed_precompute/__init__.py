@@ -11,32 +11,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embed_precompute.config import Config
-    from embed_precompute.config_file import load_config
-    from embed_precompute.datasets import EmbeddingDataset, collate_embeddings
+    from embed_precompute.audit.similarity import nearest_captions, prompt_similarity
+    from embed_precompute.config.files import load_config
+    from embed_precompute.config.schema import Config
     from embed_precompute.encoders.embedder import HFEmbedder
     from embed_precompute.encoders.shardformer import shardformer_t5
-    from embed_precompute.loader import EmbeddingLoader
-    from embed_precompute.pipeline import run
-    from embed_precompute.sampling import dropout_condition, prepare, prepare_ids
-    from embed_precompute.similarity import nearest_captions, prompt_similarity
+    from embed_precompute.job.run import run
+    from embed_precompute.train.dataset import EmbeddingDataset, collate_embeddings
+    from embed_precompute.train.inputs import dropout_condition, prepare, prepare_ids
+    from embed_precompute.train.loader import EmbeddingLoader
 
 __version__ = "0.1.0"
 
 _HOME = {
     "HFEmbedder": "encoders.embedder",
     "shardformer_t5": "encoders.shardformer",
-    "Config": "config",
-    "load_config": "config_file",
-    "run": "pipeline",
-    "prepare": "sampling",
-    "prepare_ids": "sampling",
-    "dropout_condition": "sampling",
-    "nearest_captions": "similarity",
-    "prompt_similarity": "similarity",
-    "EmbeddingDataset": "datasets",
-    "EmbeddingLoader": "loader",
-    "collate_embeddings": "datasets",
+    "Config": "config.schema",
+    "load_config": "config.files",
+    "run": "job.run",
+    "prepare": "train.inputs",
+    "prepare_ids": "train.inputs",
+    "dropout_condition": "train.inputs",
+    "nearest_captions": "audit.similarity",
+    "prompt_similarity": "audit.similarity",
+    "EmbeddingDataset": "train.dataset",
+    "EmbeddingLoader": "train.loader",
+    "collate_embeddings": "train.dataset",
 }
 
 __all__ = [

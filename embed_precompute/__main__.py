@@ -2,6 +2,6 @@
 
 import sys
 
-from embed_precompute.cli import main
+from embed_precompute.cli.main import main
 
 sys.exit(main())

@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embed_precompute.config_file import load_config
-from embed_precompute.preflight import Prepared, prepare
+from embed_precompute.config.files import load_config
+from embed_precompute.job.prepare import Prepared, prepare
 
 UNITS = (2048, 137, 512)
 """Samples of a unit, run by run, over and over."""

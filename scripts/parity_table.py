@@ -21,9 +21,9 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from embed_precompute.config import EncoderConfig
-from embed_precompute.encoders import build, resolve
+from embed_precompute.config.schema import EncoderConfig
 from embed_precompute.encoders.embedder import HFEmbedder
+from embed_precompute.encoders.resolve import build, resolve
 from embed_precompute.encoders.shardformer import check_usable
 from embed_precompute.errors import InputError
 from make_demo import demo_captions, write_clip, write_t5

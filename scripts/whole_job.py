@@ -76,8 +76,8 @@ def launch(
 
 
 def work(arguments: argparse.Namespace) -> dict[str, float]:
-    from embed_precompute.config_file import load_config
-    from embed_precompute.pipeline import run
+    from embed_precompute.config.files import load_config
+    from embed_precompute.job.run import run
 
     config = load_config(arguments.config)
     output = dataclasses.replace(config.output, path=arguments.output)
@@ -92,11 +92,12 @@ def encoders_alone(config: Any, captions: int | None) -> float:
     """Seconds this rank's share takes, begun when every rank is ready."""
     import torch.distributed
 
-    from embed_precompute import encoders
     from embed_precompute.distributed import DistContext
-    from embed_precompute.encoders.copies import in_order
-    from embed_precompute.preflight import prepare, resolve_device
-    from embed_precompute.units import read_unit
+    from embed_precompute.encoders import resolve as encoders
+    from embed_precompute.encoders.device import resolve_device
+    from embed_precompute.encoders.transfers import in_order
+    from embed_precompute.job.prepare import prepare
+    from embed_precompute.job.units import read_unit
 
     torch.distributed.init_process_group("gloo")
     dist = DistContext.detect()

@@ -20,7 +20,7 @@ from make_demo import demo_captions, write_clip, write_t5
 if TYPE_CHECKING:
     import torch
 
-    from embed_precompute.encoders import TextEncoder
+    from embed_precompute.encoders.spec import TextEncoder
 
 CORPUS_ROWS = 200
 

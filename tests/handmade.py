@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from embed_precompute.config import digest_of
-from embed_precompute.distributed import NULL_UNIT
-from embed_precompute.plan import Inputs, Plan
+from embed_precompute.config.schema import digest_of
+from embed_precompute.job.units import EncodedTokens, Unit, UnitWriter
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.manifest import finalize
-from embed_precompute.units import EncodedTokens, Unit, UnitWriter
+from embed_precompute.store.plan import Inputs, Plan
+from embed_precompute.store.records import NULL_UNIT
 
 DIMS = {"clip": 3, "t5": 4}
 ENVIRONMENT = {"torch": "2.0", "device": "cpu"}

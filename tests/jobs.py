@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from embed_precompute.cli import main
+from embed_precompute.cli.main import main
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embed_precompute.batching import Shape, make_batches, shape_of
+from embed_precompute.encoders.batching import Shape, make_batches, shape_of
 from embed_precompute.errors import InternalError
 
 SHAPES: tuple[Shape, ...] = ((4, 4), (3, 8), (1, 12))

@@ -16,10 +16,16 @@ from jobs import call, write_captions, write_job
 
 import bench_table
 from embed_precompute import load_config
-from embed_precompute.batching import make_batches, pack
-from embed_precompute.bench import BenchReport, Difference, EncoderBench, Measured, bench
+from embed_precompute.bench.compare import bench
 from embed_precompute.bench.measure import counted_shares, difference, useful_flops
-from embed_precompute.bench.report import comparison, encoder_lines
+from embed_precompute.bench.report import (
+    BenchReport,
+    Difference,
+    EncoderBench,
+    Measured,
+    comparison,
+    encoder_lines,
+)
 from embed_precompute.bench.variants import MODES, topped_up
 from embed_precompute.bench.workload import (
     WINDOW,
@@ -28,8 +34,9 @@ from embed_precompute.bench.workload import (
     synthetic_lengths,
     windows,
 )
-from embed_precompute.config import EncoderConfig
-from embed_precompute.encoders import compiler, resolve
+from embed_precompute.config.schema import EncoderConfig
+from embed_precompute.encoders.batching import make_batches, pack
+from embed_precompute.encoders.resolve import compiler, resolve
 
 WHOLE_JOB = Path(__file__).parent.parent / "scripts" / "whole_job.py"
 COLOSSALAI = find_spec("colossalai") is not None

@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from embed_precompute.captions import CaptionTable, Scan
 from embed_precompute.captions import ids as ids_module
 from embed_precompute.captions.recipes import make_normalizer, target_fps
 from embed_precompute.captions.rows import RowCursor
-from embed_precompute.config import CaptionsConfig, RecipeConfig, canonical_json
+from embed_precompute.captions.table import CaptionTable, Scan
+from embed_precompute.config.schema import CaptionsConfig, RecipeConfig, canonical_json
 from embed_precompute.errors import ConflictError, InputError
 from embed_precompute.samples import Sample, Status
 

@@ -23,7 +23,7 @@ from store_case import (
     write_shard,
 )
 
-from embed_precompute.config import FORMAT_VERSION, digest_of
+from embed_precompute.config.schema import FORMAT_VERSION, digest_of
 from embed_precompute.errors import (
     StorageError,
     VerificationError,

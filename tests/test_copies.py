@@ -11,8 +11,8 @@ import pytest
 import torch
 from jobs import call, dataset_bytes, write_captions, write_job
 
-from embed_precompute.encoders import copies
-from embed_precompute.encoders.copies import IN_FLIGHT, Copies, in_order
+from embed_precompute.encoders import transfers
+from embed_precompute.encoders.transfers import IN_FLIGHT, Copies, in_order
 
 CPU = torch.device("cpu")
 SLOTS = 4
@@ -77,7 +77,7 @@ class LateCopy:
 @pytest.fixture
 def side(monkeypatch: pytest.MonkeyPatch) -> LateSide:
     late = LateSide()
-    monkeypatch.setattr(copies, "side_of", lambda device: late)
+    monkeypatch.setattr(transfers, "side_of", lambda device: late)
     return late
 
 
@@ -111,7 +111,7 @@ def test_on_a_cpu_nothing_is_copied_and_nothing_waits() -> None:
     assert pending.ready()
     assert pending.wait() is output
     assert device.download(output, reused=True).wait() is not output
-    assert copies.upload(output, CPU) is output
+    assert transfers.upload(output, CPU) is output
 
 
 class Begun:
@@ -172,7 +172,7 @@ def test_a_job_with_late_copies_gives_the_same_bytes(
     # On their way, in the queue, with the writer, and one each on either side of the queue.
     assert side.num_buffers <= side.most_live <= IN_FLIGHT + SLOTS + 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(copies, "side_of", lambda device: None)
+        patch.setattr(transfers, "side_of", lambda device: None)
         assert call("run", str(job), *words, "--output.path", str(tmp_path / "again"))[0] == 0
     assert dataset_bytes(tmp_path / "again") == late
 

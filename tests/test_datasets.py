@@ -17,7 +17,6 @@ from handmade import embedding, write_dataset, write_units
 from jobs import clean_environment
 from torch.utils.data import DataLoader
 
-from embed_precompute.datasets import EmbeddingDataset, SampleLookupError, collate_embeddings
 from embed_precompute.errors import (
     ConflictError,
     IncompleteError,
@@ -28,6 +27,7 @@ from embed_precompute.store.commit import replace_bytes
 from embed_precompute.store.manifest import finalize
 from embed_precompute.store.records import unit_paths
 from embed_precompute.store.sealed import read_sealed, seal
+from embed_precompute.train.dataset import EmbeddingDataset, SampleLookupError, collate_embeddings
 
 # s1 is null, s3 is not finite, s0, s4 and s7 are equal (s4 and s7 are in other shards).
 TEXTS = ["a b c", None, "", "nan", "a b c", "d e", "f é", "a b c"]

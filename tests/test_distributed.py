@@ -11,8 +11,10 @@ from datetime import timedelta
 
 import pytest
 
-from embed_precompute.distributed import NULL_UNIT, Claims, DistContext, _AgentStore
+from embed_precompute.distributed import DistContext
 from embed_precompute.errors import InputError
+from embed_precompute.job.claims import Claims, _AgentStore
+from embed_precompute.store.records import NULL_UNIT
 
 TORCHRUN = {
     "RANK": "3",

@@ -17,10 +17,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from embed_precompute.batching import make_batches
-from embed_precompute.config import EncoderConfig, canonical_json
-from embed_precompute.encoders import ResolvedEncoder, TextEncoder, build, resolve
+from embed_precompute.config.schema import EncoderConfig, canonical_json
+from embed_precompute.encoders.batching import make_batches
 from embed_precompute.encoders.digests import file_sha256
+from embed_precompute.encoders.resolve import build, resolve
+from embed_precompute.encoders.spec import ResolvedEncoder, TextEncoder
 from embed_precompute.encoders.tokenizer import PROBES, CaptionTokenizer
 from embed_precompute.errors import InputError, InternalError
 from make_demo import write_clip, write_t5

@@ -15,13 +15,15 @@ import torch
 from handmade import write_dataset
 from jobs import call, dataset_bytes, write_captions, write_job
 
-from embed_precompute import preflight
-from embed_precompute.batching import TokenBatch
-from embed_precompute.encoders import TextEncoder
-from embed_precompute.encoders.fused import FusedEncoder
+from embed_precompute.audit.info import dataset_lines, read_status
+from embed_precompute.audit.verify import verify
+from embed_precompute.encoders.batching import TokenBatch
+from embed_precompute.encoders.fused.encoder import FusedEncoder
 from embed_precompute.encoders.hf import HfEncoder
+from embed_precompute.encoders.spec import TextEncoder
 from embed_precompute.errors import EmbedPrecomputeError, VerificationError
-from embed_precompute.info import dataset_lines, read_status
+from embed_precompute.job import prepare as preflight
+from embed_precompute.job.units import is_finite
 from embed_precompute.store import space
 from embed_precompute.store.commit import this_host
 from embed_precompute.store.index import DatasetIndex
@@ -30,8 +32,6 @@ from embed_precompute.store.records import read_record, unit_paths
 from embed_precompute.store.rows import read_samples
 from embed_precompute.store.sealed import read_sealed, seal
 from embed_precompute.store.space import UNLIMITED, Room, _lower, _Quota, room_at
-from embed_precompute.units import is_finite
-from embed_precompute.verify import verify
 
 STRIDE = 5
 """Of all changes of a field every fifth is tried (12 for each field); 1 takes minutes."""

@@ -29,9 +29,9 @@ from embed_precompute.errors import (
     StorageError,
     VerificationError,
 )
-from embed_precompute.export import tensors
-from embed_precompute.export.opensora import OpenSoraOptions, export_opensora, read_ids
-from embed_precompute.export.table import NO_LATENTS, NUM_PARTS
+from embed_precompute.opensora import tensors
+from embed_precompute.opensora.export import OpenSoraOptions, export_opensora, read_ids
+from embed_precompute.opensora.table import NO_LATENTS, NUM_PARTS
 from embed_precompute.store.rows import read_samples
 from embed_precompute.store.sealed import read_sealed
 
@@ -285,7 +285,7 @@ def test_memory_efficient(root: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     out = tmp_path / "e"
     assert export(root, out, memory_efficient=True).num_parts == 28
     check_parts(out)
-    monkeypatch.setattr("embed_precompute.export.table.NUM_PARTS", 10)
+    monkeypatch.setattr("embed_precompute.opensora.table.NUM_PARTS", 10)
     monkeypatch.setattr(sys.modules[__name__], "NUM_PARTS", 10)
     assert export(root, out, memory_efficient=True).num_parts == 10  # 3 rows each, the last 1
     check_parts(out)
@@ -527,7 +527,7 @@ USE = """
 import pickle, sys, torch
 from opensora.registry import DATASETS
 from torch.utils.data import DataLoader, default_collate
-import embed_precompute.opensora as ours
+import embed_precompute.opensora.dataset as ours
 from embed_precompute import EmbeddingDataset
 out, table = sys.argv[1:3]
 made = DATASETS["precomputed_video_text"]
@@ -600,7 +600,7 @@ def indent(text: str) -> str:
 
 
 def test_drop_in_without_opensora() -> None:
-    import embed_precompute.opensora as ours
+    import embed_precompute.opensora.dataset as ours
 
     with pytest.raises(InputError, match="needs Open-Sora v2"):
         ours.PrecomputedVideoTextDataset  # noqa: B018

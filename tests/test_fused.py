@@ -20,22 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import call, write_captions, write_job
 
-from embed_precompute import encoders
-from embed_precompute.batching import pack
-from embed_precompute.config import EncoderConfig
-from embed_precompute.encoders import (
-    TextEncoder,
-    build,
-    graph,
-    resolve,
-    settle,
-    stream,
-)
-from embed_precompute.encoders.clip import ClipBody
-from embed_precompute.encoders.fused import longest_of
-from embed_precompute.encoders.kernels import one_compiles_first
-from embed_precompute.encoders.stream import Group, groups_of
-from embed_precompute.encoders.t5 import T5Body
+from embed_precompute.config.schema import EncoderConfig
+from embed_precompute.encoders import resolve as encoders
+from embed_precompute.encoders.batching import pack
+from embed_precompute.encoders.fused import graph, stream
+from embed_precompute.encoders.fused.clip import ClipBody
+from embed_precompute.encoders.fused.encoder import longest_of
+from embed_precompute.encoders.fused.kernels import one_compiles_first
+from embed_precompute.encoders.fused.stream import Group, groups_of
+from embed_precompute.encoders.fused.t5 import T5Body
+from embed_precompute.encoders.resolve import build, resolve, settle
+from embed_precompute.encoders.spec import TextEncoder
 from embed_precompute.errors import InputError, InternalError
 
 Encode = Callable[[TextEncoder, Sequence[str]], "list[torch.Tensor]"]
@@ -387,7 +382,7 @@ def test_one_process_compiles_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code = (
         "import sys, tempfile, time; tempfile.tempdir = sys.argv[1]\n"
-        "from embed_precompute.encoders.kernels import one_compiles_first\n"
+        "from embed_precompute.encoders.fused.kernels import one_compiles_first\n"
         "with one_compiles_first(True): print('inside', flush=True)\n"
     )
     with one_compiles_first(compiled=True):

@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from embed_precompute import EmbeddingDataset, EmbeddingLoader
 from embed_precompute.distributed import DistContext
-from embed_precompute.epoch_order import ORDER_VERSION, ROUNDS, EpochOrder
 from embed_precompute.errors import ConflictError, InputError, VerificationError
-from embed_precompute.loader import ResumableSampler
 from embed_precompute.store.records import unit_paths
+from embed_precompute.train.epoch_order import ORDER_VERSION, ROUNDS, EpochOrder
+from embed_precompute.train.loader import ResumableSampler
 
 ENDS: tuple[Any, ...] = ("pad", "drop", "uneven")
 

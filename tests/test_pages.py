@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embed_precompute.captions import CaptionTable
 from embed_precompute.captions.rows import MAX_PAGE_BYTES, MOST_BATCH_BYTES, RowCursor
-from embed_precompute.config import CaptionsConfig
+from embed_precompute.captions.table import CaptionTable
+from embed_precompute.config.schema import CaptionsConfig
 from embed_precompute.errors import InputError
 from embed_precompute.parquet.chunks import Chunk, column_chunks
 from embed_precompute.parquet.pages import (
@@ -285,8 +285,8 @@ def test_flipped_footers_do_not_end_the_process(tmp_path: Path) -> None:
 _FLIPS = """
 import sys
 from pathlib import Path
-from embed_precompute.captions import CaptionTable
-from embed_precompute.config import CaptionsConfig, RecipeConfig
+from embed_precompute.captions.table import CaptionTable
+from embed_precompute.config.schema import CaptionsConfig, RecipeConfig
 from embed_precompute.errors import InputError
 
 path = Path(sys.argv[1])

@@ -14,8 +14,9 @@ import pytest
 import torch
 import transformers
 
-from embed_precompute.config import EncoderConfig
-from embed_precompute.encoders import TextEncoder, build, resolve
+from embed_precompute.config.schema import EncoderConfig
+from embed_precompute.encoders.resolve import build, resolve
+from embed_precompute.encoders.spec import TextEncoder
 from make_demo import write_clip, write_t5
 
 if TYPE_CHECKING:

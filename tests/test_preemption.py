@@ -17,7 +17,7 @@ from jobs import call, clean_environment, dataset_bytes, write_captions, write_j
 
 from embed_precompute.encoders.hf import HfEncoder
 from embed_precompute.errors import InterruptedRunError
-from embed_precompute.preemption import stop_on_signals
+from embed_precompute.job.signals import stop_on_signals
 from embed_precompute.store.commit import StagedFile, this_host
 from embed_precompute.store.leftovers import remove_dead
 from embed_precompute.store.records import committed_units
@@ -26,7 +26,7 @@ STUCK = """
 import hashlib, sys, threading
 from pathlib import Path
 from embed_precompute.distributed import DistContext
-from embed_precompute.preemption import stop_on_signals
+from embed_precompute.job.signals import stop_on_signals
 from embed_precompute.store.commit import StagedFile
 dist = DistContext(source="torchrun", run_id="x") if len(sys.argv) > 3 else None
 with StagedFile(Path(sys.argv[1]) / "x") as staged, stop_on_signals(float(sys.argv[2]), dist) as s:
@@ -163,7 +163,7 @@ def test_a_unit_that_does_not_fit_is_dropped(
     """As if a commit took longer than the grace, at the first batch behind the null embedding."""
     with monkeypatch.context() as patch:
         at_batch(patch, 7, terminate)
-        patch.setattr("embed_precompute.stages.COMMIT_SHARE", 10.0)
+        patch.setattr("embed_precompute.job.stages.COMMIT_SHARE", 10.0)
         code, _, said = call("run", str(job))
     assert code == 75, said
     assert committed_units(tmp_path / "out") == set()

@@ -16,19 +16,20 @@ import torch
 from handmade import make_plan, write_dataset, write_units
 from jobs import call, dataset_bytes, write_captions, write_job
 
-from embed_precompute import preflight, reencode
-from embed_precompute import repair as repair_module
-from embed_precompute.checks import UnitCheck
+from embed_precompute.audit import reencode
+from embed_precompute.audit import repair as repair_module
+from embed_precompute.audit.unit_check import UnitCheck
+from embed_precompute.audit.verify import verify
 from embed_precompute.encoders import hf, shardformer
-from embed_precompute.encoders.copies import Pending
+from embed_precompute.encoders.transfers import Pending
 from embed_precompute.errors import InputError
+from embed_precompute.encoders import device as device_module
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import replace_bytes
 from embed_precompute.store.leftovers import QUARANTINE
 from embed_precompute.store.nearness import distance
 from embed_precompute.store.records import null_paths, read_record, unit_paths
 from embed_precompute.store.sealed import seal
-from embed_precompute.verify import verify
 
 TEXTS = [f"a video of scene {i} with {'many ' * (i % 9)}people" for i in range(30)]
 
@@ -115,7 +116,7 @@ def test_deep_finds_what_the_digests_cannot(root: Path, monkeypatch: pytest.Monk
 def test_deep_has_a_tolerance_in_another_environment(
     root: Path, monkeypatch: pytest.MonkeyPatch, factor: float, code: int
 ) -> None:
-    here = preflight.environment("cpu")
+    here = device_module.environment("cpu")
     monkeypatch.setattr(reencode, "environment", lambda *_: {**here, "device": "another"})
     disturb(monkeypatch, lambda values: values * factor)
     found, said, _ = call("verify", str(root), "--level", "deep", "--sample", "5")
@@ -130,7 +131,7 @@ def test_another_release_of_ours_is_another_environment(
     """Our own layers may round otherwise in it: to one that does, nothing is damaged."""
     disturb(monkeypatch, lambda values: values * (1 + 1e-6))
     assert call("verify", str(root), "--level", "deep", "--sample", "5")[0] == 4
-    monkeypatch.setattr(preflight, "__version__", "0.0.9")
+    monkeypatch.setattr(device_module, "__version__", "0.0.9")
     code, said, _ = call("verify", str(root), "--level", "deep", "--sample", "5")
     assert code == 0, said
     assert "within the tolerance" in said

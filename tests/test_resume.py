@@ -25,7 +25,7 @@ from jobs import (
     write_job,
 )
 
-from embed_precompute import pipeline
+from embed_precompute.job import run as pipeline
 from embed_precompute.store.records import read_record, stored_tensors, unit_paths
 from embed_precompute.store.shards import ShardReader
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embed_precompute import EmbeddingDataset, dropout_condition, prepare, prepare_ids
 from embed_precompute.errors import InputError
-from embed_precompute.sampling import pad_null, position_ids
+from embed_precompute.train.inputs import pad_null, position_ids
 
 LENGTH, WIDTH, POOLED = 5, 3, 4
 

@@ -12,8 +12,8 @@ from handmade import write_dataset, write_units
 from jobs import call, write_captions, write_job
 
 from embed_precompute import EmbeddingDataset, HFEmbedder, nearest_captions, prompt_similarity
+from embed_precompute.audit.similarity import cosine
 from embed_precompute.errors import IncompleteError, InputError
-from embed_precompute.similarity import cosine
 
 REPEATED = 3
 """The caption, by number, that more samples have."""

@@ -11,7 +11,9 @@ import pytest
 from jobs import call, clean_environment, execute
 
 import embed_precompute
-from embed_precompute import config, errors, video_buckets
+from embed_precompute import errors
+from embed_precompute.config import schema as config
+from embed_precompute.config import video_buckets
 
 COMMANDS = {
     "run": {"--limit", "--print_config", "--print-config"},
@@ -111,7 +113,7 @@ def test_exit_codes_are_frozen() -> None:
 
 def test_import_and_help_bring_no_heavy_library() -> None:
     code = (
-        "import sys, embed_precompute.cli as cli\n"
+        "import sys, embed_precompute.cli.main as cli\n"
         "try: cli.main(['run', '--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules)\n"

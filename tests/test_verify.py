@@ -22,14 +22,14 @@ from handmade import (
     write_units,
 )
 
+from embed_precompute.audit.info import dataset_lines, read_status, sample_lines
+from embed_precompute.audit.verify import verify
 from embed_precompute.errors import InputError
-from embed_precompute.info import dataset_lines, read_status, sample_lines
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.commit import digest_file, replace_bytes
 from embed_precompute.store.manifest import finalize
 from embed_precompute.store.records import unit_paths
 from embed_precompute.store.sealed import read_sealed, seal
-from embed_precompute.verify import verify
 
 TEXTS = ["a b c", None, "", "nan", "a b c", "d e", "f é", "a b c"]
 STRIDE = 17

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 from jobs import call, write_captions, write_job
 
-from embed_precompute.config import EncoderConfig
-from embed_precompute.config_file import load_config, to_yaml
-from embed_precompute.encoders import resolve
-from embed_precompute.errors import InputError
-from embed_precompute.video_buckets import (
+from embed_precompute.config.files import load_config, to_yaml
+from embed_precompute.config.schema import EncoderConfig
+from embed_precompute.config.video_buckets import (
     Bucket,
     VideoTokensConfig,
     resolution_sizes,
     table_buckets,
     video_tokens,
 )
+from embed_precompute.encoders.resolve import resolve
+from embed_precompute.errors import InputError
 
 # Of configs/diffusion/train/stage2.py (hpcaitech/Open-Sora): which frames each resolution has, and
 # sp_size. Probabilities are all 1.0; batch sizes do not matter here.

@@ -17,9 +17,11 @@ import transformers
 from jobs import PACKAGE_ROOT, call, clean_environment, dataset_bytes, write_captions, write_job
 from safetensors.torch import load_file, save_file
 
-from embed_precompute.config import EncoderConfig
-from embed_precompute.encoders import TextEncoder, build, hf, offload, resolve
+from embed_precompute.config.schema import EncoderConfig
+from embed_precompute.encoders import hf, offload
 from embed_precompute.encoders.hf import load_checkpoint
+from embed_precompute.encoders.resolve import build, resolve
+from embed_precompute.encoders.spec import TextEncoder
 from embed_precompute.encoders.weights import BLOCK_BYTES, loaded_bytes, read_cast
 from embed_precompute.errors import InputError
 
@@ -34,7 +36,8 @@ MEASURE = """
 import json, re, sys
 from pathlib import Path
 import torch
-from embed_precompute.encoders import hf, offload
+from embed_precompute.encoders import hf
+from embed_precompute.encoders import offload
 
 def of_process(name):
     text = Path("/proc/self/status").read_text()

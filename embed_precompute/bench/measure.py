@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from embed_precompute import encoders as encoder_registry
-from embed_precompute.batching import TokenBatch, make_batch
 from embed_precompute.bench import memory
 from embed_precompute.bench.report import GEMM_SIZE, Difference, EncoderBench, Measured
 from embed_precompute.bench.variants import MODES, VariantMaker, mode_of
 from embed_precompute.bench.workload import WINDOW, Ids, Workload
-from embed_precompute.encoders import ResolvedEncoder, TextEncoder
-from embed_precompute.encoders.fused import compute_dtype
+from embed_precompute.encoders import resolve as encoder_registry
+from embed_precompute.encoders.batching import TokenBatch, make_batch
+from embed_precompute.encoders.fused.encoder import compute_dtype
+from embed_precompute.encoders.spec import ResolvedEncoder, TextEncoder
 from embed_precompute.errors import InputError
 
 NUM_COMPARED = 24

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embed_precompute.encoders import CaptionTokenizer, ResolvedEncoder
+from embed_precompute.encoders.spec import ResolvedEncoder
+from embed_precompute.encoders.tokenizer import CaptionTokenizer
 
 WINDOW = 32
 """Captions of one forward of a peer that pads to the longest."""

@@ -19,10 +19,11 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from embed_precompute.batching import TokenBatch
-from embed_precompute.encoders import ResolvedEncoder, offload, weights
+from embed_precompute.encoders import offload, weights
+from embed_precompute.encoders.batching import TokenBatch
 from embed_precompute.encoders.checkpoint import MODEL_CLASSES, quiet_transformers, weight_files
-from embed_precompute.encoders.copies import Copies, Lines, Pending, upload
+from embed_precompute.encoders.spec import ResolvedEncoder
+from embed_precompute.encoders.transfers import Copies, Lines, Pending, upload
 from embed_precompute.errors import EmbedPrecomputeError, InputError, InternalError
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5

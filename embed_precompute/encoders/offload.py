@@ -17,7 +17,7 @@ import torch
 from embed_precompute.errors import InputError
 
 if TYPE_CHECKING:
-    from embed_precompute.encoders import ResolvedEncoder
+    from embed_precompute.encoders.spec import ResolvedEncoder
 
 log = logging.getLogger(__name__)
 GB = 1e9

@@ -27,7 +27,7 @@ from embed_precompute.errors import InputError, InternalError
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
-    from embed_precompute.encoders import ResolvedEncoder, TextEncoder
+    from embed_precompute.encoders.spec import ResolvedEncoder, TextEncoder
 
 MODEL_TYPES = ("t5", "mt5")
 """umT5's layers pass other arguments and have a position bias each."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from embed_precompute.config import ENCODER_NAME
+from embed_precompute.config.schema import ENCODER_NAME
 from embed_precompute.errors import IncompleteError, VerificationError
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import StagedFile

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from embed_precompute.config import FORMAT_VERSION, canonical_json
+from embed_precompute.config.schema import FORMAT_VERSION, canonical_json
 from embed_precompute.errors import InputError
 from embed_precompute.store.records import StoredTensor
 

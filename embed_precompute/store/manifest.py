@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from embed_precompute.config import FORMAT_VERSION, canonical_json
+from embed_precompute.config.schema import FORMAT_VERSION, canonical_json
 from embed_precompute.errors import IncompleteError, StorageError, VerificationError
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import (

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embed_precompute.config import ENCODER_NAME, FORMAT_VERSION
+from embed_precompute.config.schema import ENCODER_NAME, FORMAT_VERSION
 from embed_precompute.errors import (
     IncompleteError,
     InputError,
@@ -27,6 +27,8 @@ from embed_precompute.samples import Status
 from embed_precompute.store.sealed import read_sealed
 
 UNITS_PER_FOLDER = 1000
+NULL_UNIT = -1
+"""The number of the null embedding where units are counted; it is claimed like one, first."""
 CODECS = ("raw",)
 _DTYPES = ("bfloat16", "float16", "float32")
 _HEX = re.compile(r"[0-9a-f]{64}")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embed_precompute.config import FORMAT_VERSION, canonical_json
+from embed_precompute.config.schema import FORMAT_VERSION, canonical_json
 from embed_precompute.errors import StorageError, VerificationError
 
 MAX_JSON_BYTES = 16 << 20

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import xxhash
 
-from embed_precompute.config import FORMAT_VERSION
+from embed_precompute.config.schema import FORMAT_VERSION
 from embed_precompute.errors import InternalError, VerificationError
 from embed_precompute.store.commit import PIECE_BYTES, Outcome, StagedFile, StoredFile
 from embed_precompute.store.layout import (

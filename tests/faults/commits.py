@@ -224,7 +224,7 @@ def f07_tmpfs(lab: Lab) -> list[Finding]:
 
 def _in_tmpfs(job: str, root: str, size: int, log: str, report: str) -> None:
     """Runs in a child: mounts, runs, enlarges, runs; leaves JSON in `report`."""
-    from embed_precompute.cli import main
+    from embed_precompute.cli.main import main
 
     libc = ctypes.CDLL(None, use_errno=True)
     new_user, new_mounts, remount = 0x10000000, 0x00020000, 32
@@ -251,7 +251,7 @@ def _in_tmpfs(job: str, root: str, size: int, log: str, report: str) -> None:
     second = main(["run", job])
     # The parent's undisturbed bytes do not fit in an argument; digests do for both.
     wrong = [str(path) for path in Path(root).rglob(".tmp-*")]
-    from embed_precompute.verify import verify
+    from embed_precompute.audit.verify import verify
 
     wrong += verify(Path(root)).problems
     outcome = {"first": first, "second": second, "said": said, "wrong": wrong}

@@ -11,13 +11,13 @@ from handmade import write_dataset, write_units
 from jobs import call, dataset_bytes
 from store_case import flips
 
-from embed_precompute.checks import Report
+from embed_precompute.audit.repair import repair
+from embed_precompute.audit.unit_check import Report
+from embed_precompute.audit.verify import verify
 from embed_precompute.errors import VerificationError
-from embed_precompute.repair import repair
 from embed_precompute.store.manifest import finalize
 from embed_precompute.store.records import read_record, unit_paths
 from embed_precompute.store.sealed import read_sealed
-from embed_precompute.verify import verify
 from faults.lab import Finding, Lab, first_lines
 
 LONG_TEXT = " ".join(f"word{i}" for i in range(42))

@@ -196,7 +196,7 @@ def _trace(root: str, path: str) -> None:
 def _pace(seconds: float, log: str | None = None, until: str | None = None) -> None:
     """Each unit takes `seconds` longer, as long as there is no file `until`; units that are begun
     are noted in `log`."""
-    from embed_precompute.stages import Stages
+    from embed_precompute.job.stages import Stages
 
     real = Stages._encoded_batches
 
@@ -218,7 +218,7 @@ def _clock(offset: float) -> None:
 
 def _late(root: str, seconds: float, seed: int) -> None:
     """A network file system: new records are seen late, and link reports failure after success."""
-    from embed_precompute import resume
+    from embed_precompute.job import resume
 
     rng = random.Random(seed)
     real_exists, real_listing = Path.exists, resume.committed_units
@@ -249,7 +249,7 @@ def _late(root: str, seconds: float, seed: int) -> None:
 
 def _poison(unit: int, rows: Sequence[int], kind: str = "nan") -> None:
     """Rows of a unit are not finite, or its encoding raises."""
-    from embed_precompute.stages import Stages, UnitWriter
+    from embed_precompute.job.stages import Stages, UnitWriter
 
     real_write, real_batches = UnitWriter.write, Stages._encoded_batches
 

@@ -45,11 +45,6 @@ def attack(folder: str, seed: int, count: int, report: str) -> None:
     from handmade import write_dataset
 
     # What each child would import anew: it is a reader's memory all the same.
-    import embed_precompute.captions
-    import embed_precompute.datasets
-    import embed_precompute.info
-    import embed_precompute.store.manifest
-    import embed_precompute.verify  # noqa: F401
 
     rng = random.Random(seed)
     base = Path(folder)
@@ -158,15 +153,15 @@ def _guarded(action: Callable[[], None]) -> str | None:
 
 
 def _verify(root: Path, captions: Path) -> None:
-    from embed_precompute.verify import verify
+    from embed_precompute.audit.verify import verify
 
     for level in ("quick", "full"):
         verify(root, level)  # type: ignore[arg-type]
 
 
 def _read(root: Path, captions: Path) -> None:
-    from embed_precompute.datasets import EmbeddingDataset
-    from embed_precompute.info import dataset_lines, read_status, sample_lines
+    from embed_precompute.audit.info import dataset_lines, read_status, sample_lines
+    from embed_precompute.train.dataset import EmbeddingDataset
 
     problems = [_guarded(lambda: read_status(root).lines() and None)]
     problems += [_guarded(lambda: list(dataset_lines(root)) and None)]
@@ -188,8 +183,8 @@ def _finalize(root: Path, captions: Path) -> None:
 
 
 def _read_captions(root: Path, captions: Path) -> None:
-    from embed_precompute.captions import CaptionTable
-    from embed_precompute.config import CaptionsConfig, RecipeConfig
+    from embed_precompute.captions.table import CaptionTable
+    from embed_precompute.config.schema import CaptionsConfig, RecipeConfig
 
     recipe = RecipeConfig(kind="opensora")  # asks the footer whether the integer fps has nulls
     table = CaptionTable.open(CaptionsConfig(path=str(captions), recipe=recipe), [])

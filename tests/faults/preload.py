@@ -15,12 +15,12 @@ import tqdm
 import transformers.models.clip.modeling_clip
 import transformers.models.t5.modeling_t5
 
-import embed_precompute.cli
-import embed_precompute.datasets
-import embed_precompute.estimate
-import embed_precompute.info
-import embed_precompute.pipeline
-import embed_precompute.verify
+import embed_precompute.audit.info
+import embed_precompute.audit.verify
+import embed_precompute.cli.main
+import embed_precompute.job.estimate
+import embed_precompute.job.run
+import embed_precompute.train.dataset
 import faults.table
 
 # tqdm's default lock is a semaphore, which a killed process would leave behind.

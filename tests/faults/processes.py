@@ -70,7 +70,7 @@ def execute(*words: str, log: Path, hooks: Hooks = (), timeout: float = 120.0) -
 
 def _program(words: list[str], log: str, env: dict[str, str], hooks: list[Hook]) -> None:
     """The body of a rank; never returns."""
-    from embed_precompute.cli import main
+    from embed_precompute.cli.main import main
 
     os.environ.clear()
     os.environ.update(env)

@@ -42,7 +42,7 @@ def unprotected() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    from embed_precompute.cli import main
+    from embed_precompute.cli.main import main
 
     with unprotected():
         sys.exit(main(sys.argv[1:]))

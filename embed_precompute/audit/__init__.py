@@ -1,0 +1,1 @@
+"""For whoever inspects a dataset: verify, repair, status, info."""

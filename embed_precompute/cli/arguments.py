@@ -1,0 +1,212 @@
+"""What may be said on the command line: the commands, their options and their help.
+
+Guarantees: parsing touches no file and imports neither torch nor transformers; what a command does
+is not here.
+Costs: the keys of a configuration are described only when `--help` asks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from embed_precompute import __version__
+from embed_precompute.config.files import describe_keys
+
+EXIT_HELP = """exit codes:
+  0 complete   1 bug   2 usage or bad input   3 conflict of fingerprint, plan or inputs
+  4 verification failed   5 incomplete: run again   6 finished, but samples failed
+  74 I/O (space, quota)   75 interrupted: run again
+torchrun flattens exit codes: ask `embed-precompute status DIR` in scripts."""
+
+
+class _Command(argparse.ArgumentParser):
+    """A subcommand; one that takes a CONFIG lists the configuration's keys in its help."""
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        if not self.get_default("shows_keys"):
+            return text
+        return f"{text}\nconfiguration, in CONFIG or as --section.key VALUE:\n{describe_keys()}"
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """All commands; the parsed `command` is the name of the chosen one."""
+    parser = argparse.ArgumentParser(
+        prog="embed-precompute",
+        description="Precompute the text embeddings of a caption table as verified shards.",
+        epilog=EXIT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=_Command
+    )
+
+    run = _config_command(commands, "run", "make the dataset, or go on with it")
+    run.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
+
+    plan = _config_command(commands, "plan", "show what a run would make; no model, no GPU")
+    plan.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
+    plan.add_argument("--write", action="store_true", help="write plan.json ahead of the run")
+    plan.add_argument(
+        "--sample",
+        type=_count,
+        default=10_000,
+        metavar="N",
+        help="captions that are tokenised for the figures, from the first on; 0 = all "
+        "(default: %(default)s)",
+    )
+
+    status = _folder_command(commands, "status", "what is done, left and failed")
+    status.add_argument("--json", action="store_true", help="as one line of JSON")
+
+    _add_bench(commands)
+    _add_verify_and_repair(commands)
+    _folder_command(commands, "finalize", "manifest and index from the unit records")
+
+    info = _folder_command(commands, "info", "what a dataset holds")
+    one = info.add_mutually_exclusive_group()
+    one.add_argument("--id", metavar="SAMPLE_ID", help="one sample: text, tokens, place, norms")
+    one.add_argument("--similar", metavar="SAMPLE_ID", help="the captions nearest to a sample's")
+    info.add_argument(
+        "--top",
+        type=_positive,
+        default=10,
+        metavar="N",
+        help="captions per encoder that --similar lists (default: %(default)s)",
+    )
+    _add_export(commands)
+    return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = _config_command(
+        commands, "bench", "encoder implementations side by side on this device"
+    )
+    bench.add_argument(
+        "--captions",
+        type=_positive,
+        metavar="N",
+        help="captions to encode: windows of 32 out of all, sorted by length (default: 192; one "
+        "batch where all captions are padded to one length)",
+    )
+    bench.add_argument(
+        "--rounds",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="times each variant has its turn (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="only these; a wrong name lists all"
+    )
+    bench.add_argument(
+        "--synthetic",
+        action="store_true",
+        help="no captions: random tokens in the lengths of video captions",
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
+
+
+def _add_verify_and_repair(commands: Any) -> None:
+    verify = _folder_command(commands, "verify", "check the stored bytes")
+    verify.add_argument(
+        "--level",
+        choices=("quick", "full", "deep"),
+        default="full",
+        help="quick: sizes, headers, digests of small files; full: every byte; deep: full, and "
+        "random samples are encoded again (default: %(default)s)",
+    )
+    verify.add_argument(
+        "--sample",
+        type=_count,
+        default=32,
+        metavar="N",
+        help="deep: how many samples are encoded again (default: %(default)s)",
+    )
+    verify.add_argument(
+        "--seed", type=_count, metavar="S", help="deep: which samples; it is printed (default: any)"
+    )
+    verify.add_argument("--device", default="auto", help="deep: as runtime.device")
+
+    repair = _folder_command(
+        commands, "repair", "quarantine what verify rejects, and open those units again"
+    )
+    repair.add_argument(
+        "--failed", action="store_true", help="open units with failed samples again too"
+    )
+
+
+def _add_export(commands: Any) -> None:
+    parser = _folder_command(commands, "export", "write a dataset for another program")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, or one to go on with")
+    parser.add_argument(
+        "--format", choices=("opensora",), required=True, help="Open-Sora v2's cached text"
+    )
+    parser.add_argument("--captions", metavar="PATH", help="the caption table, if it has moved")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
+    parser.add_argument("--ids", type=Path, metavar="FILE", help="only these ids, one per line")
+    parser.add_argument(
+        "--failed",
+        choices=("drop", "null"),
+        default="drop",
+        help="samples that are not ok: left out, or given the null embedding (default: drop)",
+    )
+    parser.add_argument(
+        "--pad-masked",
+        choices=("refuse", "zeros", "repeat_last"),
+        default="refuse",
+        help="what follows the tokens of a dataset with attention_mask padding (default: refuse)",
+    )
+    parser.add_argument(
+        "--trainer-dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="dtype of the null embeddings (default: bfloat16)",
+    )
+    parser.add_argument("--table", choices=("parquet", "csv"), default="parquet")
+    parser.add_argument("--memory-efficient", action="store_true", help="also in 10,000 parts")
+    parser.add_argument("--table-only", action="store_true", help="for the drop-in class: no .pt")
+    parser.add_argument("--path-prefix", metavar="DIR", help="OUT as the trainer sees it")
+    parser.add_argument("--t5", default="t5", metavar="NAME", help="encoder of text_t5")
+    parser.add_argument("--clip", default="clip", metavar="NAME", help="encoder of text_clip")
+    parser.add_argument("--recheck", action="store_true", help="read every file again")
+
+
+def _config_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        usage=f"embed-precompute {name} CONFIG [--section.key VALUE ...] [options]",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "--print_config", "--print-config", action="store_true", help="print the config and exit"
+    )
+    parser.set_defaults(shows_keys=True)
+    return parser
+
+
+def _folder_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}."
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the dataset's folder")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = _count(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("expected 1 or more")
+    return value

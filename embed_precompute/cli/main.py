@@ -1,0 +1,309 @@
+"""The command line: what each command calls. The only module that prints.
+
+Guarantees: a user's mistake ends with one message and its exit code, never with a traceback; what a
+command gives goes to stdout, everything else to stderr.
+Costs: `--help` and parsing import neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from embed_precompute import __version__
+from embed_precompute.cli.arguments import command_parser
+from embed_precompute.config.files import load_config, to_yaml
+from embed_precompute.config.schema import Config
+from embed_precompute.distributed import DistContext
+from embed_precompute.errors import (
+    EXIT_BUG,
+    EXIT_COMPLETE,
+    EXIT_FAILED_SAMPLES,
+    EXIT_INCOMPLETE,
+    EXIT_INTERRUPTED,
+    EXIT_IO,
+    EXIT_VERIFICATION,
+    EmbedPrecomputeError,
+    StorageError,
+)
+
+IO_ERRORS = frozenset(
+    getattr(errno, name)
+    for name in [
+        "EIO",
+        "ENOSPC",
+        "EDQUOT",
+        "EROFS",
+        "ESTALE",
+        "ENFILE",
+        "EMFILE",
+        "EACCES",
+        "EPERM",
+    ]
+)
+"""What a disk, a network or a permission answers: no bug of ours, wherever it surfaces."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; give its exit code."""
+    parser = command_parser()
+    arguments, overrides = parser.parse_known_args(argv)
+    if overrides and not hasattr(arguments, "config"):
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    try:
+        command = COMMANDS[arguments.command]
+        if hasattr(arguments, "config"):
+            config = load_config(arguments.config, overrides)
+            if arguments.print_config:
+                print(to_yaml(config), end="")
+                return EXIT_COMPLETE
+            return command(config, arguments)
+        return command(arguments)
+    except EmbedPrecomputeError as error:
+        print(f"embed-precompute: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("embed-precompute: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `embed-precompute info DIR | head`
+        sys.stderr.close()
+        return EXIT_COMPLETE
+    except OSError as error:
+        if error.errno not in IO_ERRORS:
+            return _bug()
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"embed-precompute: error: {where}{error.strerror} "
+            f"({errno.errorcode[error.errno or 0]}). Mend that and run the same command again.",
+            file=sys.stderr,
+        )
+        return EXIT_IO
+    except Exception:
+        return _bug()
+
+
+def _bug() -> int:
+    """Report the exception at hand."""
+    traceback.print_exc()
+    print(
+        f"embed-precompute {__version__}: this is a bug; please report the lines above.",
+        file=sys.stderr,
+    )
+    return EXIT_BUG
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose folder is made with its first line: a refused run leaves nothing.
+
+    A log that cannot be written (no space, no permission) stops no job: stderr has the lines too.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Called by `emit`; the default prints a traceback for each line."""
+
+
+def _set_up_logging(dist: DistContext, root: Path) -> None:
+    """stderr: INFO on rank 0, warnings on the others. logs/rank-NNNNN.log: everything."""
+    logger = logging.getLogger("embed_precompute")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    where = f"[rank {dist.rank}/{dist.world_size} {socket.gethostname()}]"
+    form = logging.Formatter(f"%(asctime)s {where} %(levelname)s %(message)s")
+    console = logging.StreamHandler(sys.stderr)
+    console.setLevel(logging.INFO if dist.is_main else logging.WARNING)
+    to_file = _LogFile(root / "logs" / f"rank-{dist.rank:05d}.log", encoding="utf-8", delay=True)
+    for handler in (console, to_file):
+        handler.setFormatter(form)
+    for earlier in logger.handlers:
+        earlier.close()
+    logger.handlers = [console, to_file]
+
+
+def _run(config: Config, arguments: Any) -> int:
+    from embed_precompute.job.signals import stop_on_signals
+
+    dist = DistContext.detect()
+    with stop_on_signals(config.runtime.grace_s):  # this import takes seconds
+        from embed_precompute.job.run import run
+    _set_up_logging(dist, Path(os.path.expanduser(config.output.path)))
+    result = run(config, arguments.limit, dist)
+    if result.manifest is None:
+        return EXIT_COMPLETE  # a peer finalises, and says so
+    for line in _summary(result.root, result.manifest):
+        print(line)
+    if result.samples:
+        print(
+            f"  this rank encoded {result.samples:,} samples in {result.seconds:.1f} s "
+            f"({result.samples / result.seconds:,.1f} captions/s): loading "
+            f"{result.load_seconds:.1f} s, encoders {result.encode_seconds:.1f} s, the rest "
+            f"{result.seconds - result.load_seconds - result.encode_seconds:.1f} s"
+        )
+    return EXIT_FAILED_SAMPLES if result.num_failed else EXIT_COMPLETE
+
+
+def _summary(root: Path, manifest: dict[str, Any]) -> list[str]:
+    counts = manifest["counts"]
+    lines = [
+        f"{root}: complete, {counts['samples']:,} samples of {counts['rows']:,} rows in "
+        f"{counts['units']:,} shards, fingerprint {manifest['fingerprint'][:16]}"
+    ]
+    status = ", ".join(f"{name} {n:,}" for name, n in counts["status"].items() if n)
+    lines.append(f"  status: {status}; {counts['stored']:,} distinct embeddings stored")
+    for name, encoder in counts["encoders"].items():
+        lines.append(
+            f"  {name}: {encoder['tokens']:,} tokens, {encoder['truncated']:,} captions truncated"
+        )
+    if len(manifest["environments"]) > 1:
+        lines.append(f"  made in {len(manifest['environments'])} environments, see manifest.json")
+    return lines
+
+
+def _plan(config: Config, arguments: Any) -> int:
+    from embed_precompute.job.estimate import estimate_lines
+    from embed_precompute.job.prepare import prepare, publish
+
+    prepared = prepare(config, arguments.limit)
+    for line in estimate_lines(prepared, arguments.sample or None):
+        print(line)
+    if arguments.write:
+        publish(prepared)
+        print(f"written: {prepared.root / 'plan.json'}")
+    return EXIT_COMPLETE
+
+
+def _bench(config: Config, arguments: Any) -> int:
+    from embed_precompute.bench.compare import bench
+
+    report = bench(
+        config,
+        arguments.captions,
+        arguments.rounds,
+        arguments.variants,
+        synthetic=arguments.synthetic,
+    )
+    for line in report.lines():
+        print(line)
+    if arguments.json is not None:
+        try:
+            arguments.json.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {arguments.json}: {error.strerror}.") from None
+    return EXIT_COMPLETE
+
+
+def _status(arguments: Any) -> int:
+    from embed_precompute.audit.info import read_status
+
+    status = read_status(arguments.folder)
+    if arguments.json:
+        print(json.dumps(status.to_json(), ensure_ascii=False))
+    else:
+        for line in status.lines():
+            print(line)
+    if not status.complete:
+        return EXIT_INCOMPLETE
+    return EXIT_FAILED_SAMPLES if status.failed_samples else EXIT_COMPLETE
+
+
+def _verify(arguments: Any) -> int:
+    from embed_precompute.audit.verify import verify
+
+    report = verify(
+        arguments.folder,
+        arguments.level,
+        num_samples=arguments.sample,
+        seed=arguments.seed,
+        device=arguments.device,
+    )
+    for problem in report.problems:
+        print(problem)
+    print(report.summary())
+    return EXIT_VERIFICATION if report.problems else EXIT_COMPLETE
+
+
+def _repair(arguments: Any) -> int:
+    from embed_precompute.audit.repair import repair
+
+    repaired = repair(arguments.folder, failed=arguments.failed)
+    for line in (*repaired.problems, *repaired.lines()):
+        print(line)
+    return EXIT_COMPLETE if repaired.complete else EXIT_INCOMPLETE
+
+
+def _finalize(arguments: Any) -> int:
+    from embed_precompute.samples import count_failed
+    from embed_precompute.store.manifest import finalize
+
+    manifest = finalize(arguments.folder)
+    for line in _summary(arguments.folder, manifest):
+        print(line)
+    return EXIT_FAILED_SAMPLES if count_failed(manifest["counts"]["status"]) else EXIT_COMPLETE
+
+
+def _info(arguments: Any) -> int:
+    from embed_precompute.audit.info import dataset_lines, sample_lines
+
+    folder = arguments.folder
+    if arguments.similar is not None:
+        from embed_precompute.audit.similarity import similar_lines
+
+        lines = similar_lines(folder, arguments.similar, arguments.top)
+    elif arguments.id is not None:
+        lines = sample_lines(folder, arguments.id)
+    else:
+        lines = dataset_lines(folder)
+    for line in lines:
+        print(line)
+    return EXIT_COMPLETE
+
+
+def _export(arguments: Any) -> int:
+    from embed_precompute.opensora.export import OpenSoraOptions, export_opensora, read_ids
+    from embed_precompute.opensora.instructions import export_lines
+
+    options = OpenSoraOptions(
+        captions=arguments.captions,
+        t5=arguments.t5,
+        clip=arguments.clip,
+        failed=arguments.failed,
+        pad_masked=arguments.pad_masked,
+        trainer_dtype=arguments.trainer_dtype,
+        table=arguments.table,
+        memory_efficient=arguments.memory_efficient,
+        table_only=arguments.table_only,
+        path_prefix=arguments.path_prefix,
+        limit=arguments.limit,
+        ids=None if arguments.ids is None else read_ids(arguments.ids),
+        recheck=arguments.recheck,
+    )
+    for line in export_lines(export_opensora(arguments.folder, arguments.out, options)):
+        print(line)
+    return EXIT_COMPLETE
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "run": _run,
+    "plan": _plan,
+    "status": _status,
+    "bench": _bench,
+    "verify": _verify,
+    "repair": _repair,
+    "finalize": _finalize,
+    "info": _info,
+    "export": _export,
+}
+"""By name; a command that takes a CONFIG gets it before the arguments."""

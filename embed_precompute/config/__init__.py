@@ -1,0 +1,1 @@
+"""The configuration: its dataclasses, and YAML with overrides."""

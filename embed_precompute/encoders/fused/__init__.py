@@ -1,0 +1,1 @@
+"""Our own layers of T5 and CLIP."""

@@ -1,0 +1,384 @@
+"""The fused layers as one static graph, for a GPU: torch.compile, flex_attention, a CUDA graph.
+
+Guarantees: the numbers of the transformers model up to rounding, and one shape for every forward.
+For attention each packed caption is laid at the start of blocks of its own, so that what a caption
+meets there is decided by its length alone: neighbours, place and order change no bit.
+Costs: the weights once (those of q, k and v side by side in one tensor); the CUDA graph's memory,
+which holds one forward's; compiling at the first forward of a shape, cached on the node. A packed
+stream holds at most a caption for every `TOKENS_PER_BLOCK` tokens; one with more is run in parts.
+
+Not run on a GPU by its authors: tests compare its numbers on the CPU, compiled and not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from embed_precompute.encoders.batching import TokenBatch
+from embed_precompute.encoders.fused.t5 import bias_rows
+from embed_precompute.encoders.transfers import upload
+
+BLOCK = 128
+"""Positions of flex_attention's blocks; a packed caption takes whole ones."""
+TOKENS_PER_BLOCK = 32
+"""Tokens of the stream for every block of the attention's frame."""
+CAPTURE_WARM_UP = 3
+"""Forwards before a CUDA graph is captured: allocations and tuning are over by then."""
+
+KERNEL_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
+"""The same kernel for frames below 128 positions too: the one that torch has for short queries
+splits the keys by the number of the GPU's processors, and with it their sums."""
+
+SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 32}
+"""Queries and keys of one step of the kernel."""
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""q, k, v [B, H, L, dk] -> [B, H, L, dk]."""
+
+
+class Packing:
+    """Where the captions of one packed forward lie in the attention's frame; tensors of a graph.
+
+    The frame has `num_blocks` blocks; `source` [S] is the stream's token at each of its places,
+    `place` [T] the frame's place of each token, `caption` [S] whose place it is (-1: nobody's) and
+    `position` [S] the place counted from the caption's start.
+    """
+
+    def __init__(self, stream: int, longest: int, device: torch.device) -> None:
+        self._longest = longest
+        self.num_blocks = max(stream // TOKENS_PER_BLOCK, -(-longest // BLOCK))
+        size = self.num_blocks * BLOCK
+        self.source = torch.zeros(size, dtype=torch.int64, device=device)
+        self.place = torch.zeros(stream, dtype=torch.int64, device=device)
+        self.caption = torch.full((size,), -1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(size, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(stream, dtype=torch.int64, device=device)
+        """[T] each token's place in its caption."""
+        self.counts = torch.zeros(1, 1, self.num_blocks, dtype=torch.int32, device=device)
+        self.blocks = torch.zeros(
+            1, 1, self.num_blocks, self.num_blocks, dtype=torch.int32, device=device
+        )
+
+    def parts(self, lengths: list[int]) -> Iterator[tuple[int, int]]:
+        """(first, last + 1) of runs of captions that fit the frame together."""
+        first = used = 0
+        for i, length in enumerate(lengths):
+            needed = -(-length // BLOCK)
+            if used + needed > self.num_blocks:
+                yield first, i
+                first, used = i, 0
+            used += needed
+        yield first, len(lengths)
+
+    def lay(self, lengths: list[int]) -> None:
+        """Lay captions of these lengths, the first at the stream's start."""
+        source = np.zeros(len(self.source), np.int64)
+        caption = np.full(len(self.source), -1, np.int64)
+        position = np.tile(np.arange(BLOCK), self.num_blocks)  # of unused blocks: anything in range
+        place = np.zeros(len(self.place), np.int64)
+        positions = np.zeros(len(self.place), np.int64)
+        counts = np.zeros(self.num_blocks, np.int32)
+        blocks = np.zeros((self.num_blocks, self.num_blocks), np.int32)
+        start = block = 0
+        for number, length in enumerate(lengths):
+            num_blocks, begin = -(-length // BLOCK), block * BLOCK
+            inside = np.arange(num_blocks * BLOCK)
+            source[begin : begin + length] = start + inside[:length]
+            caption[begin : begin + length] = number
+            position[begin : begin + len(inside)] = inside
+            place[start : start + length] = begin + inside[:length]
+            positions[start : start + length] = inside[:length]
+            counts[block : block + num_blocks] = num_blocks
+            blocks[block : block + num_blocks, :num_blocks] = block + np.arange(num_blocks)
+            start, block = start + length, block + num_blocks
+        position = np.minimum(position, self._longest - 1)  # of pads inside a last block
+        for tensor, values in (
+            (self.source, source),
+            (self.caption, caption),
+            (self.position, position),
+            (self.place, place),
+            (self.positions, positions),
+            (self.counts, counts),
+            (self.blocks, blocks),
+        ):
+            tensor.copy_(upload(torch.from_numpy(values), tensor.device).view(tensor.shape))
+
+    def block_mask(self, *, causal: bool) -> BlockMask:
+        """Each caption sees itself; its tensors are those that `lay` fills."""
+        caption = self.caption
+
+        def visible(
+            b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
+        ) -> torch.Tensor:
+            own = (caption[q] == caption[kv]) & (caption[kv] >= 0)
+            return own & (kv <= q) if causal else own
+
+        return BlockMask.from_kv_blocks(
+            self.counts, self.blocks, BLOCK_SIZE=BLOCK, mask_mod=visible
+        )
+
+
+def _biased(bias: torch.Tensor, position: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+    """A score_mod that adds bias [H, L, L] by the places of query and key in their caption."""
+
+    def padded(
+        score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
+    ) -> torch.Tensor:
+        return score + bias[h, q, kv]
+
+    def packed(
+        score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
+    ) -> torch.Tensor:
+        assert position is not None
+        return score + bias[h, position[q], position[kv]]
+
+    return padded if position is None else packed
+
+
+def body(model: Any, longest: int, *, pooled: bool, compiled: bool = True) -> GraphBody:
+    """The body of a model whose captions have at most `longest` tokens; rearranges its weights."""
+    layers = ClipLayers(model, longest) if pooled else T5Layers(model, longest)
+    return GraphBody(layers, compiled=compiled)
+
+
+class GraphBody:
+    """See `fused.Body`: a graph for each shape."""
+
+    def __init__(self, layers: T5Layers | ClipLayers, *, compiled: bool) -> None:
+        self._layers, self._compiled = layers, compiled
+        self._graphs: dict[tuple[int, ...], StaticGraph] = {}
+
+    def __call__(
+        self, ids: torch.Tensor, batch: TokenBatch, groups: object, keep: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `fused.Body`."""
+        lines, length = batch.input_ids.shape
+        graph = self._graphs.get((lines, length))
+        if graph is None:
+            graph = StaticGraph(
+                self._layers, (lines, length), packed=batch.packed, compiled=self._compiled
+            )
+            self._graphs[lines, length] = graph
+        output = graph(ids, batch)
+        return output if keep is None else output[keep]
+
+
+class StaticGraph:
+    """The layers over ids of one shape, [B, L] (packed: [1, T])."""
+
+    def __init__(
+        self, layers: T5Layers | ClipLayers, frame: tuple[int, int], *, packed: bool, compiled: bool
+    ) -> None:
+        self._layers, self._frame = layers, frame
+        device = layers.device
+        self._packing = Packing(frame[1], layers.longest, device) if packed else None
+        self._ids = torch.zeros(frame[0] * frame[1], dtype=torch.int64, device=device)
+        self._attends = layers.attention(self._packing)
+        # A stream's positions are laid anew for each forward, in the same tensor.
+        self._positions = (
+            torch.arange(frame[1], device=device).repeat(frame[0])
+            if self._packing is None
+            else self._packing.positions
+        )
+        self._forward: Callable[[], torch.Tensor] = self._run
+        if compiled:
+            self._forward = torch.compile(self._run, fullgraph=True, dynamic=False)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._output: torch.Tensor | None = None
+
+    def __call__(self, ids: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+        """[B * L] ids -> [B * L, D]; the tensor is the graph's own, good until the next call."""
+        if self._packing is None:
+            self._ids.copy_(ids)
+            return self._replay()
+        lengths: list[int] = batch.lengths.tolist()
+        parts = list(self._packing.parts(lengths))
+        ends = np.cumsum([0, *lengths])
+        outputs = []
+        for first, last in parts:
+            start, stop = int(ends[first]), int(ends[last])
+            self._ids.zero_()
+            self._ids[: stop - start] = ids[start:stop]
+            self._packing.lay(lengths[first:last])
+            output = self._replay()
+            outputs.append(output if len(parts) == 1 else output[: stop - start].clone())
+        return outputs[0] if len(parts) == 1 else torch.cat(outputs)
+
+    def _run(self) -> torch.Tensor:
+        return self._layers(self._ids, self._positions, self._attend)
+
+    def _attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """[T, 3, H, dk] -> [T, H * dk]."""
+        attend = self._attends[layer]
+        if self._packing is None:
+            frame = qkv.view(*self._frame, *qkv.shape[1:])  # [B, L, 3, H, dk]
+            q, k, v = (part.transpose(1, 2) for part in frame.unbind(2))
+            return attend(q, k, v).transpose(1, 2).reshape(qkv.shape[0], -1)
+        laid = qkv[self._packing.source]  # [S, 3, H, dk]
+        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in laid.unbind(1))
+        mixed = attend(q, k, v)[0].transpose(0, 1)  # [S, H, dk]
+        return mixed[self._packing.place].reshape(qkv.shape[0], -1)
+
+    def _replay(self) -> torch.Tensor:
+        if self._ids.device.type != "cuda":
+            return self._forward()
+        with torch.cuda.device(self._ids.device):  # else the capture is of device 0
+            if self._graph is None:
+                self._graph, self._output = self._capture()
+            self._graph.replay()
+        assert self._output is not None
+        return self._output
+
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(CAPTURE_WARM_UP):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = self._forward()
+        return graph, output
+
+
+class T5Layers:
+    """T5's layers without a shape of their own; see `t5.T5Body` for what they compute."""
+
+    def __init__(self, model: Any, longest: int) -> None:
+        config = model.config
+        self._encoder = model.encoder
+        self._heads, self._eps = config.num_heads, config.layer_norm_epsilon
+        self._activation: str = config.dense_act_fn
+        self.longest = longest
+        self.device = model.encoder.embed_tokens.weight.device
+        self._dtype = model.encoder.embed_tokens.weight.dtype
+        distance = torch.arange(longest, device=self.device)
+        distance = distance[None, :] - distance[:, None] + longest - 1
+        rows = bias_rows(model, longest, self._dtype)
+        self._bias = {number: row[:, distance].contiguous() for number, row in rows.items()}
+        self._qkv = [
+            _side_by_side([parts.q, parts.k, parts.v])
+            for parts in (block.layer[0].SelfAttention for block in self._encoder.block)
+        ]
+
+    def attention(self, packing: Packing | None) -> list[Attend]:
+        """Each layer's attention; umT5 has a bias in every layer, the others share the first's."""
+        mask = None if packing is None else packing.block_mask(causal=False)
+        position = None if packing is None else packing.position
+        attends: list[Attend] = []
+        for layer in range(len(self._encoder.block)):
+            if layer in self._bias:
+                attend = _flex(_biased(self._bias[layer], position), mask, 1.0)
+            attends.append(attend)
+        return attends
+
+    def __call__(
+        self, ids: torch.Tensor, positions: torch.Tensor, attend: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        residual = torch.float32 if self._dtype == torch.float16 else self._dtype
+        stream = functional.embedding(ids, self._encoder.embed_tokens.weight).to(residual)
+        for number, block in enumerate(self._encoder.block):
+            first, last = block.layer[0], block.layer[-1]
+            weight, _ = self._qkv[number]
+            qkv = functional.linear(self._norm(stream, first.layer_norm), weight)
+            mixed = attend(number, qkv.view(len(ids), 3, self._heads, -1))
+            stream = stream + functional.linear(mixed, first.SelfAttention.o.weight)
+            dense, normed = last.DenseReluDense, self._norm(stream, last.layer_norm)
+            gated = hasattr(dense, "wi_0")
+            inner = functional.linear(normed, (dense.wi_0 if gated else dense.wi).weight)
+            inner = _activated(inner, self._activation)
+            if gated:
+                inner = inner * functional.linear(normed, dense.wi_1.weight)
+            stream = stream + functional.linear(inner.to(dense.wo.weight.dtype), dense.wo.weight)
+        return self._norm(stream, self._encoder.final_layer_norm)
+
+    def _norm(self, stream: torch.Tensor, norm: Any) -> torch.Tensor:
+        x = stream.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
+        normed: torch.Tensor = (x * norm.weight.float()).to(self._dtype)
+        return normed
+
+
+class ClipLayers:
+    """CLIP's layers without a shape of their own; see `clip.ClipBody` for what they compute."""
+
+    def __init__(self, model: Any, longest: int) -> None:
+        self._text = getattr(model, "text_model", model)
+        config = model.config
+        self._heads = config.num_attention_heads
+        self._scale = (config.hidden_size // self._heads) ** -0.5
+        self._activation: str = config.hidden_act
+        self.longest = longest
+        self.device = self._text.embeddings.token_embedding.weight.device
+        self._qkv = [
+            _side_by_side([parts.q_proj, parts.k_proj, parts.v_proj])
+            for parts in (layer.self_attn for layer in self._text.encoder.layers)
+        ]
+
+    def attention(self, packing: Packing | None) -> list[Attend]:
+        """The same for every layer: causal."""
+        assert packing is not None, "a pooled encoder packs its captions"
+        attend = _flex(None, packing.block_mask(causal=True), self._scale)
+        return [attend] * len(self._qkv)
+
+    def __call__(
+        self, ids: torch.Tensor, positions: torch.Tensor, attend: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        tables = self._text.embeddings
+        stream = functional.embedding(ids, tables.token_embedding.weight)
+        stream = stream + functional.embedding(positions, tables.position_embedding.weight)
+        for number, layer in enumerate(self._text.encoder.layers):
+            weight, bias = self._qkv[number]
+            qkv = functional.linear(layer.layer_norm1(stream), weight, bias)
+            mixed = attend(number, qkv.view(len(ids), 3, self._heads, -1))
+            stream = stream + layer.self_attn.out_proj(mixed)
+            inner = _activated(layer.mlp.fc1(layer.layer_norm2(stream)), self._activation)
+            stream = stream + layer.mlp.fc2(inner)
+        output: torch.Tensor = self._text.final_layer_norm(stream)
+        return output
+
+
+def _options(dtype: torch.dtype) -> Any:
+    """In float32 smaller tiles than torch 2.5's, which with a bias take 115 KB of shared memory:
+    GPUs of compute capability 8.6 and 8.9 have 101."""
+    return KERNEL_OPTIONS | SMALL_TILES if dtype == torch.float32 else KERNEL_OPTIONS
+
+
+def _flex(
+    score_mod: Callable[..., torch.Tensor] | None, mask: BlockMask | None, scale: float
+) -> Attend:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mixed = flex_attention(
+            q, k, v, score_mod, block_mask=mask, scale=scale, kernel_options=_options(q.dtype)
+        )
+        assert isinstance(mixed, torch.Tensor)
+        return mixed
+
+    return attend
+
+
+@torch.inference_mode()
+def _side_by_side(linears: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights of linears in one tensor, of which theirs become views: none is kept twice."""
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    rows = len(weight) // len(linears)
+    for number, linear in enumerate(linears):
+        linear.weight.data = weight[number * rows : (number + 1) * rows]
+    return weight, bias
+
+
+def _activated(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """The activation of that name in config.json."""
+    if activation == "relu":
+        return torch.relu(x)
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return functional.gelu(x, approximate="tanh" if activation == "gelu_new" else "none")

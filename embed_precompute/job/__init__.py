@@ -1,0 +1,1 @@
+"""For whoever makes a dataset: the run and everything that prepares it."""

@@ -1,0 +1,116 @@
+"""How far the whole job is, shown by rank 0.
+
+Guarantees: the bar counts committed samples of *all* ranks, so a restart shows what is really done.
+Off a terminal it is one line a minute. A failure to look never stops the job.
+Costs: a thread on rank 0 that lists the shard folders every few seconds and reads each new record
+once; what was committed before the start is counted by the plan, without reading; nothing on other
+ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+from embed_precompute.config.schema import RuntimeConfig
+from embed_precompute.distributed import DistContext
+from embed_precompute.errors import EmbedPrecomputeError
+from embed_precompute.store.manifest import committed_units, read_record
+from embed_precompute.store.plan import Plan
+
+log = logging.getLogger(__name__)
+TERMINAL_POLL_S = 2.0
+
+
+class Progress:
+    """A context manager; nothing is shown before `start`, and nothing at all but on rank 0."""
+
+    def __init__(self, root: Path, plan: Plan, dist: DistContext, runtime: RuntimeConfig) -> None:
+        self._root, self._plan = root, plan
+        self._active = dist.is_main
+        self._terminal = sys.stderr.isatty()
+        self._interval = TERMINAL_POLL_S if self._terminal else runtime.progress_interval_s
+        self._seen: set[int] = set()
+        self._samples = 0
+        self._tokens = 0
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def start(self) -> None:
+        """Begin to count; what is committed by now is the starting point of every rate."""
+        if not self._active:
+            return
+        self._count_committed()
+        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        started, first_samples, first_tokens = time.monotonic(), self._samples, self._tokens
+        # disable=None hides the bar when stderr is not a terminal; lines are logged instead.
+        bar = tqdm(
+            total=self._plan.num_samples,
+            initial=self._samples,
+            unit="captions",
+            disable=None,
+            mininterval=0.5,
+        )
+        while not self._end.wait(self._interval):
+            self._look()
+            seconds = time.monotonic() - started
+            rate = (self._samples - first_samples) / seconds
+            token_rate = (self._tokens - first_tokens) / seconds
+            bar.set_postfix_str(f"{token_rate:,.0f} tokens/s", refresh=False)
+            bar.update(self._samples - bar.n)
+            if not self._terminal:
+                log.info("%s", self._line(rate, token_rate))
+        self._look()
+        bar.update(self._samples - bar.n)
+        bar.close()
+
+    def _line(self, rate: float, token_rate: float) -> str:
+        left = self._plan.num_samples - self._samples
+        eta = f"{left / rate / 60:.1f} min left" if rate > 0 else "no rate yet"
+        return (
+            f"{self._samples:,} of {self._plan.num_samples:,} captions committed by all ranks, "
+            f"{rate:,.1f} captions/s, {token_rate:,.0f} tokens/s, {eta}"
+        )
+
+    def _count_committed(self) -> None:
+        """What is there at the start: samples by the plan, in proportion where rows hold lists."""
+        plan = self._plan
+        try:
+            self._seen = {unit for unit in committed_units(self._root) if unit < plan.num_units}
+        except EmbedPrecomputeError as error:
+            log.debug("progress not read: %s", error)
+        rows = sum(plan.unit_rows(unit)[1] for unit in self._seen)
+        self._samples = rows * plan.num_samples // max(1, plan.num_rows)
+
+    def _look(self) -> None:
+        try:
+            new = committed_units(self._root) - self._seen
+            for unit in new:
+                record = read_record(self._root, unit)
+                self._samples += record["num_samples"]
+                self._tokens += sum(e["tokens"] for e in record["encoders"].values())
+                self._seen.add(unit)
+        except (OSError, EmbedPrecomputeError) as error:
+            log.debug("progress not read: %s", error)

@@ -1,0 +1,91 @@
+"""What earlier runs and peers have committed, and whether this run may add to it.
+
+Guarantees: a unit counts as done when it is of this plan and its record has a name; records of
+another plan are refused, and another environment is seen, before the first commit.
+Costs: one listing of the shard folders, then a `stat` per question; one record is parsed.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from embed_precompute.errors import ConflictError
+from embed_precompute.job.prepare import Prepared
+from embed_precompute.store.manifest import (
+    committed_units,
+    null_paths,
+    read_record,
+    unit_paths,
+)
+from embed_precompute.store.plan import Plan, differing_fields
+from embed_precompute.store.records import NULL_UNIT
+
+log = logging.getLogger(__name__)
+
+
+class Committed:
+    """Which units have a record: a listing at the start, then one `stat` per question."""
+
+    def __init__(self, root: Path, plan: Plan) -> None:
+        self._root = root
+        self._all = {NULL_UNIT, *range(plan.num_units)}
+        self._units: set[int] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """List again: cheaper than asking for many units one by one."""
+        self._units = committed_units(self._root) & self._all
+        if null_paths(self._root).record.exists():
+            self._units.add(NULL_UNIT)
+
+    @property
+    def units(self) -> int:
+        return len(self._units - {NULL_UNIT})
+
+    def left(self) -> set[int]:
+        """The units without a record, of those that hold captions."""
+        return self._all - self._units - {NULL_UNIT}
+
+    def any_unit(self) -> int | None:
+        return min(self._units, default=None)
+
+    def everything(self) -> bool:
+        return self._units == self._all
+
+    def __call__(self, unit: int) -> bool:
+        if unit in self._units:
+            return True
+        paths = null_paths(self._root) if unit == NULL_UNIT else unit_paths(self._root, unit)
+        if paths.record.exists():
+            self._units.add(unit)
+        return unit in self._units
+
+
+def check_record(prepared: Prepared, unit: int | None, here: dict[str, str]) -> None:
+    """Compare plan and environment with those of a committed unit, if there is one.
+
+    Another plan is refused; another environment is warned of, or refused if so configured.
+    """
+    if unit is None:
+        return
+    root, config, plan = prepared.root, prepared.config, prepared.plan
+    earlier = read_record(root, None if unit == NULL_UNIT else unit)
+    if earlier["plan"] != plan.plan_id:
+        raise ConflictError(
+            f"{root} holds units of another plan ({earlier['plan'][:16]}; plan.json has "
+            f"{plan.plan_id[:16]}): plan.json was removed or replaced. Put it back, or write to a "
+            "new output.path."
+        )
+    differing = differing_fields(earlier["environment"], here)
+    if not differing:
+        return
+    message = (
+        f"{root} was begun in another environment ({'; '.join(differing)}). Equal bytes are "
+        "promised within one environment only; the manifest lists all of them."
+    )
+    if config.runtime.on_environment_change == "refuse":
+        raise ConflictError(
+            f"{message} Give the old environment back, or set runtime.on_environment_change warn."
+        )
+    log.warning("%s", message)

@@ -1,0 +1,277 @@
+"""The three stages of one rank: read and tokenise, encode, write; overlapped by bounded queues.
+
+Guarantees: an error in any stage ends all three and is raised by `Stages.run`; a unit is handed to
+the writer whole or dropped; a stop request is met within the grace.
+Costs: one reader thread, one writer thread; memory holds the token ids of `prefetch_units` + 3
+units and `write_queue_batches` encoded batches, on a GPU up to `copies.IN_FLIGHT` more. A GPU is
+idle between two units for the time that the next one's first batch takes to be laid out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from embed_precompute.distributed import DistContext
+from embed_precompute.encoders.spec import TextEncoder
+from embed_precompute.encoders.transfers import Lines, in_order
+from embed_precompute.errors import IncompleteError
+from embed_precompute.job.claims import Claims
+from embed_precompute.job.isolate import Forward, begin
+from embed_precompute.job.prepare import Prepared
+from embed_precompute.job.resume import check_record
+from embed_precompute.job.signals import StopRequest
+from embed_precompute.job.units import Unit, UnitWriter, read_unit
+from embed_precompute.samples import count_failed
+from embed_precompute.store.manifest import (
+    committed_units,
+    read_record,
+)
+from embed_precompute.store.plan import Plan
+from embed_precompute.store.records import NULL_UNIT
+
+log = logging.getLogger(__name__)
+POLL_S = 0.1
+READER_JOIN_S = 2.0
+COMMIT_SHARE = 0.25
+"""Share of the grace that is kept for a commit, before one was timed."""
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Channel(Generic[T]):
+    """A bounded queue between two stages that ends when any stage stops."""
+
+    size: int
+    halted: threading.Event
+    items: queue.Queue[T | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.items = queue.Queue(self.size)
+
+    def put(self, item: T | None) -> bool:
+        """False when the pipeline has stopped and nobody will take the item."""
+        while not self.halted.is_set():
+            try:
+                self.items.put(item, timeout=POLL_S)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self) -> Iterator[T]:
+        while not self.halted.is_set():
+            try:
+                item = self.items.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
+            yield item
+
+
+@dataclass
+class _Encoded:
+    """A message to the writer: a batch of `unit`, or its end when `values` is None."""
+
+    unit: Unit
+    name: str = ""
+    rows: np.ndarray | None = None
+    values: Lines | None = None
+    failed: Mapping[int, str] = field(default_factory=dict)
+    abandoned: bool = False
+
+
+class Stages:
+    """The three stages of one rank and the channels between them."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        text_encoders: list[TextEncoder],
+        claims: Claims,
+        done: Callable[[int], bool],
+        here: dict[str, str],
+        stop: StopRequest,
+        dist: DistContext,
+    ) -> None:
+        self._prepared, self._encoders, self._claims = prepared, text_encoders, claims
+        self._plan: Plan = prepared.plan
+        self._done, self._here, self._stop = done, here, stop
+        runtime = prepared.config.runtime
+        self._max_failed = runtime.max_failed_samples
+        self._failed_of: dict[int, int] = {}
+        self._record_checked = False
+        self._halted = threading.Event()
+        self._error: BaseException | None = None
+        self._units: _Channel[Unit] = _Channel(runtime.prefetch_units, self._halted)
+        self._batches: _Channel[_Encoded] = _Channel(runtime.write_queue_batches, self._halted)
+        self._records: list[dict[str, Any]] = []
+        self.encode_seconds = 0.0
+        """Spent in the encoders; the rest of a run's time the device waits."""
+        self._unit_s = 0.0
+        self._commit_s = COMMIT_SHARE * runtime.grace_s
+        self._metrics = prepared.root / "logs" / f"metrics-{dist.rank:05d}.jsonl"
+
+    def run(self) -> list[dict[str, Any]]:
+        """Run until nothing is left to claim; give the records this rank committed."""
+        threads = [
+            threading.Thread(target=self._guard, args=(stage,), name=stage.__name__, daemon=True)
+            for stage in (self._read, self._write)
+        ]
+        for thread in threads:
+            thread.start()
+        self._guard(self._encode)
+        reader, writer = threads
+        writer.join()
+        # A reader that waits for a store whose agent died must not use up the grace.
+        reader.join(READER_JOIN_S if self._stop.is_set() else None)
+        if self._error is not None:
+            raise self._error
+        if self._stop.is_set():
+            raise self._stop.error()
+        return self._records
+
+    def _guard(self, stage: Callable[[], None]) -> None:
+        try:
+            stage()
+        except BaseException as error:
+            if self._error is None:
+                self._error = error
+            self._halted.set()
+
+    def _read(self) -> None:
+        plan = self._plan
+        reader = self._prepared.table.reader(plan.num_rows, plan.last_row_samples)
+        for number in self._claims:
+            if self._stop.is_set():
+                break
+            unit = read_unit(plan, number, reader, self._prepared.encoders)
+            unit.swept = self._claims.swept
+            if not self._units.put(unit):
+                return
+        self._units.put(None)
+
+    def _encode(self) -> None:
+        for unit in self._units:
+            if self._stop.is_set():
+                continue  # it was only read ahead
+            if self._done(unit.number):
+                self._claims.move_on()
+                continue
+            began = time.monotonic()
+            for encoded in self._encoded_batches(unit):
+                if not self._batches.put(encoded):
+                    return
+                if self._stop.is_set() and not self._fits_grace(began):
+                    self._halted.set()
+                    return
+                if unit.swept and self._done(unit.number):
+                    break
+            else:
+                self._batches.put(_Encoded(unit))
+                self._unit_s = max(self._unit_s, time.monotonic() - began)
+                continue
+            self._batches.put(_Encoded(unit, abandoned=True))
+        self._batches.put(None)
+
+    def _fits_grace(self, began: float) -> bool:
+        """Whether a unit begun then can be committed before this process is ended."""
+        left = max(0.0, began + self._unit_s - time.monotonic())
+        return left + self._commit_s < self._stop.seconds_left()
+
+    def _encoded_batches(self, unit: Unit) -> Iterator[_Encoded]:
+        for encoder in self._encoders:
+            for forward in in_order(self._forwards(encoder, unit)):
+                began = time.monotonic()
+                values = forward.pending.wait()
+                self.encode_seconds += time.monotonic() - began
+                rows = forward.batch.rows
+                yield _Encoded(unit, encoder.resolved.name, rows, values, forward.failed)
+
+    def _forwards(self, encoder: TextEncoder, unit: Unit) -> Iterator[Forward]:
+        resolved = encoder.resolved
+        ids = unit.tokens[resolved.name].ids
+        for batch in resolved.batches(ids, null=unit.is_null):
+            began = time.monotonic()
+            forward = begin(encoder, batch)
+            self.encode_seconds += time.monotonic() - began
+            yield forward
+
+    def _write(self) -> None:
+        messages = iter(self._batches)
+        for message in messages:
+            started = time.monotonic()
+            with UnitWriter(self._prepared.root, self._plan, message.unit, self._here) as writer:
+                current: _Encoded | None = message
+                while current is not None and current.values is not None:
+                    assert current.rows is not None
+                    writer.write(current.name, current.rows, current.values, current.failed)
+                    current = next(messages, None)
+                if current is None or current.abandoned:
+                    continue  # stopped, or a peer has committed this unit
+                self._check_failures(message.unit)
+                self._check_first_record()
+                if self._done(message.unit.number):
+                    self._claims.move_on()
+                commit_began = time.monotonic()
+                record = writer.commit()
+                if not message.unit.is_null:
+                    self._commit_s = 1.5 * (time.monotonic() - commit_began)
+            self._records.append(record)
+            self._log_metrics(message.unit, record, time.monotonic() - started)
+
+    def _check_first_record(self) -> None:
+        """Ranks that start together see no record at first: compare with a peer's before we add."""
+        if not self._record_checked and self._done(NULL_UNIT):
+            check_record(self._prepared, NULL_UNIT, self._here)
+            self._record_checked = True
+
+    def _check_failures(self, unit: Unit) -> None:
+        """Stop when more samples have failed than allowed, in all units of all ranks and runs.
+
+        The records are read only when a unit has failures, each of them once.
+        """
+        failed = sum(row in unit.failures for row in unit.stored_row)
+        if not failed:
+            return
+        for number in committed_units(self._prepared.root) - self._failed_of.keys():
+            status = read_record(self._prepared.root, number)["status"]
+            self._failed_of[number] = count_failed(status)
+        total = failed + sum(self._failed_of.values())
+        if total > self._max_failed:
+            row = min(unit.failures)
+            _, reason = unit.failures[row]
+            sample = unit.samples[unit.stored_row.index(row)]
+            raise IncompleteError(
+                f"{total} samples failed, more than runtime.max_failed_samples "
+                f"({self._max_failed}); the last unit was dropped. First of it: sample "
+                f"{sample.sample_id!r}, row {sample.row}: {reason}. Mend the cause, or raise the "
+                "limit, and run again."
+            )
+
+    def _log_metrics(self, unit: Unit, record: dict[str, Any], seconds: float) -> None:
+        line = {
+            "time": round(time.time(), 3),
+            "unit": unit.number,
+            "samples": len(unit.samples),
+            "stored": unit.num_stored,
+            "tokens": {name: sum(map(len, t.ids)) for name, t in unit.tokens.items()},
+            "shard_bytes": record["files"]["shard"]["bytes"],
+            "seconds": round(seconds, 4),
+        }
+        try:
+            self._metrics.parent.mkdir(parents=True, exist_ok=True)
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # figures for people: the dataset does not need them
+            log.warning("%s: not written: %s", self._metrics, error.strerror)

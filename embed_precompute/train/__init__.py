@@ -1,0 +1,1 @@
+"""For whoever trains on a dataset: data set, loader, model inputs."""

@@ -1,0 +1,384 @@
+"""Finished embeddings for training: a map-style dataset over its folders, and its collate.
+
+Guarantees: samples whose status is ok, in input order, by index or by id; a returned tensor owns
+its memory; folders of different fingerprints are never mixed; a shard that is missing, cut or of
+another dataset is an error that names it, and with `verify="rows"` so is a changed bit in a row.
+One object may be used by several threads, survives a fork, and pickles without what it has mapped:
+each process maps what it touches.
+Costs: opening reads manifest.json of each folder; the first look-up maps the index (no private
+memory, whatever the number of samples); a sample is one copy out of the mapped shard. Imports torch
+and numpy, neither transformers nor pyarrow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xxhash
+from torch.utils.data import Dataset
+
+from embed_precompute.config.schema import digest_of
+from embed_precompute.errors import ConflictError, IncompleteError, InputError, VerificationError
+from embed_precompute.samples import Status
+from embed_precompute.store.index import DatasetIndex
+from embed_precompute.store.plan import MAX_NAMED_DIFFERENCES, differing_fields
+from embed_precompute.store.records import null_paths, read_manifest, stored_tensors, unit_paths
+from embed_precompute.store.shards import ShardReader
+
+AnyPath = str | os.PathLike[str]
+
+
+class SampleLookupError(InputError, KeyError):
+    """No embedding for an id: it is not in the dataset, or its sample's status is not ok."""
+
+    __str__ = Exception.__str__  # KeyError would show the message in quotes
+
+
+class _Folder:
+    """One folder of a dataset. Pickles without its mapped index."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.manifest = _read_manifest(root)
+        try:
+            self.fingerprint: str = self.manifest["fingerprint"]
+            self.tensors = stored_tensors(self.manifest["spec"])
+            self.num_ok = int(self.manifest["counts"]["status"][Status.OK.label])
+            ok = self.manifest["files"]["index/ok.npy"]["sha256"]
+            self.samples: dict[str, str] = {"plan": self.manifest["plan"], "ok": ok}
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise VerificationError(
+                f"{root / 'manifest.json'} is not as the format says: {error!r}. "
+                f"`embed-precompute finalize {root}` makes it again."
+            ) from error
+        self._index: DatasetIndex | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_index": None}
+
+    @property
+    def index(self) -> DatasetIndex:
+        """The mapped index, opened when first asked for."""
+        index = self._index
+        if index is None:
+            index = DatasetIndex(self.root)
+            if index.manifest["digest"] != self.manifest["digest"]:
+                raise VerificationError(
+                    f"{self.root} was finalised anew since it was opened: open the dataset again."
+                )
+            stored = tuple(tensor.name for tensor in self.tensors)
+            if index.encoders != stored:
+                raise VerificationError(
+                    f"{self.root / 'manifest.json'} lists the encoders {index.encoders}, its spec "
+                    f"{stored}. `embed-precompute finalize {self.root}` makes it again."
+                )
+            self._index = index
+        return index
+
+    def shard(self, unit: int | None) -> ShardReader:
+        """Unit `unit` mapped; None: the null embedding."""
+        paths = null_paths(self.root) if unit is None else unit_paths(self.root, unit)
+        return ShardReader(paths.shard, self.fingerprint, unit, self.tensors)
+
+    def damaged(self, found: object) -> VerificationError:
+        return VerificationError(
+            f"{self.root / 'index'} is damaged: {found}. `embed-precompute verify {self.root}` "
+            f"names the file, `embed-precompute finalize {self.root}` makes the index again."
+        )
+
+
+class EmbeddingDataset(Dataset[dict[str, Any]]):
+    """The samples of a finished dataset whose status is ok, in input order.
+
+    `path`: the dataset's folder, or a list of folders with one fingerprint, read one after another
+    (an id that several of them hold is found in the first). `verify="rows"` checks every row it
+    reads against its checksum in the index; `"never"` checks headers, sizes and lengths only.
+    `copy=False` gives tensors that share the mapped file: for callers that copy themselves, such as
+    `collate_embeddings`, and never write to a tensor or send one to another process. At most
+    `max_open_shards` shards stay mapped.
+
+    Raises InputError for a folder that holds no dataset, IncompleteError for one that is not
+    finalised, ConflictError for folders of different fingerprints, VerificationError for damage.
+    """
+
+    def __init__(
+        self,
+        path: AnyPath | Sequence[AnyPath],
+        verify: Literal["never", "rows"] = "never",
+        *,
+        copy: bool = True,
+        max_open_shards: int = 256,
+    ) -> None:
+        if verify not in ("never", "rows"):
+            raise InputError(f"verify is {verify!r}: expected 'never' or 'rows'.")
+        if max_open_shards < 1:
+            raise InputError(f"max_open_shards is {max_open_shards}: expected 1 or more.")
+        paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+        if not paths:
+            raise InputError("no folder is given: expected at least one dataset.")
+        # Absolute, so that a worker that is started elsewhere finds the same files.
+        self._folders = [_Folder(Path(each).absolute()) for each in paths]
+        _check_one_fingerprint(self._folders)
+        self._ends = list(accumulate(folder.num_ok for folder in self._folders))
+        self._verify_rows, self._copy = verify == "rows", copy
+        self._max_open_shards = max_open_shards
+        self._shards: dict[tuple[int, int | None], ShardReader] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shards": {}}
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The content of manifest.json; of the first folder's, when there are several."""
+        return self._folders[0].manifest
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity of what a caption becomes; equal for all folders."""
+        return self._folders[0].fingerprint
+
+    @property
+    def samples_digest(self) -> str:
+        """Which captions these samples are: of each folder its plan, and which samples are ok.
+
+        Equal digests mean the same caption at every index, whoever encoded it; a loader's state
+        has it.
+        """
+        return digest_of([folder.samples for folder in self._folders])
+
+    @property
+    def encoders(self) -> dict[str, dict[str, Any]]:
+        """Per encoder tensor (its name in a sample), pooled, dim, dtype."""
+        encoders: dict[str, dict[str, Any]] = self.manifest["encoders"]
+        return encoders
+
+    @property
+    def null(self) -> dict[str, torch.Tensor]:
+        """The encoding of the empty caption: text_<name> [L0, D] or [C], from the first folder."""
+        folder, reader = self._folders[0], self._shard(0, None)
+        if reader.num_rows != 1:
+            raise VerificationError(f"{reader.path} has {reader.num_rows} rows: expected 1.")
+        for tensor in folder.tensors:
+            if self._verify_rows and not reader.check_row(tensor.name, 0):
+                raise VerificationError(
+                    f"{reader.path} is damaged: text_{tensor.name} does not have its checksum."
+                )
+        return {f"text_{t.name}": reader.row(t.name, 0).clone() for t in folder.tensors}
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for i in range(len(self)):
+            yield self[i]
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Sample `i`: {"id": str, "text_<name>": Tensor [L, D], or [C] when pooled, ...}."""
+        return self._sample(*self._locate(i))
+
+    def __getitems__(self, indexes: Sequence[int]) -> list[dict[str, Any]]:
+        """The samples of a batch, in the order asked for, read in the order they are stored."""
+        places = [self._locate(i) for i in indexes]
+        samples: list[dict[str, Any]] = [{}] * len(places)
+        for k in sorted(range(len(places)), key=places.__getitem__):
+            samples[k] = self[indexes[k]]  # a subclass's own __getitem__, if it has one
+        return samples
+
+    def index_of(self, sample_id: str) -> int:
+        """The index of the sample with this id; SampleLookupError when it has no embedding."""
+        failed: str | None = None
+        for number, folder in enumerate(self._folders):
+            index = folder.index
+            try:
+                sample = index.find(sample_id)
+            except UnicodeEncodeError:  # no stored id holds a lone surrogate
+                sample = None
+            if sample is None:
+                continue
+            if index.status[sample] == Status.OK:
+                at = int(np.searchsorted(index.ok, np.int64(sample)))
+                if at >= folder.num_ok or index.ok[at] != sample:
+                    raise folder.damaged(f"ok.npy lacks sample {sample} ({sample_id!r})")
+                return self._start(number) + at
+            failed = failed or _why_failed(folder, sample, sample_id)
+        where = ", ".join(str(folder.root) for folder in self._folders)
+        raise SampleLookupError(failed or f"sample {sample_id!r} is not in {where}.")
+
+    def _start(self, number: int) -> int:
+        return self._ends[number - 1] if number else 0
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        """(folder, sample number in it) of index `i`."""
+        position = operator.index(i)
+        if position < 0:
+            position += len(self)
+        if not 0 <= position < len(self):
+            raise IndexError(f"index {i} is out of range: the dataset has {len(self)} samples.")
+        number = bisect_right(self._ends, position)
+        folder = self._folders[number]
+        sample = int(folder.index.ok[position - self._start(number)])
+        if not 0 <= sample < folder.index.num_samples:
+            raise folder.damaged(f"ok.npy holds {sample} of {folder.index.num_samples} samples")
+        return number, sample
+
+    def _sample(self, number: int, sample: int) -> dict[str, Any]:
+        folder = self._folders[number]
+        index = folder.index
+        try:
+            sample_id = index.sample_id(sample)
+        except ValueError as error:
+            raise folder.damaged(f"the id of sample {sample} is not UTF-8 ({error})") from error
+        row = int(index.index[sample])
+        try:
+            reader = self._shard(number, int(index.shard[sample]))
+        except VerificationError as error:
+            raise VerificationError(f"sample {sample_id!r}: {error}") from error
+        found: dict[str, Any] = {"id": sample_id}
+        for tensor in folder.tensors:
+            # Not an IndexError: to whoever iterates by index, that would be the dataset's end.
+            if not 0 <= row < reader.num_rows:
+                what = f"no row {row}, it has {reader.num_rows}"
+                raise _row_damaged(folder, reader, sample_id, what)
+            length = reader.length(tensor.name, row)
+            if length != index.lengths[tensor.name][sample]:
+                what = f"{length} vectors in row {row} of text_{tensor.name}"
+                expected = f": the index says {index.lengths[tensor.name][sample]}"
+                raise _row_damaged(folder, reader, sample_id, what + expected)
+            values = reader.row(tensor.name, row)
+            if self._copy:
+                values = values.clone()
+            if self._verify_rows:
+                digest = xxhash.xxh3_64_intdigest(values.reshape(-1).view(torch.uint8).numpy().data)
+                if digest != (expected_digest := int(index.checksums[tensor.name][sample])):
+                    what = f"checksum {digest:016x} of row {row} of text_{tensor.name}"
+                    expected = f": the index says {expected_digest:016x}"
+                    raise _row_damaged(folder, reader, sample_id, what + expected)
+            found[f"text_{tensor.name}"] = values
+        return found
+
+    def _shard(self, number: int, unit: int | None) -> ShardReader:
+        """The shard's reader, mapped at most once while it is among the last used.
+
+        A dict in order of use, without a lock: a fork may come while another thread holds one. The
+        worst a race of threads does is to map a shard twice.
+        """
+        key = (number, unit)
+        reader = self._shards.pop(key, None) or self._folders[number].shard(unit)
+        self._shards[key] = reader
+        while len(self._shards) > self._max_open_shards:
+            with contextlib.suppress(RuntimeError, StopIteration):  # another thread was faster
+                self._shards.pop(next(iter(self._shards)), None)
+        return reader
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    try:
+        return read_manifest(root)
+    except FileNotFoundError:
+        pass
+    if (root / "plan.json").is_file():
+        raise IncompleteError(
+            f"{root} is not finished: no manifest.json. Run the job again, or `embed-precompute "
+            f"finalize {root}` when `embed-precompute status {root}` shows no unit left."
+        )
+    what = "holds no dataset: no manifest.json" if root.is_dir() else "is not a folder"
+    raise InputError(f"{root} {what}. Expected the output.path of a finished run.")
+
+
+def _check_one_fingerprint(folders: Sequence[_Folder]) -> None:
+    first = folders[0]
+    for other in folders[1:]:
+        if other.fingerprint != first.fingerprint:
+            lines = differing_fields(first.manifest["spec"], other.manifest["spec"])
+            named = lines[:MAX_NAMED_DIFFERENCES]
+            if len(lines) > len(named):
+                named.append(f"and {len(lines) - len(named)} more")
+            raise ConflictError(
+                f"{first.root} and {other.root} hold different embeddings; they differ in\n  "
+                + "\n  ".join(named)
+                + "\nOnly folders of one fingerprint are one dataset: open these apart."
+            )
+
+
+def _why_failed(folder: _Folder, sample: int, sample_id: str) -> str:
+    number = int(folder.index.status[sample])
+    try:
+        label = Status(number).label
+    except ValueError:
+        raise folder.damaged(f"status.npy holds {number} for sample {sample}") from None
+    return (
+        f"sample {sample_id!r} has no embedding: its status is {label}. "
+        f"`embed-precompute info {folder.root} --id {sample_id}` says why."
+    )
+
+
+def _row_damaged(
+    folder: _Folder, reader: ShardReader, sample_id: str, found: str
+) -> VerificationError:
+    return VerificationError(
+        f"{reader.path} is damaged at sample {sample_id!r}: found {found}. "
+        f"`embed-precompute verify {folder.root}` checks all of it."
+    )
+
+
+def collate_embeddings(
+    samples: Sequence[Mapping[str, Any]], length: int | None = None
+) -> dict[str, Any]:
+    """A batch of B samples, sequences padded with zeros to the longest, or all to `length`.
+
+    Gives "id" list[str] if the samples have ids; for a pooled encoder text_<name> [B, C]; for the
+    others text_<name> [B, L, D], text_<name>_length int64 [B] and text_<name>_mask bool [B, L],
+    True where a vector was stored (attention_mask none stores the encoder's own pads: all True).
+    dtypes are kept. A sample longer than `length` is an InputError: nothing is cut. Use it as
+    `collate_fn`, a fixed length with `functools.partial(collate_embeddings, length=512)`.
+    """
+    if not samples:
+        raise InputError("a batch without samples: expected at least one.")
+    keys = samples[0].keys()
+    batch: dict[str, Any] = {}
+    for sample in samples:
+        if sample.keys() != keys:
+            raise InputError(f"samples of one batch have keys {sorted(keys)} and {sorted(sample)}.")
+    for key in keys:
+        values = [sample[key] for sample in samples]
+        if key == "id":
+            made: dict[str, Any] = {key: values}
+        elif not key.startswith("text_") or not isinstance(values[0], torch.Tensor):
+            raise InputError(f"collate_embeddings knows id and text_<name>, not {key}: pop it.")
+        elif values[0].dim() == 1:
+            made = {key: torch.stack(values)}
+        else:
+            made = _pad(key, values, length, [str(sample.get("id", "?")) for sample in samples])
+        if clash := batch.keys() & made.keys():
+            raise InputError(f"two encoders would both make {sorted(clash)}: use your own collate.")
+        batch |= made
+    return batch
+
+
+def _pad(
+    key: str, values: Sequence[torch.Tensor], length: int | None, ids: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    lengths = [len(value) for value in values]
+    longest = max(lengths)
+    if length is not None and longest > length:
+        raise InputError(
+            f"sample {ids[lengths.index(longest)]!r} has {longest} vectors in {key}, more than "
+            f"length={length}: embeddings are never cut. Give a length of {longest} or more."
+        )
+    padded_length = longest if length is None else length
+    batch = values[0].new_empty((len(values), padded_length, values[0].shape[1]))  # [B, L, D]
+    for line, value in zip(batch, values, strict=True):
+        line[: len(value)] = value
+        line[len(value) :] = 0
+    real = torch.tensor(lengths)
+    mask = torch.arange(padded_length) < real[:, None]  # [B, L]
+    return {key: batch, f"{key}_length": real, f"{key}_mask": mask}
