@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from embed_precompute.config.schema import digest_of
+from embed_precompute.documents import digest_of
 from embed_precompute.job.units import EncodedTokens, Unit, UnitWriter
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.manifest import finalize

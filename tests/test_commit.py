@@ -23,7 +23,7 @@ from store_case import (
     write_shard,
 )
 
-from embed_precompute.config.schema import FORMAT_VERSION, digest_of
+from embed_precompute.documents import digest_of
 from embed_precompute.errors import (
     StorageError,
     VerificationError,
@@ -39,7 +39,7 @@ from embed_precompute.store.commit import (
 from embed_precompute.store.manifest import (
     unit_paths,
 )
-from embed_precompute.store.sealed import read_sealed, seal
+from embed_precompute.store.sealed import FORMAT_VERSION, read_sealed, seal
 from embed_precompute.store.shards import ShardWriter
 
 

@@ -17,7 +17,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from embed_precompute.config.schema import EncoderConfig, canonical_json
+from embed_precompute.config.schema import EncoderConfig
+from embed_precompute.documents import canonical_json
 from embed_precompute.encoders.batching import make_batches
 from embed_precompute.encoders.digests import file_sha256
 from embed_precompute.encoders.resolve import build, resolve

@@ -20,10 +20,10 @@ from embed_precompute.audit import reencode
 from embed_precompute.audit import repair as repair_module
 from embed_precompute.audit.unit_check import UnitCheck
 from embed_precompute.audit.verify import verify
+from embed_precompute.encoders import device as device_module
 from embed_precompute.encoders import hf, shardformer
 from embed_precompute.encoders.transfers import Pending
 from embed_precompute.errors import InputError
-from embed_precompute.encoders import device as device_module
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import replace_bytes
 from embed_precompute.store.leftovers import QUARANTINE

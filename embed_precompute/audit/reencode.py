@@ -23,13 +23,13 @@ from embed_precompute.audit.unit_check import Report
 from embed_precompute.config.files import load_config
 from embed_precompute.config.schema import Config, EncoderConfig
 from embed_precompute.distributed import DistContext
+from embed_precompute.documents import differing_fields
 from embed_precompute.encoders import resolve as encoder_registry
 from embed_precompute.encoders.device import environment, resolve_device
 from embed_precompute.encoders.spec import ResolvedEncoder
 from embed_precompute.errors import ConflictError, InputError
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.nearness import MAX_RELATIVE_DIFFERENCE, MIN_COSINE, distance
-from embed_precompute.store.plan import differing_fields
 from embed_precompute.store.records import null_paths, read_record, unit_paths
 from embed_precompute.store.rows import StoredSample, read_samples
 from embed_precompute.store.shards import ShardReader, StoredTensor

@@ -33,12 +33,12 @@ from embed_precompute.audit.unit_check import (
     check_rows,
     repeated_ids,
 )
-from embed_precompute.config.schema import FORMAT_VERSION, canonical_json, digest_of
+from embed_precompute.documents import canonical_json, digest_of, flatten
 from embed_precompute.errors import InputError
 from embed_precompute.store.commit import TEMP_PREFIX
 from embed_precompute.store.committed import check_null
 from embed_precompute.store.index import DatasetIndex, index_dtypes
-from embed_precompute.store.plan import Plan, flatten
+from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import (
     UnitPaths,
     committed_units,
@@ -50,6 +50,7 @@ from embed_precompute.store.records import (
     stored_tensors,
     unit_paths,
 )
+from embed_precompute.store.sealed import FORMAT_VERSION
 from embed_precompute.store.shards import ShardReader, StoredTensor
 
 __all__ = ["Report", "check_derived", "check_units", "verify"]

@@ -1,8 +1,7 @@
-"""The configuration as frozen dataclasses, and the hashes that name a specification.
+"""The configuration as frozen dataclasses.
 
-Guarantees: a `Config` that exists is valid by itself (ranges, exclusive fields, names), and
-`digest_of` gives the same hex string for the same values on every machine.
-Costs: stdlib only, no import of torch; building one touches no file.
+A `Config` that exists is valid by itself: ranges, exclusive fields, names. Making one imports no
+torch and touches no file.
 
 Which half a field is in decides what it may change. `captions`, `encoders` and `output` hold the
 *spec* (it changes bytes, so it is in the fingerprint or in the plan); `runtime` holds everything
@@ -11,17 +10,14 @@ else (it must never change a byte).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import string
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from embed_precompute.config.video_buckets import Bucket, VideoTokensConfig
 from embed_precompute.errors import InputError, require
 
-FORMAT_VERSION = 1
 ENCODER_NAME = re.compile(r"^[a-z][a-z0-9_]{0,31}$")
 
 RESERVED_ENDINGS = ("_offsets", "_xxh3", "_length", "_mask", "_tokens", "_truncated")
@@ -32,19 +28,6 @@ Implementation = Literal["auto", "hf", "fused", "shardformer"]
 AttentionMask = Literal["none", "padding"]
 MOST_TOKENS = 1 << 26
 """No forward is larger: 67 million tokens or captions; ids alone would be half a gigabyte."""
-
-
-def canonical_json(value: Any) -> bytes:
-    """`value` as UTF-8 JSON with sorted keys, no spaces, no NaN: equal values give equal bytes."""
-    text = json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
-    return text.encode("utf-8")
-
-
-def digest_of(value: Any) -> str:
-    """sha256 (hex) of the canonical JSON of `value`."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embed_precompute.config.schema import digest_of
+from embed_precompute.documents import digest_of
 from embed_precompute.encoders.digests import file_sha256
 from embed_precompute.errors import InputError
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from embed_precompute.config.schema import canonical_json, digest_of
+from embed_precompute.documents import canonical_json, digest_of
 from embed_precompute.errors import InputError
 
 SHA256 = re.compile(r"[0-9a-f]{64}")

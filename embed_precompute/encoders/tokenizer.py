@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embed_precompute.config.schema import digest_of
+from embed_precompute.documents import digest_of
 from embed_precompute.encoders.checkpoint import quiet_transformers
 from embed_precompute.errors import InputError
 

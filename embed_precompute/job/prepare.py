@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from embed_precompute.captions.table import CaptionTable, Scan
-from embed_precompute.config.schema import FORMAT_VERSION, Config, digest_of
+from embed_precompute.config.schema import Config
 from embed_precompute.distributed import DistContext
+from embed_precompute.documents import digest_of
 from embed_precompute.encoders import resolve as encoder_registry
 from embed_precompute.encoders.spec import ResolvedEncoder
 from embed_precompute.errors import ConflictError, InputError, StorageError
@@ -34,7 +35,7 @@ from embed_precompute.store.plan import (
     rows_per_unit,
 )
 from embed_precompute.store.records import committed_units, read_record, refuse_linked_folders
-from embed_precompute.store.sealed import MAX_JSON_BYTES, read_sealed, seal
+from embed_precompute.store.sealed import FORMAT_VERSION, MAX_JSON_BYTES, read_sealed, seal
 from embed_precompute.store.space import room_at
 
 log = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from embed_precompute.documents import differing_fields
 from embed_precompute.errors import ConflictError
 from embed_precompute.job.prepare import Prepared
 from embed_precompute.store.manifest import (
@@ -18,7 +19,7 @@ from embed_precompute.store.manifest import (
     read_record,
     unit_paths,
 )
-from embed_precompute.store.plan import Plan, differing_fields
+from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import NULL_UNIT
 
 log = logging.getLogger(__name__)

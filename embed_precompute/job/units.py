@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from embed_precompute.captions.table import CaptionReader
-from embed_precompute.config.schema import FORMAT_VERSION
 from embed_precompute.encoders.spec import ResolvedEncoder
 from embed_precompute.errors import InputError, InternalError, StorageError, VerificationError
 from embed_precompute.samples import Sample, Status
@@ -38,7 +37,7 @@ from embed_precompute.store.manifest import (
 from embed_precompute.store.nearness import MIN_COSINE, distance
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import NULL_UNIT
-from embed_precompute.store.sealed import seal
+from embed_precompute.store.sealed import FORMAT_VERSION, seal
 from embed_precompute.store.shards import ShardFile, ShardReader, ShardWriter
 
 EXPONENT_BITS = {

@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 import torch
 
-from embed_precompute.config.schema import FORMAT_VERSION, DType
+from embed_precompute.config.schema import DType
+from embed_precompute.documents import differing_fields
 from embed_precompute.errors import ConflictError, InputError, VerificationError
 from embed_precompute.opensora.source import CaptionRows, Entry, Source, Subset, captions_path
 from embed_precompute.opensora.table import (
@@ -51,9 +52,8 @@ from embed_precompute.store.commit import (
 )
 from embed_precompute.store.committed import check_null
 from embed_precompute.store.leftovers import remove_file, remove_leftovers
-from embed_precompute.store.plan import differing_fields
 from embed_precompute.store.records import null_paths
-from embed_precompute.store.sealed import read_sealed, seal
+from embed_precompute.store.sealed import FORMAT_VERSION, read_sealed, seal
 from embed_precompute.store.shards import ShardReader
 
 SOURCE_FILE, DONE_FILE, TABLE = "source.json", "export.json", "table"

@@ -22,11 +22,12 @@ from embed_precompute.captions.columns import STRINGS, Problem, entries_per_row,
 from embed_precompute.captions.files import Footer, find_files, open_parquet, read_footers
 from embed_precompute.captions.recipes import make_normalizer
 from embed_precompute.captions.rows import CaptionFile, RowCursor, RowMap, starts_of
+from embed_precompute.documents import MAX_NAMED_DIFFERENCES
 from embed_precompute.errors import ConflictError, InputError
 from embed_precompute.samples import Status
 from embed_precompute.store.committed import CommittedUnit
 from embed_precompute.store.index import DatasetIndex
-from embed_precompute.store.plan import MAX_NAMED_DIFFERENCES, changed_files
+from embed_precompute.store.plan import changed_files
 from embed_precompute.store.records import read_plan, stored_tensors
 from embed_precompute.store.rows import read_samples
 

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from embed_precompute.config.schema import FORMAT_VERSION, digest_of
+from embed_precompute.documents import digest_of
 from embed_precompute.errors import StorageError, VerificationError
 from embed_precompute.opensora.source import Entry
 from embed_precompute.opensora.text_pair import TextPair
 from embed_precompute.store.commit import Outcome, publish_bytes, replace_bytes
 from embed_precompute.store.committed import CommittedUnit
-from embed_precompute.store.sealed import read_sealed, seal
+from embed_precompute.store.sealed import FORMAT_VERSION, read_sealed, seal
 
 THREADS = 8
 FILES_PER_FOLDER = 1000

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from embed_precompute.config.schema import FORMAT_VERSION, canonical_json
+from embed_precompute.documents import canonical_json
 from embed_precompute.errors import InputError
 from embed_precompute.store.records import StoredTensor
+from embed_precompute.store.sealed import FORMAT_VERSION
 
 METADATA_KEY = "embed_precompute"
 MAX_HEADER_BYTES = 4 << 20

@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from embed_precompute.config.schema import FORMAT_VERSION, canonical_json
+from embed_precompute.documents import canonical_json
 from embed_precompute.errors import IncompleteError, StorageError, VerificationError
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import (
@@ -55,7 +55,7 @@ from embed_precompute.store.rows import (
     rows_part_bytes,
     rows_schema,
 )
-from embed_precompute.store.sealed import seal
+from embed_precompute.store.sealed import FORMAT_VERSION, seal
 from embed_precompute.store.shards import StoredTensor
 
 __all__ = [

@@ -13,13 +13,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from embed_precompute.config.schema import FORMAT_VERSION, digest_of
+from embed_precompute.documents import differing_fields, digest_of, listed
 from embed_precompute.errors import ConflictError, VerificationError
 from embed_precompute.store.records import mismatch
+from embed_precompute.store.sealed import FORMAT_VERSION
 
 AUTO_SHARD_BYTES = 1 << 30
 AUTO_MAX_SAMPLES = 4096
-MAX_NAMED_DIFFERENCES = 8
 MAX_UNITS = 1 << 31
 """The index stores a unit's number in 32 bits."""
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -168,32 +168,6 @@ def auto_samples_per_shard(bytes_per_sample: float) -> int:
     return max(1, min(AUTO_MAX_SAMPLES, int(AUTO_SHARD_BYTES / max(1.0, bytes_per_sample))))
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping with dotted keys, for naming the fields that differ."""
-    if isinstance(value, Mapping) and value:
-        flat: dict[str, Any] = {}
-        for key, inner in value.items():
-            flat.update(flatten(inner, f"{prefix}.{key}" if prefix else str(key)))
-        return flat
-    return {prefix: value}
-
-
-def differing_fields(stored: Any, wanted: Any) -> list[str]:
-    """`field: stored -> wanted` for every field that differs."""
-    old, new = flatten(stored), flatten(wanted)
-    names = sorted(old.keys() | new.keys())
-    return [
-        f"{name}: {_short(old.get(name, 'absent'))} -> {_short(new.get(name, 'absent'))}"
-        for name in names
-        if old.get(name, "absent") != new.get(name, "absent")
-    ]
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def changed_files(
     stored: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
 ) -> list[str]:
@@ -232,11 +206,8 @@ def check_same(
         lines.append(f"samples_per_shard: {stored.samples_per_shard} -> {samples_per_shard}")
     if not lines:
         return
-    named = lines[:MAX_NAMED_DIFFERENCES]
-    if len(lines) > len(named):
-        named.append(f"and {len(lines) - len(named)} more")
     raise ConflictError(
         "the output holds another dataset; this run differs in\n  "
-        + "\n  ".join(named)
+        + listed(lines)
         + "\nGive the old value back, or write to a new output.path."
     )

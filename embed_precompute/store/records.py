@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embed_precompute.config.schema import ENCODER_NAME, FORMAT_VERSION
+from embed_precompute.config.schema import ENCODER_NAME
 from embed_precompute.errors import (
     IncompleteError,
     InputError,
@@ -24,7 +24,7 @@ from embed_precompute.errors import (
     require,
 )
 from embed_precompute.samples import Status
-from embed_precompute.store.sealed import read_sealed
+from embed_precompute.store.sealed import FORMAT_VERSION, read_sealed
 
 UNITS_PER_FOLDER = 1000
 NULL_UNIT = -1

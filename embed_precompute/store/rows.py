@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embed_precompute.config.schema import canonical_json
+from embed_precompute.documents import canonical_json
 from embed_precompute.errors import VerificationError
 from embed_precompute.parquet.chunks import column_chunks, footer_bytes
 from embed_precompute.parquet.pages import row_bytes

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embed_precompute.config.schema import FORMAT_VERSION, canonical_json
+from embed_precompute.documents import canonical_json
 from embed_precompute.errors import StorageError, VerificationError
 
+FORMAT_VERSION = 1
 MAX_JSON_BYTES = 16 << 20
 MAX_RECORD_BYTES = 1 << 20
 MAX_JSON_ITEMS = 1 << 19

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import xxhash
 
-from embed_precompute.config.schema import FORMAT_VERSION
 from embed_precompute.errors import InternalError, VerificationError
 from embed_precompute.store.commit import PIECE_BYTES, Outcome, StagedFile, StoredFile
 from embed_precompute.store.layout import (
@@ -35,6 +34,7 @@ from embed_precompute.store.layout import (
     layout,
 )
 from embed_precompute.store.records import StoredTensor
+from embed_precompute.store.sealed import FORMAT_VERSION
 
 __all__ = ["ShardFile", "ShardReader", "ShardWriter", "StoredTensor"]
 

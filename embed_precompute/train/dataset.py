@@ -26,11 +26,10 @@ import torch
 import xxhash
 from torch.utils.data import Dataset
 
-from embed_precompute.config.schema import digest_of
+from embed_precompute.documents import differing_fields, digest_of, listed
 from embed_precompute.errors import ConflictError, IncompleteError, InputError, VerificationError
 from embed_precompute.samples import Status
 from embed_precompute.store.index import DatasetIndex
-from embed_precompute.store.plan import MAX_NAMED_DIFFERENCES, differing_fields
 from embed_precompute.store.records import null_paths, read_manifest, stored_tensors, unit_paths
 from embed_precompute.store.shards import ShardReader
 
@@ -299,12 +298,9 @@ def _check_one_fingerprint(folders: Sequence[_Folder]) -> None:
     for other in folders[1:]:
         if other.fingerprint != first.fingerprint:
             lines = differing_fields(first.manifest["spec"], other.manifest["spec"])
-            named = lines[:MAX_NAMED_DIFFERENCES]
-            if len(lines) > len(named):
-                named.append(f"and {len(lines) - len(named)} more")
             raise ConflictError(
                 f"{first.root} and {other.root} hold different embeddings; they differ in\n  "
-                + "\n  ".join(named)
+                + listed(lines)
                 + "\nOnly folders of one fingerprint are one dataset: open these apart."
             )
 
