@@ -21,8 +21,8 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from embed_precompute.config.schema import EncoderConfig
 from embed_precompute.encoders.embedder import HFEmbedder
+from embed_precompute.encoders.options import EncoderConfig
 from embed_precompute.encoders.resolve import build, resolve
 from embed_precompute.encoders.shardformer import check_usable
 from embed_precompute.errors import InputError

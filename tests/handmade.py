@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from embed_precompute.documents import digest_of
-from embed_precompute.job.units import EncodedTokens, Unit, UnitWriter
+from embed_precompute.job.units import EncodedTokens, Unit
+from embed_precompute.job.writer import UnitWriter
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.manifest import finalize
 from embed_precompute.store.plan import Inputs, Plan

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embed_precompute.captions import table as table_module
+from embed_precompute.captions.settings import CaptionsConfig, RecipeConfig
 from embed_precompute.captions.table import CaptionTable
-from embed_precompute.config.schema import CaptionsConfig, RecipeConfig
 from embed_precompute.errors import EXIT_USAGE, InputError
 from embed_precompute.samples import Sample, Status
 

@@ -34,8 +34,8 @@ from embed_precompute.bench.workload import (
     synthetic_lengths,
     windows,
 )
-from embed_precompute.config.schema import EncoderConfig
 from embed_precompute.encoders.batching import make_batches, pack
+from embed_precompute.encoders.options import EncoderConfig
 from embed_precompute.encoders.resolve import compiler, resolve
 
 WHOLE_JOB = Path(__file__).parent.parent / "scripts" / "whole_job.py"

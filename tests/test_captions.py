@@ -19,8 +19,8 @@ import xxhash
 from embed_precompute.captions import ids as ids_module
 from embed_precompute.captions.recipes import make_normalizer, target_fps
 from embed_precompute.captions.rows import RowCursor
+from embed_precompute.captions.settings import CaptionsConfig, RecipeConfig
 from embed_precompute.captions.table import CaptionTable, Scan
-from embed_precompute.config.schema import CaptionsConfig, RecipeConfig
 from embed_precompute.documents import canonical_json
 from embed_precompute.errors import ConflictError, InputError
 from embed_precompute.samples import Sample, Status

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from embed_precompute.config.files import describe_keys, load_config, to_yaml
-from embed_precompute.config.schema import Config, EncoderConfig
+from embed_precompute.config.schema import Config
 from embed_precompute.documents import canonical_json, digest_of
+from embed_precompute.encoders.options import EncoderConfig
 from embed_precompute.errors import InputError
 
 YAML = """

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from embed_precompute.captions.settings import RecipeConfig
 from embed_precompute.config.files import load_config
-from embed_precompute.config.schema import Config, EncoderConfig, RecipeConfig
+from embed_precompute.config.schema import Config
+from embed_precompute.encoders.options import EncoderConfig
 from make_demo import demo_captions, write_clip, write_t5
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -17,10 +17,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from embed_precompute.config.schema import EncoderConfig
 from embed_precompute.documents import canonical_json
 from embed_precompute.encoders.batching import make_batches
 from embed_precompute.encoders.digests import file_sha256
+from embed_precompute.encoders.options import EncoderConfig
 from embed_precompute.encoders.resolve import build, resolve
 from embed_precompute.encoders.spec import ResolvedEncoder, TextEncoder
 from embed_precompute.encoders.tokenizer import PROBES, CaptionTokenizer

@@ -23,7 +23,7 @@ from embed_precompute.encoders.hf import HfEncoder
 from embed_precompute.encoders.spec import TextEncoder
 from embed_precompute.errors import EmbedPrecomputeError, VerificationError
 from embed_precompute.job import prepare as preflight
-from embed_precompute.job.units import is_finite
+from embed_precompute.job.writer import is_finite
 from embed_precompute.store import space
 from embed_precompute.store.commit import this_host
 from embed_precompute.store.index import DatasetIndex

@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import call, write_captions, write_job
 
-from embed_precompute.config.schema import EncoderConfig
 from embed_precompute.encoders import resolve as encoders
 from embed_precompute.encoders.batching import pack
 from embed_precompute.encoders.fused import graph, stream
@@ -29,6 +28,7 @@ from embed_precompute.encoders.fused.encoder import longest_of
 from embed_precompute.encoders.fused.kernels import one_compiles_first
 from embed_precompute.encoders.fused.stream import Group, groups_of
 from embed_precompute.encoders.fused.t5 import T5Body
+from embed_precompute.encoders.options import EncoderConfig
 from embed_precompute.encoders.resolve import build, resolve, settle
 from embed_precompute.encoders.spec import TextEncoder
 from embed_precompute.errors import InputError, InternalError

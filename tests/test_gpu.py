@@ -19,12 +19,12 @@ import torch
 import transformers
 from jobs import call, dataset_bytes, write_captions, write_job
 
-from embed_precompute.config.schema import EncoderConfig
 from embed_precompute.encoders import hf, offload
 from embed_precompute.encoders import resolve as encoders
 from embed_precompute.encoders.fused import graph
 from embed_precompute.encoders.fused.encoder import longest_of
 from embed_precompute.encoders.fused.stream import one_attention
+from embed_precompute.encoders.options import EncoderConfig
 from embed_precompute.encoders.resolve import build, resolve
 from embed_precompute.encoders.spec import ResolvedEncoder, TextEncoder
 from embed_precompute.encoders.transfers import IN_FLIGHT, Copies, in_order, upload

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embed_precompute.captions.rows import MAX_PAGE_BYTES, MOST_BATCH_BYTES, RowCursor
+from embed_precompute.captions.settings import CaptionsConfig
 from embed_precompute.captions.table import CaptionTable
-from embed_precompute.config.schema import CaptionsConfig
 from embed_precompute.errors import InputError
 from embed_precompute.parquet.chunks import Chunk, column_chunks
 from embed_precompute.parquet.pages import (
@@ -286,7 +286,7 @@ _FLIPS = """
 import sys
 from pathlib import Path
 from embed_precompute.captions.table import CaptionTable
-from embed_precompute.config.schema import CaptionsConfig, RecipeConfig
+from embed_precompute.captions.settings import CaptionsConfig, RecipeConfig
 from embed_precompute.errors import InputError
 
 path = Path(sys.argv[1])

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from embed_precompute.config.schema import EncoderConfig
+from embed_precompute.encoders.options import EncoderConfig
 from embed_precompute.encoders.resolve import build, resolve
 from embed_precompute.encoders.spec import TextEncoder
 from make_demo import write_clip, write_t5

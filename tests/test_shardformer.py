@@ -13,8 +13,8 @@ import transformers
 from jobs import call, write_captions, write_job
 
 from embed_precompute import EmbeddingDataset, HFEmbedder, shardformer_t5
-from embed_precompute.config.schema import EncoderConfig
 from embed_precompute.encoders import shardformer as module
+from embed_precompute.encoders.options import EncoderConfig
 from embed_precompute.encoders.resolve import build, resolve
 from embed_precompute.errors import InputError
 from make_demo import write_t5

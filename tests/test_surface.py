@@ -12,8 +12,9 @@ from jobs import call, clean_environment, execute
 
 import embed_precompute
 from embed_precompute import errors
+from embed_precompute.captions import settings
 from embed_precompute.config import schema as config
-from embed_precompute.config import video_buckets
+from embed_precompute.encoders import options, video_buckets
 
 COMMANDS = {
     "run": {"--limit", "--print_config", "--print-config"},
@@ -49,9 +50,9 @@ PUBLIC = {
     "shardformer_t5",
 }
 SECTIONS = {
-    config.CaptionsConfig: "path text_column id_column recipe normalize on_bad_text",
-    config.RecipeConfig: "kind template fps_column fps_max motion_column",
-    config.EncoderConfig: "kind pretrained revision tokenizer max_length attention_mask seq_align "
+    settings.CaptionsConfig: "path text_column id_column recipe normalize on_bad_text",
+    settings.RecipeConfig: "kind template fps_column fps_max motion_column",
+    options.EncoderConfig: "kind pretrained revision tokenizer max_length attention_mask seq_align "
     "added_tokens dtype batch_tokens batch_size buckets stream_tokens implementation "
     "compile tf32",
     video_buckets.VideoTokensConfig: "buckets bucket_config time_compression_ratio "

@@ -9,15 +9,15 @@ import pytest
 from jobs import call, write_captions, write_job
 
 from embed_precompute.config.files import load_config, to_yaml
-from embed_precompute.config.schema import EncoderConfig
-from embed_precompute.config.video_buckets import (
+from embed_precompute.encoders.options import EncoderConfig
+from embed_precompute.encoders.resolve import resolve
+from embed_precompute.encoders.video_buckets import (
     Bucket,
     VideoTokensConfig,
     resolution_sizes,
     table_buckets,
     video_tokens,
 )
-from embed_precompute.encoders.resolve import resolve
 from embed_precompute.errors import InputError
 
 # Of configs/diffusion/train/stage2.py (hpcaitech/Open-Sora): which frames each resolution has, and

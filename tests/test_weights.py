@@ -17,9 +17,9 @@ import transformers
 from jobs import PACKAGE_ROOT, call, clean_environment, dataset_bytes, write_captions, write_job
 from safetensors.torch import load_file, save_file
 
-from embed_precompute.config.schema import EncoderConfig
 from embed_precompute.encoders import hf, offload
 from embed_precompute.encoders.hf import load_checkpoint
+from embed_precompute.encoders.options import EncoderConfig
 from embed_precompute.encoders.resolve import build, resolve
 from embed_precompute.encoders.spec import TextEncoder
 from embed_precompute.encoders.weights import BLOCK_BYTES, loaded_bytes, read_cast

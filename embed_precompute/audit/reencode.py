@@ -21,11 +21,12 @@ import torch
 
 from embed_precompute.audit.unit_check import Report
 from embed_precompute.config.files import load_config
-from embed_precompute.config.schema import Config, EncoderConfig
+from embed_precompute.config.schema import Config
 from embed_precompute.distributed import DistContext
 from embed_precompute.documents import differing_fields
 from embed_precompute.encoders import resolve as encoder_registry
 from embed_precompute.encoders.device import environment, resolve_device
+from embed_precompute.encoders.options import EncoderConfig
 from embed_precompute.encoders.spec import ResolvedEncoder
 from embed_precompute.errors import ConflictError, InputError
 from embed_precompute.samples import Sample, Status

@@ -22,10 +22,10 @@ from typing import Any, Literal
 import torch
 
 from embed_precompute.bench.workload import WINDOW, Ids
-from embed_precompute.config.schema import Implementation
 from embed_precompute.encoders import hf, offload
 from embed_precompute.encoders import resolve as encoder_registry
 from embed_precompute.encoders.batching import TokenBatch, make_batch
+from embed_precompute.encoders.options import Implementation
 from embed_precompute.encoders.spec import ResolvedEncoder, TextEncoder
 from embed_precompute.encoders.transfers import Pending
 from embed_precompute.errors import InputError

@@ -27,7 +27,7 @@ from embed_precompute.captions.columns import (
     Need,
     Problem,
 )
-from embed_precompute.config.schema import RecipeConfig
+from embed_precompute.captions.settings import RecipeConfig
 from embed_precompute.errors import InputError
 from embed_precompute.samples import Status
 

@@ -50,7 +50,7 @@ from embed_precompute.captions.rows import (
     chunks_of,
     starts_of,
 )
-from embed_precompute.config.schema import CaptionsConfig
+from embed_precompute.captions.settings import CaptionsConfig
 from embed_precompute.errors import InputError
 from embed_precompute.parquet.chunks import Chunk
 from embed_precompute.samples import Sample, Status

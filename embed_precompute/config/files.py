@@ -28,7 +28,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from embed_precompute.config.schema import Config, EncoderConfig
+from embed_precompute.config.schema import Config
+from embed_precompute.encoders.options import EncoderConfig
 from embed_precompute.errors import InputError
 
 BY_NAME = dict[str, EncoderConfig]

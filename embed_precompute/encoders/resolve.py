@@ -16,10 +16,10 @@ import shutil
 from collections.abc import Mapping
 from typing import Any, cast
 
-from embed_precompute.config.schema import EncoderConfig
 from embed_precompute.encoders import shardformer
 from embed_precompute.encoders.batching import Shape, shape_of
 from embed_precompute.encoders.checkpoint import Checkpoint, locate, open_checkpoint
+from embed_precompute.encoders.options import EncoderConfig
 from embed_precompute.encoders.spec import ResolvedEncoder, TextEncoder
 from embed_precompute.encoders.tokenizer import CaptionTokenizer
 from embed_precompute.errors import InputError, InternalError

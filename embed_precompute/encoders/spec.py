@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from embed_precompute.config.schema import EncoderConfig
 from embed_precompute.encoders.batching import Shape, TokenBatch, make_batches, pack
+from embed_precompute.encoders.options import EncoderConfig
 from embed_precompute.encoders.tokenizer import CaptionTokenizer
 
 if TYPE_CHECKING:

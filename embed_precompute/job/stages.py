@@ -29,7 +29,8 @@ from embed_precompute.job.isolate import Forward, begin
 from embed_precompute.job.prepare import Prepared
 from embed_precompute.job.resume import check_record
 from embed_precompute.job.signals import StopRequest
-from embed_precompute.job.units import Unit, UnitWriter, read_unit
+from embed_precompute.job.units import Unit, read_unit
+from embed_precompute.job.writer import UnitWriter
 from embed_precompute.samples import count_failed
 from embed_precompute.store.manifest import (
     committed_units,

@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 import torch
 
-from embed_precompute.config.schema import DType
 from embed_precompute.documents import differing_fields
+from embed_precompute.encoders.options import DType
 from embed_precompute.errors import ConflictError, InputError, VerificationError
 from embed_precompute.opensora.source import CaptionRows, Entry, Source, Subset, captions_path
 from embed_precompute.opensora.table import (

@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from embed_precompute.config.schema import ENCODER_NAME
 from embed_precompute.errors import IncompleteError, VerificationError
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import StagedFile
-from embed_precompute.store.records import read_manifest
+from embed_precompute.store.records import ENCODER_NAME, read_manifest
 
 NPY_HEADER_BYTES = 128
 SORT_ENTRIES = 1 << 20

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embed_precompute.config.schema import ENCODER_NAME
 from embed_precompute.errors import (
     IncompleteError,
     InputError,
@@ -27,6 +26,9 @@ from embed_precompute.samples import Status
 from embed_precompute.store.sealed import FORMAT_VERSION, read_sealed
 
 UNITS_PER_FOLDER = 1000
+ENCODER_NAME = re.compile(r"^[a-z][a-z0-9_]{0,31}$")
+RESERVED_ENDINGS = ("_offsets", "_xxh3", "_length", "_mask", "_tokens", "_truncated")
+"""Of names that stand beside an encoder's: no encoder's name may end so."""
 NULL_UNIT = -1
 """The number of the null embedding where units are counted; it is claimed like one, first."""
 CODECS = ("raw",)

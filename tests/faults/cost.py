@@ -17,7 +17,8 @@ from handmade import ENVIRONMENT, make_plan, samples_of
 from jobs import clean_environment, write_captions
 from transformers import T5Config, T5EncoderModel
 
-from embed_precompute.job.units import EncodedTokens, Unit, UnitWriter
+from embed_precompute.job.units import EncodedTokens, Unit
+from embed_precompute.job.writer import UnitWriter
 from faults.lab import Finding, Lab
 from faults.unprotected import unprotected
 from make_demo import write_t5

@@ -183,8 +183,8 @@ def _finalize(root: Path, captions: Path) -> None:
 
 
 def _read_captions(root: Path, captions: Path) -> None:
+    from embed_precompute.captions.settings import CaptionsConfig, RecipeConfig
     from embed_precompute.captions.table import CaptionTable
-    from embed_precompute.config.schema import CaptionsConfig, RecipeConfig
 
     recipe = RecipeConfig(kind="opensora")  # asks the footer whether the integer fps has nulls
     table = CaptionTable.open(CaptionsConfig(path=str(captions), recipe=recipe), [])
