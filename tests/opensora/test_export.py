@@ -469,7 +469,7 @@ def test_command_line(root: Path, tmp_path: Path) -> None:
 
 
 def test_patch_has_their_four_lines_at_most() -> None:
-    patch = Path(__file__).parents[1] / "scripts" / "opensora" / "null_embeddings.patch"
+    patch = Path(__file__).parents[2] / "scripts" / "opensora" / "null_embeddings.patch"
     lines = patch.read_text().partition("@@")[2].splitlines()[1:]
     assert sum(line.startswith((" ", "-")) for line in lines) == 4
     assert sum(line.startswith("+") for line in lines) == 2
