@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embed_precompute.documents import canonical_json
@@ -281,3 +282,18 @@ def is_sound_orphan(
         return foreign and list(read_samples(path, encoders, len(samples))) == list(samples)
     except (VerificationError, pa.ArrowException, OSError, ValueError):
         return False
+
+
+def ok_columns(root: Path, names: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+    """Columns of manifest.parquet for the samples whose status is ok, READ_ROWS rows at a time."""
+    path = root / "manifest.parquet"
+    try:
+        with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
+            columns = ["status", *names]
+            for batch in file.iter_batches(READ_ROWS, columns=columns, use_threads=False):
+                ok = pc.equal(batch.column("status"), Status.OK.label)
+                yield {name: batch.column(name).filter(ok).to_pylist() for name in names}
+    except (pa.ArrowException, OSError, LookupError, ValueError) as error:
+        raise VerificationError(
+            f"{path} is damaged: {error}. `embed-precompute finalize {root}` makes it again."
+        ) from error

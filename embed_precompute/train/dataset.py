@@ -17,7 +17,7 @@ import operator
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,6 +160,12 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         encoders: dict[str, dict[str, Any]] = self.manifest["encoders"]
         return encoders
 
+    def is_masked(self, tensor: str) -> bool:
+        """Whether only real tokens are stored: the encoder ran with attention_mask padding."""
+        name = tensor.removeprefix("text_")
+        mode = self.manifest["spec"]["encoders"][name].get("attention_mask")
+        return bool(mode == "padding" and not self.encoders[name]["pooled"])
+
     @property
     def null(self) -> dict[str, torch.Tensor]:
         """The encoding of the empty caption: text_<name> [L0, D] or [C], from the first folder."""
@@ -211,6 +217,31 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
             failed = failed or _why_failed(folder, sample, sample_id)
         where = ", ".join(str(folder.root) for folder in self._folders)
         raise SampleLookupError(failed or f"sample {sample_id!r} is not in {where}.")
+
+    def encoded_text(self, i: int) -> str:
+        """The text that was encoded for sample `i`: its caption after normalisation and recipe."""
+        from embed_precompute.store.rows import read_samples  # with pyarrow
+
+        number, sample = self._locate(i)
+        folder = self._folders[number]
+        unit = int(folder.index.shard[sample])
+        part = unit_paths(folder.root, unit).rows
+        names = [tensor.name for tensor in folder.tensors]
+        first = int(folder.index.shards[unit, 0])
+        stored = next(islice(read_samples(part, names), sample - first, None), None)
+        if stored is None or stored.text is None:
+            raise folder.damaged(f"{part} has no text for sample {sample}")
+        return stored.text
+
+    def columns(self, *names: str) -> Iterator[dict[str, list[Any]]]:
+        """Columns of manifest.parquet, such as text_sha256 and t5_tokens, in the order of samples.
+
+        Gives parts of some thousand samples, one after another. Imports pyarrow.
+        """
+        from embed_precompute.store.rows import ok_columns
+
+        for folder in self._folders:
+            yield from ok_columns(folder.root, names)
 
     def _start(self, number: int) -> int:
         return self._ends[number - 1] if number else 0

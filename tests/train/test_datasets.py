@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import subprocess
 import sys
@@ -129,6 +130,20 @@ def test_index_of(root: Path) -> None:
         assert not str(caught.value).startswith(("'", '"'))
 
 
+def test_what_was_encoded(root: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "more", ["", "x y"], first=100)
+    dataset = EmbeddingDataset([root, tmp_path / "more"])
+    texts = [TEXTS[row] for row in OK] + ["", "x y"]
+    assert [dataset.encoded_text(i) for i in range(len(dataset))] == texts
+    columns = list(dataset.columns("text_sha256", "t5_tokens"))
+    found = [pair for part in columns for pair in zip(*part.values(), strict=True)]
+    assert found == [
+        (hashlib.sha256(str(t).encode()).hexdigest(), len(str(t).split()) + 1) for t in texts
+    ]
+    with pytest.raises(VerificationError, match=r"manifest.parquet is damaged.*finalize"):
+        list(dataset.columns("nothing"))
+
+
 def test_nothing_is_mapped_until_it_is_touched(root: Path) -> None:
     dataset = EmbeddingDataset(root, max_open_shards=2)
     assert len(dataset) == 6
@@ -220,8 +235,10 @@ def test_threads_share_one_dataset(root: Path) -> None:
 
 def test_reading_imports_neither_transformers_nor_pyarrow(root: Path) -> None:
     code = (
-        "import sys; from embed_precompute import EmbeddingDataset"
-        "; EmbeddingDataset(sys.argv[1])[0]"
+        "import sys; from embed_precompute import ConditionDropout, EmbeddingDataset"
+        ", EmbeddingLoader, prepare_ids"
+        "; dataset = EmbeddingDataset(sys.argv[1])"
+        "; ConditionDropout(dataset, 0.1)(next(iter(EmbeddingLoader(dataset, 2))))"
         "; found = {'transformers', 'pyarrow', 'jsonargparse'} & set(sys.modules)"
         "; sys.exit(f'imported {found}' if found else 0)"
     )
