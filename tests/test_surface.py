@@ -35,6 +35,7 @@ COMMANDS = {
     },
 }
 PUBLIC = {
+    "ConditionDropout",
     "Config",
     "EmbeddingDataset",
     "EmbeddingLoader",

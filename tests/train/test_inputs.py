@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from handmade import write_dataset
-from jobs import clean_environment
+from jobs import call, write_captions, write_job
 from torch import Tensor
 
-from embed_precompute import EmbeddingDataset, dropout_condition, prepare, prepare_ids
+from embed_precompute import (
+    ConditionDropout,
+    EmbeddingDataset,
+    collate_embeddings,
+    dropout_condition,
+    prepare,
+    prepare_ids,
+)
 from embed_precompute.errors import InputError
 from embed_precompute.train.inputs import pad_null, position_ids
 
@@ -189,41 +193,31 @@ def test_prompts_that_do_not_fit_the_batch(number: int) -> None:
 # --- condition dropout -------------------------------------------------------------------------
 
 
-def dropped_by_hand(seed: int, prob: float, txt: Tensor, null: Tensor) -> Tensor:
-    """Open-Sora's dropout: one draw per sample, the null's last vector repeated to the length."""
-    draws = torch.rand(len(txt), generator=torch.Generator().manual_seed(seed))
-    out = txt.clone()
-    for b in range(len(txt)):
-        if draws[b] < prob:
-            if txt.ndim == 2:
-                out[b] = null[0]
-                continue
-            for i in range(txt.shape[1]):
-                out[b, i] = null[0, min(i, null.shape[1] - 1)]
-    return out
-
-
 @pytest.mark.parametrize("shape", [(64, 7, 3), (64, 3)])
 @pytest.mark.parametrize("prob", [0.0, 0.31622777, 1.0])
-def test_dropout_is_the_definition(shape: tuple[int, ...], prob: float) -> None:
-    txt = torch.randn(shape)
-    null = torch.randn(1, 5, 3) if len(shape) == 3 else torch.randn(1, 3)
-    generator = torch.Generator().manual_seed(3)
-    found = dropout_condition(prob, txt, null, generator)
-    assert torch.equal(found, dropped_by_hand(3, prob, txt, null))
+def test_dropout_condition_is_open_soras(shape: tuple[int, ...], prob: float) -> None:
+    txt, null = torch.randn(shape), torch.randn(1, *shape[1:])
+    draws = torch.rand(64, generator=torch.Generator().manual_seed(3))
+    expected = torch.stack([null[0] if draws[b] < prob else txt[b] for b in range(64)])
+    found = dropout_condition(prob, txt, null, torch.Generator().manual_seed(3))
+    assert torch.equal(found, expected)
     torch.manual_seed(3)  # without a generator: torch's own, as Open-Sora
-    assert torch.equal(dropout_condition(prob, txt, null[0]), found)
-    num_dropped = int((found != txt).flatten(1).any(1).sum())
-    assert num_dropped == {0.0: 0, 1.0: 64}.get(prob, num_dropped)
-    if 0 < prob < 1:
-        assert 8 <= num_dropped <= 32
+    assert torch.equal(dropout_condition(prob, txt, null[0]), expected)
 
 
 def test_dropout_keeps_the_batchs_dtype() -> None:
     """Open-Sora does not cast its null: one in float32 would turn all training float32."""
     txt = torch.randn(4, 7, 3).bfloat16()
-    found = dropout_condition(1.0, txt, torch.randn(1, 7, 3))
-    assert found.dtype == torch.bfloat16
+    assert dropout_condition(1.0, txt, torch.randn(1, 7, 3)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("null", [(1, 7, 4), (2, 7, 3), (3,), (1, 1, 7, 3), (1, 1, 3), (1, 6, 3)])
+def test_a_null_of_another_shape_is_refused(null: tuple[int, ...]) -> None:
+    """Another length too: only the dataset knows whether its last vector is a pad's."""
+    with pytest.raises(InputError, match=r"expected \[1, 7, 3\].*ConditionDropout"):
+        dropout_condition(0.5, torch.zeros(4, 7, 3), torch.zeros(null))
+    with pytest.raises(InputError, match=r"probability is 1\.5"):
+        dropout_condition(1.5, torch.zeros(4, 3), torch.zeros(3))
 
 
 def test_pad_null_repeats_the_last_vector() -> None:
@@ -234,34 +228,112 @@ def test_pad_null_repeats_the_last_vector() -> None:
         pad_null(null, 2)
 
 
-@pytest.mark.parametrize("null", [(1, 7, 4), (2, 7, 3), (3,), (1, 1, 7, 3)])
-def test_a_null_of_another_shape_is_refused(null: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match=r"expected \[1, 7, 3\]"):
-        dropout_condition(0.5, torch.zeros(4, 7, 3), torch.zeros(null))
-    with pytest.raises(InputError, match=r"probability is 1\.5"):
-        dropout_condition(1.5, torch.zeros(4, 3), torch.zeros(3))
+class MadeUp(EmbeddingDataset):
+    """A dataset with a null embedding and a mask of its own; nothing of it is on a disk."""
+
+    def __init__(self, null: dict[str, Tensor], masked: bool) -> None:
+        self._made_up, self._is_masked = null, masked
+
+    @property
+    def null(self) -> dict[str, Tensor]:
+        return self._made_up
+
+    def is_masked(self, tensor: str) -> bool:
+        return self._is_masked and tensor == "text_t5"
 
 
-def test_dropout_from_a_dataset(tmp_path: Path) -> None:
-    write_dataset(tmp_path, ["a b c", "d e f"])
-    dataset = EmbeddingDataset(tmp_path)
-    txt = torch.stack([sample["text_t5"] for sample in dataset])  # [2, 4, 4]; the null is [1, 4]
-    found = dropout_condition(1.0, txt, dataset.null["text_t5"])
-    assert torch.equal(found, dataset.null["text_t5"].expand(2, 4, 4))
-
-
-def test_a_training_job_imports_no_transformers() -> None:
-    code = (
-        "import sys\n"
-        "from embed_precompute import EmbeddingDataset, dropout_condition, prepare_ids\n"
-        "heavy = {'transformers', 'pyarrow', 'jsonargparse'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+def batch_of(lengths: list[int]) -> dict[str, Any]:
+    """A batch of sequences of these lengths, zeros after them, and of vectors."""
+    return collate_embeddings(
+        [
+            {"id": f"s{i}", "text_t5": torch.randn(n, 3), "text_clip": torch.randn(2)}
+            for i, n in enumerate(lengths)
+        ]
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+
+
+def as_at_inference(null: Tensor, masked: bool, length: int, padded: int) -> list[list[float]]:
+    """What the model is given for an empty prompt in the place of a caption of `length`."""
+    vectors = null.tolist()
+    if not masked:
+        vectors += [vectors[-1]] * (length - len(vectors))
+    return vectors + [[0.0] * 3] * (padded - len(vectors))
+
+
+@pytest.mark.parametrize("null_length", [1, 4])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_dropped_caption_is_the_empty_prompt(masked: bool, null_length: int) -> None:
+    null = {"text_t5": torch.randn(null_length, 3), "text_clip": torch.randn(2)}
+    batch = batch_of([5, 7, 6] if null_length == 4 else [3, 1, 2])
+    padded = batch["text_t5"].shape[1]
+    dropout = ConditionDropout(MadeUp(null, masked), {"text_t5": 0.5, "text_clip": 0.5})
+    seen: set[bool] = set()
+    for seed in range(8):
+        found = dropout(batch, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        of_t5, of_clip = (torch.rand(3, generator=generator) < 0.5 for _ in range(2))
+        assert found["id"] == batch["id"]
+        for i in range(3):
+            length = int(batch["text_t5_length"][i])
+            wanted = batch["text_t5"][i].tolist()
+            if of_t5[i]:
+                wanted = as_at_inference(null["text_t5"], masked, length, padded)
+                length = null_length if masked else length
+            assert found["text_t5"][i].tolist() == wanted
+            assert found["text_t5_length"][i] == length
+            assert found["text_t5_mask"][i].tolist() == [k < length for k in range(padded)]
+            wanted = null["text_clip"] if of_clip[i] else batch["text_clip"][i]
+            assert torch.equal(found["text_clip"][i], wanted)
+        seen |= {bool(of_t5[0]), bool(of_clip[1])}
+    assert seen == {True, False}
+
+
+def test_a_masked_batch_grows_to_the_empty_prompt() -> None:
+    """Prompt templates make it several tokens long."""
+    null = {"text_t5": torch.randn(4, 3), "text_clip": torch.randn(2)}
+    batch = batch_of([2, 1])
+    found = ConditionDropout(MadeUp(null, True), 1.0)(batch)
+    assert torch.equal(found["text_t5"], null["text_t5"].expand(2, 4, 3))
+    assert found["text_t5_mask"].all()
+    assert batch["text_t5"].shape[1] == 2, "the batch that was given is left alone"
+    with pytest.raises(InputError, match="4 vectors, the batch 2"):
+        ConditionDropout(MadeUp(null, False), 1.0)(batch)
+
+
+def test_one_probability_drops_all_of_a_sample() -> None:
+    null = {"text_t5": torch.zeros(1, 3), "text_clip": torch.zeros(2)}
+    found = ConditionDropout(MadeUp(null, True), 0.5)(batch_of([2] * 200))
+    t5_dropped, clip_dropped = found["text_t5_length"] == 1, (found["text_clip"] == 0).all(1)
+    assert torch.equal(t5_dropped, clip_dropped)
+    assert 60 < int(t5_dropped.sum()) < 140
+    only_clip = ConditionDropout(MadeUp(null, True), {"text_clip": 1.0})(batch_of([2]))
+    assert int(only_clip["text_t5_length"]) == 2
+
+
+def test_what_cannot_be_dropped_is_said() -> None:
+    made_up = MadeUp({"text_t5": torch.zeros(1, 3)}, True)
+    with pytest.raises(InputError, match="has no text_clip, only text_t5"):
+        ConditionDropout(made_up, {"text_clip": 0.1})
+    with pytest.raises(InputError, match="probability is -1"):
+        ConditionDropout(made_up, -1)
+    with pytest.raises(InputError, match=r"no text_t5_length.*collate_embeddings"):
+        ConditionDropout(made_up, 1.0)({"text_t5": torch.zeros(1, 2, 3)})
+
+
+def test_dropout_from_datasets(tmp_path: Path, tiny_t5: Path) -> None:
+    captions = write_captions(tmp_path / "captions.parquet", ["a red fox", "a very long day"])
+    for mode in ("padding", "none"):
+        folder = tmp_path / mode
+        folder.mkdir()
+        code, _, said = call(
+            "run", str(write_job(folder, captions, tiny_t5, None, attention_mask=mode))
+        )
+        assert code == 0, said
+        dataset = EmbeddingDataset(folder / "out")
+        batch = collate_embeddings(list(dataset), 24)
+        found = ConditionDropout(dataset, 1.0)(batch)
+        null = dataset.null["text_t5"]
+        assert len(null) == (1 if mode == "padding" else 24)
+        assert found["text_t5_length"].tolist() == [len(null)] * 2
+        assert torch.equal(found["text_t5"][:, : len(null)], null.expand(2, -1, -1))
+        assert not found["text_t5"][:, len(null) :].any()
