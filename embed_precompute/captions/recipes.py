@@ -45,6 +45,31 @@ class Recipe(Protocol):
 
     def resolved(self) -> dict[str, object]: ...
 
+    def trainer_settings(self) -> list[str]:
+        """What the trainer's dataset must be given so that its text is the encoded one."""
+        ...
+
+    def float_columns(self) -> tuple[str, ...]:
+        """Columns that the trainer's table must hold as floats, whatever rows it has."""
+        ...
+
+
+def recipe_of(resolved: Mapping[str, Any]) -> Recipe:
+    """The recipe that a plan's spec has."""
+    if resolved["kind"] == "none":
+        return PlainRecipe()
+    if resolved["kind"] == "template":
+        names = RecipeConfig("template", resolved["template"]).template_columns()
+        return TemplateRecipe(resolved["template"], tuple(name for name in names if name != "text"))
+    if resolved["kind"] == "opensora":
+        return OpenSoraRecipe(
+            resolved["fps_column"],
+            resolved["fps_max"] or OPENSORA_NO_FPS,
+            resolved["fps_format"] or "int",
+            resolved["motion_column"],
+        )
+    raise InputError(f"the dataset has recipe {resolved['kind']!r}, which this version lacks.")
+
 
 @dataclass(frozen=True)
 class PlainRecipe:
@@ -59,6 +84,12 @@ class PlainRecipe:
 
     def resolved(self) -> dict[str, object]:
         return {"kind": "none"}
+
+    def trainer_settings(self) -> list[str]:
+        return []
+
+    def float_columns(self) -> tuple[str, ...]:
+        return ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +114,12 @@ class TemplateRecipe:
 
     def resolved(self) -> dict[str, object]:
         return {"kind": "template", "template": self.template}
+
+    def trainer_settings(self) -> list[str]:
+        return []
+
+    def float_columns(self) -> tuple[str, ...]:
+        return ()
 
 
 @dataclass(frozen=True)
@@ -124,6 +161,14 @@ class OpenSoraRecipe:
             "fps_format": self.fps_format if fps else None,
             "motion_column": self.motion_column,
         }
+
+    def trainer_settings(self) -> list[str]:
+        fps_max = None if self.fps_column is None else self.fps_max
+        return [f"fps_max={fps_max}", f"vmaf={self.motion_column is not None}"]
+
+    def float_columns(self) -> tuple[str, ...]:
+        is_float = self.fps_column is not None and self.fps_format == "float"
+        return (str(self.fps_column),) if is_float else ()
 
 
 def target_fps(fps: float, fps_max: int) -> float:
