@@ -134,19 +134,6 @@ def test_videos_latents_and_damage(drop_in: Any, tmp_path: Path, root: Path) -> 
         dataset[index_of(27)]
 
 
-@pytest.mark.parametrize("rule", ["zeros", "repeat_last"])
-def test_masked(drop_in: Any, rule: str, tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
-    masked = make(tmp_path, captions_table(), tiny_t5, tiny_clip, *RECIPE, attention_mask="padding")
-    with pytest.raises(InputError, match="attention_mask padding"):
-        drop_in(masked)
-    sample, real = drop_in(masked, pad_masked=rule)[index_of(2)], EmbeddingDataset(masked)[2]
-    length = len(real["text_t5"])
-    assert sample["text_t5"].shape[0] == 24 > length
-    tail = real["text_t5"][-1] if rule == "repeat_last" else torch.zeros_like(real["text_t5"][-1])
-    assert torch.equal(sample["text_t5"][:length], real["text_t5"])
-    assert torch.equal(sample["text_t5"][length:], tail.expand(24 - length, -1))
-
-
 # --- which row is which sample --------------------------------------------------------------------
 
 

@@ -84,7 +84,7 @@ class CachedVideoTextDataset(VideoTextDataset):
 
     def get_latents(self, path):
         try:
-            return torch.load(path, map_location=torch.device("cpu"))
+            return torch.load(path, map_location="cpu", weights_only=True)
         except Exception:
             return torch.zeros_like(torch.randn(1, 1, 1, 1))
 
