@@ -1,214 +1,137 @@
-"""How units are dealt out to ranks: an optimisation, which never carries correctness.
+"""How units are dealt out to the ranks of a job. Correctness rests on the unit records alone.
 
-Guarantees: whatever torchrun's store says, or if it is gone, a rank ends only when every unit has a
-record, and a unit computed twice is published once.
-Costs: one round trip to torchrun's TCPStore per unit, and `STORE_TIMEOUT` once if it falls silent;
-no collective, no lock, no clock. torch is imported only to reach the store.
+Guarantees: whatever torchrun's store answers, or if it is gone, a rank ends only when every unit
+has a record. A unit that two ranks compute is published once.
+Costs: one round trip to torchrun's store per unit. No collective, no lock, no clock.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
-import queue
-import threading
+import random
 from collections.abc import Callable, Iterator
-from datetime import timedelta
-from typing import Any, Protocol
+from typing import Protocol
 
 from embed_precompute.distributed import DistContext
 from embed_precompute.store.records import NULL_UNIT
 
-STORE_TIMEOUT = timedelta(seconds=30)
-MISSES = 64
-"""So many random places in a row where a unit is done already: hardly any are left."""
+MOST_BLOCK_UNITS = 32
+"""Units are dealt in blocks of neighbours: a row group of captions is then read by few ranks."""
+LEAST_BLOCKS = 64
+"""A job with few units has smaller blocks, so that two jobs on one output rarely meet in one."""
 
 
 class CounterStore(Protocol):
-    """What claiming needs of torchrun's TCPStore."""
+    """What claiming needs of torch.distributed.TCPStore. Both calls raise RuntimeError when the
+    store cannot be reached."""
 
     def add(self, key: str, amount: int, /) -> int: ...
 
-    def first(self, key: str, value: str, /) -> str:
-        """The value that was given first for this key, by any rank."""
-        ...
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
 
 
 def connect_store(dist: DistContext) -> CounterStore | None:
-    """torchrun's store, or None when there is none or it cannot be reached: claims do without."""
+    """torchrun's store, or None where there is none or it cannot be reached."""
     if dist.store_host is None or dist.world_size == 1:
         return None
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     try:
-        store = TCPStore(
-            dist.store_host,
-            dist.store_port,
-            is_master=False,
-            wait_for_workers=False,
-            timeout=STORE_TIMEOUT,
+        store: CounterStore = TCPStore(
+            dist.store_host, dist.store_port, is_master=False, wait_for_workers=False
         )
     except (RuntimeError, ValueError):
         return None
-    return _AgentStore(store, STORE_TIMEOUT)
-
-
-class _AgentStore:
-    """TCPStore with every failure turned into ConnectionError, which the claimer meets.
-
-    Its own timeout is for connecting: an answer it awaits for ever, and an agent that is stopped
-    (or a machine that hangs) would hold up every rank. So a thread asks, and is left behind.
-    """
-
-    def __init__(self, store: Any, timeout: timedelta) -> None:
-        self._store = store
-        self._timeout = timeout
-        self._silent = False
-
-    def add(self, key: str, amount: int, /) -> int:
-        return int(self._ask(lambda: self._store.add(key, amount)))
-
-    def first(self, key: str, value: str, /) -> str:
-        return str(self._ask(lambda: self._store.compare_set(key, "", value)), "utf-8")
-
-    def _ask(self, question: Callable[[], Any]) -> Any:
-        if self._silent:
-            raise ConnectionError("torchrun's store does not answer")
-        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-        def ask() -> None:
-            try:
-                answers.put(question())
-            except RuntimeError as error:  # torch.distributed.DistError is a RuntimeError
-                answers.put(ConnectionError(str(error)))
-
-        threading.Thread(target=ask, name="store", daemon=True).start()
-        try:
-            answer = answers.get(timeout=self._timeout.total_seconds())
-        except queue.Empty:
-            self._silent = True
-            raise ConnectionError("torchrun's store does not answer") from None
-        if isinstance(answer, ConnectionError):
-            raise answer
-        return answer
+    return store
 
 
 class Claims:
-    """Deals units to this rank: first each unit to one rank, then whatever still has no record.
+    """The units for this rank to compute: its share first, then whatever still has no record.
 
-    The ranks of a job take neighbouring units, from a place that the job chose at random on. Where
-    a unit is done already, by an earlier run or by another job that is under way, they go on from
-    another random place; when the places are done, too, they share what is left in order. So two
-    jobs on one output seldom take the same unit, and a job alone reads its captions forward.
+    The job shuffles the blocks of units. Its ranks take the units of these blocks in turn: by a
+    shared counter where torchrun has a store, otherwise every W-th unit. Two jobs on one output
+    have different orders, so they rarely compute the same unit. At the end each rank sweeps: it
+    goes over all units and takes those that nobody has committed.
 
-    `is_done(unit)` looks for the unit's record; `refresh` lists all records anew, before the sweep
-    asks for each unit. Iterating yields units to compute; a unit may be computed by two ranks at
-    the very end, which is harmless. `swept` tells whether the unit now being computed may also be
-    under way elsewhere.
+    `is_committed(unit)` looks for the unit's record; `refresh` lists all records again before the
+    sweep.
     """
 
     def __init__(
         self,
         dist: DistContext,
-        plan: str,
+        plan_id: str,
         num_units: int,
-        is_done: Callable[[int], bool],
+        is_committed: Callable[[int], bool],
         store: CounterStore | None = None,
         refresh: Callable[[], None] = lambda: None,
     ) -> None:
-        self._dist = dist
-        self._num_units = num_units
-        self._is_done = is_done
+        self._dist, self._num_units = dist, num_units
+        self._is_committed, self._refresh = is_committed, refresh
         self._store = store
-        self._refresh = refresh
-        nonce = f"{dist.run_id}/{dist.restart_count}/{dist.world_size}/{plan[:16]}"
+        nonce = f"{dist.run_id}/{dist.restart_count}/{dist.world_size}/{plan_id[:16]}"
         self._prefix = f"embed_precompute/{nonce}"
-        self._key: str | None = None
-        # Without a store, the ranks of one job agree on what their launcher tells all of them.
-        self._seed = dist.run_id if dist.world_size > 1 else os.urandom(16).hex()
+        self._rendezvous_prefix: str | None = None
         self.swept = False
-        self._met = False
-
-    def move_on(self) -> None:
-        """A unit dealt to this rank was done by another job meanwhile: go on from elsewhere."""
-        self._met = True
+        """Whether the unit at hand is from the sweep: another rank may be computing it too."""
 
     def __iter__(self) -> Iterator[int]:
-        mine: set[int] = set()  # perhaps still under way here: not to be done twice
+        claimed: set[int] = set()  # this rank may still be computing them while it claims more
         try:
-            for unit in self._shared(mine):
-                mine.add(unit)
-                yield unit
-        except ConnectionError:
-            pass  # the store has gone away: the sweep does the rest
+            for unit in self._share():
+                if not self._is_committed(unit):
+                    claimed.add(unit)
+                    yield unit
+        except RuntimeError:
+            self._store = None  # the store is gone: the sweep does the rest
         self.swept = True
         self._refresh()
-        start = (self._num_units + 1) * self._dist.rank // self._dist.world_size
-        for position in range(self._num_units + 1):
-            unit = self._unit("0", (start + position) % (self._num_units + 1))
-            if unit not in mine and not self._is_done(unit):
+        every = range(NULL_UNIT, self._num_units)
+        first = len(every) * self._dist.rank // self._dist.world_size
+        for unit in itertools.chain(every[first:], every[:first]):
+            if unit not in claimed and not self._is_committed(unit):
                 yield unit
 
-    def _shared(self, mine: set[int]) -> Iterator[int]:
-        """Units that no other rank of this job is dealt."""
+    def _share(self) -> Iterator[int]:
+        """The units dealt to this rank, committed or not; the null embedding is dealt first."""
+        # Without a store the ranks of a job agree on what their launcher tells all of them.
+        seed = self._dist.run_id if self._dist.world_size > 1 else os.urandom(16).hex()
         if self._store is not None:
-            key = f"{self._generation(self._store)}/seed"
-            self._seed = self._store.first(key, os.urandom(16).hex())
-        misses = 0
-        for number in itertools.count():
-            last = misses == MISSES
-            misses += 1
-            for unit in self._stretch("rest" if last else str(number)):
-                if unit not in mine and not self._is_done(unit):
-                    misses = 0
-                    yield unit
-                elif unit != NULL_UNIT:
-                    self._met = True
-                if self._met and not last:
-                    self._met = False
-                    break
-            else:
-                return
-
-    def _stretch(self, name: str) -> Iterator[int]:
-        """Positions of a stretch, each dealt to one rank: a shared counter, or every W-th."""
+            key = f"{self._prefix_of_rendezvous(self._store)}/seed"
+            seed = self._store.compare_set(key, "", os.urandom(16).hex()).decode()
+        size = max(1, min(MOST_BLOCK_UNITS, self._num_units // LEAST_BLOCKS))
+        blocks = [range(first, first + size) for first in range(0, self._num_units, size)]
+        random.Random(seed).shuffle(blocks)
+        dealt = itertools.chain([NULL_UNIT], *blocks)
+        units = [unit for unit in dealt if unit < self._num_units]
         for turn in itertools.count():
             position = self._dist.rank + turn * self._dist.world_size
             if self._store is not None:
-                key = f"{self._generation(self._store)}/next/{name}"
+                key = f"{self._prefix_of_rendezvous(self._store)}/next"
                 position = self._store.add(key, 1) - 1
-            if position > self._num_units:
+            if position >= len(units):
                 return
-            yield self._unit(name, position)
+            yield units[position]
 
-    def _unit(self, stretch: str, position: int) -> int:
-        """The null embedding, then all units from a place of this job and stretch on, and around.
-
-        The order is one that a reader likes: units in a row are rows of captions in a row.
-        """
-        if position == 0:
-            return NULL_UNIT
-        place = hashlib.sha256(f"{self._seed}/{stretch}".encode()).digest()
-        return (int.from_bytes(place, "big") + position - 1) % self._num_units
-
-    def _generation(self, store: CounterStore) -> str:
-        """The key prefix of this rendezvous: the store outlives a rendezvous and keeps its keys.
+    def _prefix_of_rendezvous(self, store: CounterStore) -> str:
+        """The key prefix of this rendezvous. The store outlives a rendezvous and keeps its keys.
 
         Every rank arrives once, so the arrivals of one rendezvous are one block of `world_size`
         numbers. A rank that died before it arrived shifts the blocks of a later rendezvous of the
-        same size; its ranks then share units badly and the sweep makes up for it.
+        same size: its ranks then share units badly, and the sweep makes up for it.
         """
-        if self._key is None:
+        if self._rendezvous_prefix is None:
             arrival = store.add(f"{self._prefix}/arrivals", 1) - 1
-            self._key = f"{self._prefix}/{arrival // self._dist.world_size}"
-        return self._key
+            self._rendezvous_prefix = f"{self._prefix}/{arrival // self._dist.world_size}"
+        return self._rendezvous_prefix
 
-    def take_finalize(self) -> bool:
-        """True for the first rank that asks, so that not every rank builds the same index."""
+    def is_first_to_finalize(self) -> bool:
+        """True for the first rank that asks, so that not every rank builds the same index; True
+        for every rank without a store."""
         if self._store is None:
             return True
         try:
-            return self._store.add(f"{self._generation(self._store)}/finalize", 1) == 1
-        except ConnectionError:
+            return self._store.add(f"{self._prefix_of_rendezvous(self._store)}/finalize", 1) == 1
+        except RuntimeError:
             return True

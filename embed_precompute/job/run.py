@@ -99,7 +99,7 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
             result.samples = sum(record.get("num_samples", 0) for record in records)
             result.encode_seconds = stages.encode_seconds
     result.seconds = time.monotonic() - started
-    if claims.take_finalize():
+    if claims.is_first_to_finalize():
         result.manifest = finalize(root)
     return result
 

@@ -167,8 +167,7 @@ class Stages:
             if self._stop.is_set():
                 continue  # it was only read ahead
             if self._done(unit.number):
-                self._claims.move_on()
-                continue
+                continue  # by another job meanwhile
             began = time.monotonic()
             for encoded in self._encoded_batches(unit):
                 if not self._batches.put(encoded):
@@ -222,8 +221,6 @@ class Stages:
                     continue  # stopped, or a peer has committed this unit
                 self._check_failures(message.unit)
                 self._check_first_record()
-                if self._done(message.unit.number):
-                    self._claims.move_on()
                 commit_began = time.monotonic()
                 record = writer.commit()
                 if not message.unit.is_null:

@@ -1,0 +1,155 @@
+"""Claims, without any process group: every unit is dealt, whatever the store does."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from embed_precompute.distributed import DistContext
+from embed_precompute.job.claims import Claims
+from embed_precompute.store.records import NULL_UNIT
+
+
+class Counters:
+    """torchrun's store, in memory; `broken` after a number of calls."""
+
+    def __init__(self, seed: str | None = None, broken_after: int | None = None) -> None:
+        self.values: dict[str, int] = {}
+        self.texts: dict[str, str] = {}
+        self.seed = seed
+        self.calls = 0
+        self.broken_after = broken_after
+
+    def add(self, key: str, amount: int, /) -> int:
+        self.calls += 1
+        if self.broken_after is not None and self.calls > self.broken_after:
+            raise RuntimeError("gone")
+        self.values[key] = self.values.get(key, 0) + amount
+        return self.values[key]
+
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
+        return self.texts.setdefault(key, self.seed or desired).encode()
+
+
+def drain(ranks: list[Claims], done: set[int], order: list[int]) -> list[list[int]]:
+    """Step the ranks as `order` says (round robin at the end); each unit is done when taken."""
+    taken: list[list[int]] = [[] for _ in ranks]
+    iterators = [iter(rank) for rank in ranks]
+    live = set(range(len(ranks)))
+    turns = [*order, *(list(range(len(ranks))) * 1000)]
+    for turn in turns:
+        if turn not in live:
+            continue
+        unit = next(iterators[turn], None)
+        if unit is None:
+            live.discard(turn)
+        else:
+            taken[turn].append(unit)
+            done.add(unit)
+        if not live:
+            break
+    return taken
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("with_store", [True, False])
+@pytest.mark.parametrize("num_units", [0, 1, 5, 40])
+def test_every_unit_is_dealt_once(world_size: int, with_store: bool, num_units: int) -> None:
+    done: set[int] = set()
+    store = Counters() if with_store else None
+    ranks = [
+        Claims(DistContext(rank=r, world_size=world_size), "p", num_units, done.__contains__, store)
+        for r in range(world_size)
+    ]
+    taken = drain(ranks, done, [])
+    assert sorted(itertools.chain(*taken)) == list(range(NULL_UNIT, num_units))
+
+
+@pytest.mark.parametrize("with_store", [True, False])
+def test_one_rank_alone_finishes_what_dead_ranks_leave(with_store: bool) -> None:
+    done: set[int] = set()
+    store = Counters() if with_store else None
+    ranks = [
+        Claims(DistContext(rank=r, world_size=3), "p", 12, done.__contains__, store)
+        for r in range(3)
+    ]
+    dead = iter(ranks[0])
+    next(dead)  # claims a unit, and dies before it commits
+    alone = list_units(ranks[1], done)
+    assert sorted(alone) == list(range(NULL_UNIT, 12))
+    assert ranks[1].swept
+
+
+def list_units(claims: Claims, done: set[int]) -> list[int]:
+    units = []
+    for unit in claims:
+        units.append(unit)
+        done.add(unit)
+    return units
+
+
+@pytest.mark.parametrize("broken_after", range(6))
+def test_a_store_that_goes_away_costs_nothing_but_order(broken_after: int) -> None:
+    done: set[int] = set()
+    claims = Claims(
+        DistContext(rank=1, world_size=2),
+        "p",
+        9,
+        done.__contains__,
+        Counters(broken_after=broken_after),
+    )
+    assert sorted(list_units(claims, done)) == list(range(NULL_UNIT, 9))
+    assert claims.is_first_to_finalize(), "without a store every rank may finalise"
+
+
+def test_a_new_rendezvous_on_the_same_store_starts_a_new_count() -> None:
+    store = Counters()
+    for _ in range(3):  # same run id, same restart count: only the rendezvous is new
+        done: set[int] = set()
+        ranks = [
+            Claims(DistContext(rank=r, world_size=2, run_id="j"), "p", 8, done.__contains__, store)
+            for r in range(2)
+        ]
+        taken = drain(ranks, done, [0, 1])
+        assert sorted(itertools.chain(*taken)) == list(range(NULL_UNIT, 8))
+        assert all(len(units) >= 4 for units in taken)
+        assert [rank.is_first_to_finalize() for rank in ranks] == [True, False]
+
+
+def test_finished_units_are_skipped() -> None:
+    done = {NULL_UNIT, 0, 2}
+    claims = Claims(DistContext(), "p", 4, done.__contains__, Counters())
+    assert sorted(list_units(claims, done)) == [1, 3]
+
+
+@pytest.mark.parametrize("with_store", [True, False])
+def test_a_rank_does_not_sweep_what_it_still_has_under_way(with_store: bool) -> None:
+    """Units are claimed ahead of their commit: none of them is done while this rank claims."""
+    store = Counters() if with_store else None
+    claims = Claims(DistContext(), "p", 5, lambda unit: False, store)
+    units = list(claims)
+    assert units[0] == NULL_UNIT
+    assert sorted(units) == [NULL_UNIT, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("delay", [0, 40, 150])
+def test_two_jobs_on_one_output_rarely_compute_the_same_unit(delay: int) -> None:
+    """In turns, the second job `delay` units later; what is begun twice is a small share."""
+    num_units, twice = 300, 0
+    for trial in range(6):
+        done: set[int] = set()
+        jobs = [
+            iter(Claims(DistContext(), "p", num_units, done.__contains__, Counters(f"{trial}/{n}")))
+            for n in range(2)
+        ]
+        under_way: list[int | None] = [None, None]
+        for turn in range(2 * num_units):
+            job = turn % 2
+            if job == 1 and turn < 2 * delay:
+                continue
+            if (ended := under_way[job]) is not None:
+                twice += ended in done
+                done.add(ended)
+            under_way[job] = next(jobs[job], None)
+    assert twice / (6 * num_units) <= 0.1
