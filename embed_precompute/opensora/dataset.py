@@ -158,8 +158,9 @@ class PrecomputedText:
         self._pair = TextPair(self._embeddings, t5, clip, pad_masked)
         plans = [read_plan(Path(folder)) for folder in _folders(embeddings)]
         column = id_column or _id_column(self.data, str(opensora.get("data_path")), plans)
-        kept, self._samples = self._join(column, on_missing)
-        """`_samples` has the sample of each row."""
+        kept, samples = self._join(column, on_missing)
+        self._samples = np.array(samples, np.int64)
+        """The sample of each row."""
         self.num_dropped = len(self.data) - len(kept)
         """Rows of the table that have no embedding."""
         if self.num_dropped:
@@ -207,8 +208,8 @@ class PrecomputedText:
         lines = []
         for row, text in enumerate(self._texts(compare, plan)):
             if row in wrong[:NAMED_ROWS]:
-                sample_id = self._embeddings[self._samples[row]]["id"]
-                encoded = self._embeddings.encoded_text(self._samples[row])
+                sample_id = self._embeddings[int(self._samples[row])]["id"]
+                encoded = self._embeddings.encoded_text(int(self._samples[row]))
                 lines.append(
                     f"row {kept[row]}, sample {sample_id!r}: the {compare} makes {text!r:.200}, "
                     f"encoded was {encoded!r:.200}"
@@ -254,7 +255,7 @@ class PrecomputedText:
         if self.cached_video:
             sample["video_latents"] = self.get_latents(row["latents_path"])  # type: ignore[attr-defined]
         if self.cached_text:
-            sample |= self._pair.of(self._embeddings[self._samples[index]])
+            sample |= self._pair.of(self._embeddings[int(self._samples[index])])
         if self.return_latents_path:
             sample["latents_path"] = row["latents_path"]
             sample["text_t5_path"] = sample["text_clip_path"] = ""  # there is no file
@@ -286,15 +287,17 @@ def _id_column(data: Any, data_path: str, plans: Sequence[Mapping[str, Any]]) ->
     if SAMPLE_ID in data.columns and (Path(data_path).parent / DONE_FILE).is_file():
         return SAMPLE_ID
     columns = {plan["columns"]["id"] for plan in plans}
-    if len(columns) > 1:
-        raise InputError(f"the folders have other id columns, {columns}: set dataset.id_column.")
+    if len(columns) > 1 or (len(plans) > 1 and None in columns):
+        raise InputError(
+            f"the folders were made with the id columns {columns} (None: row numbers): no column "
+            "names the samples of all of them. Set dataset.id_column, or train from one folder."
+        )
     column: str | None = columns.pop()
     rows = sum(file["rows"] for file in plans[0]["inputs"])
-    if column is None and (len(plans) > 1 or rows != len(data)):
+    if column is None and rows != len(data):
         raise InputError(
-            f"the samples are named by row numbers of {len(plans)} tables, the (first) one of "
-            f"{rows:,} rows, and this table has {len(data):,}. Read the table that was encoded, or "
-            "set dataset.id_column."
+            f"the samples are named by the row numbers of a table of {rows:,} rows, and this one "
+            f"has {len(data):,}. Read the table that was encoded, or set dataset.id_column."
         )
     return column
 

@@ -90,11 +90,13 @@ class Export:
         self.dataset = EmbeddingDataset(root, "rows", copy=False)
         self.pair = TextPair(self.dataset, options.t5, options.clip, options.pad_masked)
         self.captions = CaptionRows(self.dataset, root, options.captions)
-        path_of = None if options.table_only else lambda *sample: str(out / tensor_path(*sample))
-        self.table = TrainerTable(self.captions, path_of)
+        self.table = TrainerTable(self.captions, None if options.table_only else self._path)
         self.null = self.pair.of(self.dataset.null)
         self.length = self._one_length()
-        self.num_rows = self.num_files = self.num_written = 0
+        self.counts = {"rows": 0, "files": 0, "written": 0}
+
+    def _path(self, tensor: str, entry: Entry) -> str:
+        return str(self.out / tensor_path(tensor, entry))
 
     def _one_length(self) -> int:
         """The vectors of each exported text_t5; InputError where samples differ."""
@@ -194,17 +196,17 @@ class Export:
         ):
             for rows, entries in self.captions.batches(self.options.limit):
                 if not self.options.table_only:
-                    self.num_written += sum(pool.map(self._write_sample, entries))
-                    self.num_files += len(TENSORS) * len(entries)
+                    self.counts["written"] += sum(pool.map(self._write_sample, entries))
+                    self.counts["files"] += len(TENSORS) * len(entries)
                 self.table.write(rows, entries)
-                self.num_rows += len(entries)
-            if self.num_rows == 0:
+                self.counts["rows"] += len(entries)
+            if self.counts["rows"] == 0:
                 raise InputError(f"nothing to export: no sample is ok ({self._not_ok()}).")
-            stored = self.table.finish(self.num_rows)
+            stored = self.table.finish(self.counts["rows"])
         done = {
             **self._header("export"),
-            "rows": self.num_rows,
-            "tensor_files": self.num_files,
+            "rows": self.counts["rows"],
+            "tensor_files": self.counts["files"],
             "not_ok": dict(self.captions.not_ok),
             "options": dataclasses.asdict(self.options),
             "table": {"name": stored.name, "bytes": stored.bytes, "sha256": stored.sha256},
@@ -221,7 +223,7 @@ class Export:
                 f"{entry.sample_id!r}. `embed-precompute finalize {self.root}` makes them again."
             )
         pair = self.pair.of(sample)
-        return sum(write_pt(self.out / tensor_path(t, entry), v) for t, v in pair.items())
+        return sum(write_pt(Path(self._path(t, entry)), values) for t, values in pair.items())
 
     def _not_ok(self) -> str:
         return ", ".join(f"{label} {n:,}" for label, n in sorted(self.captions.not_ok.items()))
@@ -231,13 +233,13 @@ class Export:
         return [*self._outcome(), *self._notes(), "", *self._settings(), "", *self._null_paths()]
 
     def _outcome(self) -> Iterator[str]:
-        yield f"{self.out}: complete, {self.num_rows:,} rows in {self.out / TABLE}"
+        yield f"{self.out}: complete, {self.counts['rows']:,} rows in {self.out / TABLE}"
         if self.options.table_only:
             yield "  no tensor files: for the class in embed_precompute.opensora.dataset"
         else:
             yield (
-                f"  {self.num_files:,} tensor files, {self.num_written:,} of them written now; all "
-                "read back and equal to the dataset"
+                f"  {self.counts['files']:,} tensor files, {self.counts['written']:,} of them "
+                "written now; all read back and equal to the dataset"
             )
         if self.captions.not_ok:
             total = sum(self.captions.not_ok.values())

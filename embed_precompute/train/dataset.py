@@ -241,7 +241,12 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         from embed_precompute.store.rows import ok_columns
 
         for folder in self._folders:
-            yield from ok_columns(folder.root, names)
+            left = folder.num_ok
+            for part in ok_columns(folder.root, names):
+                left -= len(part[names[0]])
+                yield part
+            if left:
+                raise folder.damaged(f"manifest.parquet has {folder.num_ok - left} samples ok")
 
     def _start(self, number: int) -> int:
         return self._ends[number - 1] if number else 0

@@ -170,7 +170,7 @@ def test_row_numbers(drop_in: Any, plain: Path, tmp_path: Path) -> None:
     own = with_column(captions_table(), "id", [(i + 1) % ROWS for i in range(ROWS)])
     options = {"fps_max": None}
     check_rows(drop_in(plain, write(tmp_path, own), **options), plain, [str(i) for i in KEPT])
-    with pytest.raises(InputError, match=r"row numbers .* of 30 rows, and this table has 29"):
+    with pytest.raises(InputError, match=r"row numbers .* of 30 rows, and this one has 29"):
         drop_in(plain, write(tmp_path, own.slice(1)), **options)
     with pytest.raises(ConflictError, match=r"row 1, sample '1': .*, encoded was"):
         drop_in(plain, write(tmp_path, own.take([0, 2, 1, *range(3, ROWS)])), **options)

@@ -84,7 +84,7 @@ def test_every_sample_and_the_table(root: Path, tmp_path: Path) -> None:
             assert row[name] == source[row["id"]][name]
         encoded = dataset.encoded_text(dataset.index_of(row["id"]))
         assert encoded == f"{row['text']} {row['fps']} FPS."
-    assert (done.num_rows, done.num_files, done.num_written) == (28, 56, 56)
+    assert done.counts == {"rows": 28, "files": 56, "written": 56}
     assert done.captions.not_ok == {"null_text": 2}
     assert done.table.replaced == ["text_t5_path"]
     schema = pq.read_schema(tmp_path / "exported" / "table.parquet")
@@ -179,12 +179,12 @@ def test_a_rerun_writes_what_is_missing_or_differs(root: Path, tmp_path: Path) -
     for path, damage in ((files[9], b"\x80"), (files[40], b"")):
         path.write_bytes(path.read_bytes()[:-700] + damage)
     torch.save(torch.zeros(2), files[17])
-    assert (done := export(root, out)).num_written == 4
-    assert done.num_files == len(files) == 56
+    assert (done := export(root, out)).counts["written"] == 4
+    assert done.counts["files"] == len(files) == 56
     assert tensor_files(out) == content
     changed = {path for path, was in before.items() if path.stat().st_mtime_ns != was}
     assert changed == {files[k] for k in (3, 9, 17, 40)}
-    assert export(root, out).num_written == 0
+    assert export(root, out).counts["written"] == 0
 
 
 def test_interrupted_anywhere(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,9 +213,9 @@ def test_interrupted_anywhere(root: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_limit_may_grow(root: Path, tmp_path: Path) -> None:
-    assert export(root, tmp_path, limit=5).num_written == 10
+    assert export(root, tmp_path, limit=5).counts["written"] == 10
     assert [row["id"] for row in rows_of(tmp_path)] == ["s0", "s1", "s2", "s3", "s5"]
-    assert export(root, tmp_path, limit=10).num_written == 10
+    assert export(root, tmp_path, limit=10).counts["written"] == 10
     rows = rows_of(tmp_path)
     assert len(rows) == read_sealed(tmp_path / "export.json", "export")["rows"] == 10
     check_tensors(root, rows)
