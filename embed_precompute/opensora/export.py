@@ -34,6 +34,7 @@ from embed_precompute.opensora.table import SAMPLER_COLUMNS, CaptionRows, Entry,
 from embed_precompute.store.commit import make_folder, publish_bytes, replace_bytes
 from embed_precompute.store.index import DatasetIndex
 from embed_precompute.store.leftovers import remove_file, remove_leftovers
+from embed_precompute.store.records import require_folder
 from embed_precompute.store.sealed import FORMAT_VERSION, read_sealed, seal
 from embed_precompute.train.dataset import EmbeddingDataset
 
@@ -86,6 +87,7 @@ class Export:
     def __init__(self, root: Path, out: Path, options: OpenSoraOptions) -> None:
         if options.limit is not None and options.limit < 1:
             raise InputError(f"limit is {options.limit}: expected 1 or more.")
+        require_folder(root)
         self.root, self.out, self.options = root, out, options
         self.dataset = EmbeddingDataset(root, "rows", copy=False)
         self.pair = TextPair(self.dataset, options.t5, options.clip, options.pad_masked)
