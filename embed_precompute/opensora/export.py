@@ -14,7 +14,6 @@ https://github.com/hpcaitech/Open-Sora at 7ad6a96 (Apache-2.0).
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 from collections.abc import Iterator
@@ -132,12 +131,7 @@ class Export:
                     "Choose a new folder."
                 )
         make_folder(out)
-        identity = {
-            **self._header("export_source"),
-            "t5": self.options.t5,
-            "clip": self.options.clip,
-            "pad_masked": self.options.pad_masked if self.pair.masked else None,
-        }
+        identity = self._identity()
         publish_bytes(path, seal(identity))
         found = read_sealed(path, "export_source")
         found.pop("digest")
@@ -149,14 +143,16 @@ class Export:
             )
         remove_file(out / DONE_FILE)
 
-    def _header(self, kind: str) -> dict[str, Any]:
-        manifest = self.dataset.manifest
+    def _identity(self) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
-            "kind": kind,
+            "kind": "export_source",
             "format": "opensora",
-            "fingerprint": manifest["fingerprint"],
-            "plan": manifest["plan"],
+            "fingerprint": self.dataset.fingerprint,
+            "plan": self.dataset.manifest["plan"],
+            "t5": self.options.t5,
+            "clip": self.options.clip,
+            "pad_masked": self.options.pad_masked if self.pair.masked else None,
         }
 
     def write_nulls(self) -> None:
@@ -206,11 +202,11 @@ class Export:
                 raise InputError(f"nothing to export: no sample is ok ({self._not_ok()}).")
             stored = self.table.finish(self.counts["rows"])
         done = {
-            **self._header("export"),
+            **self._identity(),
+            "kind": "export",
             "rows": self.counts["rows"],
             "tensor_files": self.counts["files"],
             "not_ok": dict(self.captions.not_ok),
-            "options": dataclasses.asdict(self.options),
             "table": {"name": stored.name, "bytes": stored.bytes, "sha256": stored.sha256},
         }
         replace_bytes(self.out / DONE_FILE, seal(done))
