@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,7 +120,8 @@ def test_videos_latents_and_damage(drop_in: Any, tmp_path: Path, root: Path) -> 
     table = with_column(captions_table(), "path", paths)
     torch.save(torch.ones(2), tmp_path / "latents.pt")
     table = with_column(table, "latents_path", [str(tmp_path / "latents.pt")] * ROWS)
-    dataset = drop_in(data_path=write(tmp_path, table))
+    copied = shutil.copytree(root, tmp_path / "out")
+    dataset = drop_in(copied, write(tmp_path, table))
     assert dataset[index_of(0)] is None
     dataset.cached_video = dataset.return_latents_path = True
     dataset.load_original_video = False
@@ -129,7 +131,7 @@ def test_videos_latents_and_damage(drop_in: Any, tmp_path: Path, root: Path) -> 
         "text_clip_path",
     }
     assert torch.equal(sample["video_latents"], torch.ones(2))
-    dataset._embeddings._folders[0].root = tmp_path  # where there is no shard
+    next(copied.rglob("shard-000004*.safetensors")).unlink()
     with pytest.raises(VerificationError, match="shard-000004"):
         dataset[index_of(27)]
 
