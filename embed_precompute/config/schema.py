@@ -34,16 +34,13 @@ class OutputConfig:
     """How stored tensors are coded; raw: as they are."""
 
     def __post_init__(self) -> None:
-        require(bool(self.path), "output.path is empty: expected a folder.")
+        require(bool(self.path), "path is empty: expected a folder.")
         require(
             "://" not in self.path,
-            f"output.path is {self.path!r}: expected a folder that every rank mounts, not a URI.",
+            f"path is {self.path!r}: expected a folder that every rank mounts, not a URI.",
         )
-        if isinstance(self.samples_per_shard, int):
-            require(
-                self.samples_per_shard >= 1,
-                f"output.samples_per_shard is {self.samples_per_shard}: expected 1 or more.",
-            )
+        count = self.samples_per_shard
+        require(count == "auto" or count >= 1, f"samples_per_shard is {count}: expected 1 or more.")
 
 
 MOST_SECONDS = 10**9
@@ -75,17 +72,13 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         for name in ("max_failed_samples", "plan_timeout_s", "progress_interval_s", "grace_s"):
             value = getattr(self, name)
-            require(
-                0 <= value <= MOST_SECONDS,
-                f"runtime.{name} is {value}: expected 0 to {MOST_SECONDS}.",
-            )
+            require(0 <= value <= MOST_SECONDS, f"{name} is {value}: expected 0 to {MOST_SECONDS}.")
         for name in ("prefetch_units", "write_queue_batches"):
             value = getattr(self, name)
-            require(value >= 1, f"runtime.{name} is {value}: expected 1 or more.")
+            require(value >= 1, f"{name} is {value}: expected 1 or more.")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
         require(
-            known is not None,
-            f"runtime.device is {self.device!r}: expected auto, cpu, cuda or cuda:N.",
+            known is not None, f"device is {self.device!r}: expected auto, cpu, cuda or cuda:N."
         )
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import logging
 import os
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from embed_precompute.captions import ids as ids_module
-from embed_precompute.captions.recipes import make_normalizer, target_fps
-from embed_precompute.captions.rows import RowCursor
-from embed_precompute.captions.settings import CaptionsConfig, RecipeConfig
+from embed_precompute.captions import table as table_module
+from embed_precompute.captions.files import refuse_output_inside
+from embed_precompute.captions.reader import RowCursor
+from embed_precompute.captions.recipes import OpenSoraRecipe, TemplateRecipe
+from embed_precompute.captions.settings import CaptionsConfig
 from embed_precompute.captions.table import CaptionTable, Scan
-from embed_precompute.documents import canonical_json
 from embed_precompute.errors import ConflictError, InputError
 from embed_precompute.samples import Sample, Status
-
-OPENSORA = RecipeConfig(kind="opensora", motion_column="score")
 
 
 def write(path: Path, columns: dict[str, Any], **options: Any) -> Path:
@@ -45,10 +42,6 @@ def config(path: Path | str, **fields: Any) -> CaptionsConfig:
 
 def read_all(table: CaptionTable) -> list[Sample]:
     return table.reader().read(0, table.num_rows)
-
-
-def texts(path: Path, **fields: Any) -> list[str | None]:
-    return [sample.text for sample in read_all(CaptionTable.open(config(path, **fields)))]
 
 
 def paths(table: CaptionTable) -> list[str]:
@@ -173,6 +166,53 @@ def test_other_uris_go_through_pyarrow(tmp_path: Path, monkeypatch: pytest.Monke
         CaptionTable.open(config("s3://bucket/nowhere"))
 
 
+def make_dataset(folder: Path) -> None:
+    """What a folder of ours looks like to who looks for captions."""
+    write(folder / "shards" / "000" / "shard-000000-0123456789abcdef.rows.parquet", rows(2, 90))
+    write(folder / "manifest.parquet", rows(2, 90))
+    (folder / "plan.json").write_text("{}")
+
+
+def test_datasets_of_ours_are_skipped_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "data" / "a.parquet", rows(2))
+    make_dataset(tmp_path / "data" / "old" / "out")
+    with caplog.at_level(logging.WARNING):
+        assert paths(CaptionTable.open(config(tmp_path / "data"))) == ["a.parquet"]
+    assert f"{tmp_path}/data/old/out holds a dataset of ours" in caplog.text
+    assert paths(CaptionTable.open(config(tmp_path / "**" / "*.parquet"))) == ["data/a.parquet"]
+    with pytest.raises(InputError, match="holds no parquet file"):
+        CaptionTable.open(config(tmp_path / "data" / "old" / "out"))
+
+
+def test_an_output_inside_the_captions_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    file = write(data / "a.parquet", rows(2))
+    (tmp_path / "link").symlink_to(data)
+    allowed = [
+        (data, tmp_path / "out"),
+        (data, tmp_path / "data2"),
+        (data, data / "_out"),  # never looked into
+        (file, data / "out"),
+        (f"{data}/*.parquet", data / "out"),
+        ("s3://bucket/data", data / "out"),
+    ]
+    for captions, output in allowed:
+        refuse_output_inside(str(captions), output)
+    refused = [
+        (data, data),
+        (data, data / "deep" / "out"),
+        (f"file://{data}", data / "out"),
+        (data, tmp_path / "link" / "out"),
+        (f"{data}/*.parquet", data),
+        (f"{data}/**/*.parquet", data / "out"),
+    ]
+    for captions, output in refused:
+        with pytest.raises(InputError, match=r"output\.path .* lies inside captions\.path"):
+            refuse_output_inside(str(captions), output)
+
+
 def test_a_file_that_changes_after_open_is_a_conflict(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", rows(3))
     table = CaptionTable.open(config(file))
@@ -228,30 +268,17 @@ def test_the_cursor_goes_forward_once_and_back_when_asked(
         reader.read(30, 4)
 
 
-def test_memory_is_a_batch_whatever_the_row_group(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_a_batch_whatever_the_row_group(tmp_path: Path) -> None:
     """Wide rows make small batches; narrow rows never more than the cap."""
-    sizes: list[tuple[int, int]] = []
-    original = RowCursor._advance
-
-    def noted(self: RowCursor) -> None:
-        original(self)
-        sizes.append((len(self._batch), self._batch.nbytes))
-
-    monkeypatch.setattr(RowCursor, "_advance", noted)
     wide = {"id": list(range(1000)), "text": [f"{i} " + "x" * 40_000 for i in range(1000)]}
-    wide_file = write(tmp_path / "w.parquet", wide, compression="zstd", use_dictionary=False)
-    assert len(read_all(CaptionTable.open(config(wide_file)))) == 1000
-    assert max(num_bytes for _, num_bytes in sizes) < 8 << 20
-    sizes.clear()
-    narrow = write(tmp_path / "n.parquet", {"id": list(range(50_000)), "text": ["x"] * 50_000})
-    table = CaptionTable.open(config(narrow))
-    assert len(read_all(table)) == 50_000
-    assert max(num_rows for num_rows, _ in sizes) <= 2048
-    sizes.clear()
-    table.scan()
-    assert max(num_rows for num_rows, _ in sizes) <= 16384
+    file = write(tmp_path / "w.parquet", wide, compression="zstd", use_dictionary=False)
+    table = CaptionTable.open(config(file))
+    batches = [batch for _, batch in RowCursor(table.row_map, ["text"], 2048).batches(0, 1000)]
+    assert sum(map(len, batches)) == 1000
+    assert max(batch.nbytes for batch in batches) < 8 << 20
+    file = write(tmp_path / "n.parquet", {"id": list(range(50_000)), "text": ["x"] * 50_000})
+    narrow = RowCursor(CaptionTable.open(config(file)).row_map, ["text"], 2048)
+    assert max(len(batch) for _, batch in narrow.batches(0, 50_000)) == 2048
 
 
 # --- types -------------------------------------------------------------------------------------
@@ -348,8 +375,8 @@ def test_no_id_column_counts_rows_over_files(tmp_path: Path) -> None:
 def test_equal_hashes_of_different_ids_are_no_duplicates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ids_module, "xxhash", types.SimpleNamespace(xxh3_64_intdigest=len))
-    monkeypatch.setattr(ids_module, "SUSPECTS", 1)
+    monkeypatch.setattr(table_module, "xxhash", types.SimpleNamespace(xxh3_64_intdigest=len))
+    monkeypatch.setattr(table_module, "SUSPECTS", 1)
     table = CaptionTable.open(config(folder_of_groups(tmp_path)))
     assert table.scan().num_rows == 33
     write(tmp_path / "d.parquet", {"id": ["c100", "c32"], "text": ["x", "y"]})
@@ -361,12 +388,6 @@ def test_signed_and_unsigned_ids_that_share_bits_are_not_equal(tmp_path: Path) -
     write(tmp_path / "a.parquet", {"id": pa.array([-1]), "text": ["x"]})
     write(tmp_path / "b.parquet", {"id": pa.array([2**64 - 1], pa.uint64()), "text": ["x"]})
     assert CaptionTable.open(config(tmp_path)).scan().num_rows == 2
-
-
-def test_the_id_check_holds_eight_bytes_a_row(tmp_path: Path) -> None:
-    table = CaptionTable.open(config(write(tmp_path / "a.parquet", rows(1000))))
-    check = ids_module.IdCheck(table.row_map, "id", table.num_rows)
-    assert check._hashes.nbytes == 8 * 1000
 
 
 # --- limits and added tokens -------------------------------------------------------------------
@@ -414,202 +435,68 @@ def test_added_tokens_are_counted_and_carried(tmp_path: Path) -> None:
     assert table.scan(limit=3).added_tokens["tokens"] == {0: 1, 1000: 2}
 
 
-# --- recipes -----------------------------------------------------------------------------------
+# --- recipes, normalisation and what is counted -------------------------------------------------
 
 
-def test_template(tmp_path: Path) -> None:
+def test_a_recipe_reads_columns_after_normalisation(tmp_path: Path) -> None:
     columns = {
         "id": range(4),
-        "caption": ["a {dog}", "b", None, "c"],
-        "fps": [24.0, None, 1.0, 29.97],
+        "caption": [" a  {dog}", "b", None, "c"],
+        "fps": pa.array([24.0, None, 1.0, 29.97], pa.float32()),
         "kind": pa.array(["x", "y", "z", "w"]).dictionary_encode(),
-        "n": pa.array([1, 2, 3, 4], pa.int16()),
+        "half": pa.array([0.5] * 4, pa.float16()),
     }
     file = write(tmp_path / "a.parquet", columns)
-    recipe = RecipeConfig(kind="template", template="{text}: {fps:.1f} FPS, {kind}{n} {{}} {text}.")
-    table = CaptionTable.open(config(file, text_column="caption", recipe=recipe))
-    first, second, third, fourth = read_all(table)
-    assert first.text == "a {dog}: 24.0 FPS, x1 {} a {dog}."
-    assert second == Sample("1", 1, None, Status.NULL_TEXT, "column 'fps' is null")
-    assert third == Sample("2", 2, None, Status.NULL_TEXT, "column 'caption' is null")
-    assert fourth.text == "c: 30.0 FPS, w4 {} c."
-    assert table.resolved_recipe() == {"kind": "template", "template": recipe.template}
-
-
-def test_template_shows_a_column_as_python_does(tmp_path: Path) -> None:
-    recipe = RecipeConfig(kind="template", template="{text} {fps} FPS.")
-    file = write(tmp_path / "i.parquet", {"id": [1], "text": ["a"], "fps": [24]})
-    assert texts(file, recipe=recipe) == ["a 24 FPS."]
-    file = write(tmp_path / "f.parquet", {"id": [1], "text": ["a"], "fps": [24.0]})
-    assert texts(file, recipe=recipe) == ["a 24.0 FPS."]
-
-
-def opensora_texts(path: Path, columns: dict[str, Any], recipe: RecipeConfig) -> list[str | None]:
-    num_rows = len(next(iter(columns.values())))
-    file = write(path / "a.parquet", {"id": range(num_rows), "text": ["a"] * num_rows, **columns})
-    return texts(file, recipe=recipe)
-
-
-def test_opensora_float_fps_and_missing_values(tmp_path: Path) -> None:
-    columns = {
-        "fps": [15.0, 16.0, 24.0, 29.97, 0.0, None, math.nan, 60.0, 12.5],
-        "score": [0.4, 0.5, None, math.nan, 3.0, 2.49, None, 10.5, 1.0],
-    }
-    assert opensora_texts(tmp_path, columns, OPENSORA) == [
-        "a 15.0 FPS, 0 motion score.",
-        "a 16 FPS, 1 motion score.",
-        "a 12 FPS.",
-        "a 14 FPS.",
-        "a 3 motion score.",
-        "a 2 motion score.",
-        "a",
-        "a 15 FPS, 11 motion score.",
-        "a 12.5 FPS, 1 motion score.",
+    template = TemplateRecipe(template="{text}: {fps:.1f} FPS, {kind}{half}  .")
+    fields = {"text_column": "caption", "normalize": ("whitespace",)}
+    found = read_all(CaptionTable.open(config(file, recipe=template, **fields)))
+    assert found == [
+        Sample("0", 0, "a {dog}: 24.0 FPS, x0.5  ."),
+        Sample("1", 1, None, Status.NULL_TEXT, "column 'fps' is null"),
+        Sample("2", 2, None, Status.NULL_TEXT, "column 'caption' is null"),
+        Sample("3", 3, "c: 30.0 FPS, w0.5  ."),
     ]
+    chain = (template, TemplateRecipe(template="<{text}>"))
+    chained = read_all(CaptionTable.open(config(file, recipe=chain, **fields)))
+    assert chained[0].text == "<a {dog}: 24.0 FPS, x0.5  .>"
 
 
-@pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize("null_in", ["nowhere", "first", "second"])
-def test_opensora_integer_fps_prints_as_pandas_reads_it(
-    tmp_path: Path, statistics: bool, null_in: str
-) -> None:
-    """One null anywhere makes the whole column float64 in pandas, of every file."""
+def test_one_null_fps_in_any_file_makes_all_of_them_floats(tmp_path: Path, null_in: str) -> None:
     for name in ("first", "second"):
         fps = pa.array([15, None if name == null_in else 10, 24], pa.int32())
         columns = {"id": [name + c for c in "xyz"], "text": ["a"] * 3, "fps": fps}
-        write(tmp_path / f"{name}.parquet", columns, write_statistics=statistics, row_group_size=2)
-    recipe = RecipeConfig(kind="opensora")
-    table = CaptionTable.open(config(tmp_path, recipe=recipe))
+        write(tmp_path / f"{name}.parquet", columns, row_group_size=2)
+    table = CaptionTable.open(config(tmp_path, recipe=OpenSoraRecipe()))
     found = [sample.text for sample in read_all(table)]
-    if null_in == "nowhere":
-        assert found == ["a 15 FPS.", "a 10 FPS.", "a 12 FPS."] * 2
-        assert table.resolved_recipe()["fps_format"] == "int"
-    else:
-        clean, holed = (
-            ["a 15.0 FPS.", "a 10.0 FPS.", "a 12 FPS."],
-            ["a 15.0 FPS.", "a", "a 12 FPS."],
-        )
-        assert found == (holed + clean if null_in == "first" else clean + holed)
-        assert table.resolved_recipe()["fps_format"] == "float"
+    whole, clean = ["a 15 FPS.", "a 10 FPS.", "a 12 FPS."], ["a 15.0 FPS.", "a 10.0 FPS."]
+    holed = ["a 15.0 FPS.", "a", "a 12 FPS."]
+    clean.append("a 12 FPS.")
+    expected = {"nowhere": whole * 2, "first": holed + clean, "second": clean + holed}
+    assert found == expected[null_in]
 
 
-def test_opensora_float32_prints_as_a_python_float(tmp_path: Path) -> None:
-    columns = {"fps": pa.array([9.97, 15], pa.float32())}
-    assert opensora_texts(tmp_path, columns, RecipeConfig(kind="opensora")) == [
-        "a 9.970000267028809 FPS.",
-        "a 15.0 FPS.",
-    ]
+def test_float32_prints_as_a_python_float(tmp_path: Path) -> None:
+    fps = pa.array([9.97, 15], pa.float32())
+    file = write(tmp_path / "a.parquet", {"id": [1, 2], "text": ["a", "a"], "fps": fps})
+    found = read_all(CaptionTable.open(config(file, recipe=OpenSoraRecipe())))
+    assert [s.text for s in found] == ["a 9.970000267028809 FPS.", "a 15.0 FPS."]
 
 
-def test_opensora_integer_scores(tmp_path: Path) -> None:
-    recipe = RecipeConfig(kind="opensora", fps_column=None, motion_column="score")
-    scores = {"score": pa.array([3, None, -2], pa.int8())}
-    assert opensora_texts(tmp_path, scores, recipe) == [
-        "a 3 motion score.",
-        "a",
-        "a -1 motion score.",  # int(-1.5): Python cuts towards zero, and so does Open-Sora
-    ]
-
-
-@pytest.mark.parametrize("fps_max", [None, 999, 5000])
-def test_opensora_without_a_maximum_leaves_fps_out(tmp_path: Path, fps_max: int | None) -> None:
-    """The column is not even needed then."""
-    recipe = RecipeConfig(kind="opensora", fps_max=fps_max)
-    file = write(tmp_path / "b.parquet", {"id": [1], "text": ["a"]})
-    table = CaptionTable.open(config(file, recipe=recipe))
-    assert [sample.text for sample in read_all(table)] == ["a"]
-    assert table.resolved_recipe() == {
-        "kind": "opensora",
-        "fps_column": None,
-        "fps_max": None,
-        "fps_format": None,
-        "motion_column": None,
-    }
-
-
-def test_opensora_largest_maximum_that_counts(tmp_path: Path) -> None:
-    recipe = RecipeConfig(kind="opensora", fps_max=998)
-    assert opensora_texts(tmp_path, {"fps": [24, 1000]}, recipe) == ["a 24 FPS.", "a 500 FPS."]
-
-
-def test_opensora_infinite_numbers_are_invalid(tmp_path: Path) -> None:
-    columns = {
-        "id": range(3),
-        "text": ["a", "b", "c"],
-        "fps": [math.inf, 24.0, -math.inf],
-        "score": [1.0, math.inf, 1.0],
-    }
+def test_empty_captions_and_nulls_of_a_recipe_are_counted(tmp_path: Path) -> None:
+    columns = {"id": range(4), "text": ["a", "", None, "  "], "fps": [8, None, 8, None]}
     file = write(tmp_path / "a.parquet", columns)
-    samples = read_all(CaptionTable.open(config(file, recipe=OPENSORA)))
-    assert [s.status for s in samples] == [Status.INVALID_TEXT] * 3
-    assert [s.error for s in samples] == [
-        "column 'fps' is inf",
-        "column 'score' is inf",
-        "column 'fps' is -inf",
-    ]
-
-
-def test_opensora_on_null_and_empty_captions_and_lists(tmp_path: Path) -> None:
-    lists = [["a", None, ""], []]
-    file = write(tmp_path / "a.parquet", {"id": [1, 2], "text": lists, "fps": [8, 8]})
-    recipe = RecipeConfig(kind="opensora")
-    assert texts(file, recipe=recipe) == ["a 8 FPS.", None, " 8 FPS.", None]
-
-
-@pytest.mark.parametrize(
-    ("fps", "fps_max", "expected"),
-    [(15, 16, 15), (16, 16, 16), (17, 16, 8), (32, 16, 16), (33, 16, 11), (1.5, 1, 0), (-1, 9, -1)],
-)
-def test_target_fps(fps: float, fps_max: int, expected: float) -> None:
-    assert target_fps(fps, fps_max) == expected
-
-
-def test_opensora_fps_that_rounds_to_nothing_has_no_part(tmp_path: Path) -> None:
-    recipe = RecipeConfig(kind="opensora", fps_max=1)
-    assert opensora_texts(tmp_path, {"fps": [1.5, 1.0]}, recipe) == ["a", "a 1 FPS."]
-
-
-def test_the_resolved_recipe_is_canonical_json(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.parquet", {**rows(1), "fps": [24], "score": [1.0]})
-    table = CaptionTable.open(config(file, recipe=OPENSORA))
-    assert canonical_json(table.resolved_recipe()) == (
-        b'{"fps_column":"fps","fps_format":"int","fps_max":16,"kind":"opensora",'
-        b'"motion_column":"score"}'
-    )
-    assert CaptionTable.open(config(file)).resolved_recipe() == {"kind": "none"}
-
-
-# --- normalisation -----------------------------------------------------------------------------
-
-
-def test_normalisation_is_off_by_default(tmp_path: Path) -> None:
-    raw = "  e\u0301\u00a0 x\n"
-    file = write(tmp_path / "a.parquet", {"id": [1], "text": [raw]})
-    assert texts(file) == [raw]
-    assert texts(file, normalize=("nfc",)) == ["  \u00e9\u00a0 x\n"]
-    assert texts(file, normalize=("whitespace",)) == ["e\u0301 x"]
-    assert texts(file, normalize=("whitespace", "nfc")) == ["\u00e9 x"]
-
-
-def test_normalisation_comes_before_the_recipe(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.parquet", {"id": [1], "text": [" a  b "]})
-    recipe = RecipeConfig(kind="template", template="<{text}>  .")
-    assert texts(file, normalize=("whitespace",), recipe=recipe) == ["<a b>  ."]
-
-
-def test_ftfy_runs_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = types.ModuleType("ftfy")
-    fake.fix_text = lambda text: text.replace("&amp;", "  &")  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "ftfy", fake)
-    normalize = make_normalizer(("whitespace", "ftfy"))
-    assert normalize is not None
-    assert normalize("a&amp;b") == "a &b"
-
-
-def test_ftfy_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ftfy", None)
-    with pytest.raises(InputError, match="pip install ftfy"):
-        make_normalizer(("ftfy",))
+    reader = CaptionTable.open(config(file, recipe=OpenSoraRecipe())).reader()
+    texts = [sample.text for sample in reader.read(0, 4)]
+    assert texts == ["a 8.0 FPS.", "", None, "  "]
+    assert reader.noted == {"empty_text": 1, "fps is null": 2}
+    reader = CaptionTable.open(config(file, normalize=("whitespace",))).reader()
+    assert reader.read(3, 1) == [Sample("3", 3, "")]
+    assert reader.noted == {"empty_text": 1}
+    lists = write(tmp_path / "b.parquet", {"id": ["x", "y"], "text": [["", "a"], []]})
+    reader = CaptionTable.open(config(lists)).reader()
+    assert [s.status for s in reader.read(0, 2)] == [Status.OK, Status.OK, Status.EMPTY_LIST]
+    assert reader.noted == {"empty_text": 1}
 
 
 def test_nothing_is_left_open(tmp_path: Path) -> None:
@@ -623,12 +510,3 @@ def test_nothing_is_left_open(tmp_path: Path) -> None:
     reader.read(0, 20)
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_values_too_wide_for_captions_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
-    path = tmp_path / "wide.parquet"
-    texts = [str(i) + "x" * (24 << 20) for i in range(8)]
-    pq.write_table(pa.table({"text": texts}), path, compression="zstd")
-    assert path.stat().st_size < 1 << 20
-    with pytest.raises(InputError, match=r"wide\.parquet: column 'text' of row group 0"):
-        CaptionTable.open(CaptionsConfig(path=str(path), text_column="text", id_column=None))
