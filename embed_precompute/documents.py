@@ -194,7 +194,7 @@ def _union(declared: Any, choices: tuple[Any, ...], value: Any, where: str) -> A
             return _from_plain(choice, value, where)
         except MismatchError as error:
             errors.append(error)
-    # A mapping or a list was meant for the choice that takes one: its error says most.
+    # A mapping or a list was meant for the choice that takes one, so its error is the one to show.
     for choice, problem in zip(choices, errors, strict=True):
         if takes_mapping(choice) if isinstance(value, Mapping) else _takes_list(choice, value):
             raise problem

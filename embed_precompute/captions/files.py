@@ -186,7 +186,7 @@ def refuse_output_inside(path: str, output: str | os.PathLike[str]) -> None:
     if search.enters([] if below == "." else below.split(os.sep)):
         raise InputError(
             f"output.path {os.fspath(output)!r} lies inside captions.path {path!r}: the dataset's "
-            "own parquet files would be taken for captions. Choose an output.path outside it."
+            "own parquet files would be read as captions. Choose an output.path outside it."
         )
 
 
@@ -383,7 +383,7 @@ def _footer_bytes(source: Source, file: Any, size: int) -> bytes:
             )
         raise InputError(
             f"{source} is not a parquet file ({size} bytes, which start with {head!r}; "
-            f"expected {MAGIC!r}). Convert it to parquet, or take it out of captions.path."
+            f"expected {MAGIC!r}). Convert it to parquet, or move it out of captions.path."
         )
     num_bytes = int.from_bytes(tail[-8:-4], "little")
     if num_bytes > size - 12:

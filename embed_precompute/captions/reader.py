@@ -1,12 +1,11 @@
 """Rows of the caption table as Arrow batches, and as samples.
 
-Guarantees: rows come in plan order whatever the row groups; reading ever higher rows decodes each
-row group at most once (after a look at how wide its first rows are), and going back starts its row
-group again. Damage is an InputError that names file and row group. Every row is at least one
-sample, with a status of its own where there is nothing to encode; the samples of a row depend on
-that row and the configuration alone. Bad UTF-8 never raises.
-Costs: one open file, one batch and a 1 MiB window per column, whatever the number of rows. A range
-that starts inside a row group decodes that group from its first row.
+Guarantees: rows come in plan order. Every row is at least one sample, with a status of its own
+where there is nothing to encode; the samples of a row depend on that row and the configuration
+alone. Text that is not UTF-8 is a status; damage of a file is an InputError naming its row group.
+Costs: one open file, one batch and a 1 MiB window per column, for any number of rows. A row group
+is decoded at most once as long as rows are read in ascending order; a range that starts inside a
+row group decodes that group from its first row.
 """
 
 from __future__ import annotations
@@ -222,7 +221,12 @@ def entries_per_row(array: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 def ids_of(array: Any, column: str, row_map: RowMap, first_row: int) -> list[str]:
     """A batch's sample ids; InputError naming the row of a null or one that is not UTF-8."""
-    refuse_null_id(array, column, row_map, first_row)
+    if array.null_count:
+        raise InputError(
+            f"{row_map.place(first_row + first_null(array))}: column {column!r} is null: every "
+            "row needs an id. Fill it in, drop the row, or set captions.id_column to null to use "
+            "row numbers."
+        )
     if pa.types.is_integer(array.type):
         return list(map(str, array.to_numpy(zero_copy_only=False).tolist()))
     ids = strings(array, column)
@@ -233,15 +237,6 @@ def ids_of(array: Any, column: str, row_map: RowMap, first_row: int) -> list[str
                 "id, or set captions.id_column to another column."
             )
     return cast("list[str]", ids)
-
-
-def refuse_null_id(array: Any, column: str, row_map: RowMap, first_row: int) -> None:
-    if array.null_count:
-        raise InputError(
-            f"{row_map.place(first_row + first_null(array))}: column {column!r} is null: every "
-            "row needs an id. Fill it in, drop the row, or set captions.id_column to null to use "
-            "row numbers."
-        )
 
 
 def first_null(array: Any) -> int:

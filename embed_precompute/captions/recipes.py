@@ -1,12 +1,11 @@
 """How an input row becomes the text that is encoded: normalisation, then the recipe.
 
-A recipe is one class: its fields are its settings, its docstrings their help, and `RECIPES` names
-it.
+A recipe is one class in `RECIPES`: its fields are its settings, their docstrings the help.
 Guarantees: a recipe is a pure function of the row; `OpenSoraRecipe` gives, character for character,
 what Open-Sora v2's `TextDataset` gives for the same table read by pandas.
 Costs: about a microsecond per caption. Imports no pyarrow: a training job renders captions, too.
 
-Open-Sora's rule was written anew from opensora/datasets/datasets.py (TextDataset.getitem) and
+Open-Sora's rule is written after opensora/datasets/datasets.py (TextDataset.getitem) and
 opensora/datasets/utils.py (map_target_fps) of https://github.com/hpcaitech/Open-Sora, Apache-2.0.
 """
 
@@ -91,7 +90,7 @@ class Recipe(ABC):
         return []
 
     def float_columns(self) -> tuple[str, ...]:
-        """Columns that the trainer's table must hold as floats, whatever rows it has."""
+        """Columns that the trainer's table must hold as floats, even where all are whole."""
         return ()
 
 
@@ -318,15 +317,15 @@ def recipe_of(resolved: Any) -> Recipe:
     return as_one(from_plain(Recipes, resolved, "spec.captions.recipe"))
 
 
-def make_normalizer(steps: Sequence[str]) -> Callable[[str], str] | None:
-    """The steps as one function, always in the order ftfy, nfc, whitespace; None for no step."""
-    chosen = [_STEPS[name]() for name in _STEPS if name in steps]
+def make_normalizer(names: Sequence[str]) -> Callable[[str], str] | None:
+    """`captions.normalize` as one function, in the order ftfy, nfc, whitespace; None if empty."""
+    chosen = [_NORMALIZATIONS[name]() for name in _NORMALIZATIONS if name in names]
     if not chosen:
         return None
 
     def normalize(text: str) -> str:
-        for step in chosen:
-            text = step(text)
+        for change in chosen:
+            text = change(text)
         return text
 
     return normalize
@@ -338,12 +337,12 @@ def _ftfy() -> Callable[[str], str]:
     except ImportError:
         raise InputError(
             "captions.normalize asks for ftfy, which is not installed. Run `pip install ftfy`, or "
-            "take ftfy out of captions.normalize."
+            "remove ftfy from captions.normalize."
         ) from None
     return fix_text
 
 
-_STEPS: dict[str, Callable[[], Callable[[str], str]]] = {
+_NORMALIZATIONS: dict[str, Callable[[], Callable[[str], str]]] = {
     "ftfy": _ftfy,
     "nfc": lambda: lambda text: unicodedata.normalize("NFC", text),
     "whitespace": lambda: lambda text: " ".join(text.split()),

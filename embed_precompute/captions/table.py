@@ -1,7 +1,7 @@
 """The caption table: files checked as one, scanned once for the plan, read as samples.
 
-Guarantees: whatever is wrong with the table as a whole (files, columns, types, ids) is an
-InputError before the first sample.
+Guarantees: what is wrong with the table as a whole (files, columns, types, ids) is an InputError
+before the first sample.
 Costs: `open` reads every file once for its digest, and an integer FPS column to its first null;
 `scan` reads the id, integer and, for lists, text columns once and holds 8 bytes a row.
 """
@@ -27,7 +27,6 @@ from embed_precompute.captions.reader import (
     entries_per_row,
     first_null,
     ids_of,
-    refuse_null_id,
 )
 from embed_precompute.captions.recipes import (
     INTEGER,
@@ -190,8 +189,8 @@ class CaptionTable:
 
 
 def _examine(footer: Footer, needs: Sequence[RequiredColumn]) -> tuple[CaptionFile, dict[str, str]]:
-    """What is kept of a file, and the type of each needed column; InputError naming file, column
-    and setting."""
+    """The part of a footer that the table needs, and the type of each required column. Raises
+    InputError naming file, column and setting."""
     types: dict[str, str] = {}
     for need in needs:
         positions = footer.schema.get_all_field_indices(need.name)
@@ -267,11 +266,13 @@ class IdCheck:
         self._num_rows = 0
 
     def add(self, first_row: int, array: Any) -> None:
-        refuse_null_id(array, self._column, self._map, first_row)
         try:
             array.validate(full=True)
+            is_sound = array.null_count == 0
         except pa.ArrowInvalid:
-            ids_of(array, self._column, self._map, first_row)  # names the row
+            is_sound = False
+        if not is_sound:
+            ids_of(array, self._column, self._map, first_row)  # raises, naming the row
         end = self._num_rows + len(array)
         self._hashes[self._num_rows : end] = _hashed(array)
         self._num_rows = end

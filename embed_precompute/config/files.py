@@ -76,9 +76,8 @@ def _complaint(in_file: dict[str, Any]) -> str | None:
 
 
 def _concerns(wrong: str, given: str) -> bool:
-    """Whether what is wrong is the given key, lies below it, or is a check of a mapping that holds
-    it."""
-    mapping = given.removesuffix(".kind")  # a kind decides about all keys beside it
+    """Whether the wrong key is the given one, below it, or a mapping that holds it."""
+    mapping = given.removesuffix(".kind")  # a kind decides which keys its mapping may have
     below = wrong.startswith((f"{mapping}.", f"{mapping}["))
     return wrong in ("", given) or below or given.startswith(f"{wrong}.")
 
@@ -113,7 +112,7 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         key, equals, text = word[2:].partition("=")
         key = key.replace("-", "_")
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise InputError(f"--{key} has no value: expected --{key} VALUE.")
             text = rest.pop(0)
         yield key, text
@@ -137,7 +136,7 @@ def _override(plain: dict[str, Any], key: str, text: str) -> None:
 
 
 def _type_below(declared: Any, owner: Mapping[str, Any], key: str, i: int) -> Any:
-    """The type of the `i`-th part of a dotted key, in `owner`, which is of the declared type."""
+    """The type of the `i`-th part of a dotted key; `owner`, of the declared type, holds it."""
     parts = key.split(".")
     where, part = ".".join(parts[:i]), parts[i]
     origin, inner = typing.get_origin(declared), typing.get_args(declared)
@@ -155,7 +154,7 @@ def _type_below(declared: Any, owner: Mapping[str, Any], key: str, i: int) -> An
             raise MismatchError(f"there is no key {dotted}: {nearest_of(part, known)}")
         return known[part]
     if origin is dict and takes_mapping(inner[1]):
-        # A new name comes with its whole mapping, or with its kind; else it is a slip of the pen.
+        # A new name comes with its whole mapping or its kind; else the name is a mistake.
         if owner and part not in owner and parts[i + 1 :] not in ([], ["kind"]):
             raise MismatchError(f"{where} has no {part}: {nearest_of(part, owner)}")
         return inner[1]
@@ -163,7 +162,7 @@ def _type_below(declared: Any, owner: Mapping[str, Any], key: str, i: int) -> An
 
 
 def _from_text(declared: Any, text: str) -> Any:
-    """`text` as YAML; as it stands where the declared type is text, or has it for a choice."""
+    """`text` as YAML; as text where the declared type is text and the YAML fits no other choice."""
     choices = typing.get_args(declared) if typing.get_origin(declared) in UNIONS else (declared,)
     if any(typing.get_origin(c) is Literal and text in typing.get_args(c) for c in choices):
         return text
@@ -179,7 +178,7 @@ def _from_text(declared: Any, text: str) -> Any:
 
 def _fits(declared: Any, value: Any) -> bool:
     if isinstance(value, Mapping) and takes_mapping(declared):
-        return True  # what is wrong in it is said later
+        return True  # if something in it is wrong, the error is raised later
     try:
         from_plain(declared, value)
     except MismatchError:

@@ -48,14 +48,14 @@ class KeyGroup:
 
 def key_groups() -> list[KeyGroup]:
     """All keys, in the order of the dataclasses."""
-    return [group for group in _groups(Config, "", "") if group.keys or group.name]
+    return [group for group in _groups(Config, "", "") if group.name]
 
 
 def describe_keys() -> str:
     """All keys for a terminal."""
     lines: list[str] = []
     for group in key_groups():
-        lines += ["", f"{group.name}: {group.doc}" if group.name else group.doc]
+        lines += ["", f"{group.name}: {group.doc}"]
         for key in group.keys:
             lines.append(f"  --{key.name}  ({key.type}; {key.default})")
             lines += textwrap.wrap(key.doc, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
@@ -79,7 +79,7 @@ def markdown() -> str:
 def _groups(
     owner: Any, name: str, title: str, *, base: Any = None, kinds: tuple[str, ...] = ()
 ) -> Iterator[KeyGroup]:
-    """The keys of a dataclass that `base` does not have alike, then those of its mappings."""
+    """The keys of a dataclass, less those that `base` has too, then the keys of its mappings."""
     types, docs = field_types(owner), _field_docs(owner)
     keys: list[Key] = []
     below: list[KeyGroup] = []
@@ -99,7 +99,7 @@ def _groups(
 
 
 def _groups_of(declared: Any, name: str) -> Iterator[KeyGroup]:
-    """The groups of whatever mapping a value of this type may be."""
+    """The groups of the mapping that a value of this type may be."""
     origin, inner = typing.get_origin(declared), typing.get_args(declared)
     if origin in UNIONS:
         choice = next(filter(takes_mapping, inner), None)

@@ -3,9 +3,8 @@
 A `Config` that exists is valid by itself: ranges, exclusive fields, names. Making one imports no
 torch and touches no file.
 
-Which half a field is in decides what it may change. `captions`, `encoders` and `output` hold the
-*spec* (it changes bytes, so it is in the fingerprint or in the plan); `runtime` holds everything
-else (it must never change a byte).
+`captions`, `encoders` and `output` change bytes: they are in the fingerprint or in the plan.
+`runtime` is everything else and must never change a byte.
 """
 
 from __future__ import annotations
@@ -104,6 +103,6 @@ class Config:
             )
             require(
                 not name.endswith(RESERVED_ENDINGS),
-                f"encoders.{name}: the endings {', '.join(RESERVED_ENDINGS)} are taken by tensors "
-                "that stand beside an encoder's. Choose another name.",
+                f"encoders.{name}: the endings {', '.join(RESERVED_ENDINGS)} belong to other "
+                "tensors of an encoder. Choose another name.",
             )

@@ -103,8 +103,8 @@ def test_opensora_integer_fps_prints_as_pandas_reads_it(holds_null: bool) -> Non
     assert recipe.float_columns() == (("fps",) if holds_null else ())
     expected = ["a 15.0 FPS.", "a 12 FPS."] if holds_null else ["a 15 FPS.", "a 12 FPS."]
     assert rendered(recipe, (15,), (24,)) == expected
-    told = bound(OpenSoraRecipe(fps_format="float"), fps=INTEGER)
-    assert rendered(told, (15,)) == ["a 15.0 FPS."]
+    explicit = bound(OpenSoraRecipe(fps_format="float"), fps=INTEGER)
+    assert rendered(explicit, (15,)) == ["a 15.0 FPS."]
 
 
 def test_opensora_integer_scores_are_cut_towards_zero_as_python_does() -> None:
