@@ -16,7 +16,7 @@ class CaptionsConfig:
     """The caption table: where it is and how its rows become samples."""
 
     path: str
-    """A parquet file, a folder of them (nested), a glob, or a URI pyarrow reads (s3://, gs://)."""
+    """A parquet file, a folder of them (nested), a glob, or a URI (s3://, gs://, hf://)."""
     text_column: str = "text"
     """Column with the caption: string, or a list of strings (one sample per caption)."""
     id_column: str | None = "id"

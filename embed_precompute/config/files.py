@@ -43,7 +43,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     try:
         return _changed(in_file, given)
     except MismatchError as error:
-        blamed = [key for key, _ in given if _concerns(error.key, key)]
+        keys = [key for key, _ in given]
+        blamed = [error.key] if error.key in keys else [k for k in keys if _concerns(error.key, k)]
         if not blamed or str(error) == _complaint(in_file):
             raise InputError(f"{path}: {error}") from None
         if len(blamed) == 1 and str(error).startswith(blamed[0]):
@@ -76,10 +77,10 @@ def _complaint(in_file: dict[str, Any]) -> str | None:
 
 
 def _concerns(wrong: str, given: str) -> bool:
-    """Whether the wrong key is the given one, below it, or a mapping that holds it."""
+    """Whether the wrong key lies below the given one, or is a mapping that holds it."""
     mapping = given.removesuffix(".kind")  # a kind decides which keys its mapping may have
     below = wrong.startswith((f"{mapping}.", f"{mapping}["))
-    return wrong in ("", given) or below or given.startswith(f"{wrong}.")
+    return wrong == "" or below or given.startswith(f"{wrong}.")
 
 
 def to_yaml(config: Config) -> str:
