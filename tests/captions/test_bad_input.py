@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import types
@@ -14,38 +13,22 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+from caption_case import opened, samples_of, utf8, write
 from jobs import call, clean_environment, write_captions, write_job
 
 from embed_precompute.captions import table as table_module
 from embed_precompute.captions.recipes import OpenSoraRecipe, TemplateRecipe
-from embed_precompute.captions.settings import CaptionsConfig
-from embed_precompute.captions.table import CaptionTable
 from embed_precompute.errors import EXIT_USAGE, InputError
 from embed_precompute.samples import Sample, Status
-
-
-def write(path: Path, columns: dict[str, Any], **options: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path, **options)
-    return path
-
-
-def utf8(values: list[bytes | None], arrow_type: Any = None) -> Any:
-    """A string array with these bytes, valid or not."""
-    array = pa.array(values, pa.binary())
-    return pa.Array.from_buffers(arrow_type or pa.string(), len(array), array.buffers())
-
 
 GOOD = {"id": ["a", "b", "c"], "text": ["x", "y", "z"]}
 
 
-def refused(
-    path: Path | str, *parts: str, integer_columns: tuple[str, ...] = (), **fields: Any
-) -> str:
+def refused(path: Path | str, *parts: str, **fields: Any) -> str:
     """The message of opening, scanning and reading `path`: one line that holds all `parts`."""
 
     def use() -> None:
-        table = CaptionTable.open(CaptionsConfig(str(path), **fields), integer_columns)
+        table = opened(path, **fields)
         table.scan()
         table.reader().read(0, table.num_rows)
 
@@ -74,7 +57,7 @@ def test_a_uri_that_cannot_be_listed(uri: str) -> None:
     refused(uri, uri, "cannot be listed", "s3://", "copy the files to a folder")
 
 
-def test_any_error_of_a_remote_file_system_is_said(
+def test_any_error_of_a_remote_file_system_is_one_of_the_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """hf:// raises what its HTTP client raises."""
@@ -90,137 +73,105 @@ def test_any_error_of_a_remote_file_system_is_said(
             return getattr(pyarrow.fs.LocalFileSystem(), name)
 
     write(tmp_path / "a.parquet", GOOD)
-    for answers, said in enumerate(["cannot be listed", "cannot be listed", "cannot be read"]):
+    for answers, part in enumerate(["cannot be listed", "cannot be listed", "cannot be read"]):
         fake = types.SimpleNamespace(from_uri=lambda uri, n=answers: (Flaky(n), str(tmp_path)))
         monkeypatch.setattr(pyarrow.fs, "FileSystem", fake)
-        refused("s3://bucket/x", said, "connection reset")
+        refused("s3://bucket/x", part, "connection reset")
 
 
-def test_empty_folder_and_folder_without_parquet(tmp_path: Path) -> None:
+def test_a_folder_without_rows(tmp_path: Path) -> None:
     refused(tmp_path, str(tmp_path), "holds no parquet file (0 other files were ignored)")
     (tmp_path / "_SUCCESS").touch()
     (tmp_path / "notes.txt").touch()
     refused(tmp_path, "(2 other files were ignored)", "Point captions.path at the folder")
     refused(tmp_path / "*.parquet", "holds no parquet file")
+    none = {"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}
+    for name in "ab":
+        write(tmp_path / f"{name}.parquet", none)
+    refused(tmp_path, str(tmp_path), "has no rows", "2 parquet file(s)")
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, 0.999])
-def test_truncated_parquet(tmp_path: Path, kept: float) -> None:
+def test_files_that_are_no_whole_parquet_file(tmp_path: Path) -> None:
     raw = write(tmp_path / "a.parquet", GOOD).read_bytes()
-    bad = tmp_path / "cut.parquet"
-    bad.write_bytes(raw[: 4 + int(kept * (len(raw) - 4))])
-    refused(tmp_path, str(bad), "is a truncated parquet file", "Copy or write it again")
+    footer = int.from_bytes(raw[-8:-4], "little")
+    cut = ("is a truncated parquet file", "Copy or write it again")
+    cases = [
+        *((raw[: 4 + int(part * (len(raw) - 4))], cut) for part in (0.0, 0.3, 0.9, 0.999)),
+        (b"id,text\na,hello there\n", ("is not a parquet file", "b'id,t'", "Convert it")),
+        (b"", ("is not a parquet file (0 bytes",)),
+        (raw[:-8] + (10**6).to_bytes(4, "little") + b"PAR1", ("footer", "claims 1000000 bytes")),
+        (raw[: -8 - footer] + b"\xff" * footer + raw[-8:], ("damaged parquet footer",)),
+    ]
+    for name in ("d.parquet", "c.parquet"):  # of several bad files the first is named
+        (tmp_path / name).write_bytes(b"no")
+    for payload, parts in cases:
+        (tmp_path / "b.parquet").write_bytes(payload)
+        refused(tmp_path, str(tmp_path / "b.parquet"), *parts)
 
 
-def test_not_a_parquet_file(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", GOOD)
-    bad = tmp_path / "b.parquet"
-    bad.write_text("id,text\na,hello there\n")
-    refused(tmp_path, str(bad), "is not a parquet file", "b'id,t'", "Convert it")
-    bad.write_bytes(b"")
-    refused(bad, str(bad), "is not a parquet file (0 bytes")
-
-
-def test_damaged_footer(tmp_path: Path) -> None:
-    bad = write(tmp_path / "a.parquet", GOOD)
-    raw = bad.read_bytes()
-    bad.write_bytes(raw[:-8] + (10**6).to_bytes(4, "little") + b"PAR1")
-    refused(bad, str(bad), "damaged parquet footer", "claims 1000000 bytes")
-    length = int.from_bytes(raw[-8:-4], "little")
-    bad.write_bytes(raw[: -8 - length] + b"\xff" * length + raw[-8:])
-    refused(bad, str(bad), "damaged parquet footer")
-
-
-def test_the_first_of_several_bad_files_is_named(tmp_path: Path) -> None:
-    for name in "dcba":
-        (tmp_path / f"{name}.parquet").write_bytes(b"no")
-    refused(tmp_path, str(tmp_path / "a.parquet"))
-
-
-def test_dangling_link(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", GOOD)
+def test_links_and_permissions(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", GOOD)
+    (tmp_path / "notes.txt").symlink_to(tmp_path / "gone")
+    assert len(samples_of(tmp_path)) == 3
     (tmp_path / "b.parquet").symlink_to(tmp_path / "gone")
     refused(tmp_path, str(tmp_path / "b.parquet"), "does not exist", "remove the link")
-
-
-def test_unreadable_file(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.parquet", GOOD)
     file.chmod(0)
     if os.access(file, os.R_OK):
         pytest.skip("this user reads everything")
     refused(file, str(file), "cannot be read")
-
-
-def test_no_rows_at_all(tmp_path: Path) -> None:
-    none = {"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}
-    write(tmp_path / "a.parquet", none)
-    write(tmp_path / "b.parquet", none)
-    refused(tmp_path, str(tmp_path), "has no rows", "2 parquet file(s)")
+    tmp_path.chmod(0o300)
+    refused(tmp_path, "cannot list a folder")
+    tmp_path.chmod(0o700)
 
 
 # --- columns -----------------------------------------------------------------------------------
 
-
-def test_missing_column_names_the_nearest(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.parquet", {"id": ["a"], "Texts": ["x"], "other": [1]})
-    refused(
-        file,
-        str(file),
-        "has no column 'text' (captions.text_column)",
-        "Did you mean 'Texts'?",
-        "Its columns: id, Texts, other",
-        "Set captions.text_column",
-    )
-    message = refused(
-        file, "no column 'key' (captions.id_column)", text_column="Texts", id_column="key"
-    )
-    assert "Did you mean" not in message
-    assert "Null uses row numbers" in message
-
-
-def test_missing_recipe_columns(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.parquet", GOOD)
-    recipe = OpenSoraRecipe()
-    refused(file, "no column 'fps' (captions.recipe.fps_column)", "FPS part out", recipe=recipe)
-    recipe = OpenSoraRecipe(fps_column=None, motion_column="score")
-    refused(file, "no column 'score' (captions.recipe.motion_column)", recipe=recipe)
-    recipe = TemplateRecipe(template="{text} {fps}")
-    refused(file, "no column 'fps' (captions.recipe.template)", recipe=recipe)
-    refused(file, "no column 'tokens'", "added_tokens", integer_columns=("tokens",))
+MOTION = OpenSoraRecipe(fps_column=None, motion_column="score")
+TAGGED = TemplateRecipe(template="{text} {tags}")
+ID, TEXT = "column 'id' (captions.id_column)", "column 'text' (captions.text_column)"
+IN_TEMPLATE, INTEGERS = "(captions.recipe.template)", {"integer_columns": ("n",)}
 
 
 @pytest.mark.parametrize(
-    "array",
+    ("columns", "fields", "parts"),
     [
-        pa.array([1, 2, 3]),
-        pa.array([b"x", b"y", b"z"]),
-        pa.array([None, None, None]),
-        pa.array([[1], [2], [3]]),
-        pa.array([{"a": "x"}] * 3),
-        pa.array([[["x"]], [["y"]], [["z"]]]),
-        pa.array([1, 2, 1]).dictionary_encode(),
+        (
+            {"Texts": ["x"]},
+            {},
+            ("no column 'text' (captions.text_column)", "Did you mean 'Texts'?"),
+        ),
+        ({"Texts": ["x"]}, {}, ("Its columns: id, Texts", "Set captions.text_column")),
+        ({"text": ["x"]}, {"id_column": "key"}, ("no column 'key'", "Null uses row numbers")),
+        (
+            GOOD,
+            {"recipe": OpenSoraRecipe()},
+            ("'fps' (captions.recipe.fps_column)", "FPS part out"),
+        ),
+        (GOOD, {"recipe": MOTION}, ("no column 'score' (captions.recipe.motion_column)",)),
+        (GOOD, {"recipe": TAGGED}, (f"no column 'tags' {IN_TEMPLATE}",)),
+        (GOOD, {"recipe": (MOTION, TAGGED)}, ("'score' (captions.recipe[0].motion_column)",)),
+        (GOOD, INTEGERS, ("no column 'n'", "added_tokens")),
+        ({"text": [1]}, {}, (TEXT, "int64", "Convert the column")),
+        ({"text": [b"x"]}, {}, (TEXT, "binary")),
+        ({"text": [None]}, {}, (TEXT, "null")),
+        ({"text": [[1]]}, {}, (TEXT, "list<element: int64>")),
+        ({"text": [{"a": "x"}]}, {}, (TEXT, "struct<a: string>")),
+        ({"text": [[["x"]]]}, {}, (TEXT, "list<element: list<element: string>>")),
+        ({"id": [1.0], "text": ["x"]}, {}, (ID, "double", "expected string or integer")),
+        ({"id": [b"a"], "text": ["x"]}, {}, (ID, "binary")),
+        ({"id": [["a"]], "text": ["x"]}, {}, (ID, "list<element: string>")),
+        ({**GOOD, "score": ["1"] * 3}, {"recipe": MOTION}, ("string", "integer or float")),
+        ({**GOOD, "tags": [["t"]] * 3}, {"recipe": TAGGED}, (f"'tags' {IN_TEMPLATE}", "list<")),
+        ({**GOOD, "n": ["1"] * 3}, INTEGERS, ("'n'", "added_tokens", "expected integer")),
+        ({**GOOD, "n": [1, None, 3]}, INTEGERS, ("a.parquet, row 1 ", "column 'n'", "is null")),
+        ({**GOOD, "n": [1, 2, -3]}, INTEGERS, ("a.parquet, row 2 ", "column 'n'", "below 0")),
     ],
-    ids=lambda array: str(array.type),
 )
-def test_wrongly_typed_text(tmp_path: Path, array: Any) -> None:
-    file = write(tmp_path / "a.parquet", {"id": ["a", "b", "c"], "text": array})
-    stored = str(pq.ParquetFile(file).schema_arrow.field("text").type)
-    refused(file, str(file), "column 'text' (captions.text_column)", stored, "Convert the column")
-
-
-@pytest.mark.parametrize("ids", [[1.0, 2.0, 3.0], [b"a", b"b", b"c"], [["a"], ["b"], ["c"]]])
-def test_wrongly_typed_id(tmp_path: Path, ids: list[Any]) -> None:
-    file = write(tmp_path / "a.parquet", {**GOOD, "id": ids})
-    refused(file, str(file), "column 'id' (captions.id_column)", "expected string or integer")
-
-
-def test_wrongly_typed_recipe_columns(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.parquet", {**GOOD, "fps": ["24"] * 3, "tags": [["t"]] * 3})
-    recipe = OpenSoraRecipe()
-    refused(file, "'fps' (captions.recipe.fps_column)", "string", "integer or float", recipe=recipe)
-    recipe = TemplateRecipe(template="{text} {tags}")
-    refused(file, "'tags' (captions.recipe.template)", "list<element: string>", recipe=recipe)
-    refused(file, "'fps'", "added_tokens", "expected integer", integer_columns=("fps",))
+def test_columns_that_cannot_be_used(
+    tmp_path: Path, columns: dict[str, Any], fields: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    file = write(tmp_path / "a.parquet", {"id": ["a"] * len(columns.get("text", "x")), **columns})
+    refused(file, str(file), *parts, **fields)
 
 
 def test_column_that_occurs_twice(tmp_path: Path) -> None:
@@ -229,34 +180,33 @@ def test_column_that_occurs_twice(tmp_path: Path) -> None:
     refused(tmp_path, "2 columns named 'text'", "Rename")
 
 
+def test_an_added_tokens_column_of_many_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_module, "MAX_ADDED_TOKENS", 2)
+    file = write(tmp_path / "a.parquet", {**GOOD, "n": [1, 2, 3]})
+    refused(file, "column 'n'", "more than 2 different values", **INTEGERS)
+
+
 @pytest.mark.parametrize(
     ("other", "parts"),
     [
-        ({"id": ["d"], "text": [["x"]]}, ["column 'text'", "list of string", "string in"]),
-        ({"id": [4], "text": ["x"]}, ["column 'id'", "is integer", "string in"]),
+        ({"id": ["d"], "text": [["x"]]}, ["column 'text'", "list of string", "schemas disagree"]),
+        ({"id": [4], "text": ["x"]}, ["column 'id'", "is integer", "string in", "Convert one"]),
+        ({"id": ["d"], "txt": ["x"]}, ["b.parquet has no column 'text'", "Did you mean 'txt'?"]),
+        ({"id": ["d"], "text": [1]}, ["column 'text'", "int64", "expected string"]),
     ],
 )
 def test_files_that_disagree(tmp_path: Path, other: dict[str, Any], parts: list[str]) -> None:
-    first = write(tmp_path / "a.parquet", GOOD)
-    second = write(tmp_path / "b.parquet", other)
-    refused(tmp_path, str(first), str(second), "schemas disagree", "Convert one", *parts)
-
-
-def test_a_file_without_the_column_and_one_with_another_type(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", GOOD)
-    second = write(tmp_path / "b.parquet", {"id": ["d"], "txt": ["x"]})
-    refused(tmp_path, f"{second} has no column 'text'", "Did you mean 'txt'?")
-    write(second, {"id": ["d"], "text": [1]})
-    refused(tmp_path, str(second), "column 'text'", "int64", "expected string")
+    refused(tmp_path, str(write(tmp_path / "b.parquet", other)), *parts)
 
 
 def test_files_may_disagree_where_it_does_not_matter(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", {**GOOD, "extra": [1, 2, 3]})
     text = pa.array(["w"], pa.large_string()).dictionary_encode()
     write(tmp_path / "b.parquet", {"extra": ["p"], "text": text, "id": ["d"]})
-    table = CaptionTable.open(CaptionsConfig(str(tmp_path)))
-    assert table.scan().num_rows == 4
-    assert [sample.text for sample in table.reader().read(0, 4)] == ["x", "y", "z", "w"]
+    assert [sample.text for sample in samples_of(tmp_path)] == ["x", "y", "z", "w"]
 
 
 # --- ids ---------------------------------------------------------------------------------------
@@ -278,44 +228,30 @@ def test_duplicate_ids_within_and_across_files(tmp_path: Path, kind: str) -> Non
         "2 rows in all repeat an id",
         "captions.id_column",
     )
-    write(second, {"id": ids([7, 7]), "text": ["x"] * 2})
-    refused(second, f"{second}, row 1", f"repeats id '7' of {second}, row 0")
+    write(second, {"id": ids([7] * 50_000), "text": ["x"] * 50_000})
+    refused(second, f"{second}, row 1", f"id '7' of {second}, row 0", "49999 rows in all")
 
 
-def test_an_id_column_of_one_value(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.parquet", {"id": ["same"] * 50_000, "text": ["x"] * 50_000})
-    refused(file, "row 1 ", "row 0 ", "49999 rows in all")
-
-
-@pytest.mark.parametrize("ids", [["a", "b", None, "d"], [1, 2, None, 4]])
-def test_null_ids(tmp_path: Path, ids: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("ids", "what"),
+    [
+        (pa.array(["a", "b", None, "d"]), "column 'id' is null"),
+        (pa.array([1, 2, None, 4]), "column 'id' is null"),
+        (utf8([b"a", b"b", b"\xffc", b"d"]), "column 'id' is not UTF-8 at byte 0"),
+    ],
+    ids=["string", "integer", "utf8"],
+)
+def test_rows_without_an_id(tmp_path: Path, ids: Any, what: str) -> None:
     file = write(tmp_path / "a.parquet", {"id": ids, "text": ["x"] * 4}, row_group_size=2)
-    refused(file, f"{file}, row 2", "column 'id' is null", "Fill it in", "captions.id_column")
-    table = CaptionTable.open(CaptionsConfig(str(file)))
-    with pytest.raises(InputError, match=r"a\.parquet, row 2 .*column 'id' is null"):
-        table.reader().read(2, 2)
-
-
-def test_ids_that_are_not_utf8(tmp_path: Path) -> None:
-    ids = utf8([b"a", b"b", b"\xffc", b"d"])
-    file = write(tmp_path / "a.parquet", {"id": ids, "text": ["x"] * 4}, row_group_size=2)
-    refused(file, f"{file}, row 2", "column 'id' is not UTF-8 at byte 0", "Repair the id")
-    with pytest.raises(InputError, match=r"row 2 .*column 'id' is not UTF-8"):
-        CaptionTable.open(CaptionsConfig(str(file))).reader().read(2, 2)
+    refused(file, f"{file}, row 2", what, "captions.id_column")
+    with pytest.raises(InputError, match=rf"a\.parquet, row 2 .*{what}"):
+        opened(file).reader().read(2, 2)
 
 
 # --- text --------------------------------------------------------------------------------------
 
 BYTES = [b"good", b"ab\xff\xfe", None, b"", b"cut \xe2\x98", b"\xed\xa0\x80", "é".encode()]
-STATUSES = [
-    Status.OK,
-    Status.INVALID_TEXT,
-    Status.NULL_TEXT,
-    Status.OK,
-    Status.INVALID_TEXT,
-    Status.INVALID_TEXT,
-    Status.OK,
-]
+OK, NULL, INVALID = Status.OK, Status.NULL_TEXT, Status.INVALID_TEXT
 
 
 @pytest.mark.parametrize("kind", ["plain", "dictionary", "recipe"])
@@ -325,128 +261,81 @@ def test_bad_text_has_a_status_and_hurts_no_other_row(tmp_path: Path, kind: str)
         values = utf8([value for value in BYTES if value is not None])
         array = pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 2, 3, 4, 5]), values)
     file = write(tmp_path / "a.parquet", {"id": range(7), "text": array})
-    recipe = TemplateRecipe(template="{text}!" if kind == "recipe" else "{text}")
-    table = CaptionTable.open(CaptionsConfig(str(file), recipe=recipe))
-    assert table.scan().num_samples == 7
-    samples = table.reader().read(0, 7)
-    assert [sample.status for sample in samples] == STATUSES
     tail = "!" if kind == "recipe" else ""
+    samples = samples_of(file, recipe=TemplateRecipe(template="{text}" + tail))
+    assert [s.status for s in samples] == [OK, INVALID, NULL, OK, INVALID, INVALID, OK]
     assert [s.text for s in samples if s.text is not None] == ["good" + tail, tail, "é" + tail]
     assert samples[1].error == "column 'text' is not UTF-8 at byte 2 (invalid start byte)"
     assert samples[2].error == "column 'text' is null"
 
 
-def test_bad_text_in_a_list(tmp_path: Path) -> None:
+def test_bad_text_in_a_list_and_in_a_recipe_column(tmp_path: Path) -> None:
     entries = utf8([b"a", b"\xff", None, b"b"])
     array = pa.ListArray.from_arrays(pa.array([0, 3, 3, 4], pa.int32()), entries)
-    file = write(tmp_path / "a.parquet", {"id": ["r", "s", "t"], "text": array})
-    samples = CaptionTable.open(CaptionsConfig(str(file))).reader().read(0, 3)
-    assert [(s.sample_id, s.status) for s in samples] == [
-        ("r#0", Status.OK),
-        ("r#1", Status.INVALID_TEXT),
-        ("r#2", Status.NULL_TEXT),
-        ("s#0", Status.EMPTY_LIST),
-        ("t#0", Status.OK),
-    ]
-
-
-def test_bad_text_in_a_template_column(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.parquet", {**GOOD, "place": utf8([b"\xff", None, b"sea"])})
-    recipe = TemplateRecipe(template="{text} at {place}")
-    samples = CaptionTable.open(CaptionsConfig(str(file), recipe=recipe)).reader().read(0, 3)
-    assert [s.status for s in samples] == [Status.INVALID_TEXT, Status.NULL_TEXT, Status.OK]
-    assert samples[0].error == "column 'place' is not UTF-8 at byte 0 (invalid start byte)"
-    assert samples[2] == Sample("c", 2, "z at sea")
+    places = utf8([b"by", None, b"\xff"])
+    file = write(tmp_path / "a.parquet", {**GOOD, "text": array, "place": places})
+    expected = [("a#0", OK), ("a#1", INVALID), ("a#2", NULL), ("b#0", Status.EMPTY_LIST)]
+    found = [(s.sample_id, s.status) for s in samples_of(file)]
+    assert found == [*expected, ("c#0", OK)]
+    samples = samples_of(file, recipe=TemplateRecipe(template="{text} {place} sea"))
+    assert samples[0] == Sample("a#0", 0, "a by sea")
+    error = "column 'place' is not UTF-8 at byte 0 (invalid start byte)"
+    assert samples[4] == Sample("c#0", 2, None, INVALID, error)
 
 
 @pytest.mark.parametrize(
-    ("array", "row", "what"),
+    ("array", "row", "what", "fields"),
     [
-        (pa.array(["x", "y", None]), 2, "column 'text' is null"),
-        (utf8([b"x", b"\xff", b"z"]), 1, "column 'text' is not UTF-8"),
-        (pa.array([["x"], ["y"], []]), 2, "column 'text' is an empty list"),
-        (pa.array([["x"], ["y", None], ["z"]]), 1, "column 'text' is null"),
+        (pa.array(["x", "y", None]), 2, "column 'text' is null", {}),
+        (utf8([b"x", b"\xff", b"z"]), 1, "column 'text' is not UTF-8", {}),
+        (pa.array([["x"], ["y"], []]), 2, "column 'text' is an empty list", {}),
+        (pa.array([["x"], ["y", None], ["z"]]), 1, "column 'text' is null", {}),
+        (pa.array(["x", "", "z"]), 1, "column 'text' is empty", {}),
+        (pa.array([["x"], ["y"], ["z", ""]]), 2, "column 'text' is empty", {}),
+        (pa.array(["x", "y", " "]), 2, "column 'text' is empty", {"normalize": ("whitespace",)}),
+        (
+            pa.array(["x", "y", "z"]),
+            1,
+            "column 'n' is null",
+            {"recipe": TemplateRecipe(template="{text} {n}")},
+        ),
     ],
-    ids=["null", "utf8", "list", "entry"],
+    ids=["null", "utf8", "list", "entry", "empty", "empty entry", "blank", "recipe"],
 )
-def test_on_bad_text_fail(tmp_path: Path, array: Any, row: int, what: str) -> None:
-    write(tmp_path / "a.parquet", {"id": ["p"], "text": array.slice(0, 1)})
-    file = write(tmp_path / "b.parquet", {"id": ["a", "b", "c"], "text": array})
-    refused(
-        tmp_path, f"{file}, row {row}", what, "captions.on_bad_text to record", on_bad_text="fail"
-    )
-
-
-def test_on_bad_text_fail_looks_at_recipe_columns_and_empty_captions(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.parquet", {**GOOD, "n": [1, None, 3]})
-    recipe = TemplateRecipe(template="{text} {n}")
-    refused(file, f"{file}, row 1", "column 'n' is null", recipe=recipe, on_bad_text="fail")
-    for texts in (["x", "y", ""], [["x"], ["y"], ["z", ""]]):
-        file = write(tmp_path / "a.parquet", {**GOOD, "text": texts})
-        refused(file, f"{file}, row 2", "column 'text' is empty", on_bad_text="fail")
-    file = write(tmp_path / "a.parquet", {**GOOD, "text": ["x", "y", " "]})
-    normalized = {"normalize": ("whitespace",), "on_bad_text": "fail"}
-    refused(file, f"{file}, row 2", "column 'text' is empty", **normalized)
-
-
-# --- added tokens ------------------------------------------------------------------------------
-
-
-def test_bad_added_tokens(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.parquet", {**GOOD, "n": [1, None, 3], "m": [1, 2, -3]})
-    refused(file, f"{file}, row 1", "column 'n'", "is null", integer_columns=("n",))
-    refused(file, f"{file}, row 2", "column 'm'", "below 0", integer_columns=("m",))
-
-
-def test_a_column_that_cannot_be_added_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_on_bad_text_fail(
+    tmp_path: Path, array: Any, row: int, what: str, fields: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(table_module, "MAX_ADDED_TOKENS", 2)
-    file = write(tmp_path / "a.parquet", {**GOOD, "n": [1, 2, 3]})
-    refused(file, "column 'n'", "more than 2 different values", integer_columns=("n",))
+    write(tmp_path / "a.parquet", {"id": ["p"], "text": array.slice(0, 1), "n": [0]})
+    file = write(tmp_path / "b.parquet", {**GOOD, "text": array, "n": [1, None, 3]})
+    remedy = "captions.on_bad_text to record"
+    refused(tmp_path, f"{file}, row {row}", what, remedy, on_bad_text="fail", **fields)
 
 
-# --- pages -------------------------------------------------------------------------------------
+# --- damage ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checksums", [False, True])
-def test_page_damage_is_found_when_it_is_reached(tmp_path: Path, checksums: bool) -> None:
+@pytest.mark.parametrize(("column", "checksums"), [("text", False), ("text", True), ("id", False)])
+def test_page_damage_is_found_when_it_is_reached(
+    tmp_path: Path, column: str, checksums: bool
+) -> None:
     columns = {"id": range(400), "text": [f"caption {i}" for i in range(400)]}
-    file = write(
-        tmp_path / "a.parquet",
-        columns,
-        row_group_size=100,
-        write_page_checksum=checksums,
-        use_dictionary=False,
-    )
-    chunk = pq.ParquetFile(file).metadata.row_group(2).column(1)
+    options = {"write_page_checksum": checksums, "use_dictionary": False, "row_group_size": 100}
+    file = write(tmp_path / "a.parquet", columns, **options)
+    chunk = pq.ParquetFile(file).metadata.row_group(2).column(list(columns).index(column))
     raw = bytearray(file.read_bytes())
     # With page checksums a single letter is enough; without, Arrow sees broken structure only.
     start = chunk.data_page_offset + (chunk.total_compressed_size // 2 if checksums else 0)
     raw[start : start + 4] = b"\x5a" * 4
     file.write_bytes(raw)
-    table = CaptionTable.open(CaptionsConfig(str(file)))
-    assert table.scan().num_rows == 400  # the ids are whole
-    reader = table.reader()
-    assert len(reader.read(0, 200)) == 200  # and so is what lies before
-    with pytest.raises(InputError) as caught:
+    damage = ["a.parquet: row group 2 (rows 200 to 299) is damaged", "Copy or write the file again"]
+    refused(file, *damage, repr(column))
+    if column == "text":
+        assert opened(file).scan().num_rows == 400  # the ids are whole
+    reader = opened(file).reader()
+    assert len(reader.read(0, 200)) == 200  # and so is what lies before the damage
+    with pytest.raises(InputError, match="is damaged"):
         reader.read(200, 50)
-    message = str(caught.value)
-    assert re.search(r"a\.parquet: row group 2 \(rows 200 to 299\) is damaged", message)
-    assert "'text'" in message
-    assert "Copy or write the file again" in message
-    assert "\n" not in message
-    assert len(table.reader().read(300, 100)) == 100
-
-
-def test_page_damage_in_the_ids_stops_the_scan(tmp_path: Path) -> None:
-    columns = {"id": [f"id {i}" for i in range(300)], "text": ["x"] * 300}
-    file = write(tmp_path / "a.parquet", columns, row_group_size=100)
-    chunk = pq.ParquetFile(file).metadata.row_group(1).column(0)
-    raw = bytearray(file.read_bytes())
-    raw[chunk.data_page_offset : chunk.data_page_offset + 8] = b"\x5a" * 8
-    file.write_bytes(raw)
-    refused(file, str(file), "row group 1 (rows 100 to 199) is damaged", "'id'")
+    assert len(reader.read(300, 100)) == 100
 
 
 def test_flipped_bits_never_end_the_process(tmp_path: Path) -> None:
@@ -455,17 +344,14 @@ def test_flipped_bits_never_end_the_process(tmp_path: Path) -> None:
     columns = {"id": [f"s{i}" for i in range(200)], "text": ["x", "yy"] * 100, "fps": fps}
     options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
     file = write(tmp_path / "a.parquet", columns, row_group_size=80, **options)
+    command = [sys.executable, "-c", FLIPS, str(file)]
     done = subprocess.run(
-        [sys.executable, "-c", FLIPS, str(file)],
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
+        command, env=clean_environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    counts = dict(zip(("same", "refused", "other"), map(int, done.stdout.split()), strict=True))
-    assert counts["other"] == 0, counts
-    assert min(counts["same"], counts["refused"]) > 100, counts
+    same, refusals, other = map(int, done.stdout.split())
+    assert other == 0
+    assert min(same, refusals) > 100
 
 
 FLIPS = """
