@@ -28,10 +28,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from embed_precompute.captions.files import open_parquet
 from embed_precompute.captions.recipes import PlainRecipe, recipe_of
-from embed_precompute.captions.rows import RowCursor
-from embed_precompute.captions.settings import CaptionsConfig, RecipeConfig
+from embed_precompute.captions.settings import CaptionsConfig
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.errors import ConflictError, InputError, StorageError, VerificationError
 from embed_precompute.opensora.dataset import SAMPLE_ID, TEXT
@@ -46,7 +44,6 @@ NO_LATENTS = "no-latents"
 PATHS = {"text_t5": "text_t5_path", "text_clip": "text_clip_path"}
 SAMPLER_COLUMNS = ("path", "num_frames", "height", "width", "fps")
 """What Open-Sora's sampler reads of each row; a null is allowed in fps only."""
-READ_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class CaptionRows:
             path=path or _captions_path(root),
             text_column=self.text_column,
             id_column=self.id_column,
-            recipe=_settings(captions["recipe"]),
+            recipe=self.recipe,
             normalize=tuple(captions["normalize"]),
         )
         table = CaptionTable.open(config)
@@ -93,10 +90,10 @@ class CaptionRows:
         self._encoded = table.reader(*reader_of)
         plain = CaptionTable(config, table.row_map, PlainRecipe(), table.is_list, ())
         self._captions = plain.reader(*reader_of)
-        self.schema = _unified(table)
+        self.schema = table.schema()
         self.place = table.row_map.place
         """How messages name an input row."""
-        self._cursor = RowCursor(table.row_map, self.schema.names, READ_ROWS)
+        self._rows = table.rows(self.schema.names)
         self._dataset, self._index = dataset, DatasetIndex(root)
         self.not_ok: Counter[str] = Counter()
         """Samples without an embedding that were met, by status."""
@@ -106,7 +103,7 @@ class CaptionRows:
         digests = (d for part in self._dataset.columns("text_sha256") for d in part["text_sha256"])
         numbers, indexes = count(), count()
         left = len(self._dataset) + 1 if limit is None else limit
-        for first, rows in self._cursor.batches(0, self._num_rows):
+        for first, rows in self._rows.batches(0, self._num_rows):
             encoded = self._encoded.read(first, len(rows))
             captions = self._captions.read(first, len(rows))
             entries: list[Entry] = []
@@ -147,11 +144,6 @@ class CaptionRows:
         )
 
 
-def _settings(resolved: dict[str, Any]) -> RecipeConfig:
-    """The settings that gave a resolved recipe; how pandas reads the FPS follows from the table."""
-    return RecipeConfig(**{key: value for key, value in resolved.items() if key != "fps_format"})
-
-
 def _captions_path(root: Path) -> str:
     """captions.path of the run that made the dataset, from its config.yaml."""
     try:
@@ -162,26 +154,6 @@ def _captions_path(root: Path) -> str:
             f"{root / 'config.yaml'} does not say where the captions are ({error}): name them with "
             "--captions PATH, as captions.path was when the dataset was made."
         ) from error
-
-
-def _unified(table: CaptionTable) -> pa.Schema:
-    """The columns of all files, in the order they are first met."""
-    schemas = []
-    for file in table.row_map.files:
-        parquet = open_parquet(file.source, file.input).parquet
-        schemas.append(parquet.schema_arrow.remove_metadata())
-        parquet.close(force=True)
-        repeated = [name for name, n in Counter(schemas[-1].names).items() if n > 1]
-        if repeated:
-            raise InputError(f"{file.source} has several columns named {repeated}: rename them.")
-    try:
-        unified = pa.unify_schemas(schemas, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise InputError(
-            f"the files of {table.config.path} disagree on a column's type: {error}. Convert one "
-            "of them, or drop the column."
-        ) from error
-    return pa.schema([pa.field(field.name, field.type) for field in unified])
 
 
 class TrainerTable:
