@@ -13,14 +13,14 @@ from pathlib import Path
 from embed_precompute.documents import differing_fields
 from embed_precompute.errors import ConflictError
 from embed_precompute.job.prepare import Prepared
-from embed_precompute.store.manifest import (
-    committed_units,
-    null_paths,
-    read_record,
-    unit_paths,
-)
 from embed_precompute.store.plan import Plan
-from embed_precompute.store.records import NULL_UNIT
+from embed_precompute.store.records import (
+    NULL_UNIT,
+    committed_units,
+    read_null_record,
+    read_record,
+    record_path,
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Committed:
     def refresh(self) -> None:
         """List again: cheaper than asking for many units one by one."""
         self._units = committed_units(self._root) & self._all
-        if null_paths(self._root).record.exists():
+        if record_path(self._root, NULL_UNIT).exists():
             self._units.add(NULL_UNIT)
 
     @property
@@ -57,8 +57,7 @@ class Committed:
     def __call__(self, unit: int) -> bool:
         if unit in self._units:
             return True
-        paths = null_paths(self._root) if unit == NULL_UNIT else unit_paths(self._root, unit)
-        if paths.record.exists():
+        if record_path(self._root, unit).exists():
             self._units.add(unit)
         return unit in self._units
 
@@ -71,14 +70,14 @@ def check_record(prepared: Prepared, unit: int | None, here: dict[str, str]) -> 
     if unit is None:
         return
     root, config, plan = prepared.root, prepared.config, prepared.plan
-    earlier = read_record(root, None if unit == NULL_UNIT else unit)
-    if earlier["plan"] != plan.plan_id:
+    earlier = read_null_record(root) if unit == NULL_UNIT else read_record(root, unit)
+    if earlier.plan_id != plan.plan_id:
         raise ConflictError(
-            f"{root} holds units of another plan ({earlier['plan'][:16]}; plan.json has "
+            f"{root} holds units of another plan ({earlier.plan_id[:16]}; plan.json has "
             f"{plan.plan_id[:16]}): plan.json was removed or replaced. Put it back, or write to a "
             "new output.path."
         )
-    differing = differing_fields(earlier["environment"], here)
+    differing = differing_fields(earlier.environment, here)
     if not differing:
         return
     message = (

@@ -27,8 +27,7 @@ import pyarrow.parquet as pq
 from embed_precompute.captions.columns import INTEGER, family
 from embed_precompute.errors import InputError, StorageError, VerificationError
 from embed_precompute.opensora.source import CaptionRows, Entry
-from embed_precompute.store.commit import TEMP_PREFIX, Sink, StagedFile, StoredFile
-from embed_precompute.store.leftovers import remove_file
+from embed_precompute.store.commit import TEMP_PREFIX, Sink, StagedFile, StoredFile, remove_file
 
 SAMPLE_ID, LATENTS, TEXT = "sample_id", "latents_path", "text"
 NO_LATENTS = "no-latents"
