@@ -16,7 +16,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from embed_precompute.audit.verify import MANIFEST, TABLE, verify
+from embed_precompute.audit.derived import MANIFEST, TABLE
+from embed_precompute.audit.verify import verify
 from embed_precompute.errors import EmbedPrecomputeError
 from embed_precompute.store.commit import content_name, digest_file, move_aside, remove_file
 from embed_precompute.store.manifest import finalize

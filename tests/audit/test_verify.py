@@ -423,18 +423,20 @@ def test_status_while_a_dataset_is_made(tmp_path: Path) -> None:
     plan = make_plan(num_rows=len(TEXTS), samples_per_shard=3)
     write_plan(tmp_path, plan)
     status = read_status(tmp_path)
-    assert (status.complete, status.samples_done, status.null_done) == (False, 0, False)
+    assert (status.complete, sum(status.samples.values())) == (False, 0)
+    assert not status.null_committed
     assert "none yet" in "\n".join(status.lines())
     samples = samples_of(TEXTS)
     write_unit(tmp_path, plan, 1, samples[3:6])
     status = read_status(tmp_path)
-    assert (status.units_done, status.samples_done, status.failed_samples) == (1, 3, 1)
+    assert (status.units_committed, sum(status.samples.values())) == (1, 3)
+    assert status.failed_samples == 1
     assert not status.complete
     write_null(tmp_path, plan)
     write_unit(tmp_path, plan, 0, samples[:3])
     write_unit(tmp_path, plan, 2, samples[6:])
     status = read_status(tmp_path)
-    assert (status.units_done, status.finalised, status.complete) == (3, False, False)
+    assert (status.units_committed, status.finalised, status.complete) == (3, False, False)
     assert "embed-precompute finalize" in status.lines()[-1]
     before = status.to_json()
     finalize(tmp_path)
@@ -445,20 +447,21 @@ def test_status_while_a_dataset_is_made(tmp_path: Path) -> None:
         **{"ok": 6, "null_text": 1, "non_finite": 1},
         **{"invalid_text": 0, "empty_list": 0},
     }
-    assert "complete, 3 of 3 units done" in status.lines()[0]
+    assert "complete, 3 of 3 units committed" in status.lines()[0]
 
 
 def test_status_does_not_trust_a_foreign_manifest(root: Path) -> None:
     reseal(root / "manifest.json", lambda manifest: manifest.update(plan_id="0" * 64))
     assert not read_status(root).complete
     record_path(root, 0).unlink()
-    assert (read_status(root).units_done, read_status(root).samples_done) == (2, 5)
+    status = read_status(root)
+    assert (status.units_committed, sum(status.samples.values())) == (2, 5)
 
 
 def test_dataset_lines(root: Path) -> None:
     text = "\n".join(dataset_lines(root))
     for part in (
-        read_status(root).fingerprint,
+        read_status(root).plan.fingerprint,
         "1 files, 8 rows, text column 'text', id column 'id'",
         "text_t5: one vector per token, width 4, bfloat16, by encoder t5",
         "6 embeddings stored for 8 samples",
