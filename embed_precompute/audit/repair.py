@@ -27,8 +27,7 @@ from embed_precompute.store.records import (
     RECORD,
     committed_units,
     list_folder,
-    read_null_record,
-    read_record,
+    read_any_record,
     record_path,
     refuse_linked_folders,
     unit_of,
@@ -125,8 +124,7 @@ def _foreign_plan(root: Path) -> str:
         plan_id = read_plan(root).plan_id
         for unit in (NULL_UNIT, *sorted(committed_units(root))):
             with contextlib.suppress(EmbedPrecomputeError):
-                null = unit == NULL_UNIT
-                others.add((read_null_record(root) if null else read_record(root, unit)).plan_id)
+                others.add(read_any_record(root, unit).plan_id)
             if plan_id in others:
                 return ""
     except EmbedPrecomputeError:

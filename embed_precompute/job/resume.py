@@ -17,8 +17,7 @@ from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import (
     NULL_UNIT,
     committed_units,
-    read_null_record,
-    read_record,
+    read_any_record,
     record_path,
 )
 
@@ -70,7 +69,7 @@ def check_record(prepared: Prepared, unit: int | None, here: dict[str, str]) -> 
     if unit is None:
         return
     root, config, plan = prepared.root, prepared.config, prepared.plan
-    earlier = read_null_record(root) if unit == NULL_UNIT else read_record(root, unit)
+    earlier = read_any_record(root, unit)
     if earlier.plan_id != plan.plan_id:
         raise ConflictError(
             f"{root} holds units of another plan ({earlier.plan_id[:16]}; plan.json has "

@@ -35,8 +35,7 @@ from embed_precompute.samples import count_failed
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import (
     NULL_UNIT,
-    NullRecord,
-    UnitRecord,
+    Record,
     committed_units,
     read_record,
 )
@@ -118,14 +117,14 @@ class Stages:
         self._error: BaseException | None = None
         self._units: _Channel[Unit] = _Channel(runtime.prefetch_units, self._halted)
         self._batches: _Channel[_Encoded] = _Channel(runtime.write_queue_batches, self._halted)
-        self._records: list[UnitRecord | NullRecord] = []
+        self._records: list[Record] = []
         self.encode_seconds = 0.0
         """Spent in the encoders; the rest of a run's time the device waits."""
         self._unit_s = 0.0
         self._commit_s = COMMIT_SHARE * runtime.grace_s
         self._metrics = prepared.root / "logs" / f"metrics-{dist.rank:05d}.jsonl"
 
-    def run(self) -> list[UnitRecord | NullRecord]:
+    def run(self) -> list[Record]:
         """Run until nothing is left to claim; give the records this rank committed."""
         threads = [
             threading.Thread(target=self._guard, args=(stage,), name=stage.__name__, daemon=True)
@@ -259,7 +258,7 @@ class Stages:
                 "limit, and run again."
             )
 
-    def _log_metrics(self, unit: Unit, record: UnitRecord | NullRecord, seconds: float) -> None:
+    def _log_metrics(self, unit: Unit, record: Record, seconds: float) -> None:
         line = {
             "time": round(time.time(), 3),
             "unit": unit.number,

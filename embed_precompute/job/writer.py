@@ -29,11 +29,11 @@ from embed_precompute.store.records import (
     SHARD,
     NullFiles,
     NullRecord,
+    Record,
     TokenCounts,
     UnitFiles,
     UnitRecord,
-    read_null_record,
-    read_record,
+    read_any_record,
     record_path,
     seal,
     unit_path,
@@ -104,7 +104,7 @@ class UnitWriter:
                 self._unit.failures.setdefault(row, failure)
                 self._shard.reject(row)
 
-    def commit(self) -> UnitRecord | NullRecord:
+    def commit(self) -> Record:
         """Publish shard, rows part and record; give the record in force (ours or a peer's)."""
         if self._unit.is_null and self._unit.failures:
             reason = self._unit.failures[0][1]
@@ -118,13 +118,9 @@ class UnitWriter:
             return record
         return self._record_in_force(record)
 
-    def _record_in_force(self, ours: UnitRecord | NullRecord) -> UnitRecord | NullRecord:
+    def _record_in_force(self, ours: Record) -> Record:
         """The record that was first. Other bytes in the same environment are a bug of ours."""
-        first: UnitRecord | NullRecord = (
-            read_null_record(self._root)
-            if self._unit.is_null
-            else read_record(self._root, self._unit.number)
-        )
+        first = read_any_record(self._root, ours.number)
         if first.environment == ours.environment and first.files.shard != ours.files.shard:
             raise InternalError(
                 f"{unit_path(self._root, ours.number, SHARD)} was made twice in one environment "

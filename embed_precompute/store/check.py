@@ -29,6 +29,7 @@ from embed_precompute.store.index import Array, UnitColumns, id_hash
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import (
     NullRecord,
+    Record,
     TokenCounts,
     UnitRecord,
     read_null_record,
@@ -88,7 +89,7 @@ def check_null(root: Path, plan: Plan) -> NullRecord:
     return record
 
 
-def check_files(root: Path, record: UnitRecord | NullRecord, *, full: bool) -> None:
+def check_files(root: Path, record: Record, *, full: bool) -> None:
     """Sizes, with `full` digests, of the files that a record names: the check without a plan."""
     folder = record_path(root, record.number).parent
     for file in vars(record.files).values():
@@ -113,7 +114,7 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _check_plan(root: Path, plan: Plan, record: UnitRecord | NullRecord) -> None:
+def _check_plan(root: Path, plan: Plan, record: Record) -> None:
     """That a record is of this plan."""
     expected: dict[str, Any] = {
         "fingerprint": plan.fingerprint,
@@ -142,9 +143,7 @@ def _read_rows(path: Path, file: StoredFile) -> bytes:
     return payload
 
 
-def _open_shard(
-    root: Path, plan: Plan, record: UnitRecord | NullRecord, num_rows: int
-) -> ShardReader:
+def _open_shard(root: Path, plan: Plan, record: Record, num_rows: int) -> ShardReader:
     """A shard with the size, the rows and the vectors that its record states."""
     path = record.shard_path(root)
     check_size(path, record.files.shard)

@@ -83,8 +83,8 @@ def open_file(path: Path) -> int:
 
 def read_file(path: Path, limit: int | None = None) -> bytes:
     """The whole file, or its first `limit` bytes; OSError as `open_file`."""
-    with open(open_file(path), "rb", buffering=0) as file:
-        return file.readall() if limit is None else file.read(limit) or b""
+    with open(open_file(path), "rb") as file:
+        return file.read(-1 if limit is None else limit)
 
 
 def digest_file(path: Path) -> StoredFile:

@@ -95,31 +95,28 @@ def read_sealed(path: Path, kind: str | None = None) -> dict[str, Any]:
         raise StorageError(f"{path}: reading failed: {error.strerror}.") from error
     if len(payload) > limit:
         raise VerificationError(f"{path} is over {limit} bytes: not one of our files.")
-    remedy = "Restore it, or use `embed-precompute repair` and run the job again."
+    problem = "its content does not have the digest it states"
     try:
         content = json.loads(payload)
+        if not isinstance(content, dict):
+            problem = "it is no JSON object"
+        elif content.get("format_version") != FORMAT_VERSION:
+            raise VerificationError(
+                f"{path} has format_version {content.get('format_version')!r}: this program reads "
+                f"{FORMAT_VERSION}."
+            )
+        elif payload == seal(content):
+            problem = ""
     except (ValueError, RecursionError) as error:
-        raise VerificationError(f"{path} is damaged: not JSON ({error}). {remedy}") from error
-    if not isinstance(content, dict):
-        raise VerificationError(f"{path} is damaged: not a JSON object. {remedy}")
-    version = content.get("format_version")
-    if version != FORMAT_VERSION:
+        problem = f"it is not the JSON of our files ({error})"
+    if problem:
         raise VerificationError(
-            f"{path} has format_version {version!r}: this program reads {FORMAT_VERSION}."
-        )
-    try:
-        sealed = seal(content)
-    except (ValueError, RecursionError) as error:
-        raise VerificationError(
-            f"{path} is damaged: not canonical JSON ({error}). {remedy}"
-        ) from error
-    if payload != sealed:
-        raise VerificationError(
-            f"{path} is damaged: its content does not have the digest it states. {remedy}"
+            f"{path} is damaged: {problem}. Restore it, or use `embed-precompute repair` and run "
+            "the job again."
         )
     if kind is not None and content.get("kind") != kind:
         raise VerificationError(f"{path} is of kind {content.get('kind')!r}: expected {kind!r}.")
-    return content
+    return content  # type: ignore[no-any-return]
 
 
 def read_document(path: Path, declared: type[D]) -> D:
@@ -214,29 +211,31 @@ class TokenCounts:
 
 
 @dataclass(frozen=True)
-class UnitFiles:
-    shard: StoredFile
-    rows: StoredFile
-
-
-@dataclass(frozen=True)
 class NullFiles:
     shard: StoredFile
 
 
+@dataclass(frozen=True)
+class UnitFiles(NullFiles):
+    rows: StoredFile
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Record(Document):
+class Record(Document):
+    """What the records of units and of the null embedding have in common."""
+
     fingerprint: Hex64
     plan_id: Hex64
     environment: dict[str, str]
     encoders: dict[str, TokenCounts]
     tensors: dict[str, Count]
     """Vectors stored, by tensor."""
-    files: UnitFiles | NullFiles
+    files: NullFiles
 
     @property
     def number(self) -> int:
-        raise NotImplementedError
+        """The unit, or NULL_UNIT."""
+        return int(getattr(self, "unit", NULL_UNIT))
 
     def __post_init__(self) -> None:
         for ending, file in zip((SHARD, ROWS), vars(self.files).values(), strict=False):
@@ -249,7 +248,7 @@ class _Record(Document):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitRecord(_Record):
+class UnitRecord(Record):
     """The record of a unit: with it, and only with it, the unit is committed."""
 
     kind: Literal["unit"] = "unit"
@@ -262,10 +261,6 @@ class UnitRecord(_Record):
     """Samples of each status, by label."""
     rows_sha256: Hex64
     files: UnitFiles
-
-    @property
-    def number(self) -> int:
-        return self.unit
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -280,15 +275,10 @@ class UnitRecord(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NullRecord(_Record):
+class NullRecord(Record):
     """The record of the null embedding, which is a shard of one row and has no rows part."""
 
     kind: Literal["null"] = "null"
-    files: NullFiles
-
-    @property
-    def number(self) -> int:
-        return NULL_UNIT
 
 
 def check_status(status: Mapping[str, int], num_samples: int) -> None:
@@ -439,10 +429,8 @@ def unnamed_files(root: Path) -> Iterator[Path]:
             if unit is not None and not name.endswith(RECORD):
                 found.setdefault(unit, []).append(name)
         for unit, names in found.items():
-            record: UnitRecord | NullRecord
             try:
-                record = read_null_record(root) if unit == NULL_UNIT else read_record(root, unit)
-                named = {file.name for file in vars(record.files).values()}
+                named = {file.name for file in vars(read_any_record(root, unit).files).values()}
             except IncompleteError:
                 named = set()
             except (VerificationError, StorageError):
@@ -498,6 +486,11 @@ def read_null_record(root: Path) -> NullRecord:
         return read_document(path, NullRecord)
     except FileNotFoundError:
         raise _no_record(path) from None
+
+
+def read_any_record(root: Path, unit: int) -> Record:
+    """The record of a unit, or of the null embedding (NULL_UNIT); IncompleteError without one."""
+    return read_null_record(root) if unit == NULL_UNIT else read_record(root, unit)
 
 
 def _no_record(path: Path) -> IncompleteError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from breaking import flip
+from breaking import flip, tree
 from handmade import (
     embedding,
     files_of,
@@ -75,14 +75,10 @@ def test_sound_dataset(root: Path, level: Any) -> None:
     assert report.summary().endswith("no problems")
 
 
-@pytest.mark.parametrize("level", ["quick", "full"])
-def test_verify_changes_nothing(root: Path, level: Any) -> None:
-    def state() -> list[tuple[str, int, bytes]]:
-        return [(n, (root / n).stat().st_mtime_ns, (root / n).read_bytes()) for n in files_of(root)]
-
-    before = state()
-    verify(root, level)
-    assert state() == before
+def test_verify_changes_nothing(root: Path) -> None:
+    before = tree(root)
+    verify(root)
+    assert tree(root) == before
 
 
 @pytest.mark.parametrize("level", ["quick", "full"])
@@ -203,92 +199,7 @@ def test_every_file_matters(small: Path, level: Any, change: str) -> None:
     assert problems(small, level) == []
 
 
-def test_two_shards_swapped(tmp_path: Path) -> None:
-    write_dataset(tmp_path, ["a b", "c d"], samples_per_shard=1)
-    first, second = (paths_of(tmp_path, unit).shard for unit in (0, 1))
-    payload = first.read_bytes()
-    assert len(payload) == second.stat().st_size
-    first.write_bytes(second.read_bytes())
-    second.write_bytes(payload)
-    for level in ("quick", "full"):
-        found = problems(tmp_path, level)
-        assert any(first.name in line for line in found)
-        assert any(second.name in line for line in found)
-
-
-@pytest.mark.parametrize("text", [b"{}", b"[]", b"null", b"{" * 5000, b"\xff", b'{"a":NaN}', b""])
-@pytest.mark.parametrize("level", ["quick", "full"])
-def test_json_of_any_content_is_a_problem(root: Path, text: bytes, level: Any) -> None:
-    names = [name for name in files_of(root) if name.endswith(".json")]
-    for name in names:
-        (root / name).write_bytes(text)
-    found = problems(root, level)
-    for name in names:
-        assert any(str(root / name) in line for line in found), name
-
-
 # --- sealed again: only the meaning is wrong ------------------------------------------------------
-
-
-PLAN_CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
-    "other samples": lambda plan: plan.update(num_samples=9),
-    "no column": lambda plan: plan["inputs"].pop("text_column"),
-}
-
-
-@pytest.mark.parametrize("name", PLAN_CHANGES)
-@pytest.mark.parametrize("level", ["quick", "full"])
-def test_plan_of_wrong_meaning(tmp_path: Path, name: str, level: Any) -> None:
-    write_units(tmp_path, TEXTS)
-    reseal(tmp_path / "plan.json", PLAN_CHANGES[name])
-    assert any("plan.json" in line for line in problems(tmp_path, level))
-
-
-RECORD_CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
-    "extra key": lambda record: record.update(x=1),
-    "other unit": lambda record: record.update(unit=1),
-    "other rows": lambda record: record.update(first_row=1),
-    "other plan": lambda record: record.update(plan_id="0" * 64),
-    "other status": lambda record: record["status"].update(ok=1, empty_list=1),
-    "other vectors": lambda record: record["tensors"].update(t5=1),
-    "other tokens": lambda record: record["encoders"]["t5"].update(tokens=1),
-    "other texts": lambda record: record.update(rows_sha256="0" * 64),
-    "path": lambda record: record["files"]["shard"].update(name="../x"),
-}
-
-
-@pytest.mark.parametrize("name", RECORD_CHANGES)
-@pytest.mark.parametrize("finalised", [False, True])
-def test_record_of_wrong_meaning(tmp_path: Path, name: str, finalised: bool) -> None:
-    write_units(tmp_path, TEXTS)
-    if finalised:
-        finalize(tmp_path)
-    reseal(record_path(tmp_path, 0), RECORD_CHANGES[name])
-    assert any("shard-000000" in line or "manifest" in line for line in problems(tmp_path))
-
-
-MANIFEST_CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
-    "extra key": lambda manifest: manifest.update(x=1),
-    "missing key": lambda manifest: manifest.pop("environments"),
-    "fingerprint": lambda manifest: manifest.update(fingerprint="0" * 64),
-    "counts": lambda manifest: manifest["counts"].update(stored=1),
-    "status": lambda manifest: manifest["counts"]["status"].update(ok=1),
-    "records": lambda manifest: manifest.update(records_sha256="0" * 64),
-    "environments": lambda manifest: manifest["environments"][0].update(units=1),
-    "tensors": lambda manifest: manifest["tensors"]["t5"].update(width=5),
-    "plan": lambda manifest: manifest.update(plan_id="0" * 64),
-    "path": lambda manifest: manifest["files"].update({"../x": {"bytes": 1, "sha256": ""}}),
-    "entry": lambda manifest: manifest["files"].update({"plan.json": 1}),
-    "other file": lambda manifest: manifest["files"].pop("index/ok.npy"),
-    "no files": lambda manifest: manifest.update(files=[]),
-}
-
-
-@pytest.mark.parametrize("name", MANIFEST_CHANGES)
-@pytest.mark.parametrize("level", ["quick", "full"])
-def test_manifest_of_wrong_meaning(root: Path, name: str, level: Any) -> None:
-    reseal(root / "manifest.json", MANIFEST_CHANGES[name])
-    assert any("manifest.json" in line for line in problems(root, level))
 
 
 INDEX = ("status", "shard", "index", "ok", "ids", "id_offsets", "id_hash", "id_order")
