@@ -179,7 +179,8 @@ def _note_strays(report: Report, plan: Plan | None) -> None:
     names = index_dtypes(tensor.name for tensor in plan.tensors) if plan is not None else {}
     known |= {root / "index" / f"{name}.npy" for name in names}
     with report.checking(root / "shards"):
-        unnamed = set(unnamed_files(root))
+        sound = report.null_sound and not (report.rejected_units or report.num_missing)
+        unnamed = set(unnamed_files(root, checked=sound))
         folders = [root, *([root / "index"] if names else []), *sorted(root.glob("shards/*"))]
         for folder in folders:
             for name in list_folder(folder):

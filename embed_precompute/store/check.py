@@ -70,11 +70,12 @@ def check_unit(root: Path, plan: Plan, unit: int, *, full: bool = False) -> Chec
     record = read_record(root, unit)
     _check_plan(root, plan, record)
     payload = _read_rows(record.rows_path(root), record.files.rows)
+    if full:  # first, so that a damaged shard is named and not the rows that do not fit it
+        check_digest(record.shard_path(root), record.files.shard)
     shard = _open_shard(root, plan, record, num_rows=record.num_stored)
     rows, columns = _Rows(root, plan, record, shard, payload).checked()
     if full:
-        check_digest(shard.path, record.files.shard)
-        check_checksums(shard, plan.tensors)
+        _check_checksums(shard, plan.tensors)
         _check_texts(record.rows_path(root), plan.tensors, record, payload)
     return CheckedUnit(record, shard, rows, columns)
 
@@ -83,17 +84,17 @@ def check_null(root: Path, plan: Plan) -> NullRecord:
     """The null embedding's record; its shard is checked whole."""
     record = read_null_record(root)
     _check_plan(root, plan, record)
-    shard = _open_shard(root, plan, record, num_rows=1)
-    check_digest(shard.path, record.files.shard)
-    check_checksums(shard, plan.tensors)
+    check_digest(record.shard_path(root), record.files.shard)
+    _check_checksums(_open_shard(root, plan, record, num_rows=1), plan.tensors)
     return record
 
 
 def check_files(root: Path, record: Record, *, full: bool) -> None:
     """Sizes, with `full` digests, of the files that a record names: the check without a plan."""
     folder = record_path(root, record.number).parent
+    check = check_digest if full else check_size
     for file in vars(record.files).values():
-        (check_digest if full else check_size)(folder / file.name, file)
+        check(folder / file.name, file)
 
 
 def in_order(
@@ -173,7 +174,7 @@ def check_digest(path: Path, file: StoredFile) -> None:
     _require_same(path, "sha256", found.sha256, file.sha256)
 
 
-def check_checksums(shard: ShardReader, tensors: Tensors) -> None:
+def _check_checksums(shard: ShardReader, tensors: Tensors) -> None:
     """VerificationError unless every stored row has its checksum."""
     for tensor in tensors:
         for row in range(shard.num_rows):
@@ -198,7 +199,9 @@ def _check_texts(path: Path, tensors: Tensors, record: UnitRecord, payload: byte
             where = f"of sample {sample_id!r}"
             _require_same(path, f"text_sha256 {where}", digest, text_sha256(text))
             ok = status == Status.OK.label
-            if (ok and (text is None or reason is not None)) or (status in facts and text):
+            if (ok and (text is None or reason is not None)) or (
+                status in facts and text is not None
+            ):
                 raise VerificationError(
                     f"{path}: the status {where} is {status}, with the text {text!r:.40} and the "
                     f"error {reason!r:.40}."
@@ -227,7 +230,7 @@ class _Rows:
         """The rows, and what they add to the index."""
         record, shard = self._record, self._shard
         codes = pc.index_in(self._rows.column("status"), value_set=_LABELS)
-        self._require(codes.is_valid(), "an unknown status")
+        self._require(codes.null_count == 0, "an unknown status")
         status: Array = _VALUES[codes.to_numpy()]
         ok = status == Status.OK
         units = self._rows.column("shard").to_numpy()
@@ -246,8 +249,7 @@ class _Rows:
             lengths[name] = self._filled(f"{name}_length", ok, 0)
             self._require(lengths[name] == expected, f"{name}_length unlike the shard's")
             checksums[name] = sums
-        counts = np.bincount(status, minlength=len(Status)).tolist()
-        found = dict(zip(_LABELS.to_pylist(), counts, strict=True))
+        found = {each.label: int((status == each).sum()) for each in Status}
         _require_same(self._path, "status", found, record.status)
         encoders = {
             name: TokenCounts(

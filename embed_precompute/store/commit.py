@@ -236,18 +236,13 @@ class StagedFile:
 
     def pread(self, size: int, offset: int) -> bytes:
         """Exactly `size` bytes at `offset`."""
-        pieces = []
         try:
-            while size:
-                piece = os.pread(self._fd, size, offset)
-                if not piece:
-                    raise OSError(errno.EIO, "the file is shorter than what was written")
-                pieces.append(piece)
-                offset += len(piece)
-                size -= len(piece)
+            payload = os.pread(self._fd, size, offset)
+            if len(payload) != size:
+                raise OSError(errno.EIO, "the file is shorter than what was written")
         except OSError as error:
             raise self._error("reading back", error) from error
-        return b"".join(pieces)
+        return payload
 
     def digest(self) -> StoredFile:
         """Size and sha256 of what is staged: one pass, remembered until the next write."""

@@ -200,7 +200,7 @@ def _replace_derived(root: Path, derived: Sequence[StagedFile], payload: bytes) 
 def _remove_unnamed(root: Path) -> tuple[int, int]:
     """Removes shards and rows parts that no record names; (files, bytes)."""
     files = size = 0
-    for path in unnamed_files(root):
+    for path in unnamed_files(root, checked=True):
         with contextlib.suppress(FileNotFoundError):
             size += path.stat().st_size
             files += 1

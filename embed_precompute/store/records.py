@@ -417,10 +417,12 @@ def unit_folders(root: Path) -> list[Path]:
     return [root / "shards" / name for name in names if _FOLDER_NAME.fullmatch(name)]
 
 
-def unnamed_files(root: Path) -> Iterator[Path]:
+def unnamed_files(root: Path, *, checked: bool = False) -> Iterator[Path]:
     """Shards and rows parts that no record names: of writers that died, or that were not the first.
 
-    Of a unit whose record is damaged there are none: any file may be what it names.
+    None of a unit whose record is damaged: any file may be what it names. `checked` says that all
+    units were just found sound. Then only records of units with too many files are read again, and
+    the files of a unit without a record are left out: a writer may be about to publish one.
     """
     for folder in (root, *unit_folders(root)):
         found: dict[int, list[str]] = {}
@@ -429,10 +431,12 @@ def unnamed_files(root: Path) -> Iterator[Path]:
             if unit is not None and not name.endswith(RECORD):
                 found.setdefault(unit, []).append(name)
         for unit, names in found.items():
+            if checked and len(names) == (1 if unit == NULL_UNIT else 2):
+                continue
             try:
                 named = {file.name for file in vars(read_any_record(root, unit).files).values()}
             except IncompleteError:
-                named = set()
+                named = set(names if checked else ())
             except (VerificationError, StorageError):
                 continue
             yield from (folder / name for name in names if name not in named)

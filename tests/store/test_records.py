@@ -295,6 +295,7 @@ def test_unnamed_files(tmp_path: Path) -> None:
     for name in ("shard-000001.safetensors", "x", f"shard-001000-{digest}.safetensors"):
         (tmp_path / "shards/000" / name).touch()  # these are not ours
     assert set(unnamed_files(tmp_path)) == {*strays, open_unit.shard, open_unit.rows}
+    assert set(unnamed_files(tmp_path, checked=True)) == set(strays)
 
 
 def test_listing_imports_no_torch() -> None:
