@@ -22,10 +22,10 @@ from embed_precompute.store.records import (
     Manifest,
     NullRecord,
     UnitRecord,
+    document_bytes,
+    read_json,
     read_record,
-    read_sealed,
     record_path,
-    seal,
     unit_path,
 )
 from embed_precompute.store.rows import StoredSample, read_samples, rows_part_bytes
@@ -70,7 +70,7 @@ def make_plan(
 
 
 def write_plan(root: Path, plan: Plan) -> None:
-    publish_bytes(root / "plan.json", seal(plan))
+    publish_bytes(root / "plan.json", document_bytes(plan))
 
 
 def write_unit(
@@ -154,11 +154,11 @@ def paths_of(root: Path, unit: int) -> Paths:
     return Paths(record.shard_path(root), record.rows_path(root), record_path(root, unit))
 
 
-def reseal(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes a sealed JSON file, and makes its digest right."""
-    content = read_sealed(path)
+def rewrite_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes a document, and makes its digest right."""
+    content = read_json(path)
     change(content)
-    path.write_bytes(seal(content))
+    path.write_bytes(document_bytes(content))
 
 
 def restate(root: Path, unit: int, kind: str, path: Path) -> Path:
@@ -167,7 +167,7 @@ def restate(root: Path, unit: int, kind: str, path: Path) -> Path:
     ending = "".join(path.suffixes)
     stored = publish_bytes_by_content(unit_path(root, unit, ending), path.read_bytes())
     entry = {"name": stored.name, "bytes": stored.bytes, "sha256": stored.sha256}
-    reseal(record_path(root, unit), lambda record: record["files"].update({kind: entry}))
+    rewrite_json(record_path(root, unit), lambda record: record["files"].update({kind: entry}))
     return path.with_name(stored.name)
 
 
@@ -189,7 +189,7 @@ def restate_derived(root: Path, name: str) -> None:
     """Puts the present size and digest of file `name` into manifest.json."""
     stored = digest_file(root / name)
     entry = {"bytes": stored.bytes, "sha256": stored.sha256}
-    reseal(root / "manifest.json", lambda manifest: manifest["files"].update({name: entry}))
+    rewrite_json(root / "manifest.json", lambda manifest: manifest["files"].update({name: entry}))
 
 
 def files_of(root: Path) -> list[str]:

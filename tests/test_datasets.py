@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from breaking import flip
-from handmade import embedding, paths_of, reseal, write_dataset, write_units
+from handmade import embedding, paths_of, rewrite_json, write_dataset, write_units
 from jobs import clean_environment
 from torch.utils.data import DataLoader
 
@@ -28,10 +28,10 @@ from embed_precompute.store.commit import replace_bytes
 from embed_precompute.store.manifest import finalize
 from embed_precompute.store.records import (
     TensorEntry,
+    document_bytes,
+    read_json,
     read_manifest,
     read_null_record,
-    read_sealed,
-    seal,
 )
 from embed_precompute.train.dataset import EmbeddingDataset, SampleLookupError, collate_embeddings
 
@@ -282,12 +282,12 @@ def test_bad_options(root: Path, options: dict[str, Any]) -> None:
 
 
 def edit_manifest(root: Path, **changes: Any) -> None:
-    manifest = {**read_sealed(root / "manifest.json"), **changes}
-    replace_bytes(root / "manifest.json", seal(manifest))
+    manifest = {**read_json(root / "manifest.json"), **changes}
+    replace_bytes(root / "manifest.json", document_bytes(manifest))
 
 
 def test_unknown_codec_version_and_shape_are_refused(own_root: Path) -> None:
-    spec = read_sealed(own_root / "manifest.json")["spec"]
+    spec = read_json(own_root / "manifest.json")["spec"]
     edit_manifest(own_root, spec={**spec, "output": {"dtype": "bfloat16", "codec": "zstd"}})
     with pytest.raises(VerificationError, match=r"codec is 'zstd'.*finalize"):
         EmbeddingDataset(own_root)
@@ -425,6 +425,6 @@ def test_a_manifest_whose_tensors_are_not_its_specs(own_root: Path) -> None:
         for name in ("length_clip", "xxh3_clip"):
             del manifest["files"][f"index/{name}.npy"]
 
-    reseal(own_root / "manifest.json", change)
+    rewrite_json(own_root / "manifest.json", change)
     with pytest.raises(VerificationError, match="tensors are not those of its spec"):
         EmbeddingDataset(own_root)

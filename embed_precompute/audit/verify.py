@@ -80,7 +80,7 @@ def verify(
         # Not above: the encoders bring torch's whole weight, and transformers.
         from embed_precompute.audit.reencode import get_ready, reencode
 
-        # A checkpoint that is not at hand must not come out after hours, in place of the report.
+        # That a checkpoint is missing must be said now, not after hours in place of the report.
         ready = get_ready(root, plan, device)
         encode_again = functools.partial(
             reencode, report, plan, ready,

@@ -39,9 +39,9 @@ from embed_precompute.store.records import (
     FORMAT_VERSION,
     MAX_JSON_BYTES,
     committed_units,
+    document_bytes,
     read_record,
     refuse_linked_folders,
-    seal,
 )
 from embed_precompute.store.space import room_at
 
@@ -102,7 +102,7 @@ def publish(prepared: Prepared) -> Prepared:
     refuse_linked_folders(prepared.root)
     if _stored_plan(prepared.root) is None:
         _refuse_foreign_units(prepared)
-        payload = seal(prepared.plan)
+        payload = document_bytes(prepared.plan)
         if len(payload) > MAX_JSON_BYTES:
             raise InputError(
                 f"{PLAN_FILE} would have {len(payload):,} bytes for {len(prepared.table.files):,} "

@@ -33,9 +33,9 @@ from embed_precompute.store.records import (
     TokenCounts,
     UnitFiles,
     UnitRecord,
+    document_bytes,
     read_any_record,
     record_path,
-    seal,
     unit_path,
 )
 from embed_precompute.store.rows import StoredSample, rows_digest, rows_part_bytes
@@ -114,7 +114,7 @@ class UnitWriter:
             )
         shard, kept = self._shard.publish()
         record = self._null_record(shard) if self._unit.is_null else self._unit_record(shard, kept)
-        if publish_bytes(record_path(self._root, record.number), seal(record)):
+        if publish_bytes(record_path(self._root, record.number), document_bytes(record)):
             return record
         return self._record_in_force(record)
 

@@ -52,7 +52,7 @@ from embed_precompute.store.commit import (
     remove_leftovers,
     replace_bytes,
 )
-from embed_precompute.store.records import FORMAT_VERSION, NULL_UNIT, read_sealed, seal
+from embed_precompute.store.records import FORMAT_VERSION, NULL_UNIT, document_bytes, read_json
 from embed_precompute.store.shards import ShardReader
 
 SOURCE_FILE, DONE_FILE, TABLE = "source.json", "export.json", "table"
@@ -205,8 +205,8 @@ class _Job:
             "clip": self.options.clip,
             "pad_masked": self.options.pad_masked if self.pair.masked else None,
         }
-        if not publish_bytes(path, seal(identity)):
-            lines = differing_fields(read_sealed(path, "export_source"), identity)
+        if not publish_bytes(path, document_bytes(identity)):
+            lines = differing_fields(read_json(path, "export_source"), identity)
             named = [line for line in lines if not line.startswith("digest")]
             raise ConflictError(
                 f"{out} is another export; it differs in\n  "
@@ -298,7 +298,7 @@ class _Job:
             "options": {key: value for key, value in options.items() if key != "recheck"},
             "table": {"name": stored.name, "bytes": stored.bytes, "sha256": stored.sha256},
         }
-        replace_bytes(self.out / DONE_FILE, seal(done))
+        replace_bytes(self.out / DONE_FILE, document_bytes(done))
         remove_leftovers(self.out)
         return OpenSoraExport(
             out=self.out,

@@ -28,7 +28,7 @@ from embed_precompute.opensora.text_pair import TextPair
 from embed_precompute.store.check import CheckedUnit
 from embed_precompute.store.commit import publish_bytes, replace_bytes
 from embed_precompute.store.plan import Plan
-from embed_precompute.store.records import FORMAT_VERSION, read_sealed, seal
+from embed_precompute.store.records import FORMAT_VERSION, document_bytes, read_json
 
 THREADS = 8
 FILES_PER_FOLDER = 1000
@@ -135,14 +135,14 @@ class TensorFiles:
             "bytes": sum(sizes),
             "samples_sha256": names,
         }
-        replace_bytes(path, seal(record))
+        replace_bytes(path, document_bytes(record))
         self.written.files += record["files"]
         self.written.bytes += record["bytes"]
 
     def _is_done(self, path: Path, names: str, stored: Sequence[Entry]) -> bool:
         """Whether an earlier run verified exactly these files, and all are there in full size."""
         try:
-            record = read_sealed(path, "export_unit")
+            record = read_json(path, "export_unit")
         except (FileNotFoundError, VerificationError):
             return False
         if record["plan"] != self._plan.plan_id or record["samples_sha256"] != names:

@@ -274,7 +274,7 @@ class StagedFile:
         return ours
 
     def replace(self) -> bool:
-        """Gives the file its name, in place of whatever has it; False when that was equal."""
+        """Gives the file its name, in place of any file that has it; False when that was equal."""
         stored = self._finish()
         try:
             changed = not self._target_is(stored)

@@ -1,7 +1,7 @@
 """index/*.npy: the columns a reader needs for every sample, each a flat array it can map.
 
 Guarantees: the arrays are a function of the units' rows and records alone; a look-up by id compares
-the stored id, so two ids with one hash are told apart.
+the stored id, so two ids with one hash are not confused.
 Costs: making the index keeps 24 bytes per sample in memory, to sort the hashes of ids. Reading maps
 the arrays; a look-up by id is a binary search and loads no table.
 """
@@ -150,8 +150,8 @@ class DatasetIndex:
     """A finalised dataset's index, mapped: nothing is loaded until it is asked for.
 
     Opening checks the root manifest, and each array's bytes, dtype and shape against it; `verify`
-    checks the digests. Sample numbers count all samples in input order, whatever their status.
-    Pickles as its folder.
+    checks the digests. Samples are numbered in input order, those without an embedding too. Pickles
+    as its folder.
     """
 
     def __init__(self, root: Path) -> None:

@@ -45,9 +45,9 @@ from embed_precompute.store.records import (
     TokenCounts,
     UnitRecord,
     committed_units,
+    document_bytes,
     record_path,
     refuse_linked_folders,
-    seal,
     tensor_entries,
     unit_folders,
     unnamed_files,
@@ -129,7 +129,7 @@ def _write_derived(root: Path, plan: Plan) -> Manifest:
         files |= {name: staged.digest() for name, staged in derived.items()}
         entries = {name: FileEntry(file.bytes, file.sha256) for name, file in files.items()}
         manifest = totals.manifest(plan, entries)
-        _replace_derived(root, list(derived.values()), seal(manifest))
+        _replace_derived(root, list(derived.values()), document_bytes(manifest))
     return manifest
 
 

@@ -1,9 +1,9 @@
-"""The small JSON files of a dataset: what is in them, how they are sealed, and where files are.
+"""The small JSON files of a dataset, the documents: their keys, their bytes, and where files are.
 
 Guarantees: a document that is returned has exactly the keys and types of the format, and its file
-is byte for byte what `seal` makes of it. The names of files follow from unit numbers and digests:
-no name in a file is ever opened. Which units are committed is a folder listing; no file is opened
-for it.
+is byte for byte what `document_bytes` makes of it. The names of files follow from unit numbers and
+digests: no name in a file is ever opened. Which units are committed is a folder listing; no file is
+opened for it.
 Costs: a listing is O(files); a document is one small file, parsed and written once to compare.
 """
 
@@ -55,12 +55,12 @@ _FILE_NAME = re.compile(
 )
 _NULL_NAME = re.compile(r"null-[0-9a-f]{16}\.safetensors")
 
-# --- sealed JSON ----------------------------------------------------------------------------------
+# --- documents ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A sealed JSON file: its fields are the keys of the file."""
+    """A JSON file that has its own digest: its fields are the keys of the file."""
 
     format_version: Literal[1] = 1
     kind: str = ""
@@ -71,7 +71,7 @@ class Document:
 D = TypeVar("D", bound=Document)
 
 
-def seal(content: Document | Mapping[str, Any]) -> bytes:
+def document_bytes(content: Document | Mapping[str, Any]) -> bytes:
     """`content` as canonical JSON with the digest of all its other keys, and a final newline."""
     plain = to_plain(content)
     plain.pop("digest", None)
@@ -79,12 +79,12 @@ def seal(content: Document | Mapping[str, Any]) -> bytes:
     return canonical_json(plain) + b"\n"
 
 
-def read_sealed(path: Path, kind: str | None = None) -> dict[str, Any]:
-    """The object in a sealed JSON file, with its `digest`.
+def read_json(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """The object in a document, with its `digest`.
 
-    A missing file is FileNotFoundError: only the caller knows what absence means. VerificationError
-    for anything but the exact bytes of `seal`: a flipped bit, a torn write, another version or
-    kind.
+    A missing file is FileNotFoundError: only the caller knows what absence means. Other bytes than
+    those of `document_bytes` (a flipped bit, a torn write), another version and another kind are
+    VerificationError.
     """
     limit = MAX_RECORD_BYTES if kind in ("unit", "null") else MAX_JSON_BYTES
     try:
@@ -105,7 +105,7 @@ def read_sealed(path: Path, kind: str | None = None) -> dict[str, Any]:
                 f"{path} has format_version {content.get('format_version')!r}: this program reads "
                 f"{FORMAT_VERSION}."
             )
-        elif payload == seal(content):
+        elif payload == document_bytes(content):
             problem = ""
     except (ValueError, RecursionError) as error:
         problem = f"it is not the JSON of our files ({error})"
@@ -120,8 +120,8 @@ def read_sealed(path: Path, kind: str | None = None) -> dict[str, Any]:
 
 
 def read_document(path: Path, declared: type[D]) -> D:
-    """The document in a sealed file; errors as `read_sealed`, VerificationError for other keys."""
-    content = read_sealed(path, declared.kind)
+    """The document in a file; errors as `read_json`, and VerificationError for other keys."""
+    content = read_json(path, declared.kind)
     try:
         return from_plain(declared, content)
     except MismatchError as error:

@@ -20,10 +20,10 @@ from embed_precompute.store.commit import QUARANTINE, replace_bytes
 from embed_precompute.store.records import (
     NULL_UNIT,
     committed_units,
+    document_bytes,
     read_null_record,
     read_record,
     record_path,
-    seal,
 )
 
 
@@ -311,7 +311,7 @@ def test_repair_that_dies_half_way(
 def test_a_plan_of_absurd_size_is_checked_in_no_time(tmp_path: Path) -> None:
     """All of it is consistent, so the units that are missing are the only problem."""
     write_dataset(tmp_path, ["a", "b", "c"])
-    replace_bytes(tmp_path / "plan.json", seal(make_plan(10**9, 3)))
+    replace_bytes(tmp_path / "plan.json", document_bytes(make_plan(10**9, 3)))
     report = verify(tmp_path)
     assert any("shards" in line for line in report.problems)
     assert report.num_missing == -(-(10**9) // 3) - 1

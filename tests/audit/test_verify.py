@@ -19,8 +19,8 @@ from handmade import (
     files_of,
     make_plan,
     paths_of,
-    reseal,
     restate_derived,
+    rewrite_json,
     samples_of,
     write_dataset,
     write_null,
@@ -36,7 +36,7 @@ from embed_precompute.errors import EmbedPrecomputeError, InputError
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.index import DatasetIndex
 from embed_precompute.store.manifest import finalize
-from embed_precompute.store.records import read_sealed, record_path, seal
+from embed_precompute.store.records import document_bytes, read_json, record_path
 
 TEXTS = ["a b c", None, "", "nan", "a b c", "d e", "f é", "a b c"]
 FIELD_STRIDE = 5
@@ -199,7 +199,7 @@ def test_every_file_matters(small: Path, level: Any, change: str) -> None:
     assert problems(small, level) == []
 
 
-# --- sealed again: only the meaning is wrong ------------------------------------------------------
+# --- digests made right: only the meaning is wrong ------------------------------------------------
 
 
 INDEX = ("status", "shard", "index", "ok", "ids", "id_offsets", "id_hash", "id_order")
@@ -304,17 +304,17 @@ def changed(value: Any, path: tuple[Any, ...], other: Any) -> Any:
 @pytest.mark.parametrize(
     "name", ["plan.json", "manifest.json", "null.json", "shards/000/shard-000000.json"]
 )
-def test_sealed_again_with_any_field_changed(tmp_path: Path, name: str) -> None:
+def test_any_field_changed_with_digests_made_right(tmp_path: Path, name: str) -> None:
     """A forger can make the digest right: still no command breaks, and verify rejects it."""
     write_dataset(tmp_path, ["a b c", None, "nan", "d e"])
     path = tmp_path / name
     sound, before = path.read_bytes(), dataset_bytes(tmp_path)
-    content = read_sealed(path)
+    content = read_json(path)
     content.pop("digest")
     for where, other in mutations(content)[::FIELD_STRIDE]:
         if changed(content, where, other) == content:
             continue
-        path.write_bytes(seal(changed(content, where, other)))
+        path.write_bytes(document_bytes(changed(content, where, other)))
         assert verify(tmp_path).problems, (where, other)
         for act in (read_status, dataset_lines, DatasetIndex):
             with contextlib.suppress(EmbedPrecomputeError):
@@ -362,7 +362,7 @@ def test_status_while_a_dataset_is_made(tmp_path: Path) -> None:
 
 
 def test_status_does_not_trust_a_foreign_manifest(root: Path) -> None:
-    reseal(root / "manifest.json", lambda manifest: manifest.update(plan_id="0" * 64))
+    rewrite_json(root / "manifest.json", lambda manifest: manifest.update(plan_id="0" * 64))
     assert not read_status(root).complete
     record_path(root, 0).unlink()
     status = read_status(root)

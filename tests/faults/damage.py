@@ -18,7 +18,7 @@ from embed_precompute.errors import VerificationError
 from embed_precompute.store.check import check_digest
 from embed_precompute.store.commit import StoredFile
 from embed_precompute.store.manifest import finalize
-from embed_precompute.store.records import read_record, read_sealed, record_path
+from embed_precompute.store.records import read_json, read_record, record_path
 from faults.lab import Finding, Lab, first_lines
 
 LONG_TEXT = " ".join(f"word{i}" for i in range(42))
@@ -56,7 +56,7 @@ def f05_bits(lab: Lab) -> list[Finding]:
         for bit in flips(path, payload, range(len(payload) * 8)):
             cases += 1
             try:
-                read_sealed(path)
+                read_json(path)
                 missed.append(f"{path.name} bit {bit}")
             except VerificationError:
                 continue
@@ -237,7 +237,7 @@ def f10_torn(lab: Lab) -> list[Finding]:
             path.write_bytes(payload[:end])
             cuts += 1
             try:
-                read_sealed(path)
+                read_json(path)
                 missed.append(f"{name} cut at {end}")
             except VerificationError:
                 continue

@@ -225,8 +225,8 @@ def _bytes(root: Path, captions: Path, rng: random.Random) -> str:
 
 
 def _json(root: Path, captions: Path, rng: random.Random) -> str:
-    """A value of a JSON file replaced, and the file sealed anew, so that its digest is right."""
-    from embed_precompute.store.records import seal
+    """A value of a JSON file replaced, and its digest made right."""
+    from embed_precompute.store.records import document_bytes
 
     path = rng.choice(_files(root, ".json"))
     content = json.loads(path.read_bytes())
@@ -249,7 +249,7 @@ def _json(root: Path, captions: Path, rng: random.Random) -> str:
             owner[key] = rng.choice(BAD_VALUES)
         break
     try:
-        path.write_bytes(seal(content))
+        path.write_bytes(document_bytes(content))
     except (ValueError, RecursionError):
         path.write_text(json.dumps(content))
     return f"json: {path.name} {'.'.join(trail)[:60]}"
@@ -336,8 +336,8 @@ def _rows(root: Path, captions: Path, rng: random.Random) -> str:
 
 
 def _restate(root: Path, path: Path) -> None:
-    """State a file's new size and sha256 in the record or manifest that has it, sealed anew."""
-    from embed_precompute.store.records import seal
+    """State a file's new size and sha256 in the record or manifest that has it."""
+    from embed_precompute.store.records import document_bytes
 
     payload = path.read_bytes()
     now: dict[str, Any] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
@@ -358,7 +358,7 @@ def _restate(root: Path, path: Path) -> None:
         for entry in entries.values():
             if entry.get("name") == name:
                 entry.update({**now, "name": path.name})
-        owner.write_bytes(seal(content))
+        owner.write_bytes(document_bytes(content))
 
 
 MUTATIONS = (

@@ -22,8 +22,8 @@ from handmade import (
     forge_rows,
     make_plan,
     paths_of,
-    reseal,
     restate,
+    rewrite_json,
     samples_of,
     write_dataset,
     write_null,
@@ -351,7 +351,7 @@ RECORD_CHANGES: list[dict[str, Any]] = [
 def test_finalize_refuses_a_foreign_record(tmp_path: Path, fields: dict[str, Any]) -> None:
     write_dataset(tmp_path, TEXTS, samples_per_shard=4)
     path = record_path(tmp_path, 1)
-    reseal(path, lambda record: record.update(fields))
+    rewrite_json(path, lambda record: record.update(fields))
     with pytest.raises(VerificationError, match=path.name):
         finalize(tmp_path)
 
@@ -365,14 +365,14 @@ def test_a_shard_with_other_counts_than_its_record(tmp_path: Path) -> None:
         ({"tensors": {"clip": 2, "t5": 5}}, "vectors is"),
     ):
         path.write_bytes(whole)
-        reseal(path, lambda record, fields=fields: record.update(fields))
+        rewrite_json(path, lambda record, fields=fields: record.update(fields))
         with pytest.raises(VerificationError, match=rf"shard-000001-\w+\.safetensors: {message}"):
             finalize(tmp_path)
 
 
 def test_a_null_embedding_that_contradicts_its_record(tmp_path: Path) -> None:
     write_units(tmp_path, TEXTS)
-    reseal(tmp_path / "null.json", lambda record: record["tensors"].update(t5=2))
+    rewrite_json(tmp_path / "null.json", lambda record: record["tensors"].update(t5=2))
     with pytest.raises(VerificationError, match=r"null-\w+\.safetensors: vectors is"):
         finalize(tmp_path)
 

@@ -27,8 +27,8 @@ from embed_precompute.store.records import (
     NULL_UNIT,
     ROWS,
     SHARD,
+    document_bytes,
     record_path,
-    seal,
     stored_tensors,
     unit_path,
 )
@@ -91,7 +91,7 @@ def canonical(value: Any) -> bytes:
     return text.encode()
 
 
-def sealed(body: dict[str, Any]) -> bytes:
+def document(body: dict[str, Any]) -> bytes:
     return canonical({**body, "digest": digest(body)}) + b"\n"
 
 
@@ -239,13 +239,13 @@ def null_body() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("golden")
-    publish_bytes(root / "plan.json", seal(plan_body()))
+    publish_bytes(root / "plan.json", document_bytes(plan_body()))
     write_shard(root, 0, CLIP, T5)
     write_shard(root, NULL_UNIT, CLIP[1:], T5[1:])
     rows = rows_part_bytes(0, TENSORS, SAMPLES)
     publish_bytes_by_content(unit_path(root, 0, ROWS), rows)
-    publish_bytes(record_path(root, 0), seal(record_body(rows)))
-    publish_bytes(record_path(root, NULL_UNIT), seal(null_body()))
+    publish_bytes(record_path(root, 0), document_bytes(record_body(rows)))
+    publish_bytes(record_path(root, NULL_UNIT), document_bytes(null_body()))
     finalize(root)
     return root
 
@@ -291,18 +291,18 @@ def test_shard(dataset: Path) -> None:
     assert hashlib.sha256(raw).hexdigest() == NULL_SHA256
 
 
-def test_sealed_json(dataset: Path) -> None:
+def test_documents(dataset: Path) -> None:
     rows = rows_bytes(dataset)
-    assert (dataset / "plan.json").read_bytes() == sealed(plan_body())
-    assert (dataset / "shards/000/shard-000000.json").read_bytes() == sealed(record_body(rows))
-    assert (dataset / "null.json").read_bytes() == sealed(null_body())
+    assert (dataset / "plan.json").read_bytes() == document(plan_body())
+    assert (dataset / "shards/000/shard-000000.json").read_bytes() == document(record_body(rows))
+    assert (dataset / "null.json").read_bytes() == document(null_body())
     assert rows_digest(SAMPLES) == record_body(rows)["rows_sha256"]
     literal = b'{"a":["\xc3\xbc\\n",null,1,true],"format_version":1,"kind":"x"}'
     expected_digest = "bdeb0696fcf619a42ebc2ab7e25b4a99d608cce11b7bf6956e8b4e2910ef50fc"
     assert hashlib.sha256(literal).hexdigest() == expected_digest
     expected = b'{"a":["\xc3\xbc\\n",null,1,true],"digest":"%s",' % expected_digest.encode()
     body = {"kind": "x", "format_version": 1, "a": ["ü\n", None, 1, True]}
-    assert seal(body) == expected + b'"format_version":1,"kind":"x"}\n'
+    assert document_bytes(body) == expected + b'"format_version":1,"kind":"x"}\n'
 
 
 def npy(descr: str, shape: str, data: bytes) -> bytes:
@@ -368,7 +368,7 @@ def test_root_manifest(dataset: Path) -> None:
         "records_sha256": hashlib.sha256(f"{digest(record)}\n".encode()).hexdigest(),
         "files": files,
     }
-    assert (dataset / "manifest.json").read_bytes() == sealed(body)
+    assert (dataset / "manifest.json").read_bytes() == document(body)
     del files["manifest.parquet"]
     assert digest(files) == ROOT_FILES_SHA256
 

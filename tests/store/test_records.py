@@ -1,4 +1,4 @@
-"""Sealed JSON, plan and records: what is read is what was written, and is of its unit."""
+"""Documents: what is read is what was written, and is of its unit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from handmade import (
     make_plan,
     output,
     paths_of,
-    reseal,
+    rewrite_json,
     samples_of,
     write_dataset,
     write_null,
@@ -35,42 +35,44 @@ from embed_precompute.store.records import (
     StoredTensor,
     UnitRecord,
     committed_units,
+    document_bytes,
+    read_json,
     read_manifest,
     read_null_record,
     read_record,
-    read_sealed,
     record_path,
-    seal,
     stored_tensors,
     unit_path,
     unnamed_files,
 )
 
-# --- sealed JSON ----------------------------------------------------------------------------------
+# --- documents ------------------------------------------------------------------------------------
 
 
-def test_sealed_round_trip(tmp_path: Path) -> None:
+def test_document_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     content = {"format_version": FORMAT_VERSION, "kind": "unit", "text": "é\n", "n": 1}
-    path.write_bytes(seal(content))
-    assert read_sealed(path, "unit") == {**content, "digest": digest_of(content)}
-    assert seal(read_sealed(path)) == path.read_bytes()
+    path.write_bytes(document_bytes(content))
+    assert read_json(path, "unit") == {**content, "digest": digest_of(content)}
+    assert document_bytes(read_json(path)) == path.read_bytes()
     with pytest.raises(VerificationError, match="kind 'unit': expected 'null'"):
-        read_sealed(path, "null")
+        read_json(path, "null")
     with pytest.raises(FileNotFoundError):
-        read_sealed(tmp_path / "absent")
+        read_json(tmp_path / "absent")
 
 
-def test_every_flipped_bit_of_sealed_json_is_found(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_a_document_is_found(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    payload = seal({"format_version": FORMAT_VERSION, "kind": "unit", "ab": [1, "x", None, True]})
+    payload = document_bytes(
+        {"format_version": FORMAT_VERSION, "kind": "unit", "ab": [1, "x", None, True]}
+    )
     for _ in flips(path, payload, range(len(payload) * 8)):
         with pytest.raises(VerificationError, match=str(path)):
-            read_sealed(path)
+            read_json(path)
     for end in range(len(payload)):
         path.write_bytes(payload[:end])
         with pytest.raises(VerificationError, match=str(path)):
-            read_sealed(path)
+            read_json(path)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_every_flipped_bit_of_sealed_json_is_found(tmp_path: Path) -> None:
 def test_hostile_json(tmp_path: Path, payload: bytes) -> None:
     (tmp_path / "x").write_bytes(payload)
     with pytest.raises(VerificationError):
-        read_sealed(tmp_path / "x")
+        read_json(tmp_path / "x")
 
 
 def test_json_of_absurd_size_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +99,7 @@ def test_json_of_absurd_size_is_not_parsed(tmp_path: Path, monkeypatch: pytest.M
     for kind, size in (("unit", 2 << 20), ("plan", 17 << 20)):
         (tmp_path / kind).write_bytes(b'"' + b"x" * size)
         with pytest.raises(VerificationError, match="not one of our files"):
-            read_sealed(tmp_path / kind, kind)
+            read_json(tmp_path / kind, kind)
 
 
 # --- what is stored -------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ PLAN_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("message", PLAN_CHANGES)
 def test_plan_is_checked(tmp_path: Path, message: str) -> None:
     write_plan(tmp_path, make_plan(10, 4))
-    reseal(tmp_path / "plan.json", PLAN_CHANGES[message])
+    rewrite_json(tmp_path / "plan.json", PLAN_CHANGES[message])
     with pytest.raises(VerificationError, match=rf"plan\.json is not as the format.*{message}"):
         read_plan(tmp_path)
 
@@ -209,7 +211,7 @@ def test_record_is_checked(tmp_path: Path, change: dict[str, Any], message: str)
     plan = make_plan(4, 4)
     write_unit(tmp_path, plan, 0, samples_of(["a", "b", None, "c"]))
     path = record_path(tmp_path, 0)
-    reseal(path, lambda record: record.update(change))
+    rewrite_json(path, lambda record: record.update(change))
     with pytest.raises(VerificationError, match=message) as caught:
         read_record(tmp_path, 0)
     assert str(path) in str(caught.value)
@@ -219,7 +221,7 @@ def test_record_is_checked(tmp_path: Path, change: dict[str, Any], message: str)
 def test_no_path_in_a_record_is_followed(tmp_path: Path, name: str) -> None:
     write_unit(tmp_path, make_plan(1, 1), 0, samples_of(["a"]))
     path = record_path(tmp_path, 0)
-    reseal(path, lambda record: record["files"]["shard"].update(name=name))
+    rewrite_json(path, lambda record: record["files"]["shard"].update(name=name))
     with pytest.raises(VerificationError, match="files has the name"):
         read_record(tmp_path, 0)
 
@@ -255,7 +257,7 @@ FILES_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_manifest_lists_exactly_the_files_of_the_format(tmp_path: Path, name: str) -> None:
     write_dataset(tmp_path, ["a", "b"])
     path = tmp_path / "manifest.json"
-    reseal(path, lambda manifest: FILES_CHANGES[name](manifest["files"]))
+    rewrite_json(path, lambda manifest: FILES_CHANGES[name](manifest["files"]))
     with pytest.raises(VerificationError, match=r"manifest\.json is not .* files has keys"):
         read_manifest(tmp_path)
 
