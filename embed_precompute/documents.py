@@ -17,6 +17,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
+from embed_precompute.errors import InputError
+
 T = TypeVar("T")
 UNIONS = (typing.Union, types.UnionType)
 
@@ -51,6 +53,11 @@ class ByKind:
 class MismatchError(ValueError):
     """A plain value is not what a dataclass declares; the message names the key."""
 
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
+        """The dotted key that is wrong; of a check over several keys, the one above them."""
+
 
 def canonical_json(value: Any) -> bytes:
     """`value` as UTF-8 JSON with sorted keys, no spaces, no NaN: equal values give equal bytes."""
@@ -80,8 +87,9 @@ def from_plain(declared: type[T] | Any, value: Any, where: str = "") -> T:
     """`value` as the declared type: a dataclass, a union, Literal, list, tuple, dict or scalar.
 
     `where` is the dotted key that errors begin with. A field may be left out where it has a
-    default. Raises MismatchError. What a dataclass checks itself in `__post_init__` is raised as it
-    comes.
+    default. Raises MismatchError, also for the InputError of a dataclass's own `__post_init__`,
+    whose message best begins with a field's name: `max_length is 0: ...` becomes
+    `encoders.t5.max_length is 0: ...`.
     """
     made: T = _from_plain(declared, value, where)
     return made
@@ -92,7 +100,7 @@ def _from_plain(declared: Any, value: Any, where: str) -> Any:
     if origin is Annotated:
         for mark in inner[1:]:
             if isinstance(mark, ByKind):
-                return _from_plain(_class_by_kind(mark, value, where), value, where)
+                return _from_plain(class_by_kind(mark, value, where), value, where)
         made = _from_plain(inner[0], value, where)
         for mark in inner[1:]:
             _check_mark(mark, made, declared, where)
@@ -104,7 +112,7 @@ def _from_plain(declared: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if any(type(value) is type(choice) and value == choice for choice in inner):
             return value
-        raise _mismatch(value, declared, where, _nearest_of(value, inner))
+        raise _mismatch(value, declared, where, nearest_of(value, inner))
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
         return _sequence(declared, origin, inner, value, where)
     if origin in (dict, Mapping) and isinstance(value, Mapping):
@@ -129,19 +137,22 @@ def _dataclass(declared: Any, value: Any, where: str) -> Any:
     hints = field_types(declared)
     for key in value:
         if key not in hints:
-            known = _nearest_of(key, hints)
-            raise MismatchError(f"there is no key {_dotted(where, key)}: {known}")
-    fields = [f for f in dataclasses.fields(declared) if f.init]
-    for field in fields:
-        if field.name not in value and _is_required(field):
-            raise MismatchError(f"{_dotted(where, field.name)} is missing: it has no default.")
-    return declared(
-        **{
-            f.name: _from_plain(hints[f.name], value[f.name], _dotted(where, f.name))
-            for f in fields
-            if f.name in value
-        }
-    )
+            dotted = _dotted(where, key)
+            raise MismatchError(f"there is no key {dotted}: {nearest_of(key, hints)}", dotted)
+    made: dict[str, Any] = {}
+    for field in dataclasses.fields(declared):
+        dotted = _dotted(where, field.name)
+        if field.name in value:
+            made[field.name] = _from_plain(hints[field.name], value[field.name], dotted)
+        elif field.init and is_required(field):
+            raise MismatchError(f"{dotted} is missing: it has no default.", dotted)
+    try:
+        return declared(**made)
+    except InputError as error:
+        first = str(error).split(" ", 1)[0].rstrip(":")
+        if first.split(".")[0] in hints:
+            raise MismatchError(_dotted(where, error), _dotted(where, first)) from error
+        raise MismatchError(f"{where}: {error}" if where else str(error), where) from error
 
 
 @functools.cache
@@ -151,41 +162,57 @@ def field_types(declared: Any) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(declared) if f.init}
 
 
-def _is_required(field: dataclasses.Field[Any]) -> bool:
+def is_required(field: dataclasses.Field[Any]) -> bool:
     missing = dataclasses.MISSING
     return field.default is missing and field.default_factory is missing
 
 
-def _class_by_kind(mark: ByKind, value: Any, where: str) -> Any:
+def class_by_kind(mark: ByKind, value: Any, where: str) -> Any:
+    """The class that the `kind` of a mapping names."""
     classes = mark.classes()
+    kinds = " or ".join(classes)
     if not isinstance(value, Mapping):
         raise MismatchError(
-            f"{where} is {value!r:.80}: expected a mapping with the key kind "
-            f"({', '.join(classes)}) and that kind's own keys."
+            f"{where} is {value!r:.80}: expected a mapping with the key kind ({kinds}) and that "
+            "kind's own keys.",
+            where,
         )
-    kind = value.get("kind", "none" if "none" in classes else None)
-    if kind not in classes:
-        raise MismatchError(
-            f"{_dotted(where, 'kind')} is {kind!r:.80}: {_nearest_of(kind, classes)}"
-        )
+    key = _dotted(where, "kind")
+    if "kind" not in value:
+        raise MismatchError(f"{key} is missing: expected {kinds}.", key)
+    kind = value["kind"]
+    if not isinstance(kind, str) or kind not in classes:
+        raise MismatchError(f"{key} is {kind!r:.80}: {nearest_of(kind, classes)}", key)
     return classes[kind]
 
 
 def _union(declared: Any, choices: tuple[Any, ...], value: Any, where: str) -> Any:
-    """The first choice that fits; the error is that of the choice that came nearest."""
-    if value is None and type(None) in choices:
-        return None
+    """The first choice that fits."""
     errors = []
     for choice in choices:
         try:
             return _from_plain(choice, value, where)
         except MismatchError as error:
-            errors.append((choice, error))
-    if isinstance(value, Mapping):  # a mapping was meant for the choice that takes one
-        for choice, problem in errors:
-            if dataclasses.is_dataclass(choice) or typing.get_origin(choice) is Annotated:
-                raise problem
+            errors.append(error)
+    # A mapping or a list was meant for the choice that takes one, so its error is the one to show.
+    for choice, problem in zip(choices, errors, strict=True):
+        if takes_mapping(choice) if isinstance(value, Mapping) else _takes_list(choice, value):
+            raise problem
     raise _mismatch(value, declared, where)
+
+
+def takes_mapping(declared: Any) -> bool:
+    """Whether values of the declared type may be mappings."""
+    origin, inner = typing.get_origin(declared), typing.get_args(declared)
+    if origin in UNIONS:
+        return any(map(takes_mapping, inner))
+    if origin is Annotated:
+        return takes_mapping(inner[0])
+    return dataclasses.is_dataclass(declared) or origin in (dict, Mapping)
+
+
+def _takes_list(declared: Any, value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and typing.get_origin(declared) in (list, tuple)
 
 
 def _sequence(declared: Any, origin: Any, inner: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -211,20 +238,22 @@ def _check_mark(mark: Any, value: Any, declared: Any, where: str) -> None:
 
 def _mismatch(value: Any, declared: Any, where: str, hint: str = "") -> MismatchError:
     expected = hint or f"expected {type_name(declared)}."
-    return MismatchError(f"{where or 'it'} is {value!r:.80}: {expected}")
+    return MismatchError(f"{where or 'it'} is {value!r:.80}: {expected}", where)
 
 
 def _dotted(where: str, key: Any) -> str:
     return f"{where}.{key}" if where else str(key)
 
 
-def _nearest_of(value: Any, known: Any) -> str:
+def nearest_of(value: Any, known: Any) -> str:
     """What was probably meant, and what there is."""
     names = [str(name) for name in known]
     lowered = {name.lower(): name for name in reversed(names)}
     close = difflib.get_close_matches(str(value).lower(), lowered, n=1, cutoff=0.6)
-    meant = f"did you mean {lowered[close[0]]}? " if close else ""
-    return f"{meant}Expected {' or '.join(names)}." if len(names) <= 12 or not meant else meant
+    meant = f"did you mean {lowered[close[0]]}?" if close else ""
+    if meant and len(names) > 12:
+        return meant
+    return f"{meant} Expected {' or '.join(names)}." if meant else f"expected {' or '.join(names)}."
 
 
 def type_name(declared: Any) -> str:
@@ -243,7 +272,9 @@ def type_name(declared: Any) -> str:
         return " or ".join(str(choice) for choice in inner)
     if origin in UNIONS:
         return " or ".join(type_name(choice) for choice in inner)
-    if dataclasses.is_dataclass(declared) or origin in (dict, Mapping):
+    if isinstance(declared, type) and dataclasses.is_dataclass(declared):
+        return f"a mapping with the keys {', '.join(field_types(declared))}"
+    if origin in (dict, Mapping):
         return "a mapping"
     if origin is tuple and inner[-1] is not Ellipsis:
         return f"a list of {len(inner)}"

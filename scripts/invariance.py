@@ -62,7 +62,7 @@ def main() -> int:
 def fixed(prepared: Prepared) -> list[str]:
     """What makes the plain table of `shuffled` lead to the same embeddings."""
     settings = ["--captions.text_column=text", "--captions.id_column=id"]
-    settings += ["--captions.recipe.kind=none", "--captions.normalize=[]"]
+    settings += ["--captions.recipe={kind: none}", "--captions.normalize=[]"]
     for encoder in prepared.encoders:
         if isinstance(encoder.config.added_tokens, str):  # that column's numbers pad as this one
             assert encoder.padded_length is not None

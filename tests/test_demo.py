@@ -1,22 +1,14 @@
-"""The demo's captions, tokenizers and weights, and the configurations in configs/."""
+"""The demo's captions, tokenizers and weights."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import typing
 from pathlib import Path
+from typing import Literal
 
 import pytest
-import yaml
 
-from embed_precompute.captions.settings import RecipeConfig
-from embed_precompute.config.files import load_config
-from embed_precompute.config.schema import Config
-from embed_precompute.encoders.options import EncoderConfig
 from make_demo import demo_captions, write_clip, write_t5
-
-CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def test_captions_are_a_prefix_of_more_captions() -> None:
@@ -57,7 +49,7 @@ def test_weights_are_the_same_on_every_machine_and_stack(tiny_t5: Path, tiny_cli
 
 @pytest.mark.parametrize("eos_rule", ["first", "argmax"])
 def test_clip_pools_at_the_end_of_the_text(
-    tmp_path: Path, corpus: list[str], eos_rule: typing.Literal["first", "argmax"]
+    tmp_path: Path, corpus: list[str], eos_rule: Literal["first", "argmax"]
 ) -> None:
     import torch
     from transformers import AutoTokenizer, CLIPTextModel
@@ -84,26 +76,3 @@ def test_every_weight_is_the_architectures_own(
     model_class = getattr(transformers, f"{model_type.upper()}EncoderModel")
     _, report = model_class.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
-
-
-def _keys(owner: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(owner)}
-
-
-@pytest.mark.parametrize("name", ["demo", "opensora_v2"])
-def test_configs_load(name: str) -> None:
-    config = load_config(CONFIGS / f"{name}.yaml")
-    assert set(config.encoders) == {"t5", "clip"}
-
-
-def test_production_config_shows_every_key() -> None:
-    loaded = yaml.safe_load((CONFIGS / "opensora_v2.yaml").read_text(encoding="utf-8"))
-    for section, owner in typing.get_type_hints(Config).items():
-        if section != "encoders":
-            assert set(loaded[section]) == _keys(owner), section
-    assert set(loaded["captions"]["recipe"]) == _keys(RecipeConfig)
-    t5, clip = loaded["encoders"]["t5"], loaded["encoders"]["clip"]
-    assert set(t5) == _keys(EncoderConfig) - {"batch_size"}
-    assert set(clip) == _keys(EncoderConfig) - {
-        *("batch_tokens", "attention_mask", "seq_align", "added_tokens")
-    }

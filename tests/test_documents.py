@@ -18,6 +18,7 @@ from embed_precompute.documents import (
     from_plain,
     to_plain,
 )
+from embed_precompute.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class Circle(Shape):
     kind: Literal["circle"] = "circle"
     radius: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.radius == 0:
+            raise InputError("radius is 0: expected more.")
+        if self.radius == 1:
+            raise InputError("a circle is not so small.")
+
 
 SHAPES: dict[str, type] = {"square": Square, "circle": Circle}
 AnyShape = Annotated[Shape, ByKind(lambda: SHAPES)]
@@ -57,6 +64,7 @@ class Document:
     by_name: dict[str, Count] = field(default_factory=dict)
     by_number: dict[int, list[float]] = field(default_factory=dict)
     shapes: dict[str, AnyShape] = field(default_factory=dict)
+    one_or_more: AnyShape | tuple[AnyShape, ...] = ()
 
 
 FILE = {"name": "a", "bytes": 3, "sha256": "0" * 64}
@@ -88,6 +96,7 @@ def test_a_whole_number_is_a_number_and_nothing_else_is_taken_for_another_type()
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"fle": FILE}, "there is no key fle: did you mean file?"),
         ({"file": {**FILE, "bytes": -1}}, "file.bytes is -1: expected a whole number of at least"),
         ({"file": {**FILE, "bytes": True}}, "file.bytes is True: expected a whole number"),
         ({"file": {**FILE, "bytes": 1.0}}, "file.bytes is 1.0: expected"),
@@ -101,15 +110,23 @@ def test_a_whole_number_is_a_number_and_nothing_else_is_taken_for_another_type()
         ({"pair": [1]}, "pair is [1]: expected a list of 2"),
         ({"by_name": {"x": "y"}}, "by_name.x is 'y'"),
         ({"shapes": {"s": {"kind": "sqare"}}}, "shapes.s.kind is 'sqare': did you mean square?"),
-        ({"shapes": {"s": {"side": 1}}}, "shapes.s.kind is None: Expected square or circle"),
+        ({"shapes": {"s": {"side": 1}}}, "shapes.s.kind is missing: expected square or circle."),
         ({"shapes": {"c": {"kind": "circle", "side": 1}}}, "there is no key shapes.c.side"),
         ({"shapes": {"c": 3}}, "shapes.c is 3: expected a mapping with the key kind"),
+        ({"shapes": {"c": {"kind": []}}}, "shapes.c.kind is []: expected square or circle."),
+        ({"shapes": {"c": {"kind": "circle", "radius": 0}}}, "shapes.c.radius is 0: expected more"),
+        ({"shapes": {"c": {"kind": "circle", "radius": 1}}}, "shapes.c: a circle is not so small"),
+        ({"one_or_more": {"kind": "circle", "side": 1}}, "there is no key one_or_more.side"),
+        ({"one_or_more": [{"kind": "square", "sid": 1}]}, "there is no key one_or_more[0].sid"),
+        ({"one_or_more": 3}, "one_or_more is 3: expected a mapping with a kind or a list, each"),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(MismatchError) as caught:
         from_plain(Document, {"file": FILE, **change})
     assert message in str(caught.value)
+    assert caught.value.key
+    assert caught.value.key in message
 
 
 def test_equal_values_have_equal_bytes() -> None:

@@ -12,16 +12,17 @@ from jobs import call, clean_environment, execute
 
 import embed_precompute
 from embed_precompute import errors
-from embed_precompute.captions import settings
+from embed_precompute.captions import recipes, settings
 from embed_precompute.config import schema as config
 from embed_precompute.encoders import options, video_buckets
 
+CONFIG_OPTIONS = {"--help-config", "--print_config", "--print-config"}
 COMMANDS = {
-    "run": {"--limit", "--print_config", "--print-config"},
-    "plan": {"--limit", "--print_config", "--print-config", "--sample", "--write"},
+    "run": {"--limit", *CONFIG_OPTIONS},
+    "plan": {"--limit", "--sample", "--write", *CONFIG_OPTIONS},
     "bench": {
-        *("--captions", "--json", "--print_config", "--print-config", "--rounds", "--synthetic"),
-        "--variants",
+        *("--captions", "--json", "--rounds", "--synthetic", "--variants"),
+        *CONFIG_OPTIONS,
     },
     "status": {"--json"},
     "verify": {"--level", "--sample", "--seed", "--device"},
@@ -51,7 +52,9 @@ PUBLIC = {
 }
 SECTIONS = {
     settings.CaptionsConfig: "path text_column id_column recipe normalize on_bad_text",
-    settings.RecipeConfig: "kind template fps_column fps_max motion_column",
+    recipes.PlainRecipe: "kind",
+    recipes.TemplateRecipe: "kind template",
+    recipes.OpenSoraRecipe: "kind fps_column fps_max fps_format motion_column",
     options.EncoderConfig: "kind pretrained revision tokenizer max_length attention_mask seq_align "
     "added_tokens dtype batch_tokens batch_size buckets stream_tokens implementation "
     "compile tf32",
@@ -76,7 +79,7 @@ EXIT_CODES = {
 
 
 def options_in(help_text: str) -> set[str]:
-    own = help_text.split("configuration, in CONFIG")[0]
+    own = help_text.split("Any key of the CONFIG")[0]
     words = own.replace(",", " ").replace("[", " ").replace("]", " ").split()
     return {w for w in words if w.startswith("--") and w not in ("--help", "--section.key")}
 

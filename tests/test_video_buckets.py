@@ -141,7 +141,7 @@ def test_yaml_and_overrides(tmp_path: Path) -> None:
         ("--encoders.t5.added_tokens.bucket_config {9q: {1: [1.0, 1]}}", "no resolution"),
         ("--encoders.t5.added_tokens.bucket_config {9px: {1: [1.0, 1]}}", "too small"),
         ("--encoders.t5.added_tokens.bucket_config {256px: {0: [1.0, 1]}}", "bucket 256px 0x"),
-        ("--encoders.t5.added_tokens.buckets [[1,256]]", "tuple with 3"),
+        ("--encoders.t5.added_tokens.buckets [[1,256]]", "expected a list of 3"),
         ("--encoders.t5.kind clip", "Remove the field"),
         ("--encoders.t5.attention_mask padding", "remove both fields"),
     ],
@@ -157,7 +157,7 @@ def test_a_mistake_is_named(tmp_path: Path, words: str, said: str) -> None:
 def test_an_unknown_key_in_the_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(YAML.replace("bucket_config", "bucket_confg"))
-    with pytest.raises(InputError, match=r"added_tokens.bucket_confg; did you mean bucket_config"):
+    with pytest.raises(InputError, match=r"added_tokens.bucket_confg: did you mean bucket_config"):
         load_config(path)
 
 

@@ -1,16 +1,17 @@
 """Which parquet files a path names, and what their footers say.
 
 Guarantees: the same files in the same (bytewise) order wherever the folder is mounted; a file that
-is missing, truncated, not parquet or changed since it was planned is an error that names it.
-Costs: one directory walk, then each file is read once for its digest, in a thread pool; opening it
-again reads its footer only. No page of a column is decoded here.
+is missing, truncated, not parquet or changed since it was planned is an error that names it; the
+files of a dataset of ours are never taken for captions.
+Costs: one walk over the folders, then each file is read once for its digest, in a thread pool;
+opening it again reads its footer only. No page of a column is decoded here.
 """
 
 from __future__ import annotations
 
-import functools
-import glob
+import fnmatch
 import hashlib
+import logging
 import os
 import re
 import urllib.parse
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
@@ -26,6 +28,7 @@ import xxhash
 
 from embed_precompute.errors import ConflictError, InputError
 
+log = logging.getLogger(__name__)
 DATA_EXTENSIONS = (".parquet", ".pq", ".parq")
 FOOTER_THREADS = 16
 TAIL_BYTES = 64 * 1024
@@ -69,25 +72,100 @@ class Footer:
 
     source: Source
     input: InputFile
-    thrift: bytes
     metadata: Any
     schema: Any
+    """The Arrow types that rows are read with: text is plain `string`, never a dictionary."""
+
+    def group_starts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """[groups + 1] first row of each row group within the file."""
+        groups = range(self.metadata.num_row_groups)
+        num_rows = [self.metadata.row_group(i).num_rows for i in groups]
+        starts = np.cumsum([0, *num_rows], dtype=np.int64)
+        if int(starts[-1]) != self.input.rows or min(num_rows, default=0) < 0:
+            raise InputError(
+                f"{self.source} has a damaged parquet footer: its row groups have {starts[-1]} "
+                f"rows, the file {self.input.rows}. Copy or write it again."
+            )
+        return starts
+
+
+# --- finding files -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What `captions.path` asks for, below a folder."""
+
+    path: str
+    """As the person wrote it."""
+    filesystem: Any
+    root: str
+    pattern: tuple[str, ...]
+    """The parts of a glob below `root`; () for everything."""
+    is_local: bool
+
+    def location(self, parts: Sequence[str]) -> str:
+        return "/".join((self.root.rstrip("/"), *parts)) or "/"
+
+    def wants(self, parts: Sequence[str]) -> bool:
+        """Whether the file with this relative path is one of those asked for."""
+        is_data = parts[-1].lower().endswith(DATA_EXTENSIONS)
+        if self._skips(parts):
+            return False
+        if _matches(parts, self.pattern):
+            return is_data or re.search(r"\.\w+$", self.pattern[-1]) is not None
+        # A folder that the glob names stands for all data below it.
+        return is_data and any(_matches(parts[:n], self.pattern) for n in range(len(parts)))
+
+    def enters(self, parts: Sequence[str]) -> bool:
+        """Whether this folder, or a folder below it, may hold files that are asked for."""
+        for part, wanted in zip(parts, self.pattern, strict=False):
+            if wanted == "**":
+                break
+            if not fnmatch.fnmatchcase(part, wanted):
+                return False
+        return not self._skips(parts)
+
+    def _skips(self, parts: Sequence[str]) -> bool:
+        """Spark, Hive and pyarrow all mark what is not data by a leading `.` or `_`."""
+        asked = any(part.startswith((".", "_")) for part in self.pattern)
+        return not asked and any(part.startswith((".", "_")) for part in parts)
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a relative path fits a glob, whose `**` is any number of folders."""
+    if not pattern or not parts:
+        return not parts and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:]) or _matches(parts[1:], pattern)
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def find_files(path: str) -> list[Source]:
     """Parquet files named by `path` (file, folder, glob or URI), sorted bytewise by path."""
-    scheme, _, rest = path.partition("://")
-    if not rest:
-        sources = _local_files(path, os.path.abspath(os.path.expanduser(path)))
-    elif scheme == "file":
-        host, slash, local = rest.partition("/")
-        if host not in ("", "localhost") or not slash:
-            raise InputError(f"captions.path {path!r}: expected file:///absolute/path.")
-        sources = _local_files(path, os.path.abspath(urllib.parse.unquote(slash + local)))
-    else:
-        sources = _remote_files(path)
+    search = _search(path)
+    if isinstance(search, Source):
+        return [search]
+    found, num_others = [], 0
+    for parts in _walk(search):
+        if not search.wants(parts):
+            num_others += 1
+            continue
+        found.append(Source(search.filesystem, search.location(parts), "/".join(parts)))
+        # pyarrow leaves a dangling link out; a caption file must never vanish silently.
+        if search.is_local and not os.path.exists(location := found[-1].location):
+            raise InputError(
+                f"{location} is a link to {os.readlink(location)}, which does not exist. Restore "
+                "the file or remove the link."
+            )
+    if not found:
+        raise InputError(
+            f"captions.path {path!r} holds no parquet file ({num_others} other files were "
+            f"ignored): expected names that end in {', '.join(DATA_EXTENSIONS)} and do not start "
+            "with '.' or '_'. Point captions.path at the folder that has them."
+        )
     try:
-        return sorted(sources, key=lambda source: source.path.encode("utf-8"))
+        return sorted(found, key=lambda source: source.path.encode("utf-8"))
     except UnicodeEncodeError as error:
         raise InputError(
             f"captions.path {path!r} holds a file whose name is not UTF-8: {error.object!r}. "
@@ -95,160 +173,167 @@ def find_files(path: str) -> list[Source]:
         ) from None
 
 
-def _is_hidden(path: str) -> bool:
-    """Spark, Hive and pyarrow all mark what is not data by a leading `.` or `_`."""
-    return any(part.startswith((".", "_")) for part in path.split("/"))
-
-
-def _is_data(path: str) -> bool:
-    return not _is_hidden(path) and path.lower().endswith(DATA_EXTENSIONS)
-
-
-def _none_found(path: str, num_others: int) -> InputError:
-    return InputError(
-        f"captions.path {path!r} holds no parquet file ({num_others} other files were ignored): "
-        f"expected names that end in {', '.join(DATA_EXTENSIONS)} and do not start with '.' or "
-        "'_'. Point captions.path at the folder that has them."
-    )
-
-
-def _local_files(path: str, absolute: str) -> list[Source]:
-    # The path wins over the pattern: a file may be called "take[1].parquet".
-    if os.path.isfile(absolute):
-        return [_local(absolute, os.path.basename(absolute))]
-    if os.path.isdir(absolute):
-        names = list(_walk(path, absolute))
-        found = [_local(os.path.join(absolute, name), name) for name in names if _is_data(name)]
-        if not found:
-            raise _none_found(path, len(names))
-        return found
-    if not glob.has_magic(absolute):
+def refuse_output_inside(path: str, output: str | os.PathLike[str]) -> None:
+    """InputError where a later search for captions would find the files of the dataset itself."""
+    if (local := _local_path(path)) is None or os.path.isfile(local):
+        return
+    plain, pattern = _split_glob(local)
+    root, folder = os.path.realpath(plain), os.path.realpath(output)
+    if os.path.commonpath([root, folder]) != root:
+        return
+    below = os.path.relpath(folder, root)
+    search = _Search(path, None, root, pattern, is_local=True)
+    if search.enters([] if below == "." else below.split(os.sep)):
         raise InputError(
-            f"captions.path {path!r} does not exist (looked for {absolute}): expected a parquet "
+            f"output.path {os.fspath(output)!r} lies inside captions.path {path!r}: the dataset's "
+            "own parquet files would be read as captions. Choose an output.path outside it."
+        )
+
+
+def _local_path(path: str) -> str | None:
+    """The absolute path of a local one; None for a URI of another file system."""
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return os.path.abspath(os.path.expanduser(path))
+    if scheme != "file":
+        return None
+    host, slash, local = rest.partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise InputError(f"captions.path {path!r}: expected file:///absolute/path.")
+    return os.path.abspath(urllib.parse.unquote(slash + local))
+
+
+def _split_glob(path: str, magic: str = "*?[") -> tuple[str, tuple[str, ...]]:
+    """(the folder before the first part that is a pattern, the parts from there on)."""
+    if os.path.isdir(path):  # the path wins over the pattern: a folder may be called "take[1]"
+        return path, ()
+    parts = path.split("/")
+    count = next((i for i, part in enumerate(parts) if set(part) & set(magic)), len(parts))
+    return "/".join(parts[:count]) or "/", tuple(parts[count:])
+
+
+def _search(path: str) -> _Search | Source:
+    local = _local_path(path)
+    if local is None:
+        return _remote_search(path)
+    filesystem = pyarrow.fs.LocalFileSystem()
+    if os.path.isfile(local):
+        return Source(filesystem, local, os.path.basename(local))
+    root, pattern = _split_glob(local)
+    if not os.path.isdir(root):
+        raise InputError(
+            f"captions.path {path!r} does not exist (looked for {local}): expected a parquet "
             "file, a folder of them, a glob or a URI. Check the path and that this machine "
             "mounts it."
         )
-    return _local_glob(path, absolute)
+    return _Search(path, filesystem, root, pattern, is_local=True)
 
 
-@functools.cache
-def _local_filesystem() -> Any:
-    return pyarrow.fs.LocalFileSystem()
-
-
-def _local(location: str, name: str) -> Source:
-    # pyarrow leaves a dangling link out of a listing; a caption file must never vanish silently.
-    if os.path.islink(location) and not os.path.exists(location):
-        raise InputError(
-            f"{location} is a link to {os.readlink(location)}, which does not exist. Restore the "
-            "file or remove the link."
-        )
-    return Source(_local_filesystem(), location, name.replace(os.sep, "/"))
-
-
-def _walk(path: str, root: str) -> Iterator[str]:
-    """Files under `root`, relative to it; linked folders are followed, each real folder once."""
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"captions.path {path!r}: cannot list a folder: {error}.")
-
-    top = os.path.realpath(root)
-    seen: set[str] = set()
-
-    def follow(folder: str) -> bool:
-        if not os.path.islink(folder):
-            return True
-        target = os.path.realpath(folder)  # inside the tree or above it: a loop or a second copy
-        return target not in seen and os.path.commonpath([top, target]) not in (top, target)
-
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
-        seen.add(os.path.realpath(folder))
-        folders[:] = [name for name in sorted(folders) if follow(os.path.join(folder, name))]
-        for name in names:
-            yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
-
-
-def _local_glob(path: str, pattern: str) -> list[Source]:
-    parts = pattern.split(os.sep)
-    num_plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    root = os.sep.join(parts[:num_plain]) or os.sep
-    wanted = _glob_filter("/".join(parts[num_plain:]))
-    found: dict[str, Source] = {}
-    num_others = 0
-    for match in glob.iglob(pattern, recursive=True):
-        name = os.path.relpath(match, root).replace(os.sep, "/")
-        if os.path.isdir(match):
-            below = [f"{name}/{inner}" for inner in _walk(path, match)]
-            chosen = [inner for inner in below if _is_data(inner)]
-            num_others += len(below) - len(chosen)
-        else:
-            chosen = [name] if wanted(name) else []
-            num_others += not chosen
-        for inner in chosen:
-            if inner not in found:
-                found[inner] = _local(os.path.join(root, inner), inner)
-    if not found:
-        raise _none_found(path, num_others)
-    return list(found.values())
-
-
-def _glob_filter(pattern: str) -> Callable[[str], bool]:
-    """What a glob may match: data files, and whatever its own text asks for by name."""
-    asks_hidden = any(part.startswith((".", "_")) for part in pattern.split("/"))
-    asks_extension = re.search(r"\.\w+$", pattern) is not None
-    return lambda name: (
-        (asks_hidden or not _is_hidden(name))
-        and (asks_extension or name.lower().endswith(DATA_EXTENSIONS))
-    )
-
-
-def _remote_files(path: str) -> list[Source]:
+def _remote_search(path: str) -> _Search | Source:
     uri, question, query = path.partition("?")  # in a URI `?` starts the options, never a glob
-    parts = uri.split("/")
-    num_plain = next((i for i, part in enumerate(parts) if re.search(r"[*\[]", part)), len(parts))
-    pattern = "/".join(parts[num_plain:])
-    selector = pyarrow.fs.FileSelector
+    plain, pattern = _split_glob(uri, "*[")
     try:
-        filesystem, base = pyarrow.fs.FileSystem.from_uri(
-            "/".join(parts[:num_plain]) + question + query
+        filesystem, root = pyarrow.fs.FileSystem.from_uri(plain + question + query)
+        kind = filesystem.get_file_info(root).type
+    except Exception as error:  # a library's own errors: hf:// raises those of its HTTP client
+        raise _cannot_list(path, error) from error
+    if kind == pyarrow.fs.FileType.File and not pattern:
+        return Source(filesystem, root, root.rsplit("/", 1)[-1])
+    if kind != pyarrow.fs.FileType.Directory:
+        raise InputError(f"captions.path {path!r} does not exist. Check it and its region.")
+    return _Search(path, filesystem, root, pattern, is_local=False)
+
+
+def _cannot_list(path: str, error: Exception) -> InputError:
+    return InputError(
+        f"captions.path {path!r} cannot be listed: {one_line(error)}. Expected a URI that pyarrow "
+        "reads, such as s3://bucket/folder or hf://datasets/owner/name; check the name, the "
+        "credentials and the network, or copy the files to a folder."
+    )
+
+
+def _walk(search: _Search) -> Iterator[tuple[str, ...]]:
+    """Files below the root, by the parts of their relative path; linked folders are followed, each
+    real folder once; folders that hold a dataset of ours are left out."""
+    top = os.path.realpath(search.root)
+    seen: set[str] = set()
+    waiting: list[tuple[str, ...]] = [()]
+    while waiting:
+        parts = waiting.pop()
+        location = search.location(parts)
+        if search.is_local:
+            real = os.path.realpath(location)
+            is_link = bool(parts) and os.path.islink(location)
+            # A link into the tree, or above it, would make a second copy or a loop.
+            if real in seen or (is_link and os.path.commonpath([top, real]) in (top, real)):
+                continue
+            seen.add(real)
+        folders, files = _listed(search, location)
+        if "plan.json" in files and "shards" in folders:
+            log.warning("captions.path: %s holds a dataset of ours and is skipped.", location)
+            continue
+        below = [(*parts, name) for name in sorted(folders, reverse=True)]
+        waiting += [folder for folder in below if search.enters(folder)]
+        yield from ((*parts, name) for name in files)
+
+
+def _listed(search: _Search, location: str) -> tuple[list[str], list[str]]:
+    """(folders, files) of a folder, by name."""
+    try:
+        if search.is_local:
+            with os.scandir(location) as entries:
+                # isdir, for a link that leads to itself has no answer to `entry.is_dir()`.
+                found = [
+                    (entry.name, os.path.isdir(entry) if entry.is_symlink() else entry.is_dir())
+                    for entry in entries
+                ]
+        else:
+            listing = search.filesystem.get_file_info(pyarrow.fs.FileSelector(location))
+            found = [(i.base_name, i.type == pyarrow.fs.FileType.Directory) for i in listing]
+    except OSError as error:
+        raise InputError(f"captions.path {search.path!r}: cannot list a folder: {error}.") from None
+    except Exception as error:  # as in `_remote_search`
+        raise _cannot_list(search.path, error) from error
+    folders = [name for name, is_folder in found if is_folder]
+    return folders, [name for name, is_folder in found if not is_folder]
+
+
+# --- reading files -----------------------------------------------------------------------------
+
+
+def read_footers(sources: Sequence[Source], examine: Callable[[Footer], T]) -> list[T]:
+    """`examine(footer)` of every file, in order; of several bad files the first one is raised."""
+    pool = ThreadPoolExecutor(min(FOOTER_THREADS, len(sources)), "footer")
+    try:
+        return list(pool.map(lambda source: examine(_read_footer(source)), sources))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def open_parquet(source: Source, expected: InputFile) -> Any:
+    """The file as a `ParquetFile` that streams pages; ConflictError if it changed."""
+    footer = _read_footer(source, expected.content_xxh3)
+    if footer.input != expected:
+        raise ConflictError(
+            f"{source} changed since it was planned: {footer.input.bytes} bytes and "
+            f"{footer.input.rows} rows now, {expected.bytes} and {expected.rows} then. Put the "
+            "old file back, or start a new output folder."
         )
-        top = filesystem.get_file_info(base)
-        if top.type == pyarrow.fs.FileType.File and not pattern:
-            return [Source(filesystem, base, base.rsplit("/", 1)[-1])]
-        if top.type != pyarrow.fs.FileType.Directory:
-            raise InputError(f"captions.path {path!r} does not exist. Check it and its region.")
-        entries = filesystem.get_file_info(selector(base, recursive=True))
-    except (pa.ArrowException, OSError, ValueError, ImportError) as error:
-        raise InputError(
-            f"captions.path {path!r} cannot be listed: {one_line(error)}. Expected a URI that "
-            "pyarrow.fs reads, such as s3://bucket/folder; check the credentials and the name."
-        ) from error
-    files = [entry.path for entry in entries if entry.type == pyarrow.fs.FileType.File]
-    names = [(location, location[len(base) :].lstrip("/")) for location in files]
-    wanted = _remote_filter(pattern) if pattern else _is_data
-    found = [Source(filesystem, location, name) for location, name in names if wanted(name)]
-    if not found:
-        raise _none_found(path, len(names))
-    return found
+    # Without pre_buffer and with a buffer the reader holds a window of each column chunk, not the
+    # chunk: memory does not depend on the size of row groups.
+    try:
+        return pq.ParquetFile(
+            source.filesystem.open_input_file(source.location),
+            metadata=footer.metadata,
+            pre_buffer=False,
+            buffer_size=1 << 20,
+            page_checksum_verification=True,
+        )
+    except Exception as error:  # as in `_remote_search`
+        raise InputError(f"{source} cannot be opened: {one_line(error)}.") from error
 
 
-def _remote_filter(pattern: str) -> Callable[[str], bool]:
-    tokens = re.findall(r"\*\*/|\*\*|\*|\[[^\]]+\]|[^*\[]+|\[", pattern)
-    known = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*"}
-    expression = "".join(
-        known.get(token)
-        or (token.replace("[!", "[^") if len(token) > 1 and token[0] == "[" else re.escape(token))
-        for token in tokens
-    )
-    whole, folder = re.compile(expression), re.compile(f"(?:{expression})/.*")
-    wanted = _glob_filter(pattern)
-    return lambda name: (
-        (whole.fullmatch(name) is not None and wanted(name))
-        or (folder.fullmatch(name) is not None and _is_data(name))
-    )
-
-
-def read_footer(source: Source, content_xxh3: str | None = None) -> Footer:
+def _read_footer(source: Source, content_xxh3: str | None = None) -> Footer:
     """A file's size, digests and footer; InputError when it is no whole parquet file.
 
     The whole file is read for its digest, unless `content_xxh3` is given.
@@ -258,12 +343,25 @@ def read_footer(source: Source, content_xxh3: str | None = None) -> Footer:
             size = file.size()
             thrift = _footer_bytes(source, file, size)
             content = _content_xxh3(file, size) if content_xxh3 is None else content_xxh3
-    except (pa.ArrowException, OSError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # as in `_remote_search`
         raise InputError(f"{source} cannot be read: {one_line(error)}.") from error
-    metadata, schema = _parse(source, thrift)
+    # Restoring the writer's Arrow types would make dictionaries again, and Arrow refuses a whole
+    # batch of those for one value that is not UTF-8; under another name it does not find them.
+    plain = thrift.replace(ARROW_SCHEMA, ARROW_SCHEMA.lower())
+    whole = MAGIC + plain + len(plain).to_bytes(4, "little") + MAGIC  # a file that is all footer
+    try:
+        parsed = pq.ParquetFile(pa.BufferReader(whole))
+        metadata, schema = parsed.metadata, parsed.schema_arrow
+        schema.to_string(show_schema_metadata=False)  # raises where a name is not UTF-8
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{source} has a damaged parquet footer ({one_line(error)}). Copy or write it again."
+        ) from error
     digest = hashlib.sha256(thrift).hexdigest()
     found = InputFile(source.path, size, metadata.num_rows, digest, content)
-    return Footer(source, found, thrift, metadata, schema)
+    return Footer(source, found, metadata, schema)
 
 
 def _content_xxh3(file: Any, size: int) -> str:
@@ -273,23 +371,20 @@ def _content_xxh3(file: Any, size: int) -> str:
     return digest.hexdigest()
 
 
-def _parse(source: Source, thrift: bytes) -> tuple[Any, Any]:
-    """(metadata, Arrow schema), from a parquet "file" in memory that is all footer."""
-    whole = MAGIC + thrift + len(thrift).to_bytes(4, "little") + MAGIC
-    try:
-        parsed = pq.ParquetFile(pa.BufferReader(whole))
-        return parsed.metadata, parsed.schema_arrow
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{source} has a damaged parquet footer ({one_line(error)}). Copy or write it again."
-        ) from error
-
-
 def _footer_bytes(source: Source, file: Any, size: int) -> bytes:
     """Layout: PAR1, pages, thrift footer, its length (4 bytes, little endian), PAR1."""
     tail: bytes = file.read_at(min(size, TAIL_BYTES), max(0, size - TAIL_BYTES))
     if size < 12 or tail[-4:] != MAGIC:
-        raise InputError(f"{source} {_not_parquet(tail, file.read_at(min(size, 4), 0), size)}")
+        head = file.read_at(min(size, 4), 0)
+        if head == MAGIC:
+            raise InputError(
+                f"{source} is a truncated parquet file: it starts as one, but its {size} bytes do "
+                "not end with a footer. Copy or write it again."
+            )
+        raise InputError(
+            f"{source} is not a parquet file ({size} bytes, which start with {head!r}; "
+            f"expected {MAGIC!r}). Convert it to parquet, or move it out of captions.path."
+        )
     num_bytes = int.from_bytes(tail[-8:-4], "little")
     if num_bytes > size - 12:
         raise InputError(
@@ -299,82 +394,6 @@ def _footer_bytes(source: Source, file: Any, size: int) -> bytes:
     if num_bytes + 8 > len(tail):
         tail = file.read_at(num_bytes + 8, size - num_bytes - 8)
     return tail[-8 - num_bytes : -8]
-
-
-def _not_parquet(tail: bytes, head: bytes, size: int) -> str:
-    if tail[-4:] == b"PARE":
-        return "is an encrypted parquet file, which is not supported. Decrypt it first."
-    if head == MAGIC:
-        return (
-            f"is a truncated parquet file: it starts as one, but its {size} bytes do not end with "
-            "a footer. Copy or write it again."
-        )
-    return (
-        f"is not a parquet file ({size} bytes, which start with {head!r}; expected {MAGIC!r}). "
-        "Convert it to parquet, or take it out of captions.path."
-    )
-
-
-def read_footers(sources: Sequence[Source], examine: Callable[[Footer], T]) -> list[T]:
-    """`examine(footer)` of every file, in order; of several bad files the first one is raised."""
-
-    def one(source: Source) -> T:
-        try:
-            return examine(read_footer(source))
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{source} has a column whose name is not UTF-8 ({error.object!r}): its footer is "
-                "damaged. Copy or write it again."
-            ) from error
-
-    pool = ThreadPoolExecutor(min(FOOTER_THREADS, len(sources)), "footer")
-    try:
-        return list(pool.map(one, sources))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@dataclass(frozen=True)
-class OpenParquet:
-    """An open file: its `ParquetFile`, its bytes by place, and its footer's thrift bytes."""
-
-    parquet: Any
-    read_at: Callable[[int, int], bytes]
-    """(offset, size) -> the bytes there, fewer at the end of the file."""
-    thrift: bytes
-
-
-def open_parquet(source: Source, expected: InputFile) -> OpenParquet:
-    """The file as a `ParquetFile` that streams pages; ConflictError if it changed.
-
-    Text comes as plain `string` (or `list<string>`), whatever Arrow type it was written from.
-    """
-    footer = read_footer(source, expected.content_xxh3)
-    if footer.input != expected:
-        raise ConflictError(
-            f"{source} changed since it was planned: {footer.input.bytes} bytes and "
-            f"{footer.input.rows} rows now, {expected.bytes} and {expected.rows} then. Put the "
-            "old file back, or start a new output folder."
-        )
-    # Restoring the writer's Arrow types would make dictionaries again, and Arrow refuses a whole
-    # batch of those for one value that is not UTF-8; under another name it does not find them.
-    metadata, _ = _parse(source, footer.thrift.replace(ARROW_SCHEMA, ARROW_SCHEMA.lower()))
-    # Without pre_buffer and with a buffer the reader holds a window of each column chunk, not the
-    # chunk: memory does not depend on the size of row groups.
-    try:
-        file = source.filesystem.open_input_file(source.location)
-        parquet = pq.ParquetFile(
-            file,
-            metadata=metadata,
-            pre_buffer=False,
-            buffer_size=1 << 20,
-            page_checksum_verification=True,
-        )
-        return OpenParquet(
-            parquet, lambda offset, size: bytes(file.read_at(size, offset)), footer.thrift
-        )
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{source} cannot be opened: {one_line(error)}.") from error
 
 
 def one_line(error: BaseException) -> str:

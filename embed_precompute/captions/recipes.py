@@ -1,72 +1,166 @@
-"""From a caption and the other columns of its row to the text that is encoded.
+"""How an input row becomes the text that is encoded: normalisation, then the recipe.
 
+A recipe is one class in `RECIPES`: its fields are its settings, their docstrings the help.
 Guarantees: a recipe is a pure function of the row; `OpenSoraRecipe` gives, character for character,
 what Open-Sora v2's `TextDataset` gives for the same table read by pandas.
-Costs: about a microsecond per caption; `kind: none` without normalisation costs nothing.
+Costs: about a microsecond per caption. Imports no pyarrow: a training job renders captions, too.
 
-Open-Sora's rule was written anew from opensora/datasets/datasets.py (TextDataset.getitem) and
+Open-Sora's rule is written after opensora/datasets/datasets.py (TextDataset.getitem) and
 opensora/datasets/utils.py (map_target_fps) of https://github.com/hpcaitech/Open-Sora, Apache-2.0.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
+import re
+import string
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
-from embed_precompute.captions.columns import (
-    BOOLEAN,
-    DECIMAL,
-    FLOAT,
-    INTEGER,
-    STRING,
-    Need,
-    Problem,
-)
-from embed_precompute.captions.settings import RecipeConfig
-from embed_precompute.errors import InputError
+from embed_precompute.documents import ByKind, from_plain, to_plain
+from embed_precompute.errors import InputError, require
 from embed_precompute.samples import Status
 
+STRING, STRINGS, INTEGER, FLOAT = "string", "list of string", "integer", "float"
+BOOLEAN, DECIMAL = "boolean", "decimal"
 OPENSORA_NO_FPS = 999
 """From this fps_max on, Open-Sora leaves the FPS part out."""
 
 
-class Recipe(Protocol):
-    """`columns` are what `render` wants of a row, in order, beside the caption."""
+@dataclass(frozen=True)
+class Problem:
+    """Why a row, or one caption of it, has no text to encode."""
 
-    @property
-    def columns(self) -> tuple[str, ...]: ...
-
-    def render(self, caption: str, row: Sequence[Any]) -> str | Problem: ...
-
-    def resolved(self) -> dict[str, object]: ...
+    status: Status
+    error: str
 
 
 @dataclass(frozen=True)
-class PlainRecipe:
+class RequiredColumn:
+    """A column that a setting asks for, and the types it may have."""
+
+    name: str
+    setting: str
+    types: tuple[str, ...]
+    advice: str = ""
+    """What else the person may do where the column is missing or has another type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """How a row becomes the text that is encoded."""
+
+    kind: str
+    """Which recipe; it decides which other keys there are."""
+
+    def needs(self, where: str) -> list[RequiredColumn]:
+        """The columns that `render` reads; `where` is the recipe's own dotted key."""
+        return []
+
+    def bind(
+        self, where: str, types: Mapping[str, str], holds_null: Callable[[str], bool]
+    ) -> Recipe:
+        """This recipe for columns of these types, with everything decided that was left open.
+
+        `holds_null` reads a whole column. Raises InputError where the types don't fit.
+        """
+        return self
+
+    @functools.cached_property
+    def columns(self) -> tuple[str, ...]:
+        """What `render` wants of a row, in order."""
+        return tuple(column.name for column in self.needs(""))
+
+    @abstractmethod
+    def render(self, caption: str, row: Sequence[Any]) -> str | Problem:
+        """The text; `row` has the values of `columns`, null as None."""
+
+    def resolved(self) -> Any:
+        """A bound recipe as JSON: its part of the fingerprint. `recipe_of` reads it back."""
+        return to_plain(self)
+
+    def trainer_settings(self) -> list[str]:
+        """What the trainer's dataset must be given so that its text is the encoded one."""
+        return []
+
+    def float_columns(self) -> tuple[str, ...]:
+        """Columns that the trainer's table must hold as floats, even where all are whole."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainRecipe(Recipe):
     """The caption as it is."""
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return ()
+    kind: Literal["none"] = "none"
 
     def render(self, caption: str, row: Sequence[Any]) -> str | Problem:
         return caption
 
-    def resolved(self) -> dict[str, object]:
-        return {"kind": "none"}
 
+@dataclass(frozen=True, kw_only=True)
+class TemplateRecipe(Recipe):
+    """A format string over the caption and other columns; a null in one of them is `null_text`."""
 
-@dataclass(frozen=True)
-class TemplateRecipe:
-    """A format string over the caption ({text}) and other columns."""
+    kind: Literal["template"] = "template"
+    template: str = "{text}"
+    """Text with {text} (the caption) and {column} (any other column)."""
 
-    template: str
-    columns: tuple[str, ...]
+    def __post_init__(self) -> None:
+        require("text" in self._names, f"template {self.template!r} does not use {{text}}.")
+
+    @functools.cached_property
+    def _names(self) -> tuple[str, ...]:
+        """Names in the template, in order of first use; `text` stands for the caption itself."""
+        try:
+            parts = list(string.Formatter().parse(self.template))
+        except ValueError as error:
+            raise InputError(
+                f"template {self.template!r} is not a format string: {error}."
+            ) from None
+        names: dict[str, None] = {}
+        for _, name, spec, conversion in parts:
+            if name is None:
+                continue
+            plain = re.fullmatch(r"[^.\[\]{}!:]+", name) is not None
+            require(
+                plain and conversion is None and "{" not in (spec or ""),
+                f"template holds {{{name}}}: expected plain column names such as {{text}} or "
+                "{fps}, with at most a format such as {fps:.1f}.",
+            )
+            names[name] = None
+        return tuple(names)
+
+    def needs(self, where: str) -> list[RequiredColumn]:
+        scalars = (STRING, INTEGER, FLOAT, BOOLEAN, DECIMAL)
+        advice = " {text} always stands for the caption."
+        return [
+            RequiredColumn(name, f"{where}.template", scalars, advice)
+            for name in self._names
+            if name != "text"
+        ]
+
+    def bind(
+        self, where: str, types: Mapping[str, str], holds_null: Callable[[str], bool]
+    ) -> Recipe:
+        # A format that no value of the column's type fits would spoil every row: refuse it now.
+        probes = {STRING: "x", INTEGER: 1, FLOAT: 1.5, BOOLEAN: True, DECIMAL: Decimal("1.5")}
+        fields = {name: probes[types[name]] for name in self.columns}
+        try:
+            self.template.format_map({"text": "x", **fields})
+        except (ValueError, TypeError, IndexError, KeyError) as error:
+            shown = ", ".join(f"{name}: {types[name]}" for name in self.columns)
+            raise InputError(
+                f"{where}.template {self.template!r} does not fit its columns ({shown}): {error}. "
+                "Change the format or convert the column."
+            ) from error
+        return self
 
     def render(self, caption: str, row: Sequence[Any]) -> str | Problem:
         fields = {"text": caption}
@@ -81,33 +175,66 @@ class TemplateRecipe:
         except (ValueError, TypeError, OverflowError) as error:
             return Problem(Status.INVALID_TEXT, f"the template cannot be applied: {error}")
 
-    def resolved(self) -> dict[str, object]:
-        return {"kind": "template", "template": self.template}
 
+@dataclass(frozen=True, kw_only=True)
+class OpenSoraRecipe(Recipe):
+    """Open-Sora v2's own: ` {fps} FPS, {n} motion score.` after the caption; null leaves a part
+    out."""
 
-@dataclass(frozen=True)
-class OpenSoraRecipe:
-    """` {fps} FPS, {n} motion score.` behind the caption; a part is left out where unknown."""
+    kind: Literal["opensora"] = "opensora"
+    fps_column: str | None = "fps"
+    """The clip's frames per second; null leaves the FPS part out."""
+    fps_max: int | None = 16
+    """The trainer's fps_max; null, or 999 and more, leaves the FPS part out."""
+    fps_format: Literal["auto", "int", "float"] = "auto"
+    """`24 FPS` or `24.0 FPS`. auto: as pandas reads the column, where an integer one with a null
+    anywhere is a float one."""
+    motion_column: str | None = None
+    """The motion score (score_vmafmotion where the trainer sets vmaf=True); null leaves it out."""
 
-    fps_column: str | None
-    """None where the FPS part is off, be it by the column or by fps_max."""
-    fps_max: int
-    fps_format: Literal["int", "float"]
-    """How pandas holds the column: an integer one with a null anywhere becomes float64."""
-    motion_column: str | None
+    def __post_init__(self) -> None:
+        require(
+            self.fps_max is None or self.fps_max > 0,
+            f"fps_max is {self.fps_max}: expected 1 or more, or null.",
+        )
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.fps_column, self.motion_column) if name is not None)
+    @functools.cached_property
+    def _fps_column(self) -> str | None:
+        """The column that makes the FPS part; None where Open-Sora writes no such part."""
+        has_part = self.fps_max is not None and self.fps_max < OPENSORA_NO_FPS
+        return self.fps_column if has_part else None
+
+    def needs(self, where: str) -> list[RequiredColumn]:
+        parts = (
+            (self._fps_column, "fps_column", "the FPS part"),
+            (self.motion_column, "motion_column", "the motion score"),
+        )
+        return [
+            RequiredColumn(name, f"{where}.{key}", (INTEGER, FLOAT), f" Null leaves {part} out.")
+            for name, key, part in parts
+            if name is not None
+        ]
+
+    def bind(
+        self, where: str, types: Mapping[str, str], holds_null: Callable[[str], bool]
+    ) -> Recipe:
+        column = self._fps_column
+        if column is None:
+            return replace(self, fps_column=None, fps_max=None, fps_format="auto")
+        if self.fps_format != "auto":
+            return self
+        is_whole = types[column] == INTEGER and not holds_null(column)
+        return replace(self, fps_format="int" if is_whole else "float")
 
     def render(self, caption: str, row: Sequence[Any]) -> str | Problem:
-        parts = []
         for name, value in zip(self.columns, row, strict=True):
             if value is not None and math.isinf(value):
                 return Problem(Status.INVALID_TEXT, f"column {name!r} is {value}")
-        fps = row[0] if self.fps_column is not None else None
+        parts = []
+        fps = row[0] if self._fps_column is not None else None
         if fps is not None and not math.isnan(fps):
-            shown = target_fps(float(fps) if self.fps_format == "float" else fps, self.fps_max)
+            exact = float(fps) if self.fps_format == "float" else fps
+            shown = target_fps(exact, self.fps_max or OPENSORA_NO_FPS)
             if shown != 0:
                 parts.append(f"{shown} FPS")
         motion = row[-1] if self.motion_column is not None else None
@@ -115,15 +242,12 @@ class OpenSoraRecipe:
             parts.append(f"{int(motion + 0.5)} motion score")
         return f"{caption} {', '.join(parts)}." if parts else caption
 
-    def resolved(self) -> dict[str, object]:
-        fps = self.fps_column is not None
-        return {
-            "kind": "opensora",
-            "fps_column": self.fps_column,
-            "fps_max": self.fps_max if fps else None,
-            "fps_format": self.fps_format if fps else None,
-            "motion_column": self.motion_column,
-        }
+    def trainer_settings(self) -> list[str]:
+        return [f"fps_max={self.fps_max}", f"vmaf={self.motion_column is not None}"]
+
+    def float_columns(self) -> tuple[str, ...]:
+        column = self._fps_column
+        return (column,) if column is not None and self.fps_format == "float" else ()
 
 
 def target_fps(fps: float, fps_max: int) -> float:
@@ -133,75 +257,75 @@ def target_fps(fps: float, fps_max: int) -> float:
     return math.floor(fps / math.ceil(fps / fps_max))
 
 
-def opensora_fps_column(config: RecipeConfig) -> str | None:
-    """The column that makes the FPS part; None where Open-Sora writes no such part."""
-    if config.kind != "opensora" or config.fps_max is None or config.fps_max >= OPENSORA_NO_FPS:
-        return None
-    return config.fps_column
+RECIPES: dict[str, type[Recipe]] = {
+    "none": PlainRecipe,
+    "template": TemplateRecipe,
+    "opensora": OpenSoraRecipe,
+}
+"""By `captions.recipe.kind`."""
+AnyRecipe = Annotated[Recipe, ByKind(lambda: RECIPES)]
+Recipes = AnyRecipe | tuple[AnyRecipe, ...]
+"""One recipe, or several: the text of one is the caption of the next."""
 
 
-def recipe_needs(config: RecipeConfig) -> list[Need]:
-    """Columns the recipe reads, and the types it can use."""
-    if config.kind == "template":
-        scalars = (STRING, INTEGER, FLOAT, BOOLEAN, DECIMAL)
-        names = [name for name in config.template_columns() if name != "text"]
-        hint = " {text} always stands for the caption."
-        return [Need(name, "captions.recipe.template", scalars, hint) for name in names]
-    if config.kind == "none":
-        return []
-    parts = (
-        (opensora_fps_column(config), "captions.recipe.fps_column", "the FPS part"),
-        (config.motion_column, "captions.recipe.motion_column", "the motion score"),
-    )
-    return [
-        Need(name, setting, (INTEGER, FLOAT), f" Null leaves {part} out.")
-        for name, setting, part in parts
-        if name is not None
-    ]
+@dataclass(frozen=True, kw_only=True)
+class RecipeChain(Recipe):
+    """Recipes that follow one another."""
+
+    kind: Literal["chain"] = "chain"
+    recipes: tuple[Recipe, ...] = ()
+
+    def _numbered(self, where: str) -> Iterator[tuple[str, Recipe]]:
+        return ((f"{where}[{i}]", recipe) for i, recipe in enumerate(self.recipes))
+
+    def needs(self, where: str) -> list[RequiredColumn]:
+        return [column for key, recipe in self._numbered(where) for column in recipe.needs(key)]
+
+    def bind(
+        self, where: str, types: Mapping[str, str], holds_null: Callable[[str], bool]
+    ) -> Recipe:
+        bound = (recipe.bind(key, types, holds_null) for key, recipe in self._numbered(where))
+        return replace(self, recipes=tuple(bound))
+
+    def render(self, caption: str, row: Sequence[Any]) -> str | Problem:
+        start = 0
+        for recipe in self.recipes:
+            stop = start + len(recipe.columns)
+            text = recipe.render(caption, row[start:stop])
+            if isinstance(text, Problem):
+                return text
+            caption, start = text, stop
+        return caption
+
+    def resolved(self) -> Any:
+        return [recipe.resolved() for recipe in self.recipes]
+
+    def trainer_settings(self) -> list[str]:
+        return [line for recipe in self.recipes for line in recipe.trainer_settings()]
+
+    def float_columns(self) -> tuple[str, ...]:
+        return tuple(name for recipe in self.recipes for name in recipe.float_columns())
 
 
-def make_recipe(config: RecipeConfig, families: Mapping[str, str], has_nulls: bool) -> Recipe:
-    """The recipe for columns of these families; `has_nulls`: the FPS column holds a null."""
-    if config.kind == "none":
-        return PlainRecipe()
-    if config.kind == "template":
-        names = tuple(name for name in config.template_columns() if name != "text")
-        template = TemplateRecipe(config.template, names)
-        _check_template(template, families)
-        return template
-    fps_column = opensora_fps_column(config)
-    whole = fps_column is not None and families[fps_column] == INTEGER and not has_nulls
-    return OpenSoraRecipe(
-        fps_column=fps_column,
-        fps_max=config.fps_max or OPENSORA_NO_FPS,
-        fps_format="int" if whole else "float",
-        motion_column=config.motion_column,
-    )
+def as_one(recipes: Recipe | tuple[Recipe, ...]) -> Recipe:
+    """What `captions.recipe` holds, as one recipe."""
+    return recipes if isinstance(recipes, Recipe) else RecipeChain(recipes=recipes)
 
 
-def _check_template(recipe: TemplateRecipe, families: Mapping[str, str]) -> None:
-    """A format that no value of the column's type fits would spoil every row: refuse it now."""
-    probes = {STRING: "x", INTEGER: 1, FLOAT: 1.5, BOOLEAN: True, DECIMAL: Decimal("1.5")}
-    fields = {name: probes[families[name]] for name in recipe.columns}
-    try:
-        recipe.template.format_map({"text": "x", **fields})
-    except (ValueError, TypeError, IndexError, KeyError) as error:
-        types = ", ".join(f"{name}: {families[name]}" for name in recipe.columns)
-        raise InputError(
-            f"captions.recipe.template {recipe.template!r} does not fit its columns ({types}): "
-            f"{error}. Mend the format or convert the column."
-        ) from error
+def recipe_of(resolved: Any) -> Recipe:
+    """The recipe that a plan's spec has; MismatchError where it is none that this version knows."""
+    return as_one(from_plain(Recipes, resolved, "spec.captions.recipe"))
 
 
-def make_normalizer(steps: Sequence[str]) -> Callable[[str], str] | None:
-    """The steps as one function, always in the order ftfy, nfc, whitespace; None for no step."""
-    chosen = [_STEPS[name]() for name in _STEPS if name in steps]
+def make_normalizer(names: Sequence[str]) -> Callable[[str], str] | None:
+    """`captions.normalize` as one function, in the order ftfy, nfc, whitespace; None if empty."""
+    chosen = [_NORMALIZATIONS[name]() for name in _NORMALIZATIONS if name in names]
     if not chosen:
         return None
 
     def normalize(text: str) -> str:
-        for step in chosen:
-            text = step(text)
+        for change in chosen:
+            text = change(text)
         return text
 
     return normalize
@@ -213,21 +337,13 @@ def _ftfy() -> Callable[[str], str]:
     except ImportError:
         raise InputError(
             "captions.normalize asks for ftfy, which is not installed. Run `pip install ftfy`, or "
-            "take ftfy out of captions.normalize."
+            "remove ftfy from captions.normalize."
         ) from None
     return fix_text
 
 
-def _nfc() -> Callable[[str], str]:
-    return lambda text: unicodedata.normalize("NFC", text)
-
-
-def _whitespace() -> Callable[[str], str]:
-    return lambda text: " ".join(text.split())
-
-
-_STEPS: dict[str, Callable[[], Callable[[str], str]]] = {
+_NORMALIZATIONS: dict[str, Callable[[], Callable[[str], str]]] = {
     "ftfy": _ftfy,
-    "nfc": _nfc,
-    "whitespace": _whitespace,
+    "nfc": lambda: lambda text: unicodedata.normalize("NFC", text),
+    "whitespace": lambda: lambda text: " ".join(text.split()),
 }

@@ -1,70 +1,52 @@
 """The caption table: files checked as one, scanned once for the plan, read as samples.
 
-Guarantees: whatever is wrong with the table as a whole (files, columns, types, ids) is an
-InputError before the first sample; from then on every row is at least one sample, with a status of
-its own when there is nothing to encode, and the samples of a row depend on that row and the
-configuration alone (of an integer FPS column: also on whether it holds a null anywhere, see
-`recipes`).
-Costs: `open` reads footers only (and one column where its null counts are missing and matter);
-`scan` reads the id, integer and, for lists, text columns once and holds 8 bytes a row; a reader
-holds one batch.
+Guarantees: what is wrong with the table as a whole (files, columns, types, ids) is an InputError
+before the first sample.
+Costs: `open` reads every file once for its digest, and an integer FPS column to its first null;
+`scan` reads the id, integer and, for lists, text columns once and holds 8 bytes a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import xxhash
 
-from embed_precompute.captions.columns import (
+from embed_precompute.captions.files import Footer, InputFile, find_files, read_footers
+from embed_precompute.captions.reader import (
+    CaptionFile,
+    CaptionReader,
+    RowCursor,
+    RowMap,
+    column_type,
+    entries_per_row,
+    first_null,
+    ids_of,
+)
+from embed_precompute.captions.recipes import (
     INTEGER,
     STRING,
     STRINGS,
-    Need,
-    Problem,
-    check_agreement,
-    check_columns,
-    entries_per_row,
-    first_null,
-    strings,
-    values,
-)
-from embed_precompute.captions.files import Footer, InputFile, Source, find_files, read_footers
-from embed_precompute.captions.ids import IdCheck, id_strings
-from embed_precompute.captions.recipes import (
-    PlainRecipe,
     Recipe,
-    make_normalizer,
-    make_recipe,
-    opensora_fps_column,
-    recipe_needs,
-)
-from embed_precompute.captions.rows import (
-    MAX_PAGE_BYTES,
-    CaptionFile,
-    RowCursor,
-    RowMap,
-    chunks_of,
-    starts_of,
+    RequiredColumn,
+    as_one,
 )
 from embed_precompute.captions.settings import CaptionsConfig
 from embed_precompute.errors import InputError
-from embed_precompute.parquet.chunks import Chunk
-from embed_precompute.samples import Sample, Status
 
-MAX_CAPTION_CHARS = 1 << 20
-"""More is no caption: an encoder takes a few hundred tokens, and tokenising takes many times the
-text's memory."""
-PAGE_ROWS = 1024
-"""A writer looks at a page's size every so many rows: captions so wide that a page would have more
-than MAX_PAGE_BYTES are no captions."""
-READ_ROWS = 2048
 SCAN_ROWS = 16384
 MAX_ADDED_TOKENS = 1 << 16
 """Distinct values of an added_tokens column; buckets are few, so more means the wrong column."""
+SUSPECTS = 1 << 16
+"""Repeated hashes of ids that are looked at together."""
+RECIPE = "captions.recipe"
+
+Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 @dataclass(frozen=True)
@@ -74,17 +56,9 @@ class Scan:
     num_rows: int
     num_samples: int
     last_row_samples: int | None
-    """Samples taken of the last row when a limit cuts its list short; else None."""
+    """Samples of the last row that count where a limit cuts its list short; else None."""
     added_tokens: dict[str, dict[int, int]]
     """Integer column -> {value: rows}."""
-
-
-@dataclass(frozen=True)
-class _FileFacts:
-    file: CaptionFile
-    families: dict[str, str]
-    has_nulls: bool | None
-    """Whether the FPS column holds a null; None where the footer does not say."""
 
 
 class CaptionTable:
@@ -101,7 +75,7 @@ class CaptionTable:
         self.config = config
         self.row_map = row_map
         self.recipe = recipe
-        self.normalize = make_normalizer(config.normalize)
+        """Bound to the table's columns."""
         self.is_list = is_list
         self.integer_columns = integer_columns
         self.files: tuple[InputFile, ...] = tuple(file.input for file in row_map.files)
@@ -110,37 +84,35 @@ class CaptionTable:
     @classmethod
     def open(cls, config: CaptionsConfig, integer_columns: Sequence[str] = ()) -> CaptionTable:
         """Find the files and check them; `integer_columns` are the encoders' added_tokens."""
+        recipe = as_one(config.recipe)
+        needs = [RequiredColumn(config.text_column, "captions.text_column", (STRING, STRINGS))]
+        if config.id_column is not None:
+            advice = " Null uses row numbers as ids."
+            id_types = (STRING, INTEGER)
+            needs.append(RequiredColumn(config.id_column, "captions.id_column", id_types, advice))
+        needs += recipe.needs(RECIPE)
         integers = tuple(dict.fromkeys(integer_columns))
-        needs = _needs(config, integers)
-        fps_column = opensora_fps_column(config.recipe)
-        facts = read_footers(find_files(config.path), lambda f: _examine(f, needs, fps_column))
-        families = [fact.families for fact in facts]
-        check_agreement([fact.file.source for fact in facts], families, needs)
-        row_map = RowMap([fact.file for fact in facts])
+        needs += [RequiredColumn(c, "an encoder's added_tokens", (INTEGER,)) for c in integers]
+        found = read_footers(find_files(config.path), lambda footer: _examine(footer, needs))
+        row_map = RowMap([file for file, _ in found])
+        _check_agreement(row_map.files, [types for _, types in found], needs)
         if row_map.num_rows == 0:
             raise InputError(
-                f"captions.path {config.path!r} has no rows: {len(facts)} parquet file(s), all "
+                f"captions.path {config.path!r} has no rows: {len(found)} parquet file(s), all "
                 "empty. Expected at least one caption."
             )
-        has_nulls = fps_column is not None and families[0][fps_column] == INTEGER
-        has_nulls = has_nulls and _any_null(facts, str(fps_column))
-        recipe = make_recipe(config.recipe, families[0], has_nulls)
-        is_list = families[0][config.text_column] == STRINGS
-        return cls(config, row_map, recipe, is_list, integers)
-
-    def resolved_recipe(self) -> dict[str, object]:
-        """The recipe as JSON, with what the columns decided: a part of the fingerprint."""
-        return self.recipe.resolved()
+        types = found[0][1]
+        bound = recipe.bind(RECIPE, types, lambda column: _holds_null(row_map, column))
+        return cls(config, row_map, bound, types[config.text_column] == STRINGS, integers)
 
     def scan(self, limit: int | None = None) -> Scan:
         """Check the ids, count samples and added tokens, of the first `limit` samples or all."""
         if limit is not None and limit < 1:
             raise InputError(f"--limit is {limit}: expected 1 or more.")
         id_column = self.config.id_column
-        text_columns = [self.config.text_column] if self.is_list else []
-        columns = dict.fromkeys(
-            [*([id_column] if id_column is not None else []), *text_columns, *self.integer_columns]
-        )
+        text_column = self.config.text_column if self.is_list else None
+        names = [id_column, text_column, *self.integer_columns]
+        columns = dict.fromkeys(name for name in names if name is not None)
         most = self.num_rows if limit is None else min(limit, self.num_rows)
         counts: dict[str, dict[int, int]] = {name: {} for name in self.integer_columns}
         if not columns:
@@ -178,10 +150,17 @@ class CaptionTable:
         return rows, left, cut if cut < per_row[rows - 1] else None
 
     def _tally(self, counts: dict[int, int], first: int, array: Any, column: str) -> None:
-        numbers = integers(array, column, self.row_map, first)
-        found, rows = np.unique(np.asarray(numbers, object), return_counts=True)
-        for value, count in zip(found.tolist(), rows.tolist(), strict=True):
-            counts[value] = counts.get(value, 0) + count
+        """Count the values of an added_tokens column."""
+        numbers = array.to_numpy(zero_copy_only=False)
+        bad = first_null(array) if array.null_count else int(np.argmax(numbers < 0))
+        if array.null_count or numbers[bad] < 0:
+            found = "null" if array.null_count else "below 0"
+            raise InputError(
+                f"{self.row_map.place(first + bad)}: column {column!r} (added_tokens) is {found}: "
+                "expected the tokens that the video adds. Correct it or drop the row."
+            )
+        for value, count in zip(*np.unique(numbers, return_counts=True), strict=True):
+            counts[int(value)] = counts.get(int(value), 0) + int(count)
         if len(counts) > MAX_ADDED_TOKENS:
             raise InputError(
                 f"column {column!r} (added_tokens) has more than {MAX_ADDED_TOKENS} different "
@@ -192,199 +171,144 @@ class CaptionTable:
     def reader(
         self, num_rows: int | None = None, last_row_samples: int | None = None
     ) -> CaptionReader:
-        """A new cursor over the first `num_rows` rows, as `scan` cut them."""
+        """A new reader of the first `num_rows` rows, as `scan` cut them."""
         rows = self.num_rows if num_rows is None else num_rows
         if not 0 <= rows <= self.num_rows:
             raise ValueError(f"{rows} rows of a table of {self.num_rows}")
-        return CaptionReader(self, rows, last_row_samples)
-
-
-class CaptionReader:
-    """Samples of any range of rows, cheapest in ascending order; for one thread."""
-
-    def __init__(self, table: CaptionTable, num_rows: int, last_row_samples: int | None) -> None:
-        self._table = table
-        self._config = table.config
-        self._num_rows = num_rows
-        self._last_row_samples = last_row_samples
-        names = [self._config.text_column, self._config.id_column]
-        columns = dict.fromkeys([*filter(None, names), *table.recipe.columns])
-        self._cursor = RowCursor(table.row_map, list(columns), READ_ROWS)
-        self._as_it_is = isinstance(table.recipe, PlainRecipe) and table.normalize is None
-        self._convert: Callable[[int, Any], Iterator[Sample]]
-        self._convert = self._list_samples if table.is_list else self._text_samples
-
-    def read(self, first_row: int, num_rows: int) -> list[Sample]:
-        """All samples of these rows, in order."""
-        if first_row < 0 or first_row + num_rows > self._num_rows:
-            raise ValueError(f"rows {first_row}+{num_rows} of {self._num_rows}")
-        samples: list[Sample] = []
-        for first, batch in self._cursor.batches(first_row, num_rows):
-            samples.extend(self._convert(first, batch))
-        if self._config.on_bad_text == "fail":
-            self._refuse_bad(samples)
-        return samples
-
-    def close(self) -> None:
-        self._cursor.close()
-
-    def _text_samples(self, first: int, batch: Any) -> Iterator[Sample]:
-        column = batch.column(self._config.text_column)
-        captions = strings(column, self._config.text_column)
-        ids, rows = self._ids(first, batch), range(first, first + len(batch))
-        whole = self._as_it_is and set(map(type, captions)) == {str}
-        if whole and max(len(str(caption)) for caption in captions) <= MAX_CAPTION_CHARS:
-            return map(Sample, ids, rows, cast("list[str]", captions))
-        return map(self._sample, ids, rows, captions, self._recipe_rows(batch))
-
-    def _list_samples(self, first: int, batch: Any) -> Iterator[Sample]:
-        name = self._config.text_column
-        column = batch.column(name)
-        lengths = entries_per_row(column).tolist()
-        nulls = column.is_null().to_pylist()
-        captions = iter(strings(column.flatten(), name))
-        fields = zip(self._ids(first, batch), self._recipe_rows(batch), strict=True)
-        for i, (row_id, row_values) in enumerate(fields):
-            row = first + i
-            entries: list[str | Problem | None] = list(islice(captions, lengths[i]))
-            if nulls[i]:
-                entries = [None]
-            elif not entries:
-                entries = [Problem(Status.EMPTY_LIST, f"column {name!r} is an empty list")]
-            if row == self._num_rows - 1:
-                entries = entries[: self._last_row_samples]
-            for k, caption in enumerate(entries):
-                sample_id = f"{row_id}#{k}"
-                if self._as_it_is and type(caption) is str and len(caption) <= MAX_CAPTION_CHARS:
-                    yield Sample(sample_id, row, caption)
-                else:
-                    yield self._sample(sample_id, row, caption, row_values)
-
-    def _sample(
-        self,
-        sample_id: str,
-        row: int,
-        caption: str | Problem | None,
-        row_values: Sequence[Any],
-    ) -> Sample:
-        text: str | Problem
-        if caption is None:
-            null = f"column {self._config.text_column!r} is null"
-            text = Problem(Status.NULL_TEXT, null)
-        elif isinstance(caption, Problem):
-            text = caption
-        else:
-            if self._table.normalize is not None:
-                caption = self._table.normalize(caption)
-            text = self._table.recipe.render(caption, row_values)
-            if isinstance(text, str) and len(text) > MAX_CAPTION_CHARS:
-                long = f"the caption has {len(text)} characters, more than {MAX_CAPTION_CHARS}"
-                text = Problem(Status.INVALID_TEXT, long)
-        if isinstance(text, Problem):
-            return Sample(sample_id, row, None, text.status, text.error)
-        return Sample(sample_id, row, text)
-
-    def _ids(self, first: int, batch: Any) -> list[str]:
-        column = self._config.id_column
-        if column is None:
-            return list(map(str, range(first, first + len(batch))))
-        return id_strings(batch.column(column), column, self._table.row_map, first)
-
-    def _recipe_rows(self, batch: Any) -> Sequence[Sequence[Any]]:
-        columns = [values(batch.column(name), name) for name in self._table.recipe.columns]
-        return list(zip(*columns, strict=True)) if columns else [()] * len(batch)
-
-    def _refuse_bad(self, samples: Sequence[Sample]) -> None:
-        for sample in samples:
-            if sample.status is not Status.OK:
-                raise InputError(
-                    f"{self._table.row_map.place(sample.row)}: {sample.error} (sample "
-                    f"{sample.sample_id!r}). Repair the row, or set captions.on_bad_text to record "
-                    "to give such samples a status and go on."
-                )
-
-
-def integers(array: Any, column: str, row_map: RowMap, first_row: int) -> list[int]:
-    """A batch of an added_tokens column; InputError naming the row of a null or negative number."""
-    if array.null_count:
-        place = row_map.place(first_row + first_null(array))
-        raise InputError(
-            f"{place}: column {column!r} (added_tokens) is null: expected the tokens that the "
-            "video adds. Fill it in or drop the row."
+        return CaptionReader(
+            self.config,
+            self.row_map,
+            self.recipe,
+            is_list=self.is_list,
+            num_rows=rows,
+            last_row_samples=last_row_samples,
         )
-    numbers: list[int] = array.to_numpy(zero_copy_only=False).tolist()
-    if numbers and min(numbers) < 0:
-        row = first_row + next(i for i, number in enumerate(numbers) if number < 0)
-        raise InputError(
-            f"{row_map.place(row)}: column {column!r} (added_tokens) is below 0: expected the "
-            "tokens that the video adds. Correct it."
-        )
-    return numbers
 
 
-def _needs(config: CaptionsConfig, integer_columns: Sequence[str]) -> list[Need]:
-    needs = [Need(config.text_column, "captions.text_column", (STRING, STRINGS))]
-    if config.id_column is not None:
-        hint = " Null uses row numbers as ids."
-        needs.append(Need(config.id_column, "captions.id_column", (STRING, INTEGER), hint))
-    needs += recipe_needs(config.recipe)
-    needs += [Need(name, "an encoder's added_tokens", (INTEGER,)) for name in integer_columns]
-    return needs
+# --- columns -----------------------------------------------------------------------------------
 
 
-def _examine(footer: Footer, needs: Sequence[Need], fps_column: str | None) -> _FileFacts:
-    """What is kept of a file: the footer itself may be megabytes."""
-    families = check_columns(footer, needs)
-    metadata = footer.metadata
-    num_rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    starts = starts_of(num_rows)
-    if int(starts[-1]) != footer.input.rows or min(num_rows, default=0) < 0:
-        raise InputError(
-            f"{footer.source} has a damaged parquet footer: its row groups have {starts[-1]} rows, "
-            f"the file {footer.input.rows}. Copy or write it again."
-        )
-    groups = chunks_of(footer.source, footer.thrift, [need.column for need in needs], len(num_rows))
-    _refuse_wide(footer.source, groups, num_rows)
-    has_nulls = None
-    if fps_column is not None and families[fps_column] == INTEGER:
-        has_nulls = _footer_nulls(groups, fps_column)
-    return _FileFacts(CaptionFile(footer.source, footer.input, starts), families, has_nulls)
+def _examine(footer: Footer, needs: Sequence[RequiredColumn]) -> tuple[CaptionFile, dict[str, str]]:
+    """The part of a footer that the table needs, and the type of each required column. Raises
+    InputError naming file, column and setting."""
+    types: dict[str, str] = {}
+    for need in needs:
+        positions = footer.schema.get_all_field_indices(need.name)
+        if not positions:
+            raise _missing(footer, need)
+        if len(positions) > 1:
+            raise InputError(
+                f"{footer.source} has {len(positions)} columns named {need.name!r} "
+                f"({need.setting}): expected one. Rename the others."
+            )
+        arrow_type = footer.schema.field(positions[0]).type
+        found = column_type(arrow_type)
+        if found not in need.types:
+            raise InputError(
+                f"{footer.source}: column {need.name!r} ({need.setting}) has type {arrow_type}: "
+                f"expected {' or '.join(need.types)}. Convert the column, or name another in "
+                f"{need.setting}.{need.advice}"
+            )
+        types[need.name] = found
+    return CaptionFile(footer.source, footer.input, footer.group_starts()), types
 
 
-def _refuse_wide(
-    source: Source, groups: Sequence[Sequence[Chunk]], num_rows: Sequence[int]
+def _missing(footer: Footer, need: RequiredColumn) -> InputError:
+    names = list(footer.schema.names)
+    lowered = {name.lower(): name for name in reversed(names)}
+    near = difflib.get_close_matches(need.name.lower(), lowered, n=1)
+    hint = f" Did you mean {lowered[near[0]]!r}?" if near else ""
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    return InputError(
+        f"{footer.source} has no column {need.name!r} ({need.setting}).{hint} Its columns: "
+        f"{shown}. Set {need.setting} to one of them.{need.advice}"
+    )
+
+
+def _check_agreement(
+    files: Sequence[CaptionFile], types: Sequence[dict[str, str]], needs: Sequence[RequiredColumn]
 ) -> None:
-    """Before anything is planned, by what the footer claims; a cursor looks at the pages."""
-    for number, (chunks, rows) in enumerate(zip(groups, num_rows, strict=True)):
-        for chunk in chunks:
-            if chunk.num_bytes * min(PAGE_ROWS, rows) // max(1, rows) > MAX_PAGE_BYTES:
+    """Every file must agree with the first on the type of every needed column."""
+    for file, found in zip(files, types, strict=True):
+        for need in needs:
+            first, other = types[0][need.name], found[need.name]
+            if first != other:
                 raise InputError(
-                    f"{source}: column {chunk.leaf.path!r} of row group {number} has "
-                    f"{chunk.num_bytes} bytes in {rows} rows: expected at most {MAX_PAGE_BYTES} "
-                    f"in {PAGE_ROWS}. Name the column of the captions, or write the file without "
-                    "such values."
+                    f"{file.source}: column {need.name!r} ({need.setting}) is {other}, but it is "
+                    f"{first} in {files[0].source}: the files' schemas disagree. Convert one of "
+                    "them, or point captions.path at files that agree."
                 )
 
 
-def _footer_nulls(groups: Sequence[Sequence[Chunk]], column: str) -> bool | None:
-    """Whether the column holds a null, by the statistics; None if a row group has none."""
-    chunks = [chunk for group in groups for chunk in group]
-    counts = [chunk.null_count for chunk in chunks if chunk.leaf.path == column]
-    if any(counts):
-        return True
-    return None if None in counts else False
+def _holds_null(row_map: RowMap, column: str) -> bool:
+    """Whether a column holds a null anywhere; it is read up to the first."""
+    cursor = RowCursor(row_map, [column], SCAN_ROWS)
+    try:
+        return any(batch.column(0).null_count for _, batch in cursor.batches(0, row_map.num_rows))
+    finally:
+        cursor.close()
 
 
-def _any_null(facts: Sequence[_FileFacts], column: str) -> bool:
-    """Over all files; a file whose footer does not say is read, up to its first null."""
-    if any(fact.has_nulls for fact in facts):
-        return True
-    for fact in facts:
-        if fact.has_nulls is None:
-            cursor = RowCursor(RowMap([fact.file]), [column], SCAN_ROWS)
-            batches = cursor.batches(0, fact.file.input.rows)
-            found = any(batch.column(0).null_count for _, batch in batches)
-            cursor.close()
-            if found:
-                return True
-    return False
+# --- ids ---------------------------------------------------------------------------------------
+
+
+class IdCheck:
+    """Every id is there, is UTF-8 and is unique. Feed every batch in row order, then `finish`.
+
+    A duplicate is found for certain (equal ids have equal hashes) and never alleged: rows whose
+    hashes are equal are compared by the stored id in a second pass.
+    """
+
+    def __init__(self, row_map: RowMap, column: str, num_rows: int) -> None:
+        self._map = row_map
+        self._column = column
+        self._hashes: Hashes = np.empty(num_rows, np.uint64)
+        self._num_rows = 0
+
+    def add(self, first_row: int, array: Any) -> None:
+        try:
+            array.validate(full=True)
+            is_sound = array.null_count == 0
+        except pa.ArrowInvalid:
+            is_sound = False
+        if not is_sound:
+            ids_of(array, self._column, self._map, first_row)  # raises, naming the row
+        end = self._num_rows + len(array)
+        self._hashes[self._num_rows : end] = _hashed(array)
+        self._num_rows = end
+
+    def finish(self) -> None:
+        hashes = self._hashes[: self._num_rows]
+        hashes.sort()
+        repeats = hashes[1:][hashes[1:] == hashes[:-1]]
+        suspects = np.unique(repeats)
+        for i in range(0, len(suspects), SUSPECTS):
+            self._compare(suspects[i : i + SUSPECTS], len(repeats))
+
+    def _compare(self, suspects: Hashes, num_repeats: int) -> None:
+        """Raise at the first row whose id, not only its hash, was there before."""
+        cursor = RowCursor(self._map, [self._column], SCAN_ROWS)
+        seen: dict[str, int] = {}
+        for first, batch in cursor.batches(0, self._num_rows):
+            array = batch.column(0)
+            rows = np.flatnonzero(np.isin(_hashed(array), suspects))
+            ids = ids_of(array.take(pa.array(rows)), self._column, self._map, first)
+            for row, sample_id in zip((first + rows).tolist(), ids, strict=True):
+                if sample_id in seen:
+                    raise InputError(
+                        f"{self._map.place(row)}: column {self._column!r} repeats id "
+                        f"{sample_id!r} of {self._map.place(seen[sample_id])}; {num_repeats} rows "
+                        "in all repeat an id. Ids must be unique: make them so, or set "
+                        "captions.id_column to null to use row numbers."
+                    )
+                seen[sample_id] = row
+        cursor.close()
+
+
+def _hashed(array: Any) -> Hashes:
+    """An integer is its own hash; a string's is XXH3-64 of its bytes."""
+    if pa.types.is_integer(array.type):
+        wide = np.uint64 if pa.types.is_unsigned_integer(array.type) else np.int64
+        return array.to_numpy(zero_copy_only=False).astype(wide).view(np.uint64)  # type: ignore[no-any-return]
+    stored = array.cast(pa.binary()).to_numpy(zero_copy_only=False).tolist()
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, stored), np.uint64, len(array))

@@ -2,7 +2,6 @@
 
 Guarantees: parsing touches no file and imports neither torch nor transformers; what a command does
 is not here.
-Costs: the keys of a configuration are described only when `--help` asks.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from embed_precompute import __version__
-from embed_precompute.config.files import describe_keys
+from embed_precompute.config.keys import describe_keys
 
 EXIT_HELP = """exit codes:
   0 complete   1 bug   2 usage or bad input   3 conflict of fingerprint, plan or inputs
@@ -21,14 +20,13 @@ EXIT_HELP = """exit codes:
 torchrun flattens exit codes: ask `embed-precompute status DIR` in scripts."""
 
 
-class _Command(argparse.ArgumentParser):
-    """A subcommand; one that takes a CONFIG lists the configuration's keys in its help."""
+class _HelpConfig(argparse.Action):
+    """Prints every key of a CONFIG and ends."""
 
-    def format_help(self) -> str:
-        text = super().format_help()
-        if not self.get_default("shows_keys"):
-            return text
-        return f"{text}\nconfiguration, in CONFIG or as --section.key VALUE:\n{describe_keys()}"
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print("Keys of a CONFIG. Each may be given on the command line too: --section.key VALUE.\n")
+        print(describe_keys(), end="")
+        parser.exit()
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -40,9 +38,7 @@ def command_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(
-        dest="command", metavar="COMMAND", required=True, parser_class=_Command
-    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     run = _config_command(commands, "run", "make the dataset, or go on with it")
     run.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
@@ -181,12 +177,16 @@ def _config_command(commands: Any, name: str, text: str) -> argparse.ArgumentPar
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
         usage=f"embed-precompute {name} CONFIG [--section.key VALUE ...] [options]",
+        epilog="Any key of the CONFIG may be given too, such as --output.path out; --help-config "
+        "lists them.",
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument(
         "--print_config", "--print-config", action="store_true", help="print the config and exit"
     )
-    parser.set_defaults(shows_keys=True)
+    parser.add_argument(
+        "--help-config", action=_HelpConfig, nargs=0, help="list every key of a CONFIG and exit"
+    )
     return parser
 
 

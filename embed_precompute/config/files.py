@@ -1,150 +1,91 @@
-"""A `Config` from a YAML file and dotted overrides, and back to YAML.
+"""A `Config` from a YAML file and overrides of the command line, and back to YAML.
 
-Guarantees: an unknown key, in the file or on the command line, is an `InputError` that names the
-nearest known one; types are checked by jsonargparse against the dataclasses; overrides win over the
-file; hyphens and underscores are the same. YAML is loaded safely and no class path is ever
-imported.
-Costs: imports jsonargparse (about 0.1 s), not torch.
+Guarantees: an error says whether the file or the command line is wrong, and names the key, what was
+found, what was expected and the nearest known name. YAML is loaded safely.
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
+import copy
 import dataclasses
-import difflib
-import inspect
-import io
-import itertools
 import os
-import re
-import textwrap
-import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser
 
 from embed_precompute.config.schema import Config
-from embed_precompute.encoders.options import EncoderConfig
+from embed_precompute.documents import (
+    UNIONS,
+    ByKind,
+    MismatchError,
+    class_by_kind,
+    field_types,
+    from_plain,
+    nearest_of,
+    takes_mapping,
+    to_plain,
+)
 from embed_precompute.errors import InputError
-
-BY_NAME = dict[str, EncoderConfig]
-"""The type of `encoders`: any name, then the fields of one."""
-UNIONS = (typing.Union, types.UnionType)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """The configuration in the YAML file `path`, changed by `overrides`.
 
-    `overrides` are command-line words: `["--encoders.t5.max_length", "256"]` or `["--a.b=1"]`.
-    Raises `InputError` for a missing file, bad YAML, an unknown key or a value of the wrong type.
+    `overrides` are command-line words: `["--encoders.t5.max_length", "256"]` or `["--a.b=1"]`;
+    hyphens and underscores are the same. A value replaces the file's, also a mapping or a list.
+    Raises InputError.
     """
-    loaded = _read_yaml(Path(path))
-    _check_keys(loaded, Config, str(path), "")
-    words = _normalised_overrides(overrides)
-    parser = ArgumentParser(exit_on_error=False, add_help=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(Config, None)
-    argv = [f"--{key}={value}" for key, value in words]
+    in_file = _read_yaml(Path(path))
+    given = list(_pairs(overrides))
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the message is in the exception as well
-            parsed = parser.parse_args([f"--config={yaml.safe_dump(loaded)}", *argv])
-            values = parser.instantiate(parsed)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except Exception as error:
-        raise InputError(_explain(path, error)) from None
-    return Config(
-        captions=values.captions,
-        encoders=dict(values.encoders),
-        output=values.output,
-        runtime=values.runtime,
-    )
+        return _changed(in_file, given)
+    except MismatchError as error:
+        keys = [key for key, _ in given]
+        blamed = [error.key] if error.key in keys else [k for k in keys if _concerns(error.key, k)]
+        if not blamed or str(error) == _complaint(in_file):
+            raise InputError(f"{path}: {error}") from None
+        if len(blamed) == 1 and str(error).startswith(blamed[0]):
+            raise InputError(f"--{error}") from None
+        hint = ""
+        if blamed[-1].endswith(".kind"):
+            whole = blamed[-1].removesuffix(".kind")
+            hint = f" To choose another kind, give all its keys: --{whole} '{{kind: ..., ...}}'."
+        raise InputError(f"--{', --'.join(blamed)}: {error}{hint}") from None
 
 
-def describe_keys() -> str:
-    """Every key of the configuration with its type, default and docstring, for `--help`."""
-    lines: list[str] = []
-    for key, field, hint, doc in _walk(Config, ""):
-        default = "required"
-        if field.default is not dataclasses.MISSING:
-            default = f"default {yaml.safe_dump(field.default).split(chr(10))[0]}"
-        elif field.default_factory is not dataclasses.MISSING:
-            default = "default {}"
-        lines.append(f"  --{key}  ({_type_name(hint)}, {default})")
-        lines += textwrap.wrap(doc, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines) + "\n"
+def _changed(in_file: dict[str, Any], given: Sequence[tuple[str, str]]) -> Config:
+    plain = copy.deepcopy(in_file)
+    # A kind decides which other keys there are, so it is set before them.
+    for key, text in sorted(given, key=lambda pair: not pair[0].endswith(".kind")):
+        try:
+            _override(plain, key, text)
+        except MismatchError as error:
+            raise MismatchError(str(error), key) from error
+    return from_plain(Config, plain)
 
 
-def _walk(owner: Any, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any], Any, str]]:
-    hints, docs = _fields(owner), _field_docs(owner)
-    for field in dataclasses.fields(owner):
-        hint, key = hints[field.name], prefix + field.name
-        if dataclasses.is_dataclass(hint):
-            yield from _walk(hint, f"{key}.")
-        elif hint == BY_NAME:
-            yield from _walk(EncoderConfig, f"{key}.NAME.")
-        else:
-            yield key, field, hint, docs.get(field.name, "")
-            if (keyed := _mapping_in(hint)) is not None:
-                yield from _walk(keyed, f"{key}.")
+def _complaint(in_file: dict[str, Any]) -> str | None:
+    """What is wrong with the file by itself."""
+    try:
+        _changed(in_file, ())
+    except MismatchError as error:
+        return str(error)
+    return None
 
 
-def _mapping_in(hint: Any) -> Any:
-    """The dataclass that a value of this type is, or may be; None where no keys are known."""
-    choices = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
-    return next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
-
-
-def _field_docs(owner: Any) -> dict[str, str]:
-    """The string under each field of a dataclass; Python keeps it in the source only."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs: dict[str, str] = {}
-    for statement, following in itertools.pairwise(body.body):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-        ):
-            docs[statement.target.id] = str(following.value.value)
-    return docs
-
-
-def _type_name(hint: Any) -> str:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return " | ".join(str(choice) for choice in inner)
-    if dataclasses.is_dataclass(hint):
-        return "mapping"
-    if origin is dict:
-        return f"mapping of {_type_name(inner[0])} to {_type_name(inner[1])}"
-    if origin is tuple and inner[1:] == (...,):
-        return f"list of {_type_name(inner[0])}"
-    if origin is tuple:
-        return f"[{', '.join(map(_type_name, inner))}]"
-    if inner:
-        return " | ".join(_type_name(choice) for choice in inner)
-    return {"NoneType": "null"}.get(hint.__name__, str(hint.__name__))
+def _concerns(wrong: str, given: str) -> bool:
+    """Whether the wrong key lies below the given one, or is a mapping that holds it."""
+    mapping = given.removesuffix(".kind")  # a kind decides which keys its mapping may have
+    below = wrong.startswith((f"{mapping}.", f"{mapping}["))
+    return wrong == "" or below or given.startswith(f"{wrong}.")
 
 
 def to_yaml(config: Config) -> str:
     """`config` as YAML that `load_config` reads back to an equal value."""
-    plain = _plain(dataclasses.asdict(config))
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return value
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=100)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -153,84 +94,94 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from None
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise InputError(
-            f"{path} holds {type(loaded).__name__}: expected keys captions, encoders, output, "
-            "runtime."
+            f"{path} holds {type(loaded).__name__}: expected the keys "
+            f"{', '.join(field_types(Config))}."
         )
     return loaded
 
 
-def _normalised_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
-    """`--a.b-c V` and `--a.b-c=V` as (key, value) pairs, hyphens as underscores, keys checked."""
-    pairs: list[tuple[str, str]] = []
+def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """`--a.b-c V` and `--a.b-c=V` as (key, text), hyphens in keys as underscores."""
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or len(word) == 2:
-            raise InputError(f"unexpected argument {word!r}: expected --section.key value.")
-        key, equals, value = word[2:].partition("=")
+            raise InputError(f"unexpected argument {word!r}: expected --section.key VALUE.")
+        key, equals, text = word[2:].partition("=")
         key = key.replace("-", "_")
-        _check_dotted(key)
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise InputError(f"--{key} has no value: expected --{key} VALUE.")
-            value = rest.pop(0)
-        pairs.append((key, value))
-    return pairs
+            text = rest.pop(0)
+        yield key, text
 
 
-def _fields(owner: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(owner)
-    return {field.name: hints[field.name] for field in dataclasses.fields(owner)}
+def _override(plain: dict[str, Any], key: str, text: str) -> None:
+    """Set a dotted key of nested mappings; MismatchError where there is no such key."""
+    declared: Any = Config
+    owner = plain
+    *above, last = key.split(".")
+    for i, part in enumerate(above):
+        declared = _type_below(declared, owner, key, i)
+        inner = owner.get(part)
+        if isinstance(inner, list):
+            whole = ".".join(above[: i + 1])
+            raise MismatchError(f"{whole} is a list: give the whole of it, --{whole} '[...]'.")
+        if not isinstance(inner, dict):
+            inner = owner[part] = {}
+        owner = inner
+    owner[last] = _from_text(_type_below(declared, owner, key, len(above)), text)
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
-    names = list(known)
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(names)}."
+def _type_below(declared: Any, owner: Mapping[str, Any], key: str, i: int) -> Any:
+    """The type of the `i`-th part of a dotted key; `owner`, of the declared type, holds it."""
+    parts = key.split(".")
+    where, part = ".".join(parts[:i]), parts[i]
+    origin, inner = typing.get_origin(declared), typing.get_args(declared)
+    if origin in UNIONS:
+        declared = next(filter(takes_mapping, inner), None)
+        origin, inner = typing.get_origin(declared), typing.get_args(declared)
+    if origin is Annotated and isinstance(inner[1], ByKind):
+        if part == "kind":
+            return str
+        declared = class_by_kind(inner[1], owner, where)
+    if isinstance(declared, type) and dataclasses.is_dataclass(declared):
+        known = field_types(declared)
+        if part not in known:
+            dotted = ".".join(parts[: i + 1])
+            raise MismatchError(f"there is no key {dotted}: {nearest_of(part, known)}")
+        return known[part]
+    if origin is dict and takes_mapping(inner[1]):
+        # A new name comes with its whole mapping or its kind; else the name is a mistake.
+        if owner and part not in owner and parts[i + 1 :] not in ([], ["kind"]):
+            raise MismatchError(f"{where} has no {part}: {nearest_of(part, owner)}")
+        return inner[1]
+    raise MismatchError(f"{where} has no keys of its own.")
 
 
-def _check_dotted(dotted: str) -> None:
-    owner: Any = Config
-    seen: list[str] = []
-    for part in dotted.split("."):
-        keyed = _mapping_in(owner)
-        if owner == BY_NAME:
-            owner = EncoderConfig
-        elif keyed is not None:
-            known = _fields(keyed)
-            if part not in known:
-                where = f" in {'.'.join(seen)}" if seen else ""
-                raise InputError(f"--{dotted}: no key {part!r}{where}; {_nearest(part, known)}")
-            owner = known[part]
-        else:
-            raise InputError(f"--{dotted}: {'.'.join(seen)} has no keys of its own.")
-        seen.append(part)
+def _from_text(declared: Any, text: str) -> Any:
+    """`text` as YAML; as text where the declared type is text and the YAML fits no other choice."""
+    choices = typing.get_args(declared) if typing.get_origin(declared) in UNIONS else (declared,)
+    if any(typing.get_origin(c) is Literal and text in typing.get_args(c) for c in choices):
+        return text
+    try:
+        loaded = yaml.safe_load(text)
+        if str not in choices or any(_fits(c, loaded) for c in choices if c is not str):
+            return loaded
+    except yaml.YAMLError:
+        if str not in choices:
+            raise MismatchError(f"{text!r} is not valid YAML.") from None
+    return text
 
 
-def _check_keys(loaded: Any, owner: Any, path: str, prefix: str) -> None:
-    """Reject keys of `loaded` that `owner` does not have, naming the nearest one it has."""
-    keyed = _mapping_in(owner)
-    if owner == BY_NAME and isinstance(loaded, dict):
-        for key, inner in loaded.items():
-            if not isinstance(key, str) or not isinstance(inner, dict):
-                raise InputError(
-                    f"{path}: {prefix}{key} is {inner!r}: expected a name such as t5, with the "
-                    "encoder's keys (kind, pretrained, ...) under it."
-                )
-            _check_keys(inner, EncoderConfig, path, f"{prefix}{key}.")
-    elif keyed is not None and isinstance(loaded, dict):
-        known = _fields(keyed)
-        for key, inner in loaded.items():
-            if key not in known:
-                raise InputError(f"{path}: unknown key {prefix}{key}; {_nearest(str(key), known)}")
-            _check_keys(inner, known[key], path, f"{prefix}{key}.")
-
-
-def _explain(path: str | os.PathLike[str], error: Exception) -> str:
-    """jsonargparse's nested message as one line, without the words about classes."""
-    noise = r"Problem with given class_path '[^']*':|Does not validate .* Subtypes: |Errors: "
-    line = re.sub(noise, "", " ".join(str(error).split()))
-    return f"{path}: {' '.join(line.split())}"
+def _fits(declared: Any, value: Any) -> bool:
+    if isinstance(value, Mapping) and takes_mapping(declared):
+        return True  # if something in it is wrong, the error is raised later
+    try:
+        from_plain(declared, value)
+    except MismatchError:
+        return False
+    return True

@@ -3,9 +3,8 @@
 A `Config` that exists is valid by itself: ranges, exclusive fields, names. Making one imports no
 torch and touches no file.
 
-Which half a field is in decides what it may change. `captions`, `encoders` and `output` hold the
-*spec* (it changes bytes, so it is in the fingerprint or in the plan); `runtime` holds everything
-else (it must never change a byte).
+`captions`, `encoders` and `output` change bytes: they are in the fingerprint or in the plan.
+`runtime` is everything else and must never change a byte.
 """
 
 from __future__ import annotations
@@ -34,16 +33,13 @@ class OutputConfig:
     """How stored tensors are coded; raw: as they are."""
 
     def __post_init__(self) -> None:
-        require(bool(self.path), "output.path is empty: expected a folder.")
+        require(bool(self.path), "path is empty: expected a folder.")
         require(
             "://" not in self.path,
-            f"output.path is {self.path!r}: expected a folder that every rank mounts, not a URI.",
+            f"path is {self.path!r}: expected a folder that every rank mounts, not a URI.",
         )
-        if isinstance(self.samples_per_shard, int):
-            require(
-                self.samples_per_shard >= 1,
-                f"output.samples_per_shard is {self.samples_per_shard}: expected 1 or more.",
-            )
+        count = self.samples_per_shard
+        require(count == "auto" or count >= 1, f"samples_per_shard is {count}: expected 1 or more.")
 
 
 MOST_SECONDS = 10**9
@@ -75,17 +71,13 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         for name in ("max_failed_samples", "plan_timeout_s", "progress_interval_s", "grace_s"):
             value = getattr(self, name)
-            require(
-                0 <= value <= MOST_SECONDS,
-                f"runtime.{name} is {value}: expected 0 to {MOST_SECONDS}.",
-            )
+            require(0 <= value <= MOST_SECONDS, f"{name} is {value}: expected 0 to {MOST_SECONDS}.")
         for name in ("prefetch_units", "write_queue_batches"):
             value = getattr(self, name)
-            require(value >= 1, f"runtime.{name} is {value}: expected 1 or more.")
+            require(value >= 1, f"{name} is {value}: expected 1 or more.")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
         require(
-            known is not None,
-            f"runtime.device is {self.device!r}: expected auto, cpu, cuda or cuda:N.",
+            known is not None, f"device is {self.device!r}: expected auto, cpu, cuda or cuda:N."
         )
 
 
@@ -111,6 +103,6 @@ class Config:
             )
             require(
                 not name.endswith(RESERVED_ENDINGS),
-                f"encoders.{name}: the endings {', '.join(RESERVED_ENDINGS)} are taken by tensors "
-                "that stand beside an encoder's. Choose another name.",
+                f"encoders.{name}: the endings {', '.join(RESERVED_ENDINGS)} belong to other "
+                "tensors of an encoder. Choose another name.",
             )

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from embed_precompute.captions.files import refuse_output_inside
 from embed_precompute.captions.table import CaptionTable, Scan
 from embed_precompute.config.schema import Config
 from embed_precompute.distributed import DistContext
@@ -73,6 +74,7 @@ def prepare(config: Config, limit: int | None = None, dist: DistContext | None =
     """
     dist = dist or DistContext()
     root = output_folder(config)
+    refuse_output_inside(config.captions.path, root)
     table = CaptionTable.open(config.captions, _added_token_columns(config))
     stored = _stored_plan(root)
     if stored is None and not dist.is_main:
@@ -177,7 +179,7 @@ def resolved_spec(
     return {
         "format_version": FORMAT_VERSION,
         "captions": {
-            "recipe": table.resolved_recipe(),
+            "recipe": table.recipe.resolved(),
             "normalize": [name for name in order if name in config.captions.normalize],
         },
         "encoders": {encoder.name: encoder.spec() for encoder in encoders},

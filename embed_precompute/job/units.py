@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from embed_precompute.captions.table import CaptionReader
+from embed_precompute.captions.reader import CaptionReader
 from embed_precompute.encoders.spec import ResolvedEncoder
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.plan import Plan

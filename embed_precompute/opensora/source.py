@@ -17,10 +17,16 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from embed_precompute.captions.columns import STRINGS, Problem, entries_per_row, family, strings
-from embed_precompute.captions.files import Footer, find_files, open_parquet, read_footers
-from embed_precompute.captions.recipes import make_normalizer
-from embed_precompute.captions.rows import CaptionFile, RowCursor, RowMap, starts_of
+from embed_precompute.captions.files import Footer, find_files, read_footers
+from embed_precompute.captions.reader import (
+    CaptionFile,
+    RowCursor,
+    RowMap,
+    column_type,
+    entries_per_row,
+    strings,
+)
+from embed_precompute.captions.recipes import STRINGS, Problem, make_normalizer
 from embed_precompute.documents import MAX_NAMED_DIFFERENCES
 from embed_precompute.errors import ConflictError, InputError
 from embed_precompute.samples import Status
@@ -30,8 +36,6 @@ from embed_precompute.store.plan import InputFile, Plan, changed_files, read_pla
 from embed_precompute.store.rows import read_samples
 
 READ_ROWS = 2048
-MAX_PAGE_BYTES = 1 << 30
-"""Of any column, not of captions alone: images may have been written a thousand to a page."""
 
 
 @dataclass(frozen=True)
@@ -156,12 +160,12 @@ class CaptionRows:
         self.schema = _unify(path, files, [schema for _, schema in found])
         self.text_column = plan.inputs.text_column
         self.id_column = plan.inputs.id_column
-        self.is_list = family(self.schema.field(self.text_column).type) == STRINGS
+        self.is_list = column_type(self.schema.field(self.text_column).type) == STRINGS
         captions = plan.spec["captions"]
         self._recipe = captions["recipe"]["kind"]
         self._normalize = make_normalizer(captions["normalize"])
         self._map = RowMap(files)
-        self._cursor = RowCursor(self._map, self.schema.names, READ_ROWS, MAX_PAGE_BYTES)
+        self._cursor = RowCursor(self._map, self.schema.names, READ_ROWS)
 
     def batches(
         self, first_row: int, num_rows: int, entries: Sequence[Entry]
@@ -249,15 +253,7 @@ def captions_path(root: Path) -> str:
 
 
 def _examine(footer: Footer) -> tuple[CaptionFile, pa.Schema]:
-    metadata = footer.metadata
-    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    parquet = open_parquet(footer.source, footer.input).parquet
-    try:
-        # The types rows are read with, not those Arrow would restore from the writer's notes.
-        file = CaptionFile(footer.source, footer.input, starts_of(groups))
-        return file, parquet.schema_arrow
-    finally:
-        parquet.close(force=True)
+    return CaptionFile(footer.source, footer.input, footer.group_starts()), footer.schema
 
 
 def _unify(path: str, files: Sequence[CaptionFile], schemas: Sequence[pa.Schema]) -> pa.Schema:

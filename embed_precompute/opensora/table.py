@@ -24,7 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from embed_precompute.captions.columns import INTEGER, family
+from embed_precompute.captions.reader import column_type
+from embed_precompute.captions.recipes import INTEGER
 from embed_precompute.errors import InputError, StorageError, VerificationError
 from embed_precompute.opensora.source import CaptionRows, Entry
 from embed_precompute.store.commit import TEMP_PREFIX, Sink, StagedFile, StoredFile, remove_file
@@ -102,7 +103,7 @@ class TrainerTable:
         """pandas reads an integer column with a null as float, and Open-Sora then writes "24.0
         FPS"; left-out rows may have held that null, so the type says it now."""
         was_float = recipe.get("fps_format") == "float" and recipe.get("fps_column") == field.name
-        if was_float and family(field.type) == INTEGER:
+        if was_float and column_type(field.type) == INTEGER:
             return pa.field(field.name, pa.float64())
         return field
 

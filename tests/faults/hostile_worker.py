@@ -23,12 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from faults.hostile_captions import (
-    captions_footer,
-    captions_other,
-    captions_pages,
-    write_captions,
-)
+from faults.hostile_captions import captions_footer, captions_other, write_captions
 
 TEXTS = ["one", "two words", None, "three more words", "one", "last of all"]
 BAD_NAMES = (
@@ -185,10 +180,11 @@ def _finalize(root: Path, captions: Path) -> None:
 
 
 def _read_captions(root: Path, captions: Path) -> None:
-    from embed_precompute.captions.settings import CaptionsConfig, RecipeConfig
+    from embed_precompute.captions.recipes import OpenSoraRecipe
+    from embed_precompute.captions.settings import CaptionsConfig
     from embed_precompute.captions.table import CaptionTable
 
-    recipe = RecipeConfig(kind="opensora")  # asks the footer whether the integer fps has nulls
+    recipe = OpenSoraRecipe()  # asks whether the integer fps column holds a null
     table = CaptionTable.open(CaptionsConfig(path=str(captions), recipe=recipe), [])
     scan = table.scan(None)
     reader = table.reader(scan.num_rows, scan.last_row_samples)
@@ -363,5 +359,5 @@ def _restate(root: Path, path: Path) -> None:
 
 MUTATIONS = (
     _bytes, _bytes, _json, _json, _header, _index, _rows, captions_other,
-    captions_footer, captions_pages,
+    captions_footer,
 )  # fmt: skip

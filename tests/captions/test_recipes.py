@@ -1,0 +1,239 @@
+"""Recipes: from a caption and the columns of its row to the text that is encoded."""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from embed_precompute.captions.recipes import (
+    FLOAT,
+    INTEGER,
+    RECIPES,
+    STRING,
+    OpenSoraRecipe,
+    PlainRecipe,
+    Problem,
+    Recipe,
+    TemplateRecipe,
+    as_one,
+    make_normalizer,
+    recipe_of,
+    target_fps,
+)
+from embed_precompute.documents import MismatchError, canonical_json
+from embed_precompute.errors import InputError
+from embed_precompute.samples import Status
+
+TYPES = {"fps": FLOAT, "score": FLOAT, "place": STRING, "n": INTEGER}
+OPENSORA = OpenSoraRecipe(motion_column="score")
+
+
+def bound(recipe: Recipe, holds_null: bool = False, **types: str) -> Recipe:
+    return recipe.bind("captions.recipe", {**TYPES, **types}, lambda column: holds_null)
+
+
+def rendered(recipe: Recipe, *rows: Sequence[Any]) -> list[str | Problem]:
+    return [recipe.render("a", row) for row in rows]
+
+
+# --- template ----------------------------------------------------------------------------------
+
+
+def test_template() -> None:
+    recipe = bound(TemplateRecipe(template="{text}: {fps:.1f} FPS, {place}{n} {{}} {text}."))
+    assert recipe.columns == ("fps", "place", "n")
+    assert recipe.render("a {dog}", (24.0, "x", 1)) == "a {dog}: 24.0 FPS, x1 {} a {dog}."
+    null = recipe.render("b", (None, "y", 2))
+    assert null == Problem(Status.NULL_TEXT, "column 'fps' is null")
+    broken = Problem(Status.INVALID_TEXT, "column 'place' is not UTF-8")
+    assert recipe.render("b", (1.0, broken, 2)) is broken
+    assert rendered(TemplateRecipe(template="{text} {n}"), (24,), (24.0,)) == ["a 24", "a 24.0"]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{text.__class__}", "plain column names"),
+        ("{text[0]}", "plain column names"),
+        ("{text!r}", "plain column names"),
+        ("{text:{fps}}", "plain column names"),
+        ("{fps} only", "does not use"),
+        ("{text", "not a format string"),
+    ],
+)
+def test_a_template_cannot_reach_beyond_columns(template: str, said: str) -> None:
+    with pytest.raises(InputError, match=f"^template .*{said}"):
+        TemplateRecipe(template=template)
+
+
+@pytest.mark.parametrize("template", ["{text} {fps:d}", "{text} {0}", "{text:.2f}"])
+def test_a_template_that_fits_no_row_is_refused(template: str) -> None:
+    with pytest.raises(InputError, match=r"captions\.recipe\.template .* does not fit"):
+        bound(TemplateRecipe(template=template), **{"0": STRING})
+
+
+# --- Open-Sora ---------------------------------------------------------------------------------
+
+
+def test_opensora_float_fps_and_missing_values() -> None:
+    rows = {
+        (15.0, 0.4): "a 15.0 FPS, 0 motion score.",
+        (16.0, 0.5): "a 16 FPS, 1 motion score.",
+        (24.0, None): "a 12 FPS.",
+        (29.97, math.nan): "a 14 FPS.",
+        (0.0, 3.0): "a 3 motion score.",
+        (None, 2.49): "a 2 motion score.",
+        (math.nan, None): "a",
+        (60.0, 10.5): "a 15 FPS, 11 motion score.",
+        (12.5, 1.0): "a 12.5 FPS, 1 motion score.",
+    }
+    assert rendered(bound(OPENSORA), *rows) == list(rows.values())
+
+
+@pytest.mark.parametrize("holds_null", [False, True])
+def test_opensora_integer_fps_prints_as_pandas_reads_it(holds_null: bool) -> None:
+    """One null anywhere makes the whole column float64 in pandas, of every file."""
+    recipe = bound(OpenSoraRecipe(), holds_null, fps=INTEGER)
+    assert recipe.float_columns() == (("fps",) if holds_null else ())
+    expected = ["a 15.0 FPS.", "a 12 FPS."] if holds_null else ["a 15 FPS.", "a 12 FPS."]
+    assert rendered(recipe, (15,), (24,)) == expected
+    explicit = bound(OpenSoraRecipe(fps_format="float"), fps=INTEGER)
+    assert rendered(explicit, (15,)) == ["a 15.0 FPS."]
+
+
+def test_opensora_integer_scores_are_cut_towards_zero_as_python_does() -> None:
+    recipe = bound(OpenSoraRecipe(fps_column=None, motion_column="score"))
+    assert rendered(recipe, (3,), (None,), (-2,)) == [
+        "a 3 motion score.",
+        "a",
+        "a -1 motion score.",
+    ]
+
+
+@pytest.mark.parametrize("fps_max", [None, 999, 5000])
+def test_opensora_without_a_maximum_leaves_fps_out(fps_max: int | None) -> None:
+    """The column is not even needed then."""
+    recipe = bound(OpenSoraRecipe(fps_max=fps_max))
+    assert (recipe.columns, rendered(recipe, ())) == ((), ["a"])
+    assert recipe == OpenSoraRecipe(fps_column=None, fps_max=None)
+
+
+def test_opensora_limits() -> None:
+    whole = {"fps": INTEGER}
+    assert rendered(bound(OpenSoraRecipe(fps_max=998), **whole), (24,), (1000,)) == [
+        "a 24 FPS.",
+        "a 500 FPS.",
+    ]
+    assert rendered(bound(OpenSoraRecipe(fps_max=1)), (1.5,), (1.0,)) == ["a", "a 1 FPS."]
+    found = rendered(bound(OPENSORA), (math.inf, 1.0), (24.0, math.inf), (-math.inf, 1.0))
+    reasons = ["column 'fps' is inf", "column 'score' is inf", "column 'fps' is -inf"]
+    assert found == [Problem(Status.INVALID_TEXT, reason) for reason in reasons]
+    with pytest.raises(InputError, match="fps_max is 0: expected 1 or more"):
+        OpenSoraRecipe(fps_max=0)
+
+
+@pytest.mark.parametrize(
+    ("fps", "fps_max", "expected"),
+    [(15, 16, 15), (16, 16, 16), (17, 16, 8), (32, 16, 16), (33, 16, 11), (1.5, 1, 0), (-1, 9, -1)],
+)
+def test_target_fps(fps: float, fps_max: int, expected: float) -> None:
+    assert target_fps(fps, fps_max) == expected
+
+
+def test_what_the_trainer_must_be_given() -> None:
+    assert bound(OPENSORA).trainer_settings() == ["fps_max=16", "vmaf=True"]
+    assert bound(OpenSoraRecipe(fps_max=None)).trainer_settings() == ["fps_max=None", "vmaf=False"]
+    assert PlainRecipe().trainer_settings() == []
+
+
+# --- several, and the registry -----------------------------------------------------------------
+
+
+def test_recipes_follow_one_another() -> None:
+    chain = as_one((TemplateRecipe(template="{text} at {place}"), OPENSORA))
+    settings = [column.setting for column in chain.needs("captions.recipe")]
+    assert settings == [
+        "captions.recipe[0].template",
+        "captions.recipe[1].fps_column",
+        "captions.recipe[1].motion_column",
+    ]
+    recipe = bound(chain, fps=INTEGER)
+    assert recipe.columns == ("place", "fps", "score")
+    assert recipe.render("a", ("sea", 24, 1.0)) == "a at sea 12 FPS, 1 motion score."
+    assert recipe.render("a", (None, 24, 1.0)) == Problem(
+        Status.NULL_TEXT, "column 'place' is null"
+    )
+    assert recipe.trainer_settings() == OPENSORA.trainer_settings()
+    assert bound(chain).float_columns() == ("fps",)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        PlainRecipe(),
+        TemplateRecipe(template="{text}."),
+        OPENSORA,
+        as_one((OPENSORA, PlainRecipe())),
+    ],
+)
+def test_a_bound_recipe_is_read_back_from_the_plan(recipe: Recipe) -> None:
+    made = bound(recipe)
+    assert recipe_of(made.resolved()) == made
+    assert canonical_json(made.resolved())
+
+
+def test_the_spec_of_the_plan() -> None:
+    assert canonical_json(bound(OPENSORA, fps=INTEGER).resolved()) == (
+        b'{"fps_column":"fps","fps_format":"int","fps_max":16,"kind":"opensora",'
+        b'"motion_column":"score"}'
+    )
+    assert PlainRecipe().resolved() == {"kind": "none"}
+    with pytest.raises(MismatchError, match=r"spec\.captions\.recipe\.kind is 'prefix'"):
+        recipe_of({"kind": "prefix"})
+
+
+def test_a_new_recipe_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Shouted(Recipe):
+        kind: str = "shouted"
+        mark: str = "!"
+
+        def render(self, caption: str, row: Sequence[Any]) -> str | Problem:
+            return caption.upper() + self.mark
+
+    monkeypatch.setitem(RECIPES, "shouted", Shouted)
+    recipe = recipe_of([{"kind": "shouted", "mark": "?"}, {"kind": "none"}])
+    assert recipe.render("a", ()) == "A?"
+
+
+# --- normalisation -----------------------------------------------------------------------------
+
+
+def test_normalisation_has_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = types.ModuleType("ftfy")
+    fake.fix_text = lambda text: text.replace("&amp;", "  &")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ftfy", fake)
+
+    def normalized(text: str, *steps: str) -> str:
+        normalize = make_normalizer(steps)
+        assert normalize is not None
+        return normalize(text)
+
+    raw = "  e\u0301\u00a0 x\n"
+    assert make_normalizer(()) is None
+    assert normalized(raw, "nfc") == "  \u00e9\u00a0 x\n"
+    assert normalized(raw, "whitespace") == "e\u0301 x"
+    assert normalized(raw, "whitespace", "nfc") == "\u00e9 x"
+    assert normalized("a&amp;b", "whitespace", "ftfy") == "a &b"
+
+
+def test_ftfy_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(InputError, match="pip install ftfy"):
+        make_normalizer(("ftfy",))

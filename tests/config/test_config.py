@@ -1,0 +1,314 @@
+"""Configuration: YAML, overrides, what is said of mistakes, and the help made from dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from jobs import call
+
+from embed_precompute.captions.recipes import OpenSoraRecipe, PlainRecipe, TemplateRecipe
+from embed_precompute.cli.main import main
+from embed_precompute.config import files, keys
+from embed_precompute.config.files import load_config, to_yaml
+from embed_precompute.config.schema import Config
+from embed_precompute.documents import ByKind
+from embed_precompute.encoders.options import EncoderConfig
+from embed_precompute.errors import InputError, require
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+YAML = """
+captions: {path: captions.parquet}
+encoders:
+  t5: {kind: t5, pretrained: models/t5}
+  clip: {kind: clip, pretrained: models/clip, buckets: [16, 32]}
+"""
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(YAML)
+    return path
+
+
+def mistake(path: Path, *words: str) -> str:
+    """What is said: one line."""
+    with pytest.raises(InputError) as raised:
+        load_config(path, words)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_defaults_and_file(yaml_file: Path) -> None:
+    config = load_config(yaml_file)
+    assert isinstance(config, Config)
+    assert config.captions.recipe == PlainRecipe()
+    assert config.encoders["t5"].resolved_max_length == 512
+    assert config.encoders["clip"].resolved_buckets() == (16, 32, 77)
+    assert config.output.samples_per_shard == "auto"
+
+
+def test_overrides_win_in_both_spellings(yaml_file: Path) -> None:
+    words = ["--encoders.t5.max-length", "64", "--output.samples_per_shard=7"]
+    words += ["--captions.normalize", "[nfc]", "--runtime.grace_s", "5"]
+    words += ["--encoders.t5.compile=true", "--encoders.x.pretrained=y", "--encoders.x.kind=clip"]
+    config = load_config(yaml_file, words)
+    assert (config.encoders["t5"].max_length, config.encoders["t5"].compile) == (64, True)
+    assert config.output.samples_per_shard == 7
+    assert config.captions.normalize == ("nfc",)
+    assert config.runtime.grace_s == 5.0
+    assert list(config.encoders) == ["t5", "clip", "x"]
+    replaced = load_config(yaml_file, ["--encoders", "{x: {kind: clip, pretrained: y}}"])
+    assert list(replaced.encoders) == ["x"]
+
+
+@pytest.mark.parametrize("text", ["5", "true", "a: b", "[x", "null", ""])
+def test_text_stays_text_where_text_is_wanted(yaml_file: Path, text: str) -> None:
+    words = ["--captions.text_column", text, "--captions.id_column", text]
+    captions = load_config(yaml_file, words).captions
+    assert captions.text_column == text
+    assert captions.id_column == (None if text in ("null", "") else text)  # where it is allowed
+
+
+def test_recipes(yaml_file: Path) -> None:
+    words = ["--captions.recipe.fps_max", "24", "--captions.recipe.kind", "opensora"]
+    assert load_config(yaml_file, words).captions.recipe == OpenSoraRecipe(fps_max=24)
+    several = ["--captions.recipe", "[{kind: template, template: 'a {text}'}, {kind: opensora}]"]
+    recipes = load_config(yaml_file, several).captions.recipe
+    assert recipes == (TemplateRecipe(template="a {text}"), OpenSoraRecipe())
+    yaml_file.write_text(YAML.replace("parquet}", "parquet, recipe: {kind: opensora, fps_max: 9}}"))
+    assert load_config(yaml_file).captions.recipe == OpenSoraRecipe(fps_max=9)
+    replaced = load_config(yaml_file, ["--captions.recipe", "{kind: none}"])
+    assert replaced.captions.recipe == PlainRecipe()
+    said = mistake(yaml_file, "--captions.recipe.kind", "none")
+    assert said == (
+        "--captions.recipe.kind: there is no key captions.recipe.fps_max: expected kind. To choose "
+        "another kind, give all its keys: --captions.recipe '{kind: ..., ...}'."
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--captions.recipe={kind: opensora, motion_column: null}", "--captions.normalize=[nfc]"],
+        ["--captions.recipe", "[{kind: none}, {kind: template, template: '{text}: é'}]"],
+        ["--encoders.t5.added_tokens", "{buckets: [[1, 256, 256]]}", "--output.path", "1e3"],
+    ],
+)
+def test_yaml_round_trip(yaml_file: Path, tmp_path: Path, words: list[str]) -> None:
+    config = load_config(yaml_file, words)
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--encoders.t5.max_lenth 3", "did you mean max_length?"),
+        ("--captions.textcolumn x", "no key captions.textcolumn: did you mean text_column?"),
+        ("--outptu.path x", "--outptu.path: there is no key outptu: did you mean output?"),
+        ("--output out2", "--output is 'out2': expected a mapping with the keys path, "),
+        ("--encoders.t5.max_length abc", "--encoders.t5.max_length is 'abc': expected a whole num"),
+        ("--encoders.t5.max_length -1", "max_length is -1: expected 1 or more"),
+        ("--encoders.t5.kind llama", "--encoders.t5.kind is 'llama': expected t5 or clip."),
+        ("--encoders.t5.kind T5", "--encoders.t5.kind is 'T5': did you mean t5? Expected t5 or cl"),
+        ("--encoders.T5.max_length 64", "encoders has no T5: did you mean t5? Expected t5 or clip"),
+        ("--encoders.t6.max_length 64", "encoders has no t6: expected t5 or clip."),
+        ("--encoders.t5.buckets [16]", "attention_mask padding"),
+        ("--encoders {t5_xxh3: {kind: t5, pretrained: x}}", "Choose another name"),
+        ("--captions.path ", "--captions.path is empty: expected a parquet file"),
+        ("--captions.recipe.fps_max 8", "--captions.recipe.fps_max: captions.recipe.kind is miss"),
+        (
+            "--captions.recipe opensora",
+            "--captions.recipe is 'opensora': expected a mapping with a",
+        ),
+        (
+            "--captions.recipe [{kind: opensora, fps_mx: 1}]",
+            "no key captions.recipe[0].fps_mx: did",
+        ),
+        ("--captions.recipe {kind: opensora, fps_max: 0}", "--captions.recipe.fps_max is 0: expec"),
+        ("--captions.recipe []", "--captions.recipe is an empty list"),
+        ("--captions.normalize [nfc", "'[nfc' is not valid YAML"),
+        ("--captions.on_bad_text Fail", "--captions.on_bad_text is 'Fail': did you mean fail?"),
+        ("--captions.path.deeper x", "captions.path has no keys of its own"),
+        ("--output.samples_per_shard 0", "--output.samples_per_shard is 0: expected 1 or more"),
+        ("--runtime.device tpu", "--runtime.device is 'tpu': expected auto, cpu, cuda"),
+        ("--runtime.grace_s -1", "--runtime.grace_s is -1.0: expected 0 to"),
+        ("--output.path", "--output.path has no value"),
+        ("--output.path --captions.path", "--output.path has no value"),
+        ("output.path x", "unexpected argument 'output.path'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(yaml_file: Path, words: str, said: str) -> None:
+    found = mistake(yaml_file, *words.split(" ", 1))
+    assert said in found
+    assert str(yaml_file) not in found
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("path: captions", "pth: captions"), "there is no key captions.pth: did you mean path?"),
+        (("{path: captions.parquet}", "{}"), "captions.path is missing"),
+        (("kind: t5, ", ""), "encoders.t5.kind is missing"),
+        (("models/t5", "5"), "encoders.t5.pretrained is 5: expected text"),
+        (("[16, 32]", "[16, x]"), "encoders.clip.buckets[1] is 'x': expected a whole number"),
+        (("[16, 32]", "[99]"), "1..max_length"),
+        (("encoders:", "encoder:"), "there is no key encoder: did you mean encoders?"),
+        (("parquet}", "parquet, recipe: {kind: none, template: x}}"), "captions.recipe.template"),
+        (("parquet}", "parquet, recipe: {kind: template}, recipe: 3}"), "captions.recipe is 3"),
+        (("captions: {path: captions.parquet}", "captions: [1"), "is not valid YAML"),
+        (("captions:", "captions: !!python/object/apply:os.system"), "is not valid YAML"),
+        ((YAML, "- a"), "holds list: expected the keys captions, encoders, output, runtime"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(
+    yaml_file: Path, change: tuple[str, str], said: str
+) -> None:
+    """Also where the command line gives another, sound key."""
+    yaml_file.write_text(YAML.replace(*change))
+    for words in ([], ["--output.path", "x"], ["--encoders.t5.seq_align", "2"]):
+        found = mistake(yaml_file, *words)
+        assert found.startswith(str(yaml_file)), found
+        assert said in found
+
+
+def test_a_mistake_of_both_together_names_what_was_given(yaml_file: Path) -> None:
+    words = ["--encoders.clip.max_length", "20", "--output.path", "x"]
+    assert mistake(yaml_file, *words).startswith("--encoders.clip.max_length: encoders.clip: ")
+    yaml_file.write_text(YAML.replace("[16, 32]", "3"))
+    said = mistake(yaml_file, "--captions.recipe.kind", "none", "--captions.recipe.template", "x")
+    assert said.startswith("--captions.recipe.template: there is no key captions.recipe.template")
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "cannot read the configuration" in mistake(tmp_path / "absent.yaml")
+
+
+# --- a registry of kinds -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """A toy."""
+
+    kind: str
+    """Which toy."""
+    size: int = 1
+    """How large."""
+
+    def __post_init__(self) -> None:
+        require(self.size > 0, f"size is {self.size}: expected 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ball(Toy):
+    """A ball."""
+
+    kind: Literal["ball"] = "ball"
+    colour: str = "red"
+    """Its colour."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kite(Toy):
+    """A kite."""
+
+    kind: Literal["kite"] = "kite"
+    size: int = 9
+    """How wide."""
+
+
+TOYS: dict[str, type] = {"ball": Ball, "kite": Kite}
+AnyToy = Annotated[Toy, ByKind(lambda: TOYS)]
+
+
+@dataclass(frozen=True)
+class Box:
+    toys: dict[str, AnyToy] = field(default_factory=dict)
+    """Toys by name."""
+
+
+def test_kinds_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "Config", Box)
+    path = tmp_path / "box.yaml"
+    path.write_text("toys: {a: {kind: ball}, b: {kind: kite}}")
+    words = ["--toys.a.colour", "7", "--toys.c.size", "3", "--toys.c.kind", "kite"]
+    box = load_config(path, words)
+    assert box == Box({"a": Ball(colour="7"), "b": Kite(), "c": Kite(size=3)})
+    assert mistake(path, "--toys.b.colour", "x").startswith("--toys.b.colour: there is no key")
+    assert mistake(path, "--toys.b.size", "0") == "--toys.b.size is 0: expected 1 or more."
+    assert "toys has no A: did you mean a?" in mistake(path, "--toys.A.size", "2")
+    assert "--toys.a.kind is 'bal': did you mean ball?" in mistake(path, "--toys.a.kind", "bal")
+
+
+def test_keys_of_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "Config", Box)
+    groups = {
+        group.name: [(key.name, key.default) for key in group.keys]
+        for group in keys.key_groups()
+        if group.name
+    }
+    assert groups == {
+        "toys.NAME": [("toys.NAME.kind", "required"), ("toys.NAME.size", "default 1")],
+        "toys.NAME, kind ball": [("toys.NAME.colour", "default red")],
+        "toys.NAME, kind kite": [("toys.NAME.size", "default 9")],
+    }
+
+
+# --- help --------------------------------------------------------------------------------------
+
+
+def test_every_key_has_a_docstring_a_type_and_a_default() -> None:
+    listed = {key.name: key for group in keys.key_groups() for key in group.keys}
+    assert {"captions.recipe.fps_max", "encoders.NAME.seq_align", "runtime.device"} <= set(listed)
+    assert all(key.doc and key.type and key.default for key in listed.values())
+    text, page = keys.describe_keys(), keys.markdown()
+    for name in listed:
+        assert f"  --{name}  (" in text
+        assert f"| `{name}` |" in page
+    assert "captions.recipe, kind opensora: Open-Sora v2's own" in text
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "bench"])
+def test_help_fits_two_screens_and_the_keys_have_their_own(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option, most in (("--help", 48), ("--help-config", 1000)):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main([command, option])
+        out = capsys.readouterr().out
+        assert len(out.splitlines()) <= most
+        assert ("--captions.text_column" in out) == (option == "--help-config")
+
+
+def test_print_config_is_a_configuration(yaml_file: Path) -> None:
+    words = ["--output.path", "elsewhere"]
+    wanted = load_config(yaml_file, words)
+    code, out, _ = call("run", str(yaml_file), "--print_config", *words)
+    assert code == 0
+    yaml_file.write_text(out)
+    assert load_config(yaml_file) == wanted
+
+
+@pytest.mark.parametrize("name", ["demo", "opensora_v2"])
+def test_presets_load(name: str) -> None:
+    """With the text that Open-Sora v2 trains on: its image.py has fps_max=24 and vmaf=True."""
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert set(config.encoders) == {"t5", "clip"}
+    motion = "score_vmafmotion"
+    assert config.captions.recipe == OpenSoraRecipe(fps_max=24, motion_column=motion)
+
+
+@pytest.mark.parametrize("seq_align", [1, 2, 8, 64])
+@pytest.mark.parametrize("added_tokens", [0, 1, 1000, 1001])
+def test_padded_length_is_the_smallest_that_fits(seq_align: int, added_tokens: int) -> None:
+    encoder = EncoderConfig(kind="t5", pretrained="x", max_length=77, seq_align=seq_align)
+    length = encoder.padded_length(added_tokens)
+    fits = [n for n in range(77, 77 + seq_align) if (n + added_tokens) % seq_align == 0]
+    assert [length] == fits
