@@ -148,7 +148,7 @@ class EncoderOutput:
 
     def __post_init__(self) -> None:
         if (self.positions is None) is (self.per == "token"):
-            raise MismatchError(f"positions is {self.positions} of an output per {self.per}.")
+            raise InputError(f"positions is {self.positions} of an output per {self.per}.")
 
 
 @dataclass(frozen=True)

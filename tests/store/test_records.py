@@ -124,7 +124,7 @@ def test_stored_tensors() -> None:
         ("encoders", {}, "no output"),
         ("encoders", {"../t5": {}}, "the key"),
         ("encoders.t5.outputs", [output("token", 0, "all")], "width is 0"),
-        ("encoders.t5.outputs", [output("caption", 1, "real")], "positions is real"),
+        ("encoders.t5.outputs", [output("caption", 1, "real")], r"outputs\[0\].positions is real"),
         ("encoders.t5.outputs", [{**output("token", 1, "all"), "suffix": "/x"}], "suffix is '/x'"),
         ("encoders.a_xxh3", {"outputs": [output("token", 1, "all")]}, "makes text_a_xxh3"),
         ("encoders.t5.outputs", [output("token", 1, "all")] * 2, "makes text_t5"),
@@ -203,7 +203,7 @@ def test_plan_is_checked(tmp_path: Path, message: str) -> None:
         ({"num_rows": 5}, "num_samples is less"),
         ({"status": {"ok": 4}}, "status has keys"),
         ({"rows_sha256": "x"}, "rows_sha256 is 'x'"),
-        ({"files": {"shard": {}}}, "files.rows is missing"),
+        ({"files": {"shard": {}}}, "files.shard.name is missing"),
         ({"kind": "null"}, "kind 'null'"),
     ],
 )
