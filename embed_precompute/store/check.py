@@ -101,7 +101,7 @@ def in_order(
     function: Callable[[_T], _R], arguments: Iterable[_T], threads: int | None = None
 ) -> Generator[_R, None, None]:
     """`function` of each argument, in order; threads work ahead. Close the iterator to end them."""
-    threads = threads or min(MAX_THREADS, 2 * len(os.sched_getaffinity(0)))
+    threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
     waiting: deque[Future[_R]] = deque()
     pool = ThreadPoolExecutor(threads, "check")
     try:
