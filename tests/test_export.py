@@ -32,8 +32,9 @@ from embed_precompute.errors import (
 from embed_precompute.opensora import tensors
 from embed_precompute.opensora.export import OpenSoraOptions, export_opensora, read_ids
 from embed_precompute.opensora.table import NO_LATENTS, NUM_PARTS
+from embed_precompute.store.plan import read_plan
+from embed_precompute.store.records import read_json
 from embed_precompute.store.rows import read_samples
-from embed_precompute.store.sealed import read_sealed
 
 ROWS = 30
 NULL_ROWS = (4, 11)
@@ -141,7 +142,7 @@ def test_every_sample_and_the_table(root: Path, tmp_path: Path) -> None:
 
 
 def samples(path: Path) -> Iterator[Any]:
-    return read_samples(path, ["clip", "t5"])
+    return read_samples(path, read_plan(path.parents[2]).tensors)
 
 
 def test_folders_are_bounded() -> None:
@@ -365,7 +366,7 @@ def test_subsets_grow(root: Path, tmp_path: Path) -> None:
     rows = rows_of(out)
     assert len(rows) == 10
     check_tensors(root, rows)
-    assert read_sealed(out / "export.json", "export")["rows"] == 10
+    assert read_json(out / "export.json", "export")["rows"] == 10
     with pytest.raises(InputError, match="1 of the 2 ids asked for are not in"):
         export(root, out, ids=frozenset({"s1", "nope"}))
     with pytest.raises(InputError, match="nothing to export"):

@@ -21,14 +21,13 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from handmade import write_dataset
+from handmade import paths_of, write_dataset
 from jobs import clean_environment
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from embed_precompute import EmbeddingDataset, EmbeddingLoader
 from embed_precompute.distributed import DistContext
 from embed_precompute.errors import ConflictError, InputError, VerificationError
-from embed_precompute.store.records import unit_paths
 from embed_precompute.train.epoch_order import ORDER_VERSION, ROUNDS, EpochOrder
 from embed_precompute.train.loader import ResumableSampler
 
@@ -472,7 +471,7 @@ def test_an_unreadable_batch_does_not_count(num_workers: int) -> None:
 
 def test_damage_is_raised(tmp_path: Path) -> None:
     write_dataset(tmp_path, ["a", "b", "c"])
-    unit_paths(tmp_path, 0).shard.unlink()
+    paths_of(tmp_path, 0).shard.unlink()
     with pytest.raises(VerificationError, match="shard-000000"):
         list(EmbeddingLoader(EmbeddingDataset(tmp_path), 2, num_workers=1))
 

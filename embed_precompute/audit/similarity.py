@@ -21,7 +21,7 @@ from torch import Tensor
 from embed_precompute.errors import InputError
 from embed_precompute.samples import Status
 from embed_precompute.store.index import DatasetIndex
-from embed_precompute.store.records import StoredTensor, stored_tensors, unit_paths
+from embed_precompute.store.records import StoredTensor, read_record, stored_tensors
 from embed_precompute.store.rows import iter_batches
 from embed_precompute.store.shards import ShardReader
 from embed_precompute.train.dataset import EmbeddingDataset
@@ -149,7 +149,7 @@ class _Search:
         EmbeddingDataset(root).index_of(sample_id)  # says why, where there is no embedding
         self.root, self.sample_id, self.top = root, sample_id, top
         self.index = DatasetIndex(root)
-        self._tensors: tuple[StoredTensor, ...] = stored_tensors(self.index.manifest["spec"])
+        self._tensors: tuple[StoredTensor, ...] = stored_tensors(self.index.manifest.spec)
         sample = self.index.find(sample_id)
         assert sample is not None
         self._sample = sample
@@ -194,23 +194,24 @@ class _Search:
         return Nearest(self.sample_id, own_text, self._num_own - 1, neighbours)
 
     def _reader(self, unit: int) -> ShardReader:
-        fingerprint = self.index.manifest["fingerprint"]
-        return ShardReader(unit_paths(self.root, unit).shard, fingerprint, unit, self._tensors)
+        fingerprint = self.index.manifest.fingerprint
+        return ShardReader(self.index.shard_path(unit), fingerprint, unit, self._tensors)
 
     def _means(self, reader: ShardReader, captions: Sequence[_Caption]) -> dict[str, Tensor]:
         """Per encoder the captions' vectors, float32 [n, D]."""
         means = {}
-        for name in (tensor.name for tensor in self._tensors):
-            rows = (mean_vector(reader.row(name, c.row), c.tokens[name]) for c in captions)
+        for tensor in self._tensors:
+            name, encoder = tensor.name, tensor.encoder
+            rows = (mean_vector(reader.row(name, c.row), c.tokens[encoder]) for c in captions)
             means[name] = torch.stack(list(rows))
         return means
 
     def _captions(self, unit: int) -> list[_Caption]:
         """The distinct captions of a unit; equal ones share a stored row."""
-        names = [tensor.name for tensor in self._tensors]
+        names = [tensor.encoder for tensor in self._tensors]
         sample = int(self.index.shards[unit][0])
         by_row: dict[int, _Caption] = {}
-        for batch in iter_batches(unit_paths(self.root, unit).rows, names, text=False):
+        for batch in iter_batches(self._rows_path(unit), self._tensors, text=False):
             for entry in batch.to_pylist():
                 if entry["status"] == Status.OK.label:
                     row = entry["index"]
@@ -223,16 +224,18 @@ class _Search:
                 sample += 1
         return list(by_row.values())
 
+    def _rows_path(self, unit: int) -> Path:
+        return read_record(self.root, unit).rows_path(self.root)
+
     def _texts(self, samples: Iterable[int]) -> dict[int, str]:
         """Encoded texts by sample number, from the rows parts that hold them."""
         by_unit: dict[int, set[int]] = {}
         for sample in samples:
             by_unit.setdefault(int(self.index.shard[sample]), set()).add(sample)
-        names = [tensor.name for tensor in self._tensors]
         texts: dict[int, str] = {}
         for unit, wanted in by_unit.items():
             first = int(self.index.shards[unit][0])
-            for batch in iter_batches(unit_paths(self.root, unit).rows, names):
+            for batch in iter_batches(self._rows_path(unit), self._tensors):
                 column = batch.column("text")
                 for sample in wanted & set(range(first, first + len(column))):
                     texts[sample] = column[sample - first].as_py()

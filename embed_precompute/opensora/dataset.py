@@ -75,7 +75,7 @@ class PrecomputedText:
         opensora |= {"cached_text": cached_text, "memory_efficient": memory_efficient}
         super().__init__(**opensora)
         self._embeddings = EmbeddingDataset(embeddings, verify)
-        self._pair = TextPair(self._embeddings.manifest["spec"], t5, clip, pad_masked)
+        self._pair = TextPair(self._embeddings.manifest.spec, t5, clip, pad_masked)
         self._id_column = id_column
         self.num_dropped = 0
         """Rows of the table that have no embedding."""

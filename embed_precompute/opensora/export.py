@@ -23,7 +23,7 @@ import torch
 
 from embed_precompute.documents import differing_fields
 from embed_precompute.encoders.options import DType
-from embed_precompute.errors import ConflictError, InputError, VerificationError
+from embed_precompute.errors import ConflictError, InputError
 from embed_precompute.opensora.source import CaptionRows, Entry, Source, Subset, captions_path
 from embed_precompute.opensora.table import (
     HOT_COLUMNS,
@@ -43,17 +43,16 @@ from embed_precompute.opensora.tensors import (
     tensor_path,
 )
 from embed_precompute.opensora.text_pair import PadMasked, TextPair, pad_to
+from embed_precompute.store.check import check_null
 from embed_precompute.store.commit import (
-    Outcome,
     StoredFile,
     make_folder,
     publish_bytes,
+    remove_file,
+    remove_leftovers,
     replace_bytes,
 )
-from embed_precompute.store.committed import check_null
-from embed_precompute.store.leftovers import remove_file, remove_leftovers
-from embed_precompute.store.records import null_paths
-from embed_precompute.store.sealed import FORMAT_VERSION, read_sealed, seal
+from embed_precompute.store.records import FORMAT_VERSION, NULL_UNIT, document_bytes, read_json
 from embed_precompute.store.shards import ShardReader
 
 SOURCE_FILE, DONE_FILE, TABLE = "source.json", "export.json", "table"
@@ -144,7 +143,7 @@ class _Job:
         self.root, self.out, self.options = root, out, options
         self.source = Source(root, Subset(options.failed == "null", options.limit, options.ids))
         self.plan = self.source.plan
-        self.spec: dict[str, Any] = self.plan["spec"]
+        self.spec: dict[str, Any] = self.plan.spec
         self.pair = TextPair(self.spec, options.t5, options.clip, options.pad_masked)
         self.prefix = (options.path_prefix or str(out)).rstrip("/")
         self.table_path = out / f"{TABLE}.{options.table}"
@@ -200,14 +199,14 @@ class _Job:
             "format_version": FORMAT_VERSION,
             "kind": "export_source",
             "format": "opensora",
-            "fingerprint": self.plan["fingerprint"],
-            "plan": self.plan["plan"],
+            "fingerprint": self.plan.fingerprint,
+            "plan": self.plan.plan_id,
             "t5": self.options.t5,
             "clip": self.options.clip,
             "pad_masked": self.options.pad_masked if self.pair.masked else None,
         }
-        if publish_bytes(path, seal(identity)) is Outcome.DIFFERENT:
-            lines = differing_fields(read_sealed(path, "export_source"), identity)
+        if not publish_bytes(path, document_bytes(identity)):
+            lines = differing_fields(read_json(path, "export_source"), identity)
             named = [line for line in lines if not line.startswith("digest")]
             raise ConflictError(
                 f"{out} is another export; it differs in\n  "
@@ -218,12 +217,8 @@ class _Job:
 
     def write_nulls(self) -> None:
         """null_t5.pt [1, L, D] and null_clip.pt [1, C], and what stands in for missing samples."""
-        check_null(self.root, self.plan, self.source.tensors)
-        path = null_paths(self.root).shard
-        shard = ShardReader(path, self.plan["fingerprint"], None, self.source.tensors)
-        for name in (self.pair.t5, self.pair.clip):
-            if not shard.check_row(name, 0):
-                raise VerificationError(f"{path} is damaged: text_{name} lacks its checksum.")
+        path = check_null(self.root, self.plan).shard_path(self.root)
+        shard = ShardReader(path, self.plan.fingerprint, NULL_UNIT, self.plan.tensors)
         t5 = self.pair.sequence(shard.row(self.pair.t5, 0))
         clip = shard.row(self.pair.clip, 0)
         length = t5.shape[0] if self.pair.masked else self._stored_length(t5.shape[0])
@@ -265,7 +260,7 @@ class _Job:
             for unit, entries in self.source.units():
                 if not self.options.table_only:
                     self.files.write_unit(unit, entries)
-                first, count = unit.record["first_row"], unit.record["num_rows"]
+                first, count = unit.record.first_row, unit.record.num_rows
                 for rows, here, texts in self.captions.batches(first, count, entries):
                     places = [self.captions.place(entry.row) for entry in here]
                     file.write(self.table.batch(rows, here, texts), places)
@@ -293,8 +288,8 @@ class _Job:
             "format_version": FORMAT_VERSION,
             "kind": "export",
             "format": "opensora",
-            "fingerprint": self.plan["fingerprint"],
-            "plan": self.plan["plan"],
+            "fingerprint": self.plan.fingerprint,
+            "plan": self.plan.plan_id,
             "rows": num_rows,
             "parts": num_parts,
             "tensor_files": self.files.written.files,
@@ -303,7 +298,7 @@ class _Job:
             "options": {key: value for key, value in options.items() if key != "recheck"},
             "table": {"name": stored.name, "bytes": stored.bytes, "sha256": stored.sha256},
         }
-        replace_bytes(self.out / DONE_FILE, seal(done))
+        replace_bytes(self.out / DONE_FILE, document_bytes(done))
         remove_leftovers(self.out)
         return OpenSoraExport(
             out=self.out,

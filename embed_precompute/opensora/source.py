@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,10 +30,9 @@ from embed_precompute.captions.recipes import STRINGS, Problem, make_normalizer
 from embed_precompute.documents import MAX_NAMED_DIFFERENCES
 from embed_precompute.errors import ConflictError, InputError
 from embed_precompute.samples import Status
-from embed_precompute.store.committed import CommittedUnit
+from embed_precompute.store.check import CheckedUnit, check_unit
 from embed_precompute.store.index import DatasetIndex
-from embed_precompute.store.plan import changed_files
-from embed_precompute.store.records import read_plan, stored_tensors
+from embed_precompute.store.plan import InputFile, Plan, changed_files, read_plan
 from embed_precompute.store.rows import read_samples
 
 READ_ROWS = 2048
@@ -75,12 +73,10 @@ class Source:
         self.root = root
         self.plan = read_plan(root)
         self.index = DatasetIndex(root)
-        if self.index.manifest["plan"] != self.plan["plan"]:
+        if self.index.manifest.plan_id != self.plan.plan_id:
             raise ConflictError(f"{root}: manifest.json and plan.json are of different datasets.")
-        self.tensors = stored_tensors(self.plan["spec"])
         self.not_ok: Counter[str] = Counter()
         """Samples met that are not ok, by status."""
-        self._names = [tensor.name for tensor in self.tensors]
         self._subset = subset
         self._check_subset()
 
@@ -99,7 +95,7 @@ class Source:
     def _unit_numbers(self) -> Sequence[int]:
         """The units that hold samples of the subset, in order."""
         if self._subset.ids is None:
-            return range(self.plan["num_units"])
+            return range(self.plan.num_units)
         found = (self.index.find(sample_id) for sample_id in self._subset.ids)
         return sorted({int(self.index.shard[sample]) for sample in found if sample is not None})
 
@@ -117,13 +113,13 @@ class Source:
         )
         return dict(zip(lengths.tolist(), counts.tolist(), strict=True))
 
-    def units(self) -> Iterator[tuple[CommittedUnit, list[Entry]]]:
+    def units(self) -> Iterator[tuple[CheckedUnit, list[Entry]]]:
         """Every unit that has something to export, with its entries."""
         num_left = self._subset.limit
         for number in self._unit_numbers():
             if num_left == 0:
                 return
-            unit = CommittedUnit(self.root, self.plan, self.tensors, number)
+            unit = check_unit(self.root, self.plan, number)
             entries = self._entries(unit, int(self.index.shards[number, 0]))
             entries = [e for e in entries if e.stored is not None or self._subset.keep_failed]
             entries = entries[:num_left]
@@ -132,11 +128,12 @@ class Source:
             if entries:
                 yield unit, entries
 
-    def _entries(self, unit: CommittedUnit, first: int) -> list[Entry]:
+    def _entries(self, unit: CheckedUnit, first: int) -> list[Entry]:
         """The samples of a unit that the subset names, whatever their status."""
         entries: list[Entry] = []
         row, caption = -1, 0
-        for number, sample in enumerate(read_samples(unit.paths.rows, self._names), first):
+        path = unit.record.rows_path(self.root)
+        for number, sample in enumerate(read_samples(path, self.plan.tensors), first):
             caption = caption + 1 if sample.row == row else 0
             row = sample.row
             if self._subset.ids is not None and sample.sample_id not in self._subset.ids:
@@ -150,20 +147,21 @@ class Source:
 class CaptionRows:
     """The caption table of a plan with all its columns, checked to be the one that was encoded."""
 
-    def __init__(self, plan: dict[str, Any], path: str) -> None:
+    def __init__(self, plan: Plan, path: str) -> None:
         found = read_footers(find_files(path), _examine)
         files = [file for file, _ in found]
-        if lines := changed_files(plan["inputs"], [asdict(file.input) for file in files]):
+        inputs = [InputFile(**asdict(file.input)) for file in files]
+        if lines := changed_files(plan.inputs.files, inputs):
             raise ConflictError(
                 f"{path} is not the caption table of this dataset:\n  "
                 + "\n  ".join(lines[:MAX_NAMED_DIFFERENCES])
                 + "\nName the files that were encoded with --captions."
             )
         self.schema = _unify(path, files, [schema for _, schema in found])
-        self.text_column: str = plan["columns"]["text"]
-        self.id_column: str | None = plan["columns"]["id"]
+        self.text_column = plan.inputs.text_column
+        self.id_column = plan.inputs.id_column
         self.is_list = column_type(self.schema.field(self.text_column).type) == STRINGS
-        captions = plan["spec"]["captions"]
+        captions = plan.spec["captions"]
         self._recipe = captions["recipe"]["kind"]
         self._normalize = make_normalizer(captions["normalize"])
         self._map = RowMap(files)

@@ -28,8 +28,7 @@ from embed_precompute.captions.reader import column_type
 from embed_precompute.captions.recipes import INTEGER
 from embed_precompute.errors import InputError, StorageError, VerificationError
 from embed_precompute.opensora.source import CaptionRows, Entry
-from embed_precompute.store.commit import TEMP_PREFIX, Sink, StagedFile, StoredFile
-from embed_precompute.store.leftovers import remove_file
+from embed_precompute.store.commit import TEMP_PREFIX, Sink, StagedFile, StoredFile, remove_file
 
 SAMPLE_ID, LATENTS, TEXT = "sample_id", "latents_path", "text"
 NO_LATENTS = "no-latents"

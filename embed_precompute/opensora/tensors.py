@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,10 @@ from embed_precompute.documents import digest_of
 from embed_precompute.errors import StorageError, VerificationError
 from embed_precompute.opensora.source import Entry
 from embed_precompute.opensora.text_pair import TextPair
-from embed_precompute.store.commit import Outcome, publish_bytes, replace_bytes
-from embed_precompute.store.committed import CommittedUnit
-from embed_precompute.store.sealed import FORMAT_VERSION, read_sealed, seal
+from embed_precompute.store.check import CheckedUnit
+from embed_precompute.store.commit import publish_bytes, replace_bytes
+from embed_precompute.store.plan import Plan
+from embed_precompute.store.records import FORMAT_VERSION, document_bytes, read_json
 
 THREADS = 8
 FILES_PER_FOLDER = 1000
@@ -107,17 +108,17 @@ def replace_pt(path: Path, values: torch.Tensor, what: str) -> None:
 class TensorFiles:
     """Writes and verifies the files of one export, unit by unit."""
 
-    def __init__(self, out: Path, plan: Mapping[str, Any], pair: TextPair, recheck: bool) -> None:
+    def __init__(self, out: Path, plan: Plan, pair: TextPair, recheck: bool) -> None:
         self.written = Written()
         self._out, self._plan, self._pair, self._recheck = out, plan, pair, recheck
 
     def record_path(self, unit: int) -> Path:
         return self._out / "records" / f"{unit // 1000:03d}" / f"unit-{unit:06d}.json"
 
-    def write_unit(self, unit: CommittedUnit, entries: Sequence[Entry]) -> None:
+    def write_unit(self, unit: CheckedUnit, entries: Sequence[Entry]) -> None:
         """The files of a unit's entries that have an embedding, verified, then its record."""
         stored = [entry for entry in entries if entry.stored is not None]
-        number = unit.record["unit"]
+        number = unit.record.unit
         path = self.record_path(number)
         names = digest_of([entry.number for entry in stored])
         if not self._recheck and self._is_done(path, names, stored):
@@ -125,26 +126,26 @@ class TensorFiles:
             return
         with ThreadPoolExecutor(THREADS, "export") as pool:
             sizes = list(pool.map(lambda entry: self._write(unit, entry), stored))
-        record = {
+        record: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "kind": "export_unit",
-            "plan": self._plan["plan"],
+            "plan": self._plan.plan_id,
             "unit": number,
             "files": len(KINDS) * len(stored),
             "bytes": sum(sizes),
             "samples_sha256": names,
         }
-        replace_bytes(path, seal(record))
+        replace_bytes(path, document_bytes(record))
         self.written.files += record["files"]
         self.written.bytes += record["bytes"]
 
     def _is_done(self, path: Path, names: str, stored: Sequence[Entry]) -> bool:
         """Whether an earlier run verified exactly these files, and all are there in full size."""
         try:
-            record = read_sealed(path, "export_unit")
+            record = read_json(path, "export_unit")
         except (FileNotFoundError, VerificationError):
             return False
-        if record["plan"] != self._plan["plan"] or record["samples_sha256"] != names:
+        if record["plan"] != self._plan.plan_id or record["samples_sha256"] != names:
             return False
         total = 0
         for entry in stored:
@@ -159,7 +160,7 @@ class TensorFiles:
         self.written.bytes += total
         return True
 
-    def _write(self, unit: CommittedUnit, entry: Entry) -> int:
+    def _write(self, unit: CheckedUnit, entry: Entry) -> int:
         """Both files of one sample, read back; their bytes."""
         assert entry.stored is not None
         size = 0
@@ -167,13 +168,13 @@ class TensorFiles:
             path = self._out / tensor_path(kind, entry.number)
             payload = pt_bytes(values)
             what = f"sample {entry.sample_id!r}"
-            outcome = publish_bytes(path, payload)
+            ours = publish_bytes(path, payload)
             check_pt(path, values, what)
             # Another version of torch may have written the same tensor with other bytes.
-            size += path.stat().st_size if outcome is Outcome.DIFFERENT else len(payload)
+            size += len(payload) if ours else path.stat().st_size
         return size
 
-    def _values(self, unit: CommittedUnit, entry: Entry) -> dict[str, torch.Tensor]:
+    def _values(self, unit: CheckedUnit, entry: Entry) -> dict[str, torch.Tensor]:
         assert entry.stored is not None
         names = {"t5": self._pair.t5, "clip": self._pair.clip}
         for name in names.values():

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from embed_precompute.errors import InputError
+from embed_precompute.store.records import stored_tensors
 
 PadMasked = Literal["refuse", "zeros", "repeat_last"]
 
@@ -30,18 +31,19 @@ class TextPair:
         self, spec: Mapping[str, Any], t5: str, clip: str, pad_masked: PadMasked = "refuse"
     ) -> None:
         self.t5, self.clip, self.pad_masked = t5, clip, pad_masked
-        encoders = spec["encoders"]
-        for name, pooled in ((t5, False), (clip, True)):
-            if name not in encoders or encoders[name]["pooled"] is not pooled:
-                wanted = "a vector per caption" if pooled else "a vector per token"
-                fitting = [k for k, e in sorted(encoders.items()) if e["pooled"] is pooled]
+        tensors = {tensor.name: tensor for tensor in stored_tensors(spec)}
+        for name, per in ((t5, "token"), (clip, "caption")):
+            if name not in tensors or tensors[name].per != per:
+                wanted = "text_clip" if per == "caption" else "text_t5"
+                fitting = [tensor.name for tensor in tensors.values() if tensor.per == per]
                 raise InputError(
-                    f"Open-Sora needs {'text_clip' if pooled else 'text_t5'}, {wanted}, of encoder "
-                    f"{name!r}: the dataset has {sorted(encoders)}, of which "
+                    f"Open-Sora needs {wanted}, a vector per {per}, of encoder "
+                    f"{name!r}: the dataset has {sorted(tensors)}, of which "
                     f"{fitting or 'none'} would do. Name it, or precompute with both encoders."
                 )
-        self.masked = encoders[t5].get("attention_mask") == "padding"
-        self.max_length: int | None = encoders[t5].get("max_length")
+        encoder = spec["encoders"][tensors[t5].encoder]
+        self.masked = encoder.get("attention_mask") == "padding"
+        self.max_length: int | None = encoder.get("max_length")
         if pad_masked not in ("refuse", "zeros", "repeat_last"):
             raise InputError(f"pad_masked is {pad_masked!r}: expected refuse, zeros, repeat_last.")
         if self.masked and pad_masked == "refuse":
