@@ -24,8 +24,6 @@ class Status(enum.IntEnum):
     """The row's list of captions has no entry."""
     NON_FINITE = 4
     """The encoder gave inf or nan: our failure, counted and named."""
-    ERROR = 5
-    """Encoding failed for this sample: our failure, counted and named."""
 
     @property
     def label(self) -> str:
@@ -33,7 +31,7 @@ class Status(enum.IntEnum):
 
 
 INPUT_FACTS = (Status.NULL_TEXT, Status.INVALID_TEXT, Status.EMPTY_LIST)
-FAILURES = (Status.NON_FINITE, Status.ERROR)
+FAILURES = (Status.NON_FINITE,)
 
 
 def count_failed(status: Mapping[str, int]) -> int:

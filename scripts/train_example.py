@@ -49,13 +49,13 @@ class Tensors:
 
     @staticmethod
     def of(dataset: EmbeddingDataset) -> Tensors:
-        """The first encoder of each kind, by name."""
-        found: dict[bool, tuple[str, int]] = {}
-        for name, encoder in sorted(dataset.encoders.items()):
-            found.setdefault(encoder["pooled"], (f"text_{name}", encoder["dim"]))
+        """The first tensor per token and the first per caption, by name."""
+        found: dict[str, tuple[str, int]] = {}
+        for name, tensor in sorted(dataset.tensors.items()):
+            found.setdefault(tensor.per, (f"text_{name}", tensor.width))
         if len(found) < 2:
-            raise SystemExit(f"expected one T5 and one CLIP encoder, found {dataset.encoders}.")
-        (t5, t5_dim), (clip, clip_dim) = found[False], found[True]
+            raise SystemExit(f"expected one T5 and one CLIP encoder, found {dataset.tensors}.")
+        (t5, t5_dim), (clip, clip_dim) = found["token"], found["caption"]
         return Tensors(t5, clip, t5_dim, clip_dim)
 
 
@@ -163,8 +163,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.tensors = Tensors.of(self.dataset)
-        t5 = self.dataset.manifest["spec"]["encoders"][self.tensors.t5.removeprefix("text_")]
-        if t5["padded_length"] is None:
+        encoder = self.dataset.tensors[self.tensors.t5.removeprefix("text_")].encoder
+        if self.dataset.manifest.spec["encoders"][encoder]["padded_length"] is None:
             raise SystemExit("this example has no attention mask: use attention_mask none.")
         torch.manual_seed(self.seed)
         self.model = TinyMMDiT(self.tensors).to(self.device)

@@ -1,22 +1,34 @@
-"""Small finished datasets without any encoder: an embedding is a function of its text."""
+"""Small datasets without any encoder: an embedding is a function of its text. And forged ones."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from embed_precompute.documents import digest_of
 from embed_precompute.job.units import EncodedTokens, Unit
 from embed_precompute.job.writer import UnitWriter
 from embed_precompute.samples import Sample, Status
+from embed_precompute.store.commit import digest_file, publish_bytes, publish_bytes_by_content
 from embed_precompute.store.manifest import finalize
-from embed_precompute.store.plan import Inputs, Plan
-from embed_precompute.store.records import NULL_UNIT
+from embed_precompute.store.plan import InputFile, Inputs, Plan, read_plan
+from embed_precompute.store.records import (
+    NULL_UNIT,
+    ROWS,
+    Manifest,
+    NullRecord,
+    UnitRecord,
+    document_bytes,
+    read_json,
+    read_record,
+    record_path,
+    unit_path,
+)
+from embed_precompute.store.rows import StoredSample, read_samples, rows_part_bytes
 
 DIMS = {"clip": 3, "t5": 4}
 ENVIRONMENT = {"torch": "2.0", "device": "cpu"}
@@ -29,6 +41,11 @@ def embedding(name: str, text: str, dtype: torch.dtype = torch.bfloat16) -> torc
     return torch.randn(shape, generator=generator).to(dtype)
 
 
+def output(per: str, width: int, positions: str | None) -> dict[str, Any]:
+    """An output of an encoder, as a spec lists it."""
+    return {"suffix": "", "per": per, "width": width, "positions": positions}
+
+
 def make_plan(
     num_rows: int, samples_per_shard: int, num_samples: int | None = None, **captions: Any
 ) -> Plan:
@@ -37,32 +54,32 @@ def make_plan(
         "format_version": 1,
         "captions": {"recipe": {"kind": "none"}, "normalize": [], **captions},
         "encoders": {
-            name: {"kind": name, "pooled": name == "clip", "dim": dim} for name, dim in DIMS.items()
+            "clip": {"kind": "clip", "outputs": [output("caption", DIMS["clip"], None)]},
+            "t5": {"kind": "t5", "outputs": [output("token", DIMS["t5"], "real")]},
         },
         "output": {"dtype": "bfloat16", "codec": "raw"},
     }
-    file = {"path": "a.parquet", "bytes": 1, "rows": num_rows, "footer_sha256": "0" * 64}
-    file["content_xxh3"] = "0" * 32
-    return Plan(
-        fingerprint=digest_of(spec),
-        spec=spec,
-        inputs=Inputs(files=(file,), text_column="text", id_column="id"),
+    file = InputFile("a.parquet", 1, num_rows, footer_sha256="0" * 64, content_xxh3="0" * 32)
+    return Plan.make(
+        spec,
+        Inputs((file,), text_column="text", id_column="id"),
+        samples_per_shard=samples_per_shard,
         num_rows=num_rows,
         num_samples=num_rows if num_samples is None else num_samples,
-        last_row_samples=None,
-        samples_per_shard=samples_per_shard,
-        rows_per_unit=samples_per_shard,
     )
 
 
 def write_plan(root: Path, plan: Plan) -> None:
-    from embed_precompute.store.commit import publish_bytes
-    from embed_precompute.store.sealed import seal
-
-    publish_bytes(root / "plan.json", seal(plan.to_json()))
+    publish_bytes(root / "plan.json", document_bytes(plan))
 
 
-def write_unit(root: Path, plan: Plan, number: int, samples: Sequence[Sample]) -> dict[str, Any]:
+def write_unit(
+    root: Path,
+    plan: Plan,
+    number: int,
+    samples: Sequence[Sample],
+    environment: dict[str, str] = ENVIRONMENT,
+) -> UnitRecord | NullRecord:
     """Commit unit `number` (or NULL_UNIT) with these samples; a text of "nan" is not finite."""
     row_of: dict[str, int] = {}
     stored = [None if s.text is None else row_of.setdefault(s.text, len(row_of)) for s in samples]
@@ -74,7 +91,7 @@ def write_unit(root: Path, plan: Plan, number: int, samples: Sequence[Sample]) -
         tokens[name] = EncodedTokens(ids, lengths, [len(text) > 40 for text in texts])
     first_row, num_rows = (0, 0) if number == NULL_UNIT else plan.unit_rows(number)
     unit = Unit(number, first_row, num_rows, list(samples), stored, tokens)
-    with UnitWriter(root, plan, unit, ENVIRONMENT) as writer:
+    with UnitWriter(root, plan, unit, environment) as writer:
         for name in DIMS:
             for row, text in enumerate(texts):
                 values = embedding(name, text)
@@ -116,7 +133,65 @@ def write_units(
 
 def write_dataset(
     root: Path, texts: Sequence[str | None], samples_per_shard: int = 3, first: int = 0, **spec: Any
-) -> dict[str, Any]:
-    """A finalised dataset; gives the content of manifest.json."""
+) -> Manifest:
+    """A finalised dataset; gives its manifest."""
     write_units(root, texts, samples_per_shard, first, **spec)
-    return finalize(root)
+    return finalize(root).manifest
+
+
+# --- files, and files changed by one who makes the digests right ----------------------------------
+
+
+class Paths(NamedTuple):
+    shard: Path
+    rows: Path
+    record: Path
+
+
+def paths_of(root: Path, unit: int) -> Paths:
+    """The files of a committed unit."""
+    record = read_record(root, unit)
+    return Paths(record.shard_path(root), record.rows_path(root), record_path(root, unit))
+
+
+def rewrite_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes a document, and makes its digest right."""
+    content = read_json(path)
+    change(content)
+    path.write_bytes(document_bytes(content))
+
+
+def restate(root: Path, unit: int, kind: str, path: Path) -> Path:
+    """Makes a unit's record name what its `shard` or `rows` file at `path` holds now, and gives the
+    file its content name."""
+    ending = "".join(path.suffixes)
+    stored = publish_bytes_by_content(unit_path(root, unit, ending), path.read_bytes())
+    entry = {"name": stored.name, "bytes": stored.bytes, "sha256": stored.sha256}
+    rewrite_json(record_path(root, unit), lambda record: record["files"].update({kind: entry}))
+    return path.with_name(stored.name)
+
+
+def forge_rows(
+    root: Path, unit: int, change: Callable[[list[StoredSample]], list[StoredSample]]
+) -> None:
+    """Changes a unit's rows part; its record names it, and says of its rows what it said before."""
+    tensors = read_plan(root).tensors
+    path = paths_of(root, unit).rows
+    samples = change(list(read_samples(path, tensors)))
+    forged = unit_path(root, unit, ROWS)
+    forged.write_bytes(rows_part_bytes(unit, tensors, samples))
+    restate(root, unit, "rows", forged)
+    forged.unlink()
+    path.unlink(missing_ok=True)
+
+
+def restate_derived(root: Path, name: str) -> None:
+    """Puts the present size and digest of file `name` into manifest.json."""
+    stored = digest_file(root / name)
+    entry = {"bytes": stored.bytes, "sha256": stored.sha256}
+    rewrite_json(root / "manifest.json", lambda manifest: manifest["files"].update({name: entry}))
+
+
+def files_of(root: Path) -> list[str]:
+    """Every file of a dataset, by relative path."""
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())

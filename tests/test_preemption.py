@@ -18,8 +18,7 @@ from jobs import call, clean_environment, dataset_bytes, write_captions, write_j
 from embed_precompute.encoders.hf import HfEncoder
 from embed_precompute.errors import InterruptedRunError
 from embed_precompute.job.signals import stop_on_signals
-from embed_precompute.store.commit import StagedFile, this_host
-from embed_precompute.store.leftovers import remove_dead
+from embed_precompute.store.commit import StagedFile, remove_dead, this_host
 from embed_precompute.store.records import committed_units
 
 STUCK = """

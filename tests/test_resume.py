@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import handmade
 import pytest
-import torch
 import yaml
-from handmade import DIMS, embedding, make_plan, samples_of, write_unit
+from breaking import flip
+from handmade import paths_of
 from jobs import (
     call,
     clean_environment,
@@ -26,8 +25,6 @@ from jobs import (
 )
 
 from embed_precompute.job import run as pipeline
-from embed_precompute.store.records import read_record, stored_tensors, unit_paths
-from embed_precompute.store.shards import ShardReader
 
 TEXTS = [f"a video of scene {i} with {'many ' * (i % 9)}people" for i in range(90)]
 
@@ -116,57 +113,25 @@ def test_sigterm_ends_with_75_and_leaves_no_temporary_file(
     assert dataset_bytes(root) == undisturbed[1]
 
 
-def test_damage_between_shard_and_record_is_redone(
+def test_data_without_a_record_is_used_again_or_replaced(
     job: Path, undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path
 ) -> None:
-    """A shard without a record (a writer died there): sound it is used, torn it is made again."""
+    """Their writers died before the record: equal bytes have the name already, damage is replaced,
+    and a shard of other bytes is removed at the end."""
     root = tmp_path / "out"
     assert call("run", str(job))[0] == 0
-    for path in (root / "manifest.json", *records(root)[:2]):
+    kept, torn = (paths_of(root, unit) for unit in (0, 1))
+    inode = kept.shard.stat().st_ino
+    for path in (root / "manifest.json", kept.record, torn.record):
         path.unlink()
-    torn = root / "shards/000/shard-000001.safetensors"
-    payload = bytearray(torn.read_bytes())
-    payload[-5] ^= 1
-    torn.unlink()
-    torn.write_bytes(payload)
+    flip(torn.shard, -5)
+    other = torn.shard.with_name("shard-000001-0123456789abcdef.safetensors")
+    other.write_bytes(b"of other captions, or of another environment")
     code, _, said = call("run", str(job))
     assert code == 0, said
-    shutil.rmtree(root / "_quarantine")
+    assert "removed 1 files (44 bytes) that no record names" in said
     assert dataset_bytes(root) == undisturbed[1]
-
-
-@pytest.mark.parametrize("left", [["nan", "b", "c"], ["d", "e", "nan"]])
-def test_a_shard_of_other_rows_than_ours_is_made_again(left: list[str], tmp_path: Path) -> None:
-    """Its writer died before the record, of the same unit: another row had failed, or the captions
-    were others. Every row in it checks, and there are as many of them."""
-    ours = ["a", "b", "nan"]
-    plan = make_plan(3, 3)
-    write_unit(tmp_path, plan, 0, samples_of(left))
-    paths = unit_paths(tmp_path, 0)
-    paths.record.unlink()
-    paths.rows.unlink()
-    write_unit(tmp_path, plan, 0, samples_of(ours))
-    shard = ShardReader(paths.shard, plan.fingerprint, 0, stored_tensors(plan.spec))
-    for row, text in enumerate(ours[:2]):
-        for name in DIMS:
-            assert torch.equal(shard.row(name, row), embedding(name, text))
-    assert read_record(tmp_path, 0)["adopted_shard"] is False
-
-
-def test_a_shard_of_another_environment_is_adopted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its writer may be about to publish its record: values that differ in last bits stay."""
-    plan, texts = make_plan(3, 3), ["a", "b", "c"]
-    with monkeypatch.context() as patch:
-        patch.setattr(handmade, "embedding", lambda *a: embedding(*a) * (1 + 2**-8))
-        write_unit(tmp_path, plan, 0, samples_of(texts))
-    paths = unit_paths(tmp_path, 0)
-    before = paths.shard.read_bytes()
-    paths.record.unlink()
-    write_unit(tmp_path, plan, 0, samples_of(texts))
-    assert paths.shard.read_bytes() == before
-    assert read_record(tmp_path, 0)["adopted_shard"] is True
+    assert kept.shard.stat().st_ino == inode
 
 
 def test_max_restarts_and_one_worker_killed(

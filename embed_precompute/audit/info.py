@@ -8,8 +8,7 @@ look-up and one rows part, or a search through the rows parts where there is no 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,15 @@ import torch
 from embed_precompute.errors import IncompleteError, InputError
 from embed_precompute.samples import Status, count_failed
 from embed_precompute.store.index import DatasetIndex
-from embed_precompute.store.plan import Plan
+from embed_precompute.store.plan import Plan, read_plan
 from embed_precompute.store.records import (
+    NULL_UNIT,
+    Manifest,
+    UnitRecord,
     committed_units,
-    null_paths,
     read_manifest,
-    read_plan,
     read_record,
-    stored_tensors,
-    unit_paths,
+    record_path,
 )
 from embed_precompute.store.rows import StoredSample, read_samples
 from embed_precompute.store.shards import ShardReader
@@ -38,24 +37,21 @@ class DatasetStatus:
     """How far a dataset is."""
 
     root: Path
-    fingerprint: str
-    plan: str
-    num_units: int
-    units_done: int
-    num_samples: int
+    plan: Plan
+    units_committed: int
+    null_committed: bool
     samples: dict[str, int]
-    """Samples of the units that are done, by status label."""
-    null_done: bool
+    """Samples of the committed units, by status label."""
     finalised: bool
 
     @property
     def complete(self) -> bool:
-        """Everything is done and the manifest is written: training can read it."""
-        return self.finalised and self.null_done and self.units_done == self.num_units
+        """Everything is committed and the manifest is written: training can read it."""
+        return self.finalised and self.null_committed and not self.units_left
 
     @property
-    def samples_done(self) -> int:
-        return sum(self.samples.values())
+    def units_left(self) -> int:
+        return self.plan.num_units - self.units_committed
 
     @property
     def failed_samples(self) -> int:
@@ -66,35 +62,36 @@ class DatasetStatus:
         return {
             "complete": self.complete,
             "finalised": self.finalised,
-            "fingerprint": self.fingerprint,
-            "plan": self.plan,
-            "units": self.num_units,
-            "units_done": self.units_done,
-            "units_left": self.num_units - self.units_done,
-            "null_done": self.null_done,
-            "samples": self.num_samples,
-            "samples_done": self.samples_done,
+            "fingerprint": self.plan.fingerprint,
+            "plan": self.plan.plan_id,
+            "units": self.plan.num_units,
+            "units_committed": self.units_committed,
+            "units_left": self.units_left,
+            "null_committed": self.null_committed,
+            "samples": self.plan.num_samples,
+            "samples_committed": sum(self.samples.values()),
             "status": self.samples,
             "failed_samples": self.failed_samples,
         }
 
     def lines(self) -> list[str]:
         """For a person."""
-        left = self.num_units - self.units_done
-        state = "complete" if self.complete else "incomplete"
+        by_status = ", ".join(f"{label} {n:,}" for label, n in self.samples.items() if n)
         lines = [
-            f"{self.root}: {state}, {self.units_done:,} of {self.num_units:,} units done, "
-            f"{left:,} left",
-            f"  {self.samples_done:,} of {self.num_samples:,} samples: {_by_status(self.samples)}",
+            f"{self.root}: {'complete' if self.complete else 'incomplete'}, "
+            f"{self.units_committed:,} of {self.plan.num_units:,} units committed, "
+            f"{self.units_left:,} left",
+            f"  {sum(self.samples.values()):,} of {self.plan.num_samples:,} samples: "
+            f"{by_status or 'none yet'}",
         ]
-        if not self.null_done:
+        if not self.null_committed:
             lines.append("  the null embedding is not made yet")
         if self.failed_samples:
             lines.append(
                 f"  {self.failed_samples:,} samples failed: the status column of manifest.parquet "
                 "names them (before that is there, each unit's rows part)"
             )
-        if left or not self.null_done:
+        if self.units_left or not self.null_committed:
             lines.append("  not finalised: run the same command again to go on")
         elif not self.finalised:
             lines.append(f"  not finalised: run `embed-precompute finalize {self.root}`")
@@ -104,125 +101,108 @@ class DatasetStatus:
 def read_status(root: Path) -> DatasetStatus:
     """How far the dataset in `root` is; InputError when there is none."""
     root = Path(root)
-    plan = _read_plan(root)
-    done = sorted(unit for unit in committed_units(root) if unit < plan["num_units"])
-    manifest = _read_manifest(root, plan)
-    if manifest is not None and len(done) == plan["num_units"]:
-        samples = dict(manifest["counts"]["status"])
+    plan, manifest = read_plan(root), None
+    with contextlib.suppress(FileNotFoundError):
+        manifest = read_manifest(root)
+    finalised = manifest is not None and manifest.plan_id == plan.plan_id
+    committed = [unit for unit in committed_units(root) if unit < plan.num_units]
+    samples = {status.label: 0 for status in Status}
+    if manifest is not None and finalised and len(committed) == plan.num_units:
+        samples |= manifest.counts.status
     else:
-        samples = {status.label: 0 for status in Status}
-        for unit in done:
-            for label, count in read_record(root, unit)["status"].items():
+        for unit in committed:
+            for label, count in read_record(root, unit).status.items():
                 samples[label] += count
-    return DatasetStatus(
-        root=root,
-        fingerprint=plan["fingerprint"],
-        plan=plan["plan"],
-        num_units=plan["num_units"],
-        units_done=len(done),
-        num_samples=plan["num_samples"],
-        samples={status.label: samples[status.label] for status in Status},
-        null_done=null_paths(root).record.exists(),
-        finalised=manifest is not None,
-    )
+    null = record_path(root, NULL_UNIT).exists()
+    return DatasetStatus(root, plan, len(committed), null, samples, finalised)
 
 
 def dataset_lines(root: Path) -> list[str]:
     """What the dataset in `root` is: identity, inputs, encoders, counts, size."""
-    root = Path(root)
     status = read_status(root)
-    plan = _read_plan(root)
-    lines = status.lines()
-    lines += [f"  fingerprint {status.fingerprint}", f"  plan        {status.plan}"]
-    files = plan["inputs"]
-    limit = "" if plan["limit"] is None else f", limited to {plan['limit']:,} samples"
-    lines.append(
-        f"  input: {len(files):,} files, {sum(file['rows'] for file in files):,} rows, text column "
-        f"{plan['columns']['text']!r}, id column {plan['columns']['id']!r}{limit}"
-    )
-    lines.append(f"  captions: {plan['spec']['captions']}")
-    output = plan["spec"]["output"]
-    for name, encoder in sorted(plan["spec"]["encoders"].items()):
-        what = "one vector per caption" if encoder["pooled"] else "one vector per token"
-        lines.append(
-            f"  text_{name}: {what}, width {encoder['dim']}, {output['dtype']}, codec "
-            f"{output['codec']}"
-        )
-        lines += [f"    {key}: {value}" for key, value in sorted(encoder.items())]
-    manifest = _read_manifest(root, plan)
-    if manifest is not None:
-        lines += _counted_lines(manifest)
-    lines.append(f"  shards: {_shard_bytes(root):,} bytes, with their rows parts and records")
-    return lines
-
-
-def _counted_lines(manifest: Mapping[str, Any]) -> list[str]:
-    counts = manifest["counts"]
+    plan, inputs = status.plan, status.plan.inputs
+    limit = "" if inputs.limit is None else f", limited to {inputs.limit:,} samples"
     lines = [
-        f"  {counts['stored']:,} embeddings stored for {counts['samples']:,} samples of "
-        f"{counts['rows']:,} rows (equal captions of a shard share one)"
+        *status.lines(),
+        f"  fingerprint {plan.fingerprint}",
+        f"  plan        {plan.plan_id}",
+        f"  input: {len(inputs.files):,} files, {sum(file.rows for file in inputs.files):,} rows, "
+        f"text column {inputs.text_column!r}, id column {inputs.id_column!r}{limit}",
+        f"  captions: {plan.spec.get('captions')}",
     ]
-    for name, sums in sorted(counts["encoders"].items()):
+    for tensor in plan.tensors:
         lines.append(
-            f"  {name}: {sums['tokens']:,} tokens, {sums['truncated']:,} captions truncated, "
-            f"{sums['stored_tokens']:,} vectors stored"
+            f"  text_{tensor.name}: one vector per {tensor.per}, width {tensor.width}, "
+            f"{tensor.dtype}, by encoder {tensor.encoder}"
         )
-    for made in manifest["environments"]:
-        what = ", ".join(f"{key} {value}" for key, value in sorted(made["environment"].items()))
-        lines.append(f"  {made['units']:,} units made with {what}")
+    for name, encoder in sorted(plan.spec["encoders"].items()):
+        lines.append(f"  encoder {name}")
+        lines += [f"    {key}: {value}" for key, value in sorted(encoder.items())]
+    if status.finalised:
+        lines += _counted_lines(read_manifest(status.root))
+    size = 0
+    for path in status.root.glob("shards/*/shard-*"):
+        with contextlib.suppress(OSError):  # a job that runs may just have removed it
+            size += path.stat().st_size
+    return [*lines, f"  shards: {size:,} bytes, with their rows parts and records"]
+
+
+def _counted_lines(manifest: Manifest) -> list[str]:
+    counts = manifest.counts
+    lines = [
+        f"  {counts.stored:,} embeddings stored for {counts.samples:,} samples of "
+        f"{counts.rows:,} rows (equal captions of a shard share one)"
+    ]
+    for name, sums in sorted(counts.encoders.items()):
+        lines.append(f"  {name}: {sums.tokens:,} tokens, {sums.truncated:,} captions truncated")
+    for name, vectors in sorted(counts.tensors.items()):
+        lines.append(f"  text_{name}: {vectors:,} vectors stored")
+    for made in manifest.environments:
+        what = ", ".join(f"{key} {value}" for key, value in sorted(made.environment.items()))
+        lines.append(f"  {made.units:,} units made with {what}")
     return lines
 
 
 def sample_lines(root: Path, sample_id: str) -> list[str]:
     """All about one sample; InputError when the dataset has no such id."""
     root = Path(root)
-    plan = _read_plan(root)
-    names = [tensor.name for tensor in stored_tensors(plan["spec"])]
-    for unit in _candidate_units(root, plan, sample_id):
-        num_rows = read_record(root, unit)["num_samples"]
-        for sample in read_samples(unit_paths(root, unit).rows, names, num_rows):
+    plan = read_plan(root)
+    units = sorted(unit for unit in committed_units(root) if unit < plan.num_units)
+    where = f"{root}, in any of its {len(units):,} units"
+    if len(units) < plan.num_units:
+        where += f" ({plan.num_units - len(units):,} are not made yet)"
+    with contextlib.suppress(IncompleteError):  # without an index all units are searched
+        index = DatasetIndex(root)
+        sample_number = index.find(sample_id)
+        units = [] if sample_number is None else [int(index.shard[sample_number])]
+    for unit in units:
+        record = read_record(root, unit)
+        for sample in read_samples(record.rows_path(root), plan.tensors, record.num_samples):
             if sample.sample_id == sample_id:
-                return _describe(root, plan, unit, sample)
-    done, left = _progress(root, plan)
-    where = f"{root}, in any of its {done:,} units" + (
-        f" ({left:,} are not made yet)" if left else ""
-    )
+                return _describe(root, plan, record, sample)
     raise InputError(f"sample {sample_id!r} is not in {where}. Give an id of the id column.")
 
 
-def _candidate_units(root: Path, plan: Mapping[str, Any], sample_id: str) -> Iterator[int]:
-    """The one unit that the index knows, or all that are there when there is no index."""
-    try:
-        index = DatasetIndex(root)
-    except IncompleteError:
-        yield from sorted(committed_units(root) & set(range(plan["num_units"])))
-        return
-    sample = index.find(sample_id)
-    if sample is not None:
-        yield int(index.shard[sample])
-
-
-def _describe(root: Path, plan: Mapping[str, Any], unit: int, sample: StoredSample) -> list[str]:
+def _describe(root: Path, plan: Plan, record: UnitRecord, sample: StoredSample) -> list[str]:
     lines = [
         f"id: {sample.sample_id}",
         f"input: {_input_place(plan, sample.row)}",
         f"status: {sample.status.label}" + (f" ({sample.error})" if sample.error else ""),
         f"encoded text: {sample.text!r}" if sample.text is not None else "encoded text: none",
     ]
-    shard = unit_paths(root, unit).shard
     if sample.index is None:
-        return [*lines, f"stored: nothing; its unit is {unit}"]
-    lines.append(f"stored: {shard.relative_to(root)}, row {sample.index}")
-    tensors = stored_tensors(plan["spec"])
-    reader = ShardReader(shard, plan["fingerprint"], unit, tensors)
-    for tensor in tensors:
+        return [*lines, f"stored: nothing; its unit is {record.unit}"]
+    path = record.shard_path(root)
+    lines.append(f"stored: {path.relative_to(root)}, row {sample.index}")
+    reader = ShardReader(path, plan.fingerprint, record.unit, plan.tensors)
+    for tensor in plan.tensors:
         name = tensor.name
-        cut = ", truncated" if sample.truncated[name] else ""
+        cut = ", truncated" if sample.truncated[tensor.encoder] else ""
         values = reader.row(name, sample.index)
         sound = "" if reader.check_row(name, sample.index) else "; DAMAGED: not its checksum"
         lines.append(
-            f"text_{name}: {sample.tokens[name]} tokens{cut}, stored {list(values.shape)} "
-            f"{tensor.dtype}; {_norms(values)}{sound}"
+            f"text_{name}: {sample.tokens[tensor.encoder]} tokens{cut}, stored "
+            f"{list(values.shape)} {tensor.dtype}; {_norms(values)}{sound}"
         )
     return lines
 
@@ -241,46 +221,11 @@ def _norms(values: torch.Tensor) -> str:
     )
 
 
-def _input_place(plan: Mapping[str, Any], row: int) -> str:
+def _input_place(plan: Plan, row: int) -> str:
     """Which file holds input row `row`, and which row of that file it is."""
     first = 0
-    for file in plan["inputs"]:
-        if row < first + file["rows"]:
-            return f"{file['path']}, row {row - first} (row {row} of the dataset)"
-        first += file["rows"]
+    for file in plan.inputs.files:
+        if row < first + file.rows:
+            return f"{file.path}, row {row - first} (row {row} of the dataset)"
+        first += file.rows
     return f"row {row}, which no file of the plan has"
-
-
-def _read_plan(root: Path) -> dict[str, Any]:
-    plan = read_plan(root)
-    Plan.from_json(plan)
-    return plan
-
-
-def _read_manifest(root: Path, plan: Mapping[str, Any]) -> dict[str, Any] | None:
-    """manifest.json, if it is there and of this plan."""
-    try:
-        manifest = read_manifest(root)
-    except FileNotFoundError:
-        return None
-    return manifest if manifest.get("plan") == plan["plan"] else None
-
-
-def _progress(root: Path, plan: Mapping[str, Any]) -> tuple[int, int]:
-    done = sum(unit < plan["num_units"] for unit in committed_units(root))
-    return done, plan["num_units"] - done
-
-
-def _by_status(samples: Mapping[str, int]) -> str:
-    return ", ".join(f"{label} {n:,}" for label, n in samples.items() if n) or "none yet"
-
-
-def _shard_bytes(root: Path) -> int:
-    total = 0
-    for folder, _, names in os.walk(root / "shards"):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(folder, name)).st_size
-            except OSError:  # a temporary file of a run that goes on, or a link to nowhere
-                continue
-    return total

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from embed_precompute.audit.unit_check import Report
+from embed_precompute.audit.findings import Report
 from embed_precompute.config.files import load_config
 from embed_precompute.config.schema import Config
 from embed_precompute.distributed import DistContext
@@ -29,13 +30,17 @@ from embed_precompute.encoders.device import environment, resolve_device
 from embed_precompute.encoders.options import EncoderConfig
 from embed_precompute.encoders.spec import ResolvedEncoder
 from embed_precompute.errors import ConflictError, InputError
-from embed_precompute.samples import Sample, Status
-from embed_precompute.store.nearness import MAX_RELATIVE_DIFFERENCE, MIN_COSINE, distance
-from embed_precompute.store.records import null_paths, read_record, unit_paths
+from embed_precompute.samples import Status
+from embed_precompute.store.plan import Plan
+from embed_precompute.store.records import NULL_UNIT, read_null_record, read_record
 from embed_precompute.store.rows import StoredSample, read_samples
-from embed_precompute.store.shards import ShardReader, StoredTensor
+from embed_precompute.store.shards import ShardReader
 
 REFERENCE = "hf"
+MAX_RELATIVE_DIFFERENCE = 1e-5
+"""Of float32 that was computed in float32."""
+MIN_COSINE = 0.999
+"""Of half precision, for every token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,44 +86,32 @@ class _Tally:
         return text
 
 
-def get_ready(
-    root: Path, plan: Mapping[str, Any], tensors: Sequence[StoredTensor], device: str = "auto"
-) -> Ready:
+def get_ready(root: Path, plan: Plan, device: str = "auto") -> Ready:
     """Finds checkpoints and device, before anything long is begun.
 
     InputError or ConflictError when the checkpoints of the dataset are not at hand.
     """
     config = _load_config(root)
     device = resolve_device(device, DistContext())
-    specs = plan["spec"]["encoders"]
-    encoders = {
-        t.name: _resolve(t.name, config.encoders.get(t.name), specs[t.name]) for t in tensors
-    }
+    specs = plan.spec["encoders"]
+    encoders = {name: _resolve(name, config.encoders.get(name), specs[name]) for name in specs}
     return Ready(device, environment(device, list(encoders.values())), encoders)
 
 
-def reencode(
-    report: Report,
-    plan: Mapping[str, Any],
-    tensors: Sequence[StoredTensor],
-    ready: Ready,
-    *,
-    num_samples: int,
-    seed: int,
-) -> None:
+def reencode(report: Report, plan: Plan, ready: Ready, *, num_samples: int, seed: int) -> None:
     """Adds a problem for every sample whose embedding is not what its text gives.
 
     `report.num_ok` says which units may be drawn from.
     """
     null_sound = report.null_sound
-    drawn = [_null(report, plan, tensors, ready.here)] if null_sound else []
-    drawn += _draw(report, plan, tensors, ready.here, num_samples, seed)
+    drawn = [_null(report, plan, ready.here)] if null_sound else []
+    drawn += _draw(report, plan, ready.here, num_samples, seed)
     tally = _Tally()
-    for tensor in tensors:
+    for tensor in plan.tensors:
         resolved = ready.encoders[tensor.name]
         exact = [d for d in drawn if d.same_environment]
         rest = [d for d in drawn if not d.same_environment]
-        if plan["spec"]["encoders"][tensor.name]["implementation"] != resolved.implementation:
+        if plan.spec["encoders"][tensor.name]["implementation"] != resolved.implementation:
             exact, rest = [], drawn
         for chosen, bitwise in ((exact, True), (rest, False)):
             if chosen:
@@ -174,43 +167,31 @@ def _reference(resolved: ResolvedEncoder) -> ResolvedEncoder:
     return encoder_registry.resolve(resolved.name, config, resolved.padded_length)
 
 
-def _null(
-    report: Report,
-    plan: Mapping[str, Any],
-    tensors: Sequence[StoredTensor],
-    here: Mapping[str, str],
-) -> _Drawn:
-    paths, record = null_paths(report.root), read_record(report.root, None)
-    shard = ShardReader(paths.shard, plan["fingerprint"], None, tensors)
-    sample = Sample("", -1, "")
-    sizes = record["encoders"]
+def _null(report: Report, plan: Plan, here: Mapping[str, str]) -> _Drawn:
+    record = read_null_record(report.root)
+    path = record.shard_path(report.root)
+    shard = ShardReader(path, plan.fingerprint, NULL_UNIT, plan.tensors)
     stored = StoredSample(
-        sample.sample_id,
-        sample.row,
-        Status.OK,
-        None,
-        0,
-        {name: entry["tokens"] for name, entry in sizes.items()},
-        {name: entry["length"] for name, entry in sizes.items()},
-        dict.fromkeys(sizes, False),
-        "",
+        sample_id="",
+        row=-1,
+        status=Status.OK,
+        error=None,
+        index=0,
+        tokens={name: sums.tokens for name, sums in record.encoders.items()},
+        lengths=record.tensors,
+        text="",
     )
-    values = {t.name: shard.row(t.name, 0) for t in tensors}
-    return _Drawn(paths.shard, stored, values, record["environment"] == here)
+    values = {t.name: shard.row(t.name, 0) for t in plan.tensors}
+    return _Drawn(path, stored, values, record.environment == here)
 
 
 def _draw(
-    report: Report,
-    plan: Mapping[str, Any],
-    tensors: Sequence[StoredTensor],
-    here: Mapping[str, str],
-    num_samples: int,
-    seed: int,
+    report: Report, plan: Plan, here: Mapping[str, str], num_samples: int, seed: int
 ) -> list[_Drawn]:
     """`num_samples` of all samples whose status is ok, each equally likely."""
     total = sum(report.num_ok.values())
     wanted = sorted(random.Random(seed).sample(range(total), min(num_samples, total)))
-    names = [tensor.name for tensor in tensors]
+    names = [tensor.name for tensor in plan.tensors]
     drawn: list[_Drawn] = []
     first = 0
     for unit, count in sorted(report.num_ok.items()):
@@ -218,15 +199,16 @@ def _draw(
         first += count
         if not mine:
             continue
-        paths, record = unit_paths(report.root, unit), read_record(report.root, unit)
-        shard = ShardReader(paths.shard, plan["fingerprint"], unit, tensors)
-        ok = (s for s in read_samples(paths.rows, names) if s.status is Status.OK)
+        record = read_record(report.root, unit)
+        path = record.shard_path(report.root)
+        shard = ShardReader(path, plan.fingerprint, unit, plan.tensors)
+        samples = read_samples(record.rows_path(report.root), plan.tensors)
+        ok = (s for s in samples if s.status is Status.OK)
         for position, sample in enumerate(ok):
             if position in mine:
                 assert sample.index is not None
                 values = {name: shard.row(name, sample.index) for name in names}
-                same = record["environment"] == here
-                drawn.append(_Drawn(paths.shard, sample, values, same))
+                drawn.append(_Drawn(path, sample, values, record.environment == here))
     return drawn
 
 
@@ -297,3 +279,19 @@ def _compare(
 def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     views = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
     return torch.equal(*views)
+
+
+def distance(stored: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """(max|a - b| / max|b|, the smallest cosine of any token); (inf, -1) where one is not finite.
+
+    Both are [L, D] or [C], of equal shape. Two vectors of zeros are equal.
+    """
+    a, b = stored.double(), reference.double()
+    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+        return math.inf, -1.0
+    scale = float(b.abs().max()) if b.numel() else 0.0
+    difference = float((a - b).abs().max()) / scale if scale else float((a != b).any())
+    cosines = torch.nn.functional.cosine_similarity(a, b, dim=-1).reshape(-1)
+    zero = ((a == 0).all(-1) & (b == 0).all(-1)).reshape(-1)
+    cosines = cosines.masked_fill(zero, 1.0)
+    return difference, float(cosines.min()) if cosines.numel() else 1.0

@@ -1,37 +1,39 @@
 """Repair: what verify rejects goes to quarantine, and just those units are open again.
 
-Guarantees: nothing is deleted but files that `finalize` makes again; the root manifest goes first,
-so a reader never finds a dataset that is being taken apart; a unit's record goes before its other
-files, so a unit is whole or open at every moment. Repairing twice is harmless, and so is a
-crash in between. `run` makes open units again, byte for byte where the environment is the same.
-A job may run meanwhile: what it makes anew stays.
-Costs: a full verification of all units, and `finalize` when no unit had to be opened.
+Guarantees: nothing is deleted but files that `finalize` makes again. The root manifest goes first,
+so a reader never finds a dataset that is being taken apart; a unit's record goes before its damaged
+files, so a unit is committed or open at every moment. A shard or rows part whose bytes are what its
+name says stays: a job that runs meanwhile, or the next one, uses it again. Repairing twice is
+harmless, and so is a crash in between. `run` makes open units again, byte for byte in the same
+environment.
+Costs: a full verification, and `finalize` when no unit had to be opened.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from embed_precompute.audit.verify import DERIVED, check_derived, check_units
+from embed_precompute.audit.derived import MANIFEST, TABLE
+from embed_precompute.audit.verify import verify
 from embed_precompute.errors import EmbedPrecomputeError
-from embed_precompute.store.leftovers import move_aside, remove_file
+from embed_precompute.store.commit import content_name, digest_file, move_aside, remove_file
 from embed_precompute.store.manifest import finalize
+from embed_precompute.store.plan import PLAN_FILE, read_plan
 from embed_precompute.store.records import (
-    UnitPaths,
+    NULL_UNIT,
+    RECORD,
     committed_units,
-    null_paths,
-    read_plan,
-    read_record,
+    list_folder,
+    read_any_record,
+    record_path,
     refuse_linked_folders,
-    unit_paths,
+    unit_of,
 )
 
 MAX_NAMED = 20
-PLAN_FILE = "plan.json"
 
 
 @dataclass
@@ -87,27 +89,25 @@ def repair(root: Path, *, failed: bool = False) -> Repaired:
     done = Repaired(root, [])
     if foreign := _foreign_plan(root):
         done.problems.append(foreign)
-        _open(done, [], [root / PLAN_FILE])
-    report = check_units(root)
-    derived = check_derived(root)
-    done.problems += [*report.problems, *derived.problems]
+        _open(done, [root / PLAN_FILE])
+    report = verify(root)
+    done.problems += report.problems
     done.plan_opened = report.plan_rejected
-    units = report.rejected_units | (report.failed_units if failed else set())
-    done.opened, done.null_opened = sorted(units), report.null_rejected
-    opened = [unit_paths(root, unit) for unit in done.opened]
-    if done.null_opened:
-        opened.append(null_paths(root))
+    done.opened = sorted(report.rejected_units | (report.failed_units if failed else set()))
+    done.null_opened = report.null_rejected
     # What has a derived file's name but is no file could not be replaced.
-    blocked = [root / name for name in DERIVED if _is_no_file(root / name, name == "index")]
-    if (root / "index").is_dir():
-        blocked += [path for path in (root / "index").iterdir() if _is_no_file(path, False)]
+    index = root / "index"
+    derived = [root / MANIFEST, root / TABLE, *(index / name for name in list_folder(index))]
+    blocked = [path for path in derived if os.path.lexists(path) and not path.is_file()]
+    if os.path.lexists(index) and not index.is_dir():
+        blocked.append(index)
     if done.plan_opened:
         blocked.append(root / PLAN_FILE)
     complete = not report.num_missing and not report.null_missing
     # A finalised dataset whose records are gone must not be taken for a whole one.
-    if opened or blocked or (report.finalised and not complete):
-        _open(done, opened, blocked)
-    if complete and not opened and not done.plan_opened:
+    if done.opened or done.null_opened or blocked or (report.finalised and not complete):
+        _open(done, blocked)
+    if complete and not done.opened and not done.null_opened and not done.plan_opened:
         finalize(root)
         done.finalised = True
     return done
@@ -119,42 +119,55 @@ def _foreign_plan(root: Path) -> str:
     Then it is plan.json that does not belong here: without it each unit is judged by its own
     record, and none is thrown away for its sake.
     """
-    try:
-        plan = read_plan(root)["plan"]
-    except (EmbedPrecomputeError, OSError):
-        return ""  # which is reported as such
     others = set()
-    for unit in (None, *sorted(committed_units(root))):
-        with contextlib.suppress(EmbedPrecomputeError, OSError):
-            others.add(read_record(root, unit)["plan"])
-        if plan in others:
-            return ""
+    try:
+        plan_id = read_plan(root).plan_id
+        for unit in (NULL_UNIT, *sorted(committed_units(root))):
+            with contextlib.suppress(EmbedPrecomputeError):
+                others.add(read_any_record(root, unit).plan_id)
+            if plan_id in others:
+                return ""
+    except EmbedPrecomputeError:
+        return ""  # which verify reports
     if not others:
         return ""
     named = ", ".join(sorted(other[:16] for other in others)[:MAX_NAMED])
-    return f"{root / PLAN_FILE}: found plan {plan[:16]}, expected that of its records: {named}"
+    return f"{root / PLAN_FILE}: found plan {plan_id[:16]}, expected that of its records: {named}"
 
 
-def _open(done: Repaired, opened: list[UnitPaths], others: list[Path]) -> None:
-    """The root manifest, then unit by unit its record before its other files, then the others."""
-    manifest = done.root / "manifest.json"
-    if manifest not in others and not _is_no_file(manifest, False):
+def _open(done: Repaired, blocked: list[Path]) -> None:
+    """The root manifest, then unit by unit its record before its damaged files, then the others."""
+    manifest = done.root / MANIFEST
+    if manifest not in blocked:
         remove_file(manifest)
-    for unit in opened:
-        rest = [(path, _identity(path)) for path in (unit.rows, unit.shard)]
-        _move(done, unit.record)
-        for path, identity in rest:
-            # A job that runs beside us may have made the unit again by now: other files, or the
-            # same where they were sound.
-            if _identity(path) == identity and not os.path.lexists(unit.record):
+    for unit in [*done.opened, *([NULL_UNIT] if done.null_opened else [])]:
+        record = record_path(done.root, unit)
+        _move(done, record)
+        for name in list_folder(record.parent):
+            path = record.with_name(name)
+            if unit_of(done.root, record.parent, name) != unit or name.endswith(RECORD):
+                continue
+            before = _identity(path)
+            # A job that runs meanwhile may have replaced the file, by a sound one.
+            if not _is_sound(path) and _identity(path) == before:
                 _move(done, path)
-    for path in others:
+    for path in blocked:
         _move(done, path)
 
 
 def _move(done: Repaired, path: Path) -> None:
     if move_aside(done.root, path):
         done.moved.append(path)
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether the bytes of a data file are what its name says."""
+    name, _, digest_and_ending = path.name.rpartition("-")
+    ending = digest_and_ending.partition(".")[2]
+    try:
+        return content_name(f"{name}.{ending}", digest_file(path).sha256) == path.name
+    except OSError:
+        return False
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
@@ -164,12 +177,3 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _is_no_file(path: Path, folder: bool) -> bool:
-    """Whether something else has the name of a file (or, with `folder`, of a folder)."""
-    try:
-        mode = os.lstat(path).st_mode
-    except OSError:
-        return False
-    return not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode))

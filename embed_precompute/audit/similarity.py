@@ -70,11 +70,11 @@ class Neighbour:
     """The first sample that has this caption."""
     text: str
     similarity: dict[str, float]
-    """For every encoder."""
+    """For every tensor."""
 
 
 def nearest_captions(root: str | Path, sample_id: str, top: int = 10) -> dict[str, list[Neighbour]]:
-    """For every encoder the `top` captions most similar to a sample's, the most similar first.
+    """For every tensor the `top` captions most similar to a sample's, the most similar first.
 
     Reads every embedding of the finished dataset `root` once, without their checksums. Samples with
     one text are one caption, and the sample's own text is left out. Raises InputError where the
@@ -102,15 +102,15 @@ def nearest_captions(root: str | Path, sample_id: str, top: int = 10) -> dict[st
 
 
 def _samples(dataset: EmbeddingDataset) -> Iterator[tuple[str, dict[str, int]]]:
-    """Digest of the text and real tokens by encoder, of every sample in order."""
-    names = sorted(dataset.encoders)
-    for columns in dataset.columns("text_sha256", *(f"{name}_tokens" for name in names)):
-        for digest, *tokens in zip(*columns.values(), strict=True):
-            yield digest, dict(zip(names, tokens, strict=True))
+    """Digest of the text and real tokens by tensor, of every sample in order."""
+    tokens_of = {name: f"{tensor.encoder}_tokens" for name, tensor in dataset.tensors.items()}
+    for columns in dataset.columns("text_sha256", *set(tokens_of.values())):
+        for i, digest in enumerate(columns["text_sha256"]):
+            yield digest, {name: columns[tokens][i] for name, tokens in tokens_of.items()}
 
 
 def _vectors(sample: dict[str, Any], tokens: dict[str, int]) -> dict[str, Tensor]:
-    """By encoder, [1, D]."""
+    """By tensor, [1, D]."""
     return {name: mean_vector(sample[f"text_{name}"], n)[None] for name, n in tokens.items()}
 
 

@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embed_precompute import __version__
 from embed_precompute.cli.arguments import command_parser
@@ -35,6 +35,9 @@ from embed_precompute.errors import (
     EmbedPrecomputeError,
     StorageError,
 )
+
+if TYPE_CHECKING:
+    from embed_precompute.store.records import Manifest
 
 IO_ERRORS = frozenset(
     getattr(errno, name)
@@ -155,20 +158,18 @@ def _run(config: Config, arguments: Any) -> int:
     return EXIT_FAILED_SAMPLES if result.num_failed else EXIT_COMPLETE
 
 
-def _summary(root: Path, manifest: dict[str, Any]) -> list[str]:
-    counts = manifest["counts"]
+def _summary(root: Path, manifest: Manifest) -> list[str]:
+    counts = manifest.counts
     lines = [
-        f"{root}: complete, {counts['samples']:,} samples of {counts['rows']:,} rows in "
-        f"{counts['units']:,} shards, fingerprint {manifest['fingerprint'][:16]}"
+        f"{root}: complete, {counts.samples:,} samples of {counts.rows:,} rows in "
+        f"{counts.units:,} shards, fingerprint {manifest.fingerprint[:16]}"
     ]
-    status = ", ".join(f"{name} {n:,}" for name, n in counts["status"].items() if n)
-    lines.append(f"  status: {status}; {counts['stored']:,} distinct embeddings stored")
-    for name, encoder in counts["encoders"].items():
-        lines.append(
-            f"  {name}: {encoder['tokens']:,} tokens, {encoder['truncated']:,} captions truncated"
-        )
-    if len(manifest["environments"]) > 1:
-        lines.append(f"  made in {len(manifest['environments'])} environments, see manifest.json")
+    status = ", ".join(f"{name} {n:,}" for name, n in counts.status.items() if n)
+    lines.append(f"  status: {status}; {counts.stored:,} distinct embeddings stored")
+    for name, sums in counts.encoders.items():
+        lines.append(f"  {name}: {sums.tokens:,} tokens, {sums.truncated:,} captions truncated")
+    if len(manifest.environments) > 1:
+        lines.append(f"  made in {len(manifest.environments)} environments, see manifest.json")
     return lines
 
 
@@ -248,10 +249,15 @@ def _finalize(arguments: Any) -> int:
     from embed_precompute.samples import count_failed
     from embed_precompute.store.manifest import finalize
 
-    manifest = finalize(arguments.folder)
-    for line in _summary(arguments.folder, manifest):
+    done = finalize(arguments.folder)
+    for line in _summary(arguments.folder, done.manifest):
         print(line)
-    return EXIT_FAILED_SAMPLES if count_failed(manifest["counts"]["status"]) else EXIT_COMPLETE
+    if done.removed_files:
+        print(
+            f"  removed {done.removed_files:,} files ({done.removed_bytes:,} bytes) that no record "
+            "names"
+        )
+    return EXIT_FAILED_SAMPLES if count_failed(done.manifest.counts.status) else EXIT_COMPLETE
 
 
 def _info(arguments: Any) -> int:

@@ -67,6 +67,15 @@ class ResolvedEncoder:
                 [tokenizer.filler], (shape,), tokenizer.pad_id, tokenizer.filler
             )
 
+    def _output(self) -> dict[str, Any]:
+        positions = "real" if self.padded_length is None else "all"
+        return {
+            "suffix": "",
+            "per": "caption" if self.pooled else "token",
+            "width": self.dim,
+            "positions": None if self.pooled else positions,
+        }
+
     def spec(self) -> dict[str, Any]:
         """What of this encoder changes bytes, as JSON: its part of the fingerprint."""
         return {
@@ -83,8 +92,7 @@ class ResolvedEncoder:
             "shapes": [list(shape) for shape in self.shapes],
             "null_shape": list(self.null_shape),
             "padded_length": self.padded_length,
-            "pooled": self.pooled,
-            "dim": self.dim,
+            "outputs": [self._output()],
             "implementation": self.implementation,
             "compiled": self.compiled,
             "tf32": self.config.tf32,

@@ -22,25 +22,31 @@ from embed_precompute.captions.files import refuse_output_inside
 from embed_precompute.captions.table import CaptionTable, Scan
 from embed_precompute.config.schema import Config
 from embed_precompute.distributed import DistContext
-from embed_precompute.documents import digest_of
 from embed_precompute.encoders import resolve as encoder_registry
 from embed_precompute.encoders.spec import ResolvedEncoder
 from embed_precompute.errors import ConflictError, InputError, StorageError
 from embed_precompute.samples import Sample
 from embed_precompute.store.commit import publish_bytes
 from embed_precompute.store.plan import (
+    PLAN_FILE,
+    InputFile,
     Inputs,
     Plan,
     auto_samples_per_shard,
     check_same,
-    rows_per_unit,
+    read_plan,
 )
-from embed_precompute.store.records import committed_units, read_record, refuse_linked_folders
-from embed_precompute.store.sealed import FORMAT_VERSION, MAX_JSON_BYTES, read_sealed, seal
+from embed_precompute.store.records import (
+    FORMAT_VERSION,
+    MAX_JSON_BYTES,
+    committed_units,
+    document_bytes,
+    read_record,
+    refuse_linked_folders,
+)
 from embed_precompute.store.space import room_at
 
 log = logging.getLogger(__name__)
-PLAN_FILE = "plan.json"
 ROOM_ROWS = 1000
 FILES_PER_UNIT = 3
 ESTIMATE_ROWS = 10_000
@@ -98,7 +104,7 @@ def publish(prepared: Prepared) -> Prepared:
     refuse_linked_folders(prepared.root)
     if _stored_plan(prepared.root) is None:
         _refuse_foreign_units(prepared)
-        payload = seal(prepared.plan.to_json())
+        payload = document_bytes(prepared.plan)
         if len(payload) > MAX_JSON_BYTES:
             raise InputError(
                 f"{PLAN_FILE} would have {len(payload):,} bytes for {len(prepared.table.files):,} "
@@ -108,7 +114,7 @@ def publish(prepared: Prepared) -> Prepared:
     stored = _stored_plan(prepared.root)
     assert stored is not None
     plan = prepared.plan
-    check_same(stored, plan.fingerprint, plan.spec, plan.inputs, plan.samples_per_shard)
+    check_same(stored, plan.spec, plan.inputs, plan.samples_per_shard)
     return Prepared(prepared.config, prepared.root, prepared.table, prepared.encoders, stored)
 
 
@@ -118,10 +124,10 @@ def _refuse_foreign_units(prepared: Prepared) -> None:
     if unit is None:
         return
     record = read_record(prepared.root, unit)
-    if record["plan"] != prepared.plan.plan_id:
+    if record.plan_id != prepared.plan.plan_id:
         raise ConflictError(
             f"{prepared.root} has no {PLAN_FILE}, and its units belong to another plan "
-            f"({record['plan'][:16]}, fingerprint {record['fingerprint'][:16]}) than this "
+            f"({record.plan_id[:16]}, fingerprint {record.fingerprint[:16]}) than this "
             f"configuration makes ({prepared.plan.plan_id[:16]}, fingerprint "
             f"{prepared.plan.fingerprint[:16]}). Give the configuration and captions back that "
             "these units were made with, or write to a new output.path."
@@ -191,8 +197,7 @@ def _added_token_columns(config: Config) -> list[str]:
 
 
 def _stored_plan(root: Path) -> Plan | None:
-    path = root / PLAN_FILE
-    return Plan.from_json(read_sealed(path, "plan")) if path.exists() else None
+    return read_plan(root) if (root / PLAN_FILE).exists() else None
 
 
 def _wait_for_plan(root: Path, timeout_s: float) -> Plan | None:
@@ -264,7 +269,7 @@ def _resolve_encoders(
 
 def _inputs(config: Config, table: CaptionTable, limit: int | None) -> Inputs:
     return Inputs(
-        files=tuple(asdict(file) for file in table.files),
+        files=tuple(InputFile(**asdict(file)) for file in table.files),
         text_column=config.captions.text_column,
         id_column=config.captions.id_column,
         limit=limit,
@@ -280,13 +285,8 @@ def _check_stored(
 ) -> None:
     spec = resolved_spec(config, table, encoders)
     wanted = config.output.samples_per_shard
-    check_same(
-        stored,
-        digest_of(spec),
-        spec,
-        _inputs(config, table, limit),
-        None if wanted == "auto" else wanted,
-    )
+    inputs = _inputs(config, table, limit)
+    check_same(stored, spec, inputs, None if wanted == "auto" else wanted)
 
 
 def _make_plan(
@@ -302,15 +302,13 @@ def _make_plan(
         rows = min(ESTIMATE_ROWS, scan.num_rows)
         samples = table.reader(scan.num_rows, scan.last_row_samples).read(0, rows)
         samples_per_shard = auto_samples_per_shard(_bytes_per_sample(config, encoders, samples))
-    return Plan(
-        fingerprint=digest_of(spec),
-        spec=spec,
-        inputs=_inputs(config, table, limit),
+    return Plan.make(
+        spec,
+        _inputs(config, table, limit),
+        samples_per_shard=samples_per_shard,
         num_rows=scan.num_rows,
         num_samples=scan.num_samples,
         last_row_samples=scan.last_row_samples,
-        samples_per_shard=samples_per_shard,
-        rows_per_unit=rows_per_unit(samples_per_shard, scan.num_rows, scan.num_samples),
     )
 
 

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from embed_precompute.config.schema import RuntimeConfig
 from embed_precompute.distributed import DistContext
 from embed_precompute.errors import EmbedPrecomputeError
-from embed_precompute.store.manifest import committed_units, read_record
 from embed_precompute.store.plan import Plan
+from embed_precompute.store.records import committed_units, read_record
 
 log = logging.getLogger(__name__)
 TERMINAL_POLL_S = 2.0
@@ -109,8 +109,8 @@ class Progress:
             new = committed_units(self._root) - self._seen
             for unit in new:
                 record = read_record(self._root, unit)
-                self._samples += record["num_samples"]
-                self._tokens += sum(e["tokens"] for e in record["encoders"].values())
+                self._samples += record.num_samples
+                self._tokens += sum(sums.tokens for sums in record.encoders.values())
                 self._seen.add(unit)
         except (OSError, EmbedPrecomputeError) as error:
             log.debug("progress not read: %s", error)

@@ -1,7 +1,7 @@
-"""What earlier runs and peers have committed, and whether this run may add to it.
+"""What earlier runs and other ranks have committed, and whether this run may add to it.
 
-Guarantees: a unit counts as done when it is of this plan and its record has a name; records of
-another plan are refused, and another environment is seen, before the first commit.
+Guarantees: records of another plan are refused, and another environment is warned of or refused,
+before the first commit.
 Costs: one listing of the shard folders, then a `stat` per question; one record is parsed.
 """
 
@@ -13,14 +13,13 @@ from pathlib import Path
 from embed_precompute.documents import differing_fields
 from embed_precompute.errors import ConflictError
 from embed_precompute.job.prepare import Prepared
-from embed_precompute.store.manifest import (
-    committed_units,
-    null_paths,
-    read_record,
-    unit_paths,
-)
 from embed_precompute.store.plan import Plan
-from embed_precompute.store.records import NULL_UNIT
+from embed_precompute.store.records import (
+    NULL_UNIT,
+    committed_units,
+    read_any_record,
+    record_path,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,50 +34,52 @@ class Committed:
         self.refresh()
 
     def refresh(self) -> None:
-        """List again: cheaper than asking for many units one by one."""
+        """Lists again, which is cheaper than to ask for many units one by one."""
         self._units = committed_units(self._root) & self._all
-        if null_paths(self._root).record.exists():
+        if record_path(self._root, NULL_UNIT).exists():
             self._units.add(NULL_UNIT)
 
     @property
     def units(self) -> int:
+        """How many units are committed; the null embedding is not counted."""
         return len(self._units - {NULL_UNIT})
 
     def left(self) -> set[int]:
-        """The units without a record, of those that hold captions."""
+        """The units without a record; the null embedding is not among them."""
         return self._all - self._units - {NULL_UNIT}
 
     def any_unit(self) -> int | None:
+        """A committed unit, or NULL_UNIT, or None."""
         return min(self._units, default=None)
 
     def everything(self) -> bool:
         return self._units == self._all
 
     def __call__(self, unit: int) -> bool:
+        """Whether a unit is committed by now."""
         if unit in self._units:
             return True
-        paths = null_paths(self._root) if unit == NULL_UNIT else unit_paths(self._root, unit)
-        if paths.record.exists():
+        if record_path(self._root, unit).exists():
             self._units.add(unit)
         return unit in self._units
 
 
-def check_record(prepared: Prepared, unit: int | None, here: dict[str, str]) -> None:
-    """Compare plan and environment with those of a committed unit, if there is one.
+def check_record(prepared: Prepared, unit: int | None, environment: dict[str, str]) -> None:
+    """Compares plan and environment with those of a committed unit, if there is one.
 
     Another plan is refused; another environment is warned of, or refused if so configured.
     """
     if unit is None:
         return
     root, config, plan = prepared.root, prepared.config, prepared.plan
-    earlier = read_record(root, None if unit == NULL_UNIT else unit)
-    if earlier["plan"] != plan.plan_id:
+    earlier = read_any_record(root, unit)
+    if earlier.plan_id != plan.plan_id:
         raise ConflictError(
-            f"{root} holds units of another plan ({earlier['plan'][:16]}; plan.json has "
+            f"{root} holds units of another plan ({earlier.plan_id[:16]}; plan.json has "
             f"{plan.plan_id[:16]}): plan.json was removed or replaced. Put it back, or write to a "
             "new output.path."
         )
-    differing = differing_fields(earlier["environment"], here)
+    differing = differing_fields(earlier.environment, environment)
     if not differing:
         return
     message = (

@@ -15,7 +15,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from embed_precompute.config.files import to_yaml
 from embed_precompute.config.schema import Config
@@ -32,9 +31,9 @@ from embed_precompute.job.resume import Committed, check_record
 from embed_precompute.job.signals import StopRequest, stop_on_signals
 from embed_precompute.job.stages import Stages
 from embed_precompute.samples import count_failed
-from embed_precompute.store.commit import replace_bytes
-from embed_precompute.store.leftovers import remove_dead
+from embed_precompute.store.commit import remove_dead, replace_bytes
 from embed_precompute.store.manifest import finalize
+from embed_precompute.store.records import Manifest, UnitRecord
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ class RunResult:
     """What a finished `run` leaves: the root manifest, and what this rank did."""
 
     root: Path
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     """The content of manifest.json; None when a peer finalises the dataset."""
     units: int = 0
     samples: int = 0
@@ -57,7 +56,7 @@ class RunResult:
     def num_failed(self) -> int:
         if self.manifest is None:
             return 0
-        return count_failed(self.manifest["counts"]["status"])
+        return count_failed(self.manifest.counts.status)
 
 
 def run(config: Config, limit: int | None = None, dist: DistContext | None = None) -> RunResult:
@@ -96,11 +95,11 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
             with stop.finishing():
                 records = stages.run()
             result.units = len(records)
-            result.samples = sum(record.get("num_samples", 0) for record in records)
+            result.samples = sum(r.num_samples for r in records if isinstance(r, UnitRecord))
             result.encode_seconds = stages.encode_seconds
     result.seconds = time.monotonic() - started
     if claims.is_first_to_finalize():
-        result.manifest = finalize(root)
+        result.manifest = finalize(root).manifest
     return result
 
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -32,12 +32,13 @@ from embed_precompute.job.signals import StopRequest
 from embed_precompute.job.units import Unit, read_unit
 from embed_precompute.job.writer import UnitWriter
 from embed_precompute.samples import count_failed
-from embed_precompute.store.manifest import (
+from embed_precompute.store.plan import Plan
+from embed_precompute.store.records import (
+    NULL_UNIT,
+    Record,
     committed_units,
     read_record,
 )
-from embed_precompute.store.plan import Plan
-from embed_precompute.store.records import NULL_UNIT
 
 log = logging.getLogger(__name__)
 POLL_S = 0.1
@@ -116,14 +117,14 @@ class Stages:
         self._error: BaseException | None = None
         self._units: _Channel[Unit] = _Channel(runtime.prefetch_units, self._halted)
         self._batches: _Channel[_Encoded] = _Channel(runtime.write_queue_batches, self._halted)
-        self._records: list[dict[str, Any]] = []
+        self._records: list[Record] = []
         self.encode_seconds = 0.0
         """Spent in the encoders; the rest of a run's time the device waits."""
         self._unit_s = 0.0
         self._commit_s = COMMIT_SHARE * runtime.grace_s
         self._metrics = prepared.root / "logs" / f"metrics-{dist.rank:05d}.jsonl"
 
-    def run(self) -> list[dict[str, Any]]:
+    def run(self) -> list[Record]:
         """Run until nothing is left to claim; give the records this rank committed."""
         threads = [
             threading.Thread(target=self._guard, args=(stage,), name=stage.__name__, daemon=True)
@@ -243,7 +244,7 @@ class Stages:
         if not failed:
             return
         for number in committed_units(self._prepared.root) - self._failed_of.keys():
-            status = read_record(self._prepared.root, number)["status"]
+            status = read_record(self._prepared.root, number).status
             self._failed_of[number] = count_failed(status)
         total = failed + sum(self._failed_of.values())
         if total > self._max_failed:
@@ -257,14 +258,14 @@ class Stages:
                 "limit, and run again."
             )
 
-    def _log_metrics(self, unit: Unit, record: dict[str, Any], seconds: float) -> None:
+    def _log_metrics(self, unit: Unit, record: Record, seconds: float) -> None:
         line = {
             "time": round(time.time(), 3),
             "unit": unit.number,
             "samples": len(unit.samples),
             "stored": unit.num_stored,
             "tokens": {name: sum(map(len, t.ids)) for name, t in unit.tokens.items()},
-            "shard_bytes": record["files"]["shard"]["bytes"],
+            "shard_bytes": record.files.shard.bytes,
             "seconds": round(seconds, 4),
         }
         try:

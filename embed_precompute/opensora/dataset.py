@@ -41,7 +41,7 @@ from embed_precompute.captions.recipes import (
     recipe_of,
 )
 from embed_precompute.errors import ConflictError, InputError
-from embed_precompute.store.records import read_plan
+from embed_precompute.store.plan import Plan, read_plan
 from embed_precompute.train.dataset import AnyPath, EmbeddingDataset, SampleLookupError
 from embed_precompute.train.inputs import pad_null
 
@@ -64,32 +64,33 @@ PadMasked = Literal["refuse", "zeros", "repeat_last"]
 class TextPair:
     """The two tensors that Open-Sora trains from: text_t5 [L, D] of one length, and text_clip [C].
 
-    `t5` and `clip` are the encoders that give them. Open-Sora stacks a batch, so all sequences must
-    have one length. A dataset with attention_mask none has it. One with `padding` stores real
-    tokens only; `pad_masked` says what follows them up to max_length: zeros, or the last vector
-    again and again. Without a choice (`refuse`) such a dataset is an InputError.
+    `t5` and `clip` name the stored tensors that give them. Open-Sora stacks a batch, so all
+    sequences must have one length. A dataset with attention_mask none has it. One with `padding`
+    stores real tokens only; `pad_masked` says what follows them up to max_length: zeros, or the
+    last vector again and again. Without a choice (`refuse`) such a dataset is an InputError.
     """
 
     def __init__(
         self, dataset: EmbeddingDataset, t5: str, clip: str, pad_masked: PadMasked = "refuse"
     ) -> None:
         self.t5, self.clip, self.pad_masked = t5, clip, pad_masked
-        encoders = dataset.encoders
-        for name, pooled in ((t5, False), (clip, True)):
-            fitting = [k for k, encoder in sorted(encoders.items()) if encoder["pooled"] is pooled]
+        tensors = dataset.tensors
+        for name, per, wanted in ((t5, "token", "text_t5"), (clip, "caption", "text_clip")):
+            fitting = [key for key, tensor in sorted(tensors.items()) if tensor.per == per]
             if name not in fitting:
-                wanted = "text_clip, a vector per caption" if pooled else "text_t5, one per token"
                 raise InputError(
-                    f"encoder {name!r} cannot give {wanted}: the dataset has {sorted(encoders)}, "
-                    f"of which {fitting or 'none'} would do. Name it, or precompute with both."
+                    f"{name!r} cannot give {wanted}, a vector per {per}: the dataset has "
+                    f"{sorted(tensors)}, of which {fitting or 'none'} would do. Name it, or "
+                    "precompute with both."
                 )
         if pad_masked not in ("refuse", "zeros", "repeat_last"):
             raise InputError(f"pad_masked is {pad_masked!r}: expected refuse, zeros, repeat_last.")
         self.masked = dataset.is_masked(f"text_{t5}")
-        self._length: int = dataset.manifest["spec"]["encoders"][t5].get("max_length", 0)
+        encoder = dataset.manifest.spec["encoders"][tensors[t5].encoder]
+        self._length: int = encoder.get("max_length", 0)
         if self.masked and pad_masked == "refuse":
             raise InputError(
-                f"encoder {t5!r} has attention_mask padding: its embeddings have the length of "
+                f"{t5!r} was made with attention_mask padding: its embeddings have the length of "
                 "their captions, and Open-Sora stacks only equal lengths. Precompute with "
                 "attention_mask none, which is Open-Sora's own recipe, or choose pad_masked zeros "
                 "or repeat_last, which is not what its model was trained with."
@@ -192,7 +193,7 @@ class PrecomputedText:
             log.warning("%s They are left out.", said)
         return kept, samples
 
-    def _check_texts(self, kept: list[int], compare: str, plan: Mapping[str, Any]) -> None:
+    def _check_texts(self, kept: list[int], compare: str, plan: Plan) -> None:
         """ConflictError unless each row's text is the one that was encoded.
 
         64 bits of the sha256 are compared: enough to find a difference, and 8 bytes a sample.
@@ -214,7 +215,7 @@ class PrecomputedText:
                     f"row {kept[row]}, sample {sample_id!r}: the {compare} makes {text!r:.200}, "
                     f"encoded was {encoded!r:.200}"
                 )
-        settings = recipe_of(plan["spec"]["captions"]["recipe"]).trainer_settings()
+        settings = recipe_of(plan.spec["captions"]["recipe"]).trainer_settings()
         raise ConflictError(
             f"{len(wrong):,} of {len(kept):,} rows have another text than their sample:\n  "
             + "\n  ".join(lines)
@@ -223,9 +224,9 @@ class PrecomputedText:
             + ". If only Open-Sora's suffix differs, and on purpose, set compare='dataset'."
         )
 
-    def _texts(self, compare: str, plan: Mapping[str, Any]) -> Iterator[str]:
+    def _texts(self, compare: str, plan: Plan) -> Iterator[str]:
         """The text of each row that is compared with the encoded one."""
-        captions = plan["spec"]["captions"]
+        captions = plan.spec["captions"]
         if compare == "trainer":
             has_fps = FPS in self.data.columns and self.fps_max < OPENSORA_NO_FPS
             has_motion = self.vmaf and MOTION in self.data.columns
@@ -238,7 +239,7 @@ class PrecomputedText:
             normalize, text_column = None, TEXT
         else:
             recipe = recipe_of(captions["recipe"])
-            normalize, text_column = make_normalizer(captions["normalize"]), plan["columns"]["text"]
+            normalize, text_column = make_normalizer(captions["normalize"]), plan.inputs.text_column
         columns = [text_column, *recipe.columns]
         for name in columns:
             _require_column(self.data, name, f"the text of the {compare} is made of it")
@@ -282,18 +283,18 @@ def _folders(embeddings: AnyPath | Sequence[AnyPath]) -> list[AnyPath]:
     return [embeddings] if isinstance(embeddings, (str, os.PathLike)) else list(embeddings)
 
 
-def _id_column(data: Any, data_path: str, plans: Sequence[Mapping[str, Any]]) -> str | None:
+def _id_column(data: Any, data_path: str, plans: Sequence[Plan]) -> str | None:
     """The column that names the samples, None: they are row numbers."""
     if SAMPLE_ID in data.columns and (Path(data_path).parent / DONE_FILE).is_file():
         return SAMPLE_ID
-    columns = {plan["columns"]["id"] for plan in plans}
+    columns = {plan.inputs.id_column for plan in plans}
     if len(columns) > 1 or (len(plans) > 1 and None in columns):
         raise InputError(
             f"the folders were made with the id columns {columns} (None: row numbers): no column "
             "names the samples of all of them. Set dataset.id_column, or train from one folder."
         )
-    column: str | None = columns.pop()
-    rows = sum(file["rows"] for file in plans[0]["inputs"])
+    column = columns.pop()
+    rows = sum(file.rows for file in plans[0].inputs.files)
     if column is None and rows != len(data):
         raise InputError(
             f"the samples are named by the row numbers of a table of {rows:,} rows, and this one "

@@ -30,11 +30,20 @@ from embed_precompute.encoders.options import DType
 from embed_precompute.errors import ConflictError, InputError, StorageError, VerificationError
 from embed_precompute.opensora.dataset import DONE_FILE, PadMasked, TextPair
 from embed_precompute.opensora.table import SAMPLER_COLUMNS, CaptionRows, Entry, TrainerTable
-from embed_precompute.store.commit import make_folder, publish_bytes, replace_bytes
+from embed_precompute.store.commit import (
+    make_folder,
+    publish_bytes,
+    remove_file,
+    remove_leftovers,
+    replace_bytes,
+)
 from embed_precompute.store.index import DatasetIndex
-from embed_precompute.store.leftovers import remove_file, remove_leftovers
-from embed_precompute.store.records import require_folder
-from embed_precompute.store.sealed import FORMAT_VERSION, read_sealed, seal
+from embed_precompute.store.records import (
+    FORMAT_VERSION,
+    document_bytes,
+    read_json,
+    require_folder,
+)
 from embed_precompute.train.dataset import EmbeddingDataset
 
 SOURCE_FILE, TABLE = "source.json", "table.parquet"
@@ -57,9 +66,9 @@ class OpenSoraOptions:
     captions: str | None = None
     """The caption table, when it is no longer where the run found it."""
     t5: str = "t5"
-    """The encoder that gives text_t5."""
+    """The tensor that gives text_t5, named without `text_`."""
     clip: str = "clip"
-    """The encoder that gives text_clip."""
+    """The tensor that gives text_clip."""
     pad_masked: PadMasked = "refuse"
     """How a dataset with attention_mask padding is brought to one length."""
     trainer_dtype: DType = "bfloat16"
@@ -132,8 +141,8 @@ class Export:
                 )
         make_folder(out)
         identity = self._identity()
-        publish_bytes(path, seal(identity))
-        found = read_sealed(path, "export_source")
+        publish_bytes(path, document_bytes(identity))
+        found = read_json(path, "export_source")
         found.pop("digest")
         if lines := differing_fields(found, identity):
             raise ConflictError(
@@ -149,7 +158,7 @@ class Export:
             "kind": "export_source",
             "format": "opensora",
             "fingerprint": self.dataset.fingerprint,
-            "plan": self.dataset.manifest["plan"],
+            "plan_id": self.dataset.manifest.plan_id,
             "t5": self.options.t5,
             "clip": self.options.clip,
             "pad_masked": self.options.pad_masked if self.pair.masked else None,
@@ -209,7 +218,7 @@ class Export:
             "not_ok": dict(self.captions.not_ok),
             "table": {"name": stored.name, "bytes": stored.bytes, "sha256": stored.sha256},
         }
-        replace_bytes(self.out / DONE_FILE, seal(done))
+        replace_bytes(self.out / DONE_FILE, document_bytes(done))
         remove_leftovers(self.out)
 
     def _write_sample(self, entry: Entry) -> int:
@@ -257,7 +266,8 @@ class Export:
                 yield f"  note: the trainer's sampler also needs the column {name}"
             elif table.nulls[name] and name != "fps":  # without fps it takes every frame
                 yield f"  note: {name} is null in {table.nulls[name]:,} rows; the sampler needs it"
-        encoder = self.dataset.manifest["spec"]["encoders"][self.options.t5]
+        name = self.dataset.tensors[self.options.t5].encoder
+        encoder = self.dataset.manifest.spec["encoders"][name]
         if encoder.get("seq_align", 1) == 1:
             yield "  note: seq_align 1 is for a trainer without sequence parallelism (sp_size 1)"
         if encoder.get("implementation") not in (None, "hf"):

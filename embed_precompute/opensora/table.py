@@ -36,7 +36,7 @@ from embed_precompute.opensora.dataset import SAMPLE_ID, TEXT
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import Sink, StagedFile, StoredFile
 from embed_precompute.store.index import DatasetIndex
-from embed_precompute.store.records import read_plan
+from embed_precompute.store.plan import read_plan
 from embed_precompute.train.dataset import EmbeddingDataset
 
 LATENTS = "latents_path"
@@ -66,10 +66,9 @@ class CaptionRows:
 
     def __init__(self, dataset: EmbeddingDataset, root: Path, path: str | None) -> None:
         plan = read_plan(root)
-        captions = plan["spec"]["captions"]
+        captions = plan.spec["captions"]
         self.recipe = recipe_of(captions["recipe"])
-        self.text_column: str = plan["columns"]["text"]
-        self.id_column: str | None = plan["columns"]["id"]
+        self.text_column, self.id_column = plan.inputs.text_column, plan.inputs.id_column
         config = CaptionsConfig(
             path=path or _captions_path(root),
             text_column=self.text_column,
@@ -78,15 +77,15 @@ class CaptionRows:
             normalize=tuple(captions["normalize"]),
         )
         table = CaptionTable.open(config)
-        if table.num_rows < plan["num_rows"] or (
-            plan["limit"] is None and table.num_rows > plan["num_rows"]
+        if table.num_rows < plan.num_rows or (
+            plan.inputs.limit is None and table.num_rows > plan.num_rows
         ):
             raise ConflictError(
                 f"{config.path} has {table.num_rows:,} rows: the dataset was made of "
-                f"{plan['num_rows']:,}. Name the captions that were encoded with --captions."
+                f"{plan.num_rows:,}. Name the captions that were encoded with --captions."
             )
-        self._num_rows = plan["num_rows"]
-        reader_of = (self._num_rows, plan["last_row_samples"])
+        self._num_rows = plan.num_rows
+        reader_of = (plan.num_rows, plan.last_row_samples)
         self._encoded = table.reader(*reader_of)
         plain = CaptionTable(config, table.row_map, PlainRecipe(), table.is_list, ())
         self._captions = plain.reader(*reader_of)

@@ -1,17 +1,17 @@
-"""How a file gets its final name: staged beside the target, synced, then published at once.
+"""How a file gets its final name, and how files leave a dataset.
 
 Guarantees: under a final name there is either nothing or a whole file that was fsynced before it
-got the name; a published file is never overwritten, except by `replace` (derived files, which
-anyone can make again). Order: bytes, sha256, fsync(file), close, link, fsync(folder). A process
-that dies leaves at most a `.tmp-*` file.
-Costs: one fsync of the file and one of its folder; the digest reads the file back once, in 8 MiB
-pieces, from the page cache. No locks, no clocks.
+got the name. The order is: bytes, sha256, fsync(file), close, link or rename, fsync(folder). A
+process that dies leaves at most a `.tmp-*` file. Nothing is deleted but derived files, temporary
+files and files that no record names.
+Costs: one fsync of the file and one of its folder; the digest reads the file back once, in pieces
+of 8 MiB, from the page cache. No locks, no clocks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -20,33 +20,31 @@ import os
 import re
 import secrets
 import socket
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from embed_precompute.errors import InternalError, StorageError
+from embed_precompute.documents import Count, Hex64
+from embed_precompute.errors import StorageError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+QUARANTINE = "_quarantine"
 TEMP_PREFIX = ".tmp-"
 PIECE_BYTES = 8 << 20
+NAME_DIGITS = 16
+"""A data file's name has so many hex digits of its sha256."""
 
+_TEMP_NAME = re.compile(
+    re.escape(TEMP_PREFIX) + r".+-(?P<host>[A-Za-z0-9._]+)-(?P<pid>[0-9]{1,9})-[0-9a-f]{12}"
+)
 # What file systems without hard links answer to link().
 _NO_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS})
 # What file systems without folder sync answer to fsync() of a folder.
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
-
-
-class Outcome(enum.Enum):
-    """What became of an attempt to publish a file that must never be overwritten."""
-
-    PUBLISHED = "published"
-    SAME = "same"
-    """The target was there with equal content; ours was dropped."""
-    DIFFERENT = "different"
-    """The target was there with other content; it stays, ours was dropped."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +53,68 @@ class StoredFile:
 
     name: str
     """Basename, never a path."""
-    bytes: int
-    sha256: str
+    bytes: Count
+    sha256: Hex64
 
+
+def content_name(name: str, digest: str) -> str:
+    """The name of a data file by content: `digest` is its sha256, or the first digits of it.
+
+    `shard-000042.rows.parquet` becomes `shard-000042-0123456789abcdef.rows.parquet`.
+    """
+    stem, _, ending = name.partition(".")
+    return f"{stem}-{digest[:NAME_DIGITS]}.{ending}"
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def open_file(path: Path) -> int:
+    """A descriptor to read a regular file; OSError for anything else.
+
+    A pipe has no end to read to, and opening one would wait for its writer.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return fd
+
+
+def read_file(path: Path, limit: int | None = None) -> bytes:
+    """The whole file, or its first `limit` bytes; OSError as `open_file`."""
+    with open(open_file(path), "rb") as file:
+        return file.read(-1 if limit is None else limit)
+
+
+def digest_file(path: Path) -> StoredFile:
+    """Size and sha256 of a file, in one sequential pass; OSError as `open_file`."""
+    fd = open_file(path)
+    try:
+        return _digest(fd, path.name)
+    finally:
+        os.close(fd)
+
+
+def _digest(fd: int, name: str) -> StoredFile:
+    sha = hashlib.sha256()
+    piece = memoryview(bytearray(min(PIECE_BYTES, os.fstat(fd).st_size + 1)))
+    position = 0
+    while count := os.preadv(fd, [piece], position):
+        sha.update(piece[:count])
+        position += count
+    return StoredFile(name, position, sha.hexdigest())
+
+
+# --- writing --------------------------------------------------------------------------------------
 
 _staged: set[Path] = set()
 """Temporary files of this process: they go when it ends in a hurry."""
 
 
-def staged_files() -> frozenset[Path]:
-    """The temporary files this process has now."""
-    return frozenset(_staged.copy())
-
-
 def drop_staged_files() -> None:
     """Removes this process's temporary files; only for a process that ends right after."""
-    for path in staged_files():
+    for path in _staged.copy():
         with contextlib.suppress(OSError):
             os.unlink(path)
 
@@ -83,25 +127,6 @@ def this_host() -> str:
         return f"{host}.{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return host
-
-
-def digest_file(path: Path) -> StoredFile:
-    """Size and sha256 of a file, in one sequential pass; FileNotFoundError when it is missing."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return _digest_fd(fd, path.name)
-    finally:
-        os.close(fd)
-
-
-def _digest_fd(fd: int, name: str) -> StoredFile:
-    sha = hashlib.sha256()
-    piece = memoryview(bytearray(min(PIECE_BYTES, os.fstat(fd).st_size + 1)))
-    position = 0
-    while count := os.preadv(fd, [piece], position):
-        sha.update(piece[:count])
-        position += count
-    return StoredFile(name, position, sha.hexdigest())
 
 
 def make_folder(folder: Path) -> None:
@@ -131,27 +156,28 @@ def sync_folder(folder: Path) -> None:
 
 
 def storage_error(path: Path, action: str, error: OSError, needed: int = 0) -> StorageError:
-    """StorageError with what is needed and what is there."""
+    """StorageError that names the bytes needed and the free space."""
     code = errno.errorcode.get(error.errno or 0, "unknown error")
-    room = ""
+    sizes = ""
     if needed:
-        room = f" The file needs {needed} bytes"
+        sizes = f" The file needs {needed} bytes"
         with contextlib.suppress(OSError):
             space = os.statvfs(path.parent)
-            room += f"; {space.f_bavail * space.f_frsize} bytes are free on its file system"
-        room += "."
+            sizes += f"; {space.f_bavail * space.f_frsize} bytes are free on its file system"
+        sizes += "."
     return StorageError(
-        f"{path}: {action} failed: {error.strerror} ({code}).{room} Mend that (space, quota, "
+        f"{path}: {action} failed: {error.strerror} ({code}).{sizes} Mend that (space, quota, "
         "permission) and run the same command again: what was committed stays."
     )
 
 
 class StagedFile:
-    """A file without a final name; `publish` or `replace` gives it one, anything else drops it.
+    """A file without a final name. `publish`, `replace` or `publish_by_content` gives it one, and
+    leaving the `with` block without one of them drops it.
 
-    The temporary file is `.tmp-<name>-<host>-<pid>-<random>` in the target's folder; the host has
-    the number of its pid namespace, so that `leftovers` can tell whether the writer still lives.
-    Its mode is 0666 less the umask (and default ACLs), applied by the kernel when it is created, so
+    The temporary file is `.tmp-<name>-<host>-<pid>-<random>` in the target's folder. The host
+    contains the number of its pid namespace, so that `remove_dead` can tell whether the writer is
+    alive. The mode is 0666 less the umask (and default ACLs): the kernel applies it at creation, so
     no thread's umask is touched. Not for use by several threads at once.
     """
 
@@ -175,23 +201,8 @@ class StagedFile:
     def __enter__(self) -> StagedFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.discard()
-
-    def fileno(self) -> int:
-        if self._fd < 0:
-            raise InternalError(f"{self.target}: its staged file is closed.")
-        return self._fd
-
-    @property
-    def path(self) -> Path:
-        """The temporary file."""
-        return self._temp
 
     @property
     def position(self) -> int:
@@ -199,7 +210,7 @@ class StagedFile:
         return self._position
 
     def write(self, payload: ReadableBuffer) -> int:
-        """Appends behind the last `write`."""
+        """Writes all of `payload` after the last `write`; returns its bytes."""
         count = self.pwrite(payload, self._position)
         self._position += count
         return count
@@ -215,7 +226,7 @@ class StagedFile:
         done = 0
         try:
             while done < size:
-                count = os.pwrite(self.fileno(), view[done:], offset + done)
+                count = os.pwrite(self._fd, view[done:], offset + done)
                 if count == 0:
                     raise OSError(errno.EIO, "nothing was written")
                 done += count
@@ -225,66 +236,72 @@ class StagedFile:
 
     def pread(self, size: int, offset: int) -> bytes:
         """Exactly `size` bytes at `offset`."""
-        pieces = []
         try:
-            while size:
-                piece = os.pread(self.fileno(), size, offset)
-                if not piece:
-                    raise OSError(errno.EIO, "the file is shorter than what was written")
-                pieces.append(piece)
-                offset += len(piece)
-                size -= len(piece)
+            payload = os.pread(self._fd, size, offset)
+            if len(payload) != size:
+                raise OSError(errno.EIO, "the file is shorter than what was written")
         except OSError as error:
             raise self._error("reading back", error) from error
-        return b"".join(pieces)
+        return payload
 
     def digest(self) -> StoredFile:
         """Size and sha256 of what is staged: one pass, remembered until the next write."""
         if self._digest is None:
             try:
-                self._digest = _digest_fd(self.fileno(), self.target.name)
+                self._digest = _digest(self._fd, self.target.name)
             except OSError as error:
                 raise self._error("reading back", error) from error
         return self._digest
 
-    def sync(self) -> None:
-        """fsync of what is staged."""
-        try:
-            os.fsync(self.fileno())
-        except OSError as error:
-            raise self._error("fsync", error) from error
-
-    def publish(self) -> Outcome:
+    def publish(self) -> bool:
         """Gives the file its name unless the name is taken: the first wins, and stays.
 
-        After DIFFERENT the staged file is still there: whoever moves the other one away may publish
-        again. Otherwise it is dropped when the `with` block ends.
+        Returns whether the file of that name has our content.
         """
-        self._finish()
-        outcome = self._link()
-        if outcome is not Outcome.DIFFERENT:
-            self.discard()
-        return outcome
-
-    def replace(self) -> bool:
-        """Gives the file its name, in place of what has it; False when that was equal already."""
-        self._finish()
-        stored = self.digest()
+        stored = self._finish()
         try:
-            if self._is_target(stored):
-                return False
+            ours = True
             try:
-                os.replace(self._temp, self.target)
+                self._give_name()
             except OSError as error:
-                # Another process that finished the same dataset may have removed our temporary.
-                if not self._has_our_inode():
-                    if self._is_target(stored):
-                        return False
-                    raise self._error("renaming into place", error) from error
-            self._sync_parent()
-            return True
+                if not os.path.lexists(self.target):
+                    raise self._error("linking into place", error) from error
+                # A network file system may report a failure after it did what was asked.
+                ours = self._has_our_inode() or self._target_is(stored)
         finally:
             self.discard()
+        self._sync_parent()  # also for a winner that may have died before it did
+        return ours
+
+    def replace(self) -> bool:
+        """Gives the file its name, in place of any file that has it; False when that was equal."""
+        stored = self._finish()
+        try:
+            changed = not self._target_is(stored)
+            if changed:
+                try:
+                    os.replace(self._temp, self.target)
+                except OSError as error:
+                    # Another process that finished the same dataset may have removed our temporary.
+                    if not self._has_our_inode():
+                        if not self._target_is(stored):
+                            raise self._error("renaming into place", error) from error
+                        changed = False
+        finally:
+            self.discard()
+        self._sync_parent()
+        return changed
+
+    def publish_by_content(self) -> StoredFile:
+        """Gives the file the `content_name` of its target; returns it under that name.
+
+        The name stands for these bytes. So a file that has it is equal and stays, or it is damaged
+        and is replaced.
+        """
+        stored = self.digest()
+        self.target = self.target.with_name(content_name(self.target.name, stored.sha256))
+        self.replace()
+        return dataclasses.replace(stored, name=self.target.name)
 
     def discard(self) -> None:
         """Closes and removes the temporary file; does nothing the second time."""
@@ -294,54 +311,34 @@ class StagedFile:
             os.unlink(self._temp)
         _staged.discard(self._temp)
 
-    def _finish(self) -> None:
+    def _finish(self) -> StoredFile:
         """Digest, fsync, close: some file systems report a full disk only at close."""
-        if self._identity is not None:
-            return
-        self.digest()
-        self.sync()
-        status = os.fstat(self.fileno())
+        stored = self.digest()
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise self._error("fsync", error) from error
+        status = os.fstat(self._fd)
         self._identity = (status.st_dev, status.st_ino)
         try:
             self._close()
         except OSError as error:
             raise self._error("closing", error) from error
+        return stored
 
     def _close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
-    def _link(self) -> Outcome:
+    def _give_name(self) -> None:
         try:
             os.link(self._temp, self.target)
         except OSError as error:
-            if error.errno in _NO_LINK and not os.path.lexists(self.target):
-                return self._rename()
-            return self._lost(error, "linking into place")
-        with contextlib.suppress(OSError):
-            os.unlink(self._temp)
-        self._sync_parent()
-        return Outcome.PUBLISHED
-
-    def _rename(self) -> Outcome:
-        """For file systems without links: in the instant between check and rename the last wins."""
-        try:
+            if error.errno not in _NO_LINK or os.path.lexists(self.target):
+                raise
+            # Without links: who comes between this look and the rename loses the name to us.
             os.rename(self._temp, self.target)
-        except OSError as error:
-            return self._lost(error, "renaming into place")
-        self._sync_parent()
-        return Outcome.PUBLISHED
-
-    def _lost(self, error: OSError, action: str) -> Outcome:
-        """The name was not ours to take: by whom, and with what content?"""
-        if self._has_our_inode():  # a network file system may report failure after success
-            self._sync_parent()
-            return Outcome.PUBLISHED
-        if not os.path.lexists(self.target):
-            raise self._error(action, error) from error
-        self._sync_parent()  # the winner may have died before its own
-        return Outcome.SAME if self._is_target(self.digest()) else Outcome.DIFFERENT
 
     def _has_our_inode(self) -> bool:
         try:
@@ -350,11 +347,11 @@ class StagedFile:
             return False
         return self._identity == (status.st_dev, status.st_ino)
 
-    def _is_target(self, stored: StoredFile) -> bool:
+    def _target_is(self, stored: StoredFile) -> bool:
         try:
             if os.stat(self.target).st_size != stored.bytes:
                 return False
-            return digest_file(self.target) == stored
+            return digest_file(self.target).sha256 == stored.sha256
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -386,11 +383,18 @@ class Sink(io.RawIOBase):
         return self._staged.write(payload)
 
 
-def publish_bytes(target: Path, payload: bytes) -> Outcome:
-    """Publishes a small file; the first wins."""
+def publish_bytes(target: Path, payload: bytes) -> bool:
+    """Publishes a small file, as `StagedFile.publish`: whether the file has our content."""
     with StagedFile(target, len(payload)) as staged:
         staged.write(payload)
         return staged.publish()
+
+
+def publish_bytes_by_content(target: Path, payload: bytes) -> StoredFile:
+    """Publishes a small data file, as `StagedFile.publish_by_content`."""
+    with StagedFile(target, len(payload)) as staged:
+        staged.write(payload)
+        return staged.publish_by_content()
 
 
 def replace_bytes(target: Path, payload: bytes) -> bool:
@@ -398,3 +402,85 @@ def replace_bytes(target: Path, payload: bytes) -> bool:
     with StagedFile(target, len(payload)) as staged:
         staged.write(payload)
         return staged.replace()
+
+
+# --- files that leave -----------------------------------------------------------------------------
+
+
+def move_aside(root: Path, path: Path) -> bool:
+    """Takes a file out of the dataset, into `_quarantine/` of `root`; False when it is gone."""
+    folder = root / QUARANTINE
+    make_folder(folder)
+    try:
+        os.replace(path, folder / f"{path.name}-{secrets.token_hex(6)}")
+        sync_folder(folder)
+        sync_folder(path.parent)
+    except FileNotFoundError:
+        return False  # another process did it
+    except OSError as error:
+        raise storage_error(path, "moving it to quarantine", error) from error
+    return True
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file durably; it may be gone already."""
+    try:
+        path.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except FileNotFoundError:
+        return  # its folder is gone too
+    except OSError as error:
+        raise storage_error(path, "removing it", error) from error
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Removes all temporary files from the folders of a dataset that is complete.
+
+    A living process may lose one too, of a file that another process has published: it finds that
+    file when it comes to publish its own.
+    """
+    for path in _temporaries(*folders):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def remove_dead(root: Path) -> int:
+    """Removes temporary files whose writer was on this machine and is dead; returns their number.
+
+    Those of other machines stay until the dataset is complete: this machine cannot tell.
+    """
+    removed = 0
+    own = _staged.copy()
+    folders = [root, root / "index"]
+    with contextlib.suppress(OSError), os.scandir(root / "shards") as entries:
+        folders += [Path(each.path) for each in entries if each.is_dir(follow_symlinks=False)]
+    for path in _temporaries(*folders):
+        match = _TEMP_NAME.fullmatch(path.name)
+        if match is None or match["host"] != this_host() or path in own:
+            continue
+        pid = int(match["pid"])
+        # In a container that was started again, our own pid may be that of the dead writer.
+        if pid != os.getpid() and _is_alive(pid):
+            continue
+        with contextlib.suppress(OSError):
+            path.unlink()
+            removed += 1
+    return removed
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
+
+
+def _temporaries(*folders: Path) -> Iterator[Path]:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            for name in os.listdir(folder):
+                if name.startswith(TEMP_PREFIX):
+                    yield folder / name

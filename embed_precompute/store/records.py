@@ -1,20 +1,32 @@
-"""The small JSON files of a dataset: plan, unit records, the null record; and where files are.
+"""The small JSON files of a dataset, the documents: their keys, their bytes, and where files are.
 
-Guarantees: a record that is returned has exactly the keys, types and file names of the format, and
-belongs to the unit it was asked for; no path in a file is ever followed. Which units are committed
-is a folder listing, nothing is parsed for it.
-Costs: a listing is O(files); reading a record is one small file.
+Guarantees: a document that is returned has exactly the keys and types of the format, and its file
+is byte for byte what `document_bytes` makes of it. The names of files follow from unit numbers and
+digests: no name in a file is ever opened. Which units are committed is a folder listing; no file is
+opened for it.
+Costs: a listing is O(files); a document is one small file, parsed and written once to compare.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
+from embed_precompute.documents import (
+    AtLeast,
+    Count,
+    Hex64,
+    MismatchError,
+    canonical_json,
+    from_plain,
+    to_plain,
+)
 from embed_precompute.errors import (
     IncompleteError,
     InputError,
@@ -23,102 +35,436 @@ from embed_precompute.errors import (
     require,
 )
 from embed_precompute.samples import Status
-from embed_precompute.store.sealed import FORMAT_VERSION, read_sealed
+from embed_precompute.store.commit import QUARANTINE, StoredFile, content_name, read_file
 
+FORMAT_VERSION = 1
+MAX_JSON_BYTES = 16 << 20
+MAX_RECORD_BYTES = 1 << 20
 UNITS_PER_FOLDER = 1000
-ENCODER_NAME = re.compile(r"^[a-z][a-z0-9_]{0,31}$")
-RESERVED_ENDINGS = ("_offsets", "_xxh3", "_length", "_mask", "_tokens", "_truncated")
-"""Of names that stand beside an encoder's: no encoder's name may end so."""
 NULL_UNIT = -1
 """The number of the null embedding where units are counted; it is claimed like one, first."""
-CODECS = ("raw",)
-_DTYPES = ("bfloat16", "float16", "float32")
-_HEX = re.compile(r"[0-9a-f]{64}")
+ENCODER_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+RESERVED_ENDINGS = ("_offsets", "_xxh3", "_length", "_mask", "_tokens", "_truncated")
+"""Endings of names that stand next to an encoder's or a tensor's: no such name may end so."""
+SHARD, ROWS, RECORD = ".safetensors", ".rows.parquet", ".json"
+
 _FOLDER_NAME = re.compile(r"[0-9]{3,15}")
-_RECORD_NAME = re.compile(r"shard-([0-9]{6,18})\.json")
+_FILE_NAME = re.compile(
+    r"(?:null|shard-(?P<unit>[0-9]{6,18}))"
+    r"(?:\.json|-[0-9a-f]{16}\.(?:safetensors|rows\.parquet))"
+)
+_NULL_NAME = re.compile(r"null-[0-9a-f]{16}\.safetensors")
+
+# --- documents ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A JSON file that has its own digest: its fields are the keys of the file."""
+
+    format_version: Literal[1] = 1
+    kind: str = ""
+    digest: str = field(default="", compare=False)
+    """Of the rest of the content; empty until it is read from a file."""
+
+
+D = TypeVar("D", bound=Document)
+
+
+def document_bytes(content: Document | Mapping[str, Any]) -> bytes:
+    """`content` as canonical JSON with the digest of all its other keys, and a final newline."""
+    plain = to_plain(content)
+    plain.pop("digest", None)
+    plain["digest"] = hashlib.sha256(canonical_json(plain)).hexdigest()
+    return canonical_json(plain) + b"\n"
+
+
+def read_json(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """The object in a document, with its `digest`.
+
+    A missing file is FileNotFoundError: only the caller knows what absence means. Other bytes than
+    those of `document_bytes` (a flipped bit, a torn write), another version and another kind are
+    VerificationError.
+    """
+    limit = MAX_RECORD_BYTES if kind in ("unit", "null") else MAX_JSON_BYTES
+    try:
+        payload = read_file(path, limit + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{path}: reading failed: {error.strerror}.") from error
+    if len(payload) > limit:
+        raise VerificationError(f"{path} is over {limit} bytes: not one of our files.")
+    problem = "its content does not have the digest it states"
+    try:
+        content = json.loads(payload)
+        if not isinstance(content, dict):
+            problem = "it is no JSON object"
+        elif content.get("format_version") != FORMAT_VERSION:
+            raise VerificationError(
+                f"{path} has format_version {content.get('format_version')!r}: this program reads "
+                f"{FORMAT_VERSION}."
+            )
+        elif payload == document_bytes(content):
+            problem = ""
+    except (ValueError, RecursionError) as error:
+        problem = f"it is not the JSON of our files ({error})"
+    if problem:
+        raise VerificationError(
+            f"{path} is damaged: {problem}. Restore it, or use `embed-precompute repair` and run "
+            "the job again."
+        )
+    if kind is not None and content.get("kind") != kind:
+        raise VerificationError(f"{path} is of kind {content.get('kind')!r}: expected {kind!r}.")
+    return content  # type: ignore[no-any-return]
+
+
+def read_document(path: Path, declared: type[D]) -> D:
+    """The document in a file; errors as `read_json`, and VerificationError for other keys."""
+    content = read_json(path, declared.kind)
+    try:
+        return from_plain(declared, content)
+    except MismatchError as error:
+        raise VerificationError(f"{path} is not as the format says: {error}") from error
+
+
+# --- what is stored -------------------------------------------------------------------------------
+
+Per = Literal["token", "caption"]
+StoredDType = Literal["bfloat16", "float16", "float32"]
+_EncoderName = Annotated[str, ENCODER_NAME]
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """An entry of `spec.encoders.<name>.outputs`: a tensor that an encoder gives."""
+
+    suffix: Annotated[str, re.compile(r"(_[a-z0-9_]+)?")]
+    """The tensor's name is the encoder's name and this."""
+    per: Per
+    width: Annotated[int, AtLeast(1)]
+    positions: Literal["all", "real"] | None
+    """Per token: whether pads are stored too, or only a caption's own tokens. Else None."""
+
+    def __post_init__(self) -> None:
+        if (self.positions is None) is (self.per == "token"):
+            raise InputError(f"positions is {self.positions} of an output per {self.per}.")
+
+
+@dataclass(frozen=True)
+class _OutputSpec:
+    dtype: StoredDType
+    codec: Literal["raw"]
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What an encoder stores: tensor `text_<name>`."""
+    """A tensor of a shard: `text_<name>`."""
 
     name: str
-    """The encoder's name."""
-    pooled: bool
-    """True: one vector per row, [n, dim]; False: a sequence per row, packed [total_tokens, dim]."""
-    dim: int
-    dtype: str
+    """The encoder's name and the output's suffix."""
+    encoder: str
+    per: Per
+    width: int
+    dtype: StoredDType
+    positions: Literal["all", "real"] | None = None
+    """As in `EncoderOutput`."""
+
+    @property
+    def per_caption(self) -> bool:
+        """True: one vector per stored row, [n, width]. False: a sequence, [total, width] packed."""
+        return self.per == "caption"
+
+
+def stored_tensors(spec: Mapping[str, Any]) -> tuple[StoredTensor, ...]:
+    """What a resolved spec stores, sorted by name; MismatchError naming what is wrong with it."""
+    output: _OutputSpec = from_plain(_OutputSpec, spec.get("output"), "spec.output")
+    encoders: dict[str, dict[str, Any]] = from_plain(
+        dict[_EncoderName, dict[str, Any]], spec.get("encoders"), "spec.encoders"
+    )
+    tensors: dict[str, StoredTensor] = {}
+    for encoder, fields in encoders.items():
+        where = f"spec.encoders.{encoder}.outputs"
+        outputs: list[EncoderOutput] = from_plain(list[EncoderOutput], fields.get("outputs"), where)
+        for each in outputs:
+            name = encoder + each.suffix
+            if name in tensors or name.endswith(RESERVED_ENDINGS):
+                raise MismatchError(
+                    f"{where} makes text_{name}: expected a name that no other output makes, "
+                    f"and that does not end in {', '.join(RESERVED_ENDINGS)}."
+                )
+            tensors[name] = StoredTensor(
+                name, encoder, each.per, each.width, output.dtype, each.positions
+            )
+    if not tensors:
+        raise MismatchError("spec.encoders has no output: expected at least one.")
+    return tuple(tensors[name] for name in sorted(tensors))
+
+
+# --- records and manifest -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class UnitPaths:
-    """The files of one unit; the record is published last and makes it count."""
+class TokenCounts:
+    """Sums over samples, for one encoder."""
 
-    shard: Path
-    rows: Path
-    record: Path
-
-
-def unit_paths(root: Path, unit: int) -> UnitPaths:
-    folder = root / "shards" / _folder_name(unit)
-    stem = _stem(unit)
-    return UnitPaths(
-        folder / f"{stem}.safetensors", folder / f"{stem}.rows.parquet", folder / f"{stem}.json"
-    )
+    tokens: Count
+    """Special tokens included, pads not."""
+    truncated: Count
+    """Captions that lost tokens."""
 
 
-def _folder_name(unit: int) -> str:
-    return f"{unit // UNITS_PER_FOLDER:03d}"
+@dataclass(frozen=True)
+class NullFiles:
+    shard: StoredFile
 
 
-def _stem(unit: int) -> str:
-    return f"shard-{unit:06d}"
+@dataclass(frozen=True)
+class UnitFiles(NullFiles):
+    rows: StoredFile
 
 
-def null_paths(root: Path) -> UnitPaths:
-    """The files of the null embedding, which is a shard of one row; it has no rows part."""
-    return UnitPaths(root / "null.safetensors", root / "null.rows.parquet", root / "null.json")
+@dataclass(frozen=True, kw_only=True)
+class Record(Document):
+    """What the records of units and of the null embedding have in common."""
+
+    fingerprint: Hex64
+    plan_id: Hex64
+    environment: dict[str, str]
+    encoders: dict[str, TokenCounts]
+    tensors: dict[str, Count]
+    """Vectors stored, by tensor."""
+    files: NullFiles
+
+    @property
+    def number(self) -> int:
+        """The unit, or NULL_UNIT."""
+        return int(getattr(self, "unit", NULL_UNIT))
+
+    def __post_init__(self) -> None:
+        for ending, file in zip((SHARD, ROWS), vars(self.files).values(), strict=False):
+            expected = content_name(unit_path(Path(), self.number, ending).name, file.sha256)
+            if file.name != expected:
+                raise MismatchError(f"files has the name {file.name!r:.80}: expected {expected}.")
+
+    def shard_path(self, root: Path) -> Path:
+        return record_path(root, self.number).with_name(self.files.shard.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitRecord(Record):
+    """The record of a unit: with it, and only with it, the unit is committed."""
+
+    kind: Literal["unit"] = "unit"
+    unit: Count
+    first_row: Count
+    num_rows: Count
+    num_samples: Count
+    num_stored: Count
+    status: dict[str, Count]
+    """Samples of each status, by label."""
+    rows_sha256: Hex64
+    files: UnitFiles
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_status(self.status, self.num_samples)
+        if self.num_samples < self.num_rows:
+            raise MismatchError("num_samples is less than num_rows: each row has one or more.")
+        if self.num_stored > self.status[Status.OK.label]:
+            raise MismatchError("num_stored is more than the samples that are ok.")
+
+    def rows_path(self, root: Path) -> Path:
+        return record_path(root, self.unit).with_name(self.files.rows.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NullRecord(Record):
+    """The record of the null embedding, which is a shard of one row and has no rows part."""
+
+    kind: Literal["null"] = "null"
+
+
+def check_status(status: Mapping[str, int], num_samples: int) -> None:
+    """MismatchError unless there is a count for each status, and they add up."""
+    if status.keys() != {each.label for each in Status}:
+        raise MismatchError(f"status has keys {sorted(status)}: expected one for each status.")
+    if sum(status.values()) != num_samples:
+        raise MismatchError(f"status does not add up to {num_samples} samples.")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor `text_<name>` as the manifest describes it."""
+
+    encoder: str
+    per: Per
+    width: int
+    dtype: StoredDType
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sums over all units."""
+
+    rows: Count
+    """Input rows."""
+    samples: Count
+    units: Count
+    stored: Count
+    """Stored rows: equal texts of a unit share one."""
+    status: dict[str, Count]
+    encoders: dict[str, TokenCounts]
+    tensors: dict[str, Count]
+
+
+@dataclass(frozen=True)
+class EnvironmentCount:
+    environment: dict[str, str]
+    units: Count
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    bytes: Count
+    sha256: Hex64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Document):
+    """manifest.json: with it, and only with it, a dataset is finished."""
+
+    kind: Literal["dataset"] = "dataset"
+    fingerprint: Hex64
+    plan_id: Hex64
+    spec: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+    counts: Counts
+    environments: list[EnvironmentCount]
+    records_sha256: Hex64
+    files: dict[str, FileEntry]
+    """By path below the root: everything but the files of units."""
+
+    def __post_init__(self) -> None:
+        check_status(self.counts.status, self.counts.samples)
+        if self.tensors != tensor_entries(stored_tensors(self.spec)):
+            raise MismatchError("tensors are not those of its spec.")
+        names = {"plan.json", "null.json", "manifest.parquet"}
+        names |= {f"index/{name}.npy" for name in index_dtypes(self.tensors)}
+        null = [name for name in self.files.keys() - names if _NULL_NAME.fullmatch(name)]
+        if self.files.keys() != {*names, *null} or len(null) != 1:
+            raise MismatchError(f"files has keys {sorted(self.files)}: expected other names.")
+
+
+def index_dtypes(tensors: Iterable[str]) -> dict[str, str]:
+    """Every array of the index and its dtype; the file is index/<name>.npy."""
+    dtypes = {"status": "|u1", "shard": "<i4", "index": "<i4"}
+    for name in sorted(tensors):
+        dtypes |= {f"length_{name}": "<i4", f"xxh3_{name}": "<u8"}
+    return dtypes | {
+        "ids": "|u1",
+        "id_offsets": "<i8",
+        "id_hash": "<u8",
+        "id_order": "<i8",
+        "ok": "<i8",
+        "shards": "<i8",
+        "shard_digest": "<u8",
+    }
+
+
+def tensor_entries(tensors: Sequence[StoredTensor]) -> dict[str, TensorEntry]:
+    """The tensors as the manifest describes them."""
+    return {t.name: TensorEntry(t.encoder, t.per, t.width, t.dtype) for t in tensors}
+
+
+# --- where files are ------------------------------------------------------------------------------
+
+
+def unit_path(root: Path, unit: int, ending: str) -> Path:
+    """A file of a unit, or of the null embedding (NULL_UNIT), by its name without a digest."""
+    if unit == NULL_UNIT:
+        return root / f"null{ending}"
+    return root / "shards" / f"{unit // UNITS_PER_FOLDER:03d}" / f"shard-{unit:06d}{ending}"
+
+
+def record_path(root: Path, unit: int) -> Path:
+    return unit_path(root, unit, RECORD)
+
+
+def unit_of(root: Path, folder: Path, name: str) -> int | None:
+    """The unit (or NULL_UNIT) that has a record, shard or rows part of this name in this folder;
+    None for other names."""
+    match = _FILE_NAME.fullmatch(name)
+    if match is None:
+        return None
+    if match["unit"] is None:
+        return NULL_UNIT if folder == root else None
+    unit = int(match["unit"])
+    right = folder.name == f"{unit // UNITS_PER_FOLDER:03d}" and match["unit"] == f"{unit:06d}"
+    return unit if right else None
 
 
 def committed_units(root: Path) -> set[int]:
     """The units that have a record, by listing `shards/*`."""
-    units: set[int] = set()
-    shards = str(root / "shards")
-    try:
-        for folder in _names(shards):
-            if _FOLDER_NAME.fullmatch(folder) is None:
+    found = (
+        unit_of(root, folder, name)
+        for folder in unit_folders(root)
+        for name in list_folder(folder)
+        if name.endswith(RECORD)
+    )
+    return {unit for unit in found if unit is not None}
+
+
+def unit_folders(root: Path) -> list[Path]:
+    """The folders that hold the files of units."""
+    names = list_folder(root / "shards")
+    return [root / "shards" / name for name in names if _FOLDER_NAME.fullmatch(name)]
+
+
+def unnamed_files(root: Path, *, checked: bool = False) -> Iterator[Path]:
+    """Shards and rows parts that no record names: of writers that died, or that were not the first.
+
+    None of a unit whose record is damaged: any file may be what it names. `checked` says that all
+    units were just found sound. Then only records of units with too many files are read again, and
+    the files of a unit without a record are left out: a writer may be about to publish one.
+    """
+    for folder in (root, *unit_folders(root)):
+        found: dict[int, list[str]] = {}
+        for name in list_folder(folder):
+            unit = unit_of(root, folder, name)
+            if unit is not None and not name.endswith(RECORD):
+                found.setdefault(unit, []).append(name)
+        for unit, names in found.items():
+            if checked and len(names) == (1 if unit == NULL_UNIT else 2):
                 continue
-            for name in _names(os.path.join(shards, folder)):
-                match = _RECORD_NAME.fullmatch(name) if name.endswith(".json") else None
-                unit = int(match[1]) if match else -1
-                if match and folder == _folder_name(unit) and name == f"{_stem(unit)}.json":
-                    units.add(unit)
+            try:
+                named = {file.name for file in vars(read_any_record(root, unit).files).values()}
+            except IncompleteError:
+                named = set(names if checked else ())
+            except (VerificationError, StorageError):
+                continue
+            yield from (folder / name for name in names if name not in named)
+
+
+def list_folder(folder: Path) -> list[str]:
+    """The names in a folder, sorted; none where there is no folder."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except OSError as error:
-        raise StorageError(f"{root / 'shards'}: listing failed: {error}.") from error
-    return units
+        raise StorageError(f"{folder}: listing failed: {error.strerror}.") from error
 
 
 def refuse_linked_folders(root: Path) -> None:
     """InputError when a folder of the dataset is a link: nothing is written outside the root."""
-    for name in ("shards", "index", "logs", "_quarantine"):
-        _refuse_link(root / name)
-    for name in _names(str(root / "shards")):
-        _refuse_link(root / "shards" / name)
-
-
-def _refuse_link(folder: Path) -> None:
-    if os.path.islink(folder):
-        raise InputError(
-            f"{folder} is a link to {os.readlink(folder)!r}: a dataset is written below its own "
-            "folder only. Move the whole dataset there and link output.path itself."
-        )
-
-
-def _names(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    folders = [root / name for name in ("shards", "index", "logs", QUARANTINE)]
+    for folder in [*folders, *(root / "shards" / name for name in list_folder(root / "shards"))]:
+        if folder.is_symlink():
+            raise InputError(
+                f"{folder} is a link to {os.readlink(folder)!r}: a dataset is written below its "
+                "own folder only. Move the whole dataset there and link output.path itself."
+            )
 
 
 def require_folder(root: Path) -> None:
@@ -126,190 +472,44 @@ def require_folder(root: Path) -> None:
     require(root.is_dir(), f"{root} is not a folder. Expected the output.path of a run.")
 
 
-def read_plan(root: Path) -> dict[str, Any]:
-    """plan.json, with what the store needs of it checked."""
-    require_folder(root)
-    path = root / "plan.json"
+# --- reading them ---------------------------------------------------------------------------------
+
+
+def read_record(root: Path, unit: int) -> UnitRecord:
+    """The record of a unit; IncompleteError when it has none."""
+    path = record_path(root, unit)
     try:
-        plan = read_sealed(path, "plan")
+        record = read_document(path, UnitRecord)
     except FileNotFoundError:
-        raise InputError(f"{root} is not a dataset of embed-precompute: no plan.json.") from None
-    needed: dict[str, Any] = {"fingerprint": _HEX, "plan": _HEX, "spec": dict}
-    needed |= dict.fromkeys(("num_rows", "num_samples", "rows_per_unit", "num_units"), int)
-    _require(path, {key: plan.get(key) for key in needed}, needed)
-    if plan["num_units"] != -(-plan["num_rows"] // max(1, plan["rows_per_unit"])):
-        raise VerificationError(f"{path}: its units do not hold its {plan['num_rows']} rows.")
-    return plan
-
-
-def stored_tensors(spec: Mapping[str, Any]) -> tuple[StoredTensor, ...]:
-    """What each encoder of a resolved spec stores, sorted by name."""
-    shape = {"dtype": str, "codec": str}
-    problem = mismatch(spec.get("output"), shape, "spec.output")
-    encoders = spec.get("encoders")
-    if not problem and (not isinstance(encoders, dict) or not encoders):
-        problem = "spec.encoders: expected at least one encoder"
-    if problem:
-        raise VerificationError(f"the plan's {problem}.")
-    dtype, codec = spec["output"]["dtype"], spec["output"]["codec"]
-    if codec not in CODECS or dtype not in _DTYPES:
-        raise VerificationError(
-            f"the dataset has codec {codec!r} and dtype {dtype!r}: this program reads codec "
-            f"{' or '.join(CODECS)} and {', '.join(_DTYPES)}. Use the version that wrote it."
-        )
-    tensors = []
-    for name, encoder in sorted(spec["encoders"].items()):
-        encoder = encoder if isinstance(encoder, dict) else {}
-        found = {key: encoder.get(key) for key in ("pooled", "dim")}
-        problem = mismatch(found, {"pooled": bool, "dim": int}, f"spec.encoders.{name}")
-        if problem or not ENCODER_NAME.fullmatch(name):
-            raise VerificationError(f"the plan's {problem or f'encoder name {name!r} is bad'}.")
-        tensors.append(StoredTensor(name, encoder["pooled"], encoder["dim"], dtype))
-    return tuple(tensors)
-
-
-def read_manifest(root: Path) -> dict[str, Any]:
-    """manifest.json; FileNotFoundError while the dataset is not finalised."""
-    path = root / "manifest.json"
-    manifest = read_sealed(path, "dataset")
-    _require(path, manifest, _MANIFEST_SHAPE)
-    return manifest
-
-
-def read_record(root: Path, unit: int | None) -> dict[str, Any]:
-    """The record of a unit, or the null embedding's for None; IncompleteError when it has none."""
-    paths = null_paths(root) if unit is None else unit_paths(root, unit)
-    try:
-        record = read_sealed(paths.record, "null" if unit is None else "unit")
-    except FileNotFoundError:
-        raise no_record(paths.record) from None
-    return checked_record(paths, unit, record)
-
-
-def no_record(path: Path) -> IncompleteError:
-    return IncompleteError(f"{path} is missing: not committed yet. Run the same command again.")
-
-
-def checked_record(paths: UnitPaths, unit: int | None, record: dict[str, Any]) -> dict[str, Any]:
-    """`record`, if it is as the format says and of this unit."""
-    _require(paths.record, record, _null_shape(paths) if unit is None else _shape(paths, unit))
-    if unit is not None:
-        status = record["status"]
-        if sum(status.values()) != record["num_samples"]:
-            raise VerificationError(f"{paths.record}: status does not add up to num_samples.")
-        if record["num_stored"] > status[Status.OK.label]:
-            raise VerificationError(f"{paths.record}: more rows stored than samples are ok.")
+        raise _no_record(path) from None
+    if record.unit != unit:
+        raise VerificationError(f"{path}: unit is {record.unit}, expected {unit}.")
     return record
 
 
-def _file_shape(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "bytes": int, "sha256": _HEX}
+def read_null_record(root: Path) -> NullRecord:
+    """The record of the null embedding; IncompleteError when it has none."""
+    path = record_path(root, NULL_UNIT)
+    try:
+        return read_document(path, NullRecord)
+    except FileNotFoundError:
+        raise _no_record(path) from None
 
 
-_COMMON_SHAPE: dict[str, Any] = {
-    "format_version": FORMAT_VERSION,
-    "fingerprint": _HEX,
-    "plan": _HEX,
-    "environment": {str: str},
-    "digest": _HEX,
-}
-_UNIT_SHAPE: dict[str, Any] = {
-    **_COMMON_SHAPE,
-    "kind": "unit",
-    **dict.fromkeys(("first_row", "num_rows", "num_samples", "num_stored"), int),
-    "status": {status.label: int for status in Status},
-    "rows_sha256": _HEX,
-    "encoders": {str: {"tokens": int, "truncated": int, "stored_tokens": int}},
-    "adopted_shard": bool,
-}
+def read_any_record(root: Path, unit: int) -> Record:
+    """The record of a unit, or of the null embedding (NULL_UNIT); IncompleteError without one."""
+    return read_null_record(root) if unit == NULL_UNIT else read_record(root, unit)
 
 
-def _null_shape(paths: UnitPaths) -> dict[str, Any]:
-    return {
-        **_COMMON_SHAPE,
-        "kind": "null",
-        "encoders": {str: {"length": int, "tokens": int}},
-        "files": {"shard": _file_shape(paths.shard)},
-    }
+def _no_record(path: Path) -> IncompleteError:
+    return IncompleteError(f"{path} is missing: not committed yet. Run the same command again.")
 
 
-def _shape(paths: UnitPaths, unit: int) -> dict[str, Any]:
-    return {
-        **_UNIT_SHAPE,
-        "unit": unit,
-        "files": {"shard": _file_shape(paths.shard), "rows": _file_shape(paths.rows)},
-    }
-
-
-_MANIFEST_SHAPE: dict[str, Any] = {
-    "format_version": FORMAT_VERSION,
-    "kind": "dataset",
-    "fingerprint": _HEX,
-    "plan": _HEX,
-    "spec": dict,
-    "encoders": {str: {"tensor": str, "pooled": bool, "dim": int, "dtype": str}},
-    "counts": {
-        **dict.fromkeys(("rows", "samples", "units", "stored"), int),
-        "status": {status.label: int for status in Status},
-        "encoders": {str: {"tokens": int, "truncated": int, "stored_tokens": int}},
-    },
-    "environments": [{"environment": {str: str}, "units": int}],
-    "records_sha256": _HEX,
-    "files": {str: {"bytes": int, "sha256": _HEX}},
-    "digest": _HEX,
-}
-
-
-def _require(path: Path, value: Any, shape: Any) -> None:
-    problem = mismatch(value, shape, "it")
-    if problem:
-        raise VerificationError(f"{path} is not as the format says: {problem}.")
-
-
-def mismatch(value: Any, shape: Any, where: str) -> str | None:
-    """How `value` differs from `shape`, or None.
-
-    A shape is a type (int: 0 or more), a pattern, a literal value, `[shape]` for a list, a tuple of
-    shapes that are all allowed, `{str: shape}` for any keys, or a dictionary of exact keys.
-    """
-    kind = type(shape)
-    if kind is dict:
-        return _mismatched_object(value, shape, where)
-    if kind is tuple:
-        problems = [mismatch(value, choice, where) for choice in shape]
-        return problems[0] if all(problems) else None
-    if kind is list:
-        if not isinstance(value, list):
-            return f"{where} is {value!r:.80}, expected a list"
-        entries = (mismatch(v, shape[0], f"{where}[{i}]") for i, v in enumerate(value))
-        return next((problem for problem in entries if problem), None)
-    if _fits(value, shape, kind):
-        return None
-    expected = shape.__name__ if isinstance(shape, type) else getattr(shape, "pattern", shape)
-    return f"{where} is {value!r:.80}, expected {expected}"
-
-
-def _mismatched_object(value: Any, shape: Mapping[Any, Any], where: str) -> str | None:
-    if not isinstance(value, dict):
-        return f"{where} is {value!r:.80}, expected an object"
-    free = shape.get(str)
-    if free is None and value.keys() != shape.keys():
-        return f"{where} has keys {sorted(value)}, expected {sorted(shape)}"
-    for key, inner in value.items():
-        expected = free or shape[key]
-        kind = type(expected)
-        # Most values are plain and right: nothing is written about them.
-        if kind in (dict, tuple, list) or not _fits(inner, expected, kind):
-            problem = mismatch(inner, expected, f"{where}.{key}")
-            if problem:
-                return problem
-    return None
-
-
-def _fits(value: Any, shape: Any, kind: type) -> bool:
-    """Whether a value has a type (int: 0 or more), fits a pattern, or is a literal."""
-    if kind is type:
-        return type(value) is shape and not (shape is int and value < 0)
-    if kind is re.Pattern:
-        return isinstance(value, str) and shape.fullmatch(value) is not None
-    return type(value) is kind and bool(value == shape)
+def read_manifest(root: Path) -> Manifest:
+    """manifest.json; FileNotFoundError while the dataset is not finalised."""
+    try:
+        return read_document(root / "manifest.json", Manifest)
+    except VerificationError as error:
+        raise VerificationError(
+            f"{error} `embed-precompute finalize {root}` makes it again."
+        ) from error

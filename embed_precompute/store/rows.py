@@ -1,21 +1,17 @@
 """Rows parts: what became of each sample of a unit, with the text that was encoded.
 
 Guarantees: every sample of a unit is one row, in input order; equal samples give equal bytes (one
-version of pyarrow). What a forged part would decode to is bounded before it is decoded. Page
-checksums are written and checked, but they leave out page headers and the footer: only the sha256
-in the unit's record covers the whole part.
-Costs: a part is made in memory (a unit's texts, compressed); reading holds one batch of rows, and
-parses the footer and page headers once more than pyarrow does.
+version of pyarrow). Page checksums are written and checked, but they leave out page headers and the
+footer: only the sha256 in the unit's record covers the whole part.
+Costs: a part is made in memory (a unit's texts, compressed); reading holds one batch of rows.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +20,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embed_precompute.documents import canonical_json
-from embed_precompute.errors import VerificationError
-from embed_precompute.parquet.chunks import column_chunks, footer_bytes
-from embed_precompute.parquet.pages import row_bytes
-from embed_precompute.parquet.thrift import ParquetDamage
+from embed_precompute.errors import InputError, VerificationError
 from embed_precompute.samples import Status
+from embed_precompute.store.commit import read_file
+from embed_precompute.store.records import StoredTensor
 
 ROW_GROUP_ROWS = 4096
 ROW_GROUP_TEXT_BYTES = 64 << 20
-_WRITER = re.compile(r"parquet-cpp-arrow version [0-9.]+(-SNAPSHOT)?")
 READ_ROWS = 4096
 READ_TEXT_ROWS = 256
-MAX_PAGE_BYTES = ROW_GROUP_TEXT_BYTES + (4 << 20)
-"""No row group of ours has more text than that, or one caption; a page is decoded whole."""
-MOST_BATCH_BYTES = 32 << 20
-"""What a batch may come to where its rows are all as wide as the widest can be."""
+
+Tensors = tuple[StoredTensor, ...]
 
 
 @dataclass(frozen=True)
@@ -50,24 +42,26 @@ class StoredSample:
     """Input row."""
     status: Status
     error: str | None
-    index: int | None
+    index: int | None = None
     """Stored row in the unit's shard; None unless status is OK."""
-    tokens: Mapping[str, int]
-    """Per encoder the real tokens; this and the next two are stored only when status is OK."""
-    lengths: Mapping[str, int]
-    """Per encoder the vectors stored; 1 when pooled."""
-    truncated: Mapping[str, bool]
-    text: str | None
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    """Tokens by encoder, pads not counted. This and the next two are empty unless status is OK."""
+    truncated: Mapping[str, bool] = field(default_factory=dict)
+    """By encoder whether tokens were cut off."""
+    lengths: Mapping[str, int] = field(default_factory=dict)
+    """Vectors stored by tensor; 1 for a tensor per caption."""
+    text: str | None = None
     """The encoded text; None where there is none."""
 
 
-def rows_schema(encoders: Sequence[str], *, text: bool = True) -> pa.Schema:
-    """Columns of a rows part; without `text`, of manifest.parquet."""
-    return _schema(tuple(encoders), text)
+def encoder_names(tensors: Tensors) -> list[str]:
+    """The encoders that give the tensors, sorted."""
+    return sorted({tensor.encoder for tensor in tensors})
 
 
 @functools.lru_cache(16)
-def _schema(encoders: tuple[str, ...], text: bool) -> pa.Schema:
+def rows_schema(tensors: Tensors, *, text: bool = True) -> pa.Schema:
+    """Columns of a rows part; without `text`, of manifest.parquet."""
     fields = [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("row", pa.int64(), nullable=False),
@@ -76,12 +70,10 @@ def _schema(encoders: tuple[str, ...], text: bool) -> pa.Schema:
         pa.field("shard", pa.int32(), nullable=False),
         pa.field("index", pa.int32()),
     ]
-    for name in sorted(encoders):
-        fields += [
-            pa.field(f"{name}_tokens", pa.int32()),
-            pa.field(f"{name}_length", pa.int32()),
-            pa.field(f"{name}_truncated", pa.bool_()),
-        ]
+    for name in encoder_names(tensors):
+        fields.append(pa.field(f"{name}_tokens", pa.int32()))
+        fields.append(pa.field(f"{name}_truncated", pa.bool_()))
+    fields += [pa.field(f"{tensor.name}_length", pa.int32()) for tensor in tensors]
     fields.append(pa.field("text_sha256", pa.string()))
     if text:
         fields.append(pa.field("text", pa.string()))
@@ -92,17 +84,31 @@ def rows_digest(samples: Iterable[StoredSample]) -> str:
     """sha256 over the canonical JSON of [sample_id, text] and a newline, for every sample."""
     sha = hashlib.sha256()
     for sample in samples:
-        sha.update(canonical_json([sample.sample_id, sample.text]) + b"\n")
+        sha.update(digested_row(sample.sample_id, sample.text))
     return sha.hexdigest()
 
 
-def rows_part_bytes(unit: int, encoders: Sequence[str], samples: Sequence[StoredSample]) -> bytes:
+def digested_row(sample_id: str, text: str | None) -> bytes:
+    """What a sample adds to the bytes that `rows_sha256` is the digest of."""
+    return canonical_json([sample_id, text]) + b"\n"
+
+
+def text_sha256(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def rows_part_bytes(unit: int, tensors: Tensors, samples: Sequence[StoredSample]) -> bytes:
     """The rows part of a unit."""
-    schema = rows_schema(encoders)
+    schema = rows_schema(tensors)
     sink = pa.BufferOutputStream()
     with parquet_writer(sink, schema) as writer:
         for group in _row_groups(samples):
-            writer.write_batch(_batch(unit, encoders, group, schema))
+            columns = _columns(unit, tensors, group)
+            arrays = [pa.array(columns[field.name], field.type) for field in schema]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
     return bytes(sink.getvalue())
 
 
@@ -123,8 +129,7 @@ def parquet_writer(sink: Any, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def _row_groups(samples: Sequence[StoredSample]) -> Iterator[Sequence[StoredSample]]:
-    """Runs of samples with bounded rows and text: a reader decodes a row group's page at a time,
-    but an Arrow string array ends at 2 GiB."""
+    """Runs of samples with bounded rows and text: an Arrow string array ends at 2 GiB."""
     first = text_bytes = 0
     for i, sample in enumerate(samples):
         text_bytes += len(sample.text or "") * 4
@@ -135,40 +140,31 @@ def _row_groups(samples: Sequence[StoredSample]) -> Iterator[Sequence[StoredSamp
         yield samples[first:]
 
 
-def _batch(
-    unit: int, encoders: Sequence[str], samples: Sequence[StoredSample], schema: pa.Schema
-) -> pa.RecordBatch:
+def _columns(unit: int, tensors: Tensors, samples: Sequence[StoredSample]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {
         "sample_id": [s.sample_id for s in samples],
         "row": [s.row for s in samples],
         "status": [s.status.label for s in samples],
         "error": [s.error for s in samples],
         "shard": [unit] * len(samples),
-        "index": [s.index if s.status is Status.OK else None for s in samples],
-        "text_sha256": [_text_sha256(s.text) for s in samples],
+        "index": [s.index for s in samples],
+        "text_sha256": [text_sha256(s.text) for s in samples],
         "text": [s.text for s in samples],
     }
-    for name in encoders:
-        values = [_encoder_values(s, name) for s in samples]
-        for i, column in enumerate(("tokens", "length", "truncated")):
-            columns[f"{name}_{column}"] = [value[i] for value in values]
-    arrays = [pa.array(columns[field.name], field.type) for field in schema]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+    for name in encoder_names(tensors):
+        columns[f"{name}_tokens"] = [s.tokens.get(name) for s in samples]
+        columns[f"{name}_truncated"] = [s.truncated.get(name) for s in samples]
+    for tensor in tensors:
+        columns[f"{tensor.name}_length"] = [s.lengths.get(tensor.name) for s in samples]
+    return columns
 
 
-def _encoder_values(sample: StoredSample, name: str) -> tuple[Any, Any, Any]:
-    if sample.status is not Status.OK:
-        return None, None, None
-    return sample.tokens[name], sample.lengths[name], sample.truncated[name]
-
-
-def _text_sha256(text: str | None) -> str | None:
-    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+# --- reading --------------------------------------------------------------------------------------
 
 
 def iter_batches(
     path: Path,
-    encoders: Sequence[str],
+    tensors: Tensors,
     *,
     text: bool = True,
     num_rows: int | None = None,
@@ -176,73 +172,54 @@ def iter_batches(
 ) -> Iterator[pa.RecordBatch]:
     """A rows part in batches of at most 4,096 rows, with or without the text column.
 
-    `num_rows` is what its record says: a few bytes can stand for millions of rows, which are then
-    not decoded. `payload` is the part's bytes, where they were read already. VerificationError
-    naming the file when it is missing, damaged, or has other columns or another number of rows.
+    `num_rows` is the number that its record states: a few bytes can stand for millions of rows,
+    which are then not decoded. `payload` is the part's bytes, where they were read already.
+    VerificationError naming the file when it is missing, damaged, or has other columns or another
+    number of rows.
     """
     try:
-        if payload is None and not stat.S_ISREG(path.stat().st_mode):
-            raise OSError("it is no regular file")  # pyarrow would wait for a pipe's other end
-        with (
-            pa.OSFile(str(path)) if payload is None else pa.BufferReader(payload) as source,
-            pq.ParquetFile(
-                source,
-                page_checksum_verification=True,
-                pre_buffer=False,
-                buffer_size=0 if payload is not None else 1 << 20,
-            ) as file,
-        ):
-            schema = rows_schema(encoders)
-            if not file.schema_arrow.equals(schema):
-                raise VerificationError(
-                    f"{path} has columns {file.schema_arrow.names}: expected {schema.names}, with "
-                    "the types of the format."
-                )
-            if num_rows is not None and file.metadata.num_rows != num_rows:
-                raise VerificationError(
-                    f"{path} has {file.metadata.num_rows:,} rows: expected {num_rows:,}, as its "
-                    "record says."
-                )
-            names = rows_schema(encoders, text=text).names
+        source = pa.BufferReader(read_file(path) if payload is None else payload)
+        with open_parquet(path, source, rows_schema(tensors), num_rows) as file:
+            names = rows_schema(tensors, text=text).names
             rows = READ_TEXT_ROWS if text else READ_ROWS
-            rows = rows_at_once(path, source, names, rows)
             if file.metadata.num_rows <= rows:  # the same, with half the calls
                 yield from file.read(names, use_threads=False).to_batches()
-                return
-            yield from file.iter_batches(rows, columns=names, use_threads=False)
+            else:
+                yield from file.iter_batches(rows, columns=names, use_threads=False)
     except FileNotFoundError:
         raise VerificationError(f"{path} is missing, though its unit is committed.") from None
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names not in UTF-8
         raise VerificationError(f"{path} is damaged: {error}.") from error
 
 
-def rows_at_once(path: Path, source: Any, columns: Sequence[str], rows: int) -> int:
-    """At most `rows`, fewer where a batch of them could decode to more than MOST_BATCH_BYTES.
+def open_parquet(
+    path: Path, source: pa.NativeFile, schema: pa.Schema, num_rows: int | None
+) -> pq.ParquetFile:
+    """A Parquet file of ours; VerificationError unless it has these columns and rows.
 
-    `source` is the open Arrow file of `path`. A few bytes of a dictionary can stand for long texts,
-    as often as there are rows. VerificationError where one page alone is too large.
+    pyarrow checks the pages' checksums, and reads nothing ahead: for that it would have to trust
+    the sizes in the footer.
     """
-    enough = MOST_BATCH_BYTES // rows
-    most = rows
-
-    def read_at(offset: int, size: int) -> bytes:
-        return bytes(source.read_at(size, offset))
-
-    try:
-        for group in column_chunks(footer_bytes(read_at, source.size()), columns):
-            bounds = [row_bytes(read_at, chunk, MAX_PAGE_BYTES, enough) for chunk in group]
-            most = min(most, MOST_BATCH_BYTES // max(1, sum(bounds)))
-    except ParquetDamage as error:
-        raise VerificationError(f"{path} is damaged: {error}.") from error
-    return max(1, most)
+    file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
+    if not file.schema_arrow.equals(schema):
+        raise VerificationError(
+            f"{path} has columns {file.schema_arrow.names}: expected {schema.names}, with the "
+            "types of the format."
+        )
+    if num_rows is not None and file.metadata.num_rows != num_rows:
+        raise VerificationError(
+            f"{path} has {file.metadata.num_rows:,} rows: expected {num_rows:,}."
+        )
+    return file
 
 
 def read_samples(
-    path: Path, encoders: Sequence[str], num_rows: int | None = None
+    path: Path, tensors: Tensors, num_rows: int | None = None
 ) -> Iterator[StoredSample]:
     """The samples of a rows part, in order; `num_rows` and errors as `iter_batches`."""
     statuses = {status.label: status for status in Status}
-    for batch in iter_batches(path, encoders, num_rows=num_rows):
+    encoders = encoder_names(tensors)
+    for batch in iter_batches(path, tensors, num_rows=num_rows):
         try:
             entries = batch.to_pylist()
         except UnicodeDecodeError as error:
@@ -259,41 +236,26 @@ def read_samples(
                 error=entry["error"],
                 index=entry["index"],
                 tokens={name: entry[f"{name}_tokens"] for name in encoders} if ok else {},
-                lengths={name: entry[f"{name}_length"] for name in encoders} if ok else {},
                 truncated={name: entry[f"{name}_truncated"] for name in encoders} if ok else {},
+                lengths={t.name: entry[f"{t.name}_length"] for t in tensors} if ok else {},
                 text=entry["text"],
             )
 
 
-def is_sound_orphan(
-    path: Path, rows: bytes, encoders: Sequence[str], samples: Sequence[StoredSample]
-) -> bool:
-    """Whether the rows part that a dead writer left may stay where `rows` were to go.
-
-    Only another pyarrow writes equal samples as other bytes. From our own, other bytes are damage,
-    even where they still read the same: page headers and statistics have no checksum.
-    """
-    try:
-        if path.read_bytes() == rows:
-            return True
-        theirs = pq.read_metadata(path.absolute()).created_by
-        ours = pq.read_metadata(pa.BufferReader(rows)).created_by
-        foreign = theirs != ours and _WRITER.fullmatch(theirs) is not None
-        return foreign and list(read_samples(path, encoders, len(samples))) == list(samples)
-    except (VerificationError, pa.ArrowException, OSError, ValueError):
-        return False
-
-
-def ok_columns(root: Path, names: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+def ok_columns(
+    root: Path, tensors: Tensors, names: Sequence[str]
+) -> Iterator[dict[str, list[Any]]]:
     """Columns of manifest.parquet for the samples whose status is ok, READ_ROWS rows at a time."""
-    path = root / "manifest.parquet"
+    path, schema = root / "manifest.parquet", rows_schema(tensors, text=False)
+    if absent := sorted(set(names) - set(schema.names)):
+        raise InputError(f"{path} has no columns {absent}: it has {', '.join(schema.names)}.")
     try:
-        with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
+        with open_parquet(path, pa.OSFile(str(path)), schema, None) as file:
             columns = ["status", *names]
             for batch in file.iter_batches(READ_ROWS, columns=columns, use_threads=False):
                 ok = pc.equal(batch.column("status"), Status.OK.label)
                 yield {name: batch.column(name).filter(ok).to_pylist() for name in names}
-    except (pa.ArrowException, OSError, LookupError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise VerificationError(
             f"{path} is damaged: {error}. `embed-precompute finalize {root}` makes it again."
         ) from error

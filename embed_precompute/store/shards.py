@@ -5,45 +5,116 @@ any order; a rejected row leaves no trace. A reader accepts exactly the header t
 for this fingerprint, unit and set of tensors, and a file of exactly the size it implies.
 Costs: writing holds no row, only 17 bytes per stored row and tensor; a reject rewrites the file
 once. Reading maps the file (no copy, no file descriptor kept); opening reads header and offsets.
+
+Every number is little-endian, as on every machine torch runs on.
 """
 
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
+from embed_precompute.documents import canonical_json
 from embed_precompute.errors import InternalError, VerificationError
-from embed_precompute.store.commit import PIECE_BYTES, Outcome, StagedFile, StoredFile
-from embed_precompute.store.layout import (
-    CODES,
-    MAX_HEADER_BYTES,
-    METADATA_KEY,
-    TORCH_DTYPES,
-    Span,
-    data_bytes,
-    header_bytes,
-    layout,
-)
-from embed_precompute.store.records import StoredTensor
-from embed_precompute.store.sealed import FORMAT_VERSION
+from embed_precompute.store.commit import PIECE_BYTES, StagedFile, StoredFile
+from embed_precompute.store.records import FORMAT_VERSION, NULL_UNIT, StoredTensor
 
-__all__ = ["ShardFile", "ShardReader", "ShardWriter", "StoredTensor"]
+METADATA_KEY = "embed_precompute"
+MAX_HEADER_BYTES = 4 << 20
+ALIGNMENT = 64
+TORCH_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+# name in a safetensors header, bytes per element
+_CODES = {
+    "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
+    "float32": ("F32", 4),
+    "int64": ("I64", 8),
+    "uint64": ("U64", 8),
+}
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+# --- layout ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ShardFile(StoredFile):
-    """A finished shard, and which of the writer's rows are in it, in order."""
+class _Span:
+    """A tensor's place in the data section."""
 
-    kept: tuple[int, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class _Layout:
+    """Header and spans of a shard: a pure function, so a shard has exactly one right header."""
+
+    def __init__(
+        self,
+        fingerprint: str,
+        unit: int,
+        tensors: Sequence[StoredTensor],
+        num_rows: int,
+        totals: Mapping[str, int],
+    ) -> None:
+        """`totals`: vectors of each tensor per token."""
+        by_name = sorted(tensors, key=lambda tensor: tensor.name)
+        packed = [t for t in by_name if not t.per_caption]
+        parts: list[tuple[str, str, tuple[int, ...]]] = []
+        parts += [(f"text_{t.name}_offsets", "int64", (num_rows + 1,)) for t in packed]
+        parts += [(f"text_{t.name}_xxh3", "uint64", (num_rows,)) for t in by_name]
+        parts += [
+            (f"text_{t.name}", t.dtype, (num_rows, t.width)) for t in by_name if t.per_caption
+        ]
+        parts += [(f"text_{t.name}", t.dtype, (totals[t.name], t.width)) for t in packed]
+        self.spans: dict[str, _Span] = {}
+        position = 0
+        for key, dtype, shape in parts:
+            size = _CODES[dtype][1]
+            for extent in shape:
+                size *= extent
+            self.spans[key] = _Span(dtype, shape, position, position + size)
+            position += size
+        self.header = self._header(fingerprint, None if unit == NULL_UNIT else unit)
+        """Length prefix and JSON, padded with spaces: the data begins at a multiple of 64."""
+        self.file_bytes = len(self.header) + position
+
+    def _header(self, fingerprint: str, unit: int | None) -> bytes:
+        identity = {"fingerprint": fingerprint, "format_version": FORMAT_VERSION, "unit": unit}
+        entries: dict[str, Any] = {
+            "__metadata__": {METADATA_KEY: canonical_json(identity).decode()}
+        }
+        for key, span in self.spans.items():
+            entries[key] = {
+                "dtype": _CODES[span.dtype][0],
+                "shape": list(span.shape),
+                "data_offsets": [span.begin, span.end],
+            }
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        return struct.pack("<Q", len(text)) + text
+
+    def begin(self, key: str) -> int:
+        """Where a tensor begins in the file."""
+        return len(self.header) + self.spans[key].begin
+
+
+# --- writing --------------------------------------------------------------------------------------
 
 
 def _byte_view(values: torch.Tensor) -> memoryview:
@@ -54,15 +125,16 @@ def _byte_view(values: torch.Tensor) -> memoryview:
 class ShardWriter:
     """Writes one shard of `num_rows` stored rows, each at its own offset as it comes. One thread.
 
-    `lengths` gives, for every encoder that is not pooled, the length of each stored row. Leaving
-    the `with` block without `publish` drops everything.
+    `target` is the shard's path without a digest; `unit` may be NULL_UNIT. `lengths` gives, for
+    every tensor per token, the length of each stored row. Leaving the `with` block without
+    `publish` drops everything.
     """
 
     def __init__(
         self,
         target: Path,
         fingerprint: str,
-        unit: int | None,
+        unit: int,
         tensors: Sequence[StoredTensor],
         lengths: Mapping[str, Sequence[int]],
         *,
@@ -71,34 +143,31 @@ class ShardWriter:
         self._fingerprint, self._unit = fingerprint, unit
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self._num_rows = num_rows
-        self._starts: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
+        self._starts: dict[str, Array] = {}
+        self._checksums: dict[str, Array] = {}
+        self._missing: dict[str, Array] = {}
         for name, tensor in self._tensors.items():
-            rows = [1] * num_rows if tensor.pooled else lengths[name]
+            rows = [1] * num_rows if tensor.per_caption else lengths[name]
             if len(rows) != num_rows:
                 raise InternalError(f"{target}: {len(rows)} lengths of {name}, not {num_rows}.")
             self._starts[name] = np.concatenate(([0], np.cumsum(rows, dtype=np.int64)))
-        self._checksums = {name: np.zeros(self._num_rows, np.uint64) for name in self._tensors}
-        self._missing = {name: np.ones(self._num_rows, np.bool_) for name in self._tensors}
+            self._checksums[name] = np.zeros(num_rows, np.uint64)
+            self._missing[name] = np.ones(num_rows, np.bool_)
         self._rejected: set[int] = set()
-        self._plan_bytes()
-        self._staged = StagedFile(target, len(self._head) + data_bytes(self._spans))
+        self._layout = self._make_layout()
+        self._staged = StagedFile(target, self._layout.file_bytes)
 
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.discard()
+    def __exit__(self, *exception: object) -> None:
+        self._staged.discard()
 
     def write(self, name: str, row: int, values: torch.Tensor) -> None:
-        """Stores row `row` of encoder `name`: [length, dim], or [dim] when pooled."""
+        """Stores row `row` of tensor `name`: [length, width], or [width] when per caption."""
         tensor = self._tensors[name]
         length = int(self._starts[name][row + 1] - self._starts[name][row])
-        shape = (tensor.dim,) if tensor.pooled else (length, tensor.dim)
+        shape = (tensor.width,) if tensor.per_caption else (length, tensor.width)
         if (
             values.dtype != TORCH_DTYPES[tensor.dtype]
             or tuple(values.shape) != shape
@@ -116,13 +185,13 @@ class ShardWriter:
         self._missing[name][row] = False
 
     def reject(self, row: int) -> None:
-        """Leaves row `row` out of the shard; it need not be written for the other encoders."""
+        """Leaves row `row` out of the shard; it need not be written for the other tensors."""
         if not 0 <= row < self._num_rows:
             raise InternalError(f"{self._staged.target}: there is no row {row} to reject.")
         self._rejected.add(row)
 
-    def finish(self) -> ShardFile:
-        """Completes the file, digests it, syncs it; only `publish` or `discard` may follow."""
+    def publish(self) -> tuple[StoredFile, list[int]]:
+        """Completes the file and names it by its content; the second value lists the rows in it."""
         kept = [row for row in range(self._num_rows) if row not in self._rejected]
         for name, missing in self._missing.items():
             if missing[kept].any():
@@ -130,42 +199,26 @@ class ShardWriter:
                 raise InternalError(f"{self._staged.target}: row {row} of {name} was not written.")
         if self._rejected:
             self._rewrite(kept)
-        self._staged.pwrite(self._head, 0)
+        self._staged.pwrite(self._layout.header, 0)
         for name, tensor in self._tensors.items():
-            if not tensor.pooled:
+            if not tensor.per_caption:
                 self._put(f"text_{name}_offsets", self._starts[name].astype("<i8"))
             self._put(f"text_{name}_xxh3", self._checksums[name].astype("<u8"))
-        stored = self._staged.digest()
-        self._staged.sync()
-        return ShardFile(stored.name, stored.bytes, stored.sha256, tuple(kept))
+        return self._staged.publish_by_content(), kept
 
-    def read_back(self) -> ShardReader:
-        """The finished shard before it has its name, mapped from its temporary file."""
-        tensors = list(self._tensors.values())
-        return ShardReader(self._staged.path, self._fingerprint, self._unit, tensors)
-
-    def publish(self) -> Outcome:
-        """Gives the finished shard its name; the first wins. As `StagedFile.publish`."""
-        return self._staged.publish()
-
-    def discard(self) -> None:
-        """Drops the temporary file; does nothing once it is published."""
-        self._staged.discard()
-
-    def _plan_bytes(self) -> None:
-        """Header and spans for the present rows."""
+    def _make_layout(self) -> _Layout:
+        """For the present rows."""
         totals = {name: int(starts[-1]) for name, starts in self._starts.items()}
-        self._spans = layout(list(self._tensors.values()), self._num_rows, totals)
-        self._head = header_bytes(self._fingerprint, self._unit, self._spans)
+        tensors = list(self._tensors.values())
+        return _Layout(self._fingerprint, self._unit, tensors, self._num_rows, totals)
 
     def _position(self, name: str, row: int) -> int:
         tensor = self._tensors[name]
-        row_bytes = tensor.dim * CODES[tensor.dtype][1]
-        begin = self._spans[f"text_{name}"].begin
-        return len(self._head) + begin + int(self._starts[name][row]) * row_bytes
+        row_bytes = tensor.width * _CODES[tensor.dtype][1]
+        return self._layout.begin(f"text_{name}") + int(self._starts[name][row]) * row_bytes
 
-    def _put(self, key: str, values: np.ndarray[Any, Any]) -> None:
-        self._staged.pwrite(values.data, len(self._head) + self._spans[key].begin)
+    def _put(self, key: str, values: Array) -> None:
+        self._staged.pwrite(values.data, self._layout.begin(key))
 
     def _rewrite(self, kept: list[int]) -> None:
         """A new temporary file with only the `kept` rows, copied in pieces; the old one goes."""
@@ -182,13 +235,11 @@ class ShardWriter:
         for name, starts in self._starts.items():
             self._starts[name] = np.concatenate(([0], np.cumsum(np.diff(starts)[kept])))
             self._checksums[name] = self._checksums[name][kept]
-            self._missing[name] = self._missing[name][kept]
         self._num_rows = len(kept)
-        self._rejected = set()
-        self._plan_bytes()
+        self._layout = self._make_layout()
         old = self._staged
         with old:
-            self._staged = StagedFile(old.target, len(self._head) + data_bytes(self._spans))
+            self._staged = StagedFile(old.target, self._layout.file_bytes)
             for name, spans in sources.items():
                 position = self._position(name, 0)
                 for begin, end in spans:
@@ -197,80 +248,79 @@ class ShardWriter:
                         position += self._staged.pwrite(piece, position)
 
 
+# --- reading --------------------------------------------------------------------------------------
+
+
 class ShardReader:
-    """The rows of one shard, mapped from the file.
+    """The rows of one shard, mapped from the file; `unit` may be NULL_UNIT.
 
     Opening checks everything but the rows' values: those have checksums (`check_row`), and the
     whole file has a sha256 in its record. Raises VerificationError naming the file.
     """
 
     def __init__(
-        self, path: Path, fingerprint: str, unit: int | None, tensors: Sequence[StoredTensor]
+        self, path: Path, fingerprint: str, unit: int, tensors: Sequence[StoredTensor]
     ) -> None:
         self.path = path
         self._tensors = {tensor.name: tensor for tensor in tensors}
         data = self._map()
-        raw = data.numpy()
-        size = int.from_bytes(raw[:8].tobytes(), "little")
-        if data.numel() < 8 or not 0 < size <= min(MAX_HEADER_BYTES, data.numel() - 8):
-            raise self._damaged(f"no shard header in {data.numel()} bytes")
-        head = raw[: 8 + size].tobytes()
-        spans = self._check_header(head, fingerprint, unit)
-        expected = len(head) + data_bytes(spans)
-        if data.numel() != expected:
-            raise self._damaged(f"found {data.numel()} bytes, its header describes {expected}")
-        body = data[len(head) :]
-        self.num_rows = spans[f"text_{next(iter(self._tensors))}_xxh3"].shape[0]
+        self.file_bytes = data.numel()
+        size = int.from_bytes(data[:8].numpy().tobytes(), "little")
+        if self.file_bytes < 8 or not 0 < size <= min(MAX_HEADER_BYTES, self.file_bytes - 8):
+            raise self._damaged(f"no shard header in {self.file_bytes} bytes")
+        header = data[: 8 + size].numpy().tobytes()
+        layout = self._check_header(header, fingerprint, unit)
+        if self.file_bytes != layout.file_bytes:
+            raise self._damaged(
+                f"found {self.file_bytes} bytes, its header describes {layout.file_bytes}"
+            )
+        self._body, self._spans = data[len(header) :], layout.spans
         self._values: dict[str, torch.Tensor] = {}
-        self._starts: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
-        self._checksums: dict[str, np.ndarray[Any, np.dtype[np.uint64]]] = {}
+        self._starts: dict[str, Array] = {}
+        self._checksums: dict[str, Array] = {}
         for name, tensor in self._tensors.items():
-            span = spans[f"text_{name}"]
-            flat = body[span.begin : span.end].view(TORCH_DTYPES[tensor.dtype])
+            span = layout.spans[f"text_{name}"]
+            flat = self._body[span.begin : span.end].view(TORCH_DTYPES[tensor.dtype])
             self._values[name] = flat.view(span.shape)
-            self._checksums[name] = _array(body, spans[f"text_{name}_xxh3"], np.dtype("<u8"))
-            if not tensor.pooled:
-                self._starts[name] = self._offsets(name, body, spans)
+            self._checksums[name] = self._array(f"text_{name}_xxh3", "<u8")
+            if not tensor.per_caption:
+                self._starts[name] = self._offsets(name)
+        self.num_rows = len(next(iter(self._checksums.values())))
 
     def row(self, name: str, i: int) -> torch.Tensor:
-        """Stored row `i` of encoder `name`: [length, dim], or [dim] when pooled. Not copied.
+        """Stored row `i` of tensor `name`: [length, width], or [width] per caption. Not copied.
 
-        The tensor shares the mapping. Writing to it never reaches the file, but is seen by whoever
-        reads the row from this reader later: clone it first.
+        It shares the mapping. Writing to it never reaches the file, but is seen by whoever reads
+        the row from this reader later: clone it first.
         """
         self._check_index(name, i)
         values = self._values[name]
-        if self._tensors[name].pooled:
+        if self._tensors[name].per_caption:
             return values[i]
         starts = self._starts[name]
         return values[int(starts[i]) : int(starts[i + 1])]
 
     def length(self, name: str, i: int) -> int:
-        """Length of stored row `i` of encoder `name`; 1 when pooled."""
+        """Vectors in stored row `i` of tensor `name`; 1 per caption."""
         self._check_index(name, i)
-        if self._tensors[name].pooled:
+        if self._tensors[name].per_caption:
             return 1
         return int(self._starts[name][i + 1] - self._starts[name][i])
 
-    def lengths(self, name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Lengths of all stored rows of encoder `name`, int64 [n]."""
-        if self._tensors[name].pooled:
+    def lengths(self, name: str) -> Array:
+        """Lengths of all stored rows of tensor `name`, int64 [n]."""
+        if self._tensors[name].per_caption:
             return np.ones(self.num_rows, np.int64)
         return np.diff(self._starts[name])
 
-    def checksums(self, name: str) -> np.ndarray[Any, np.dtype[np.uint64]]:
-        """Stored checksums of all rows of encoder `name`, uint64 [n], read-only."""
+    def checksums(self, name: str) -> Array:
+        """Stored checksums of all rows of tensor `name`, uint64 [n], read-only."""
         return self._checksums[name]
-
-    def checksum(self, name: str, i: int) -> int:
-        """Stored checksum of row `i`."""
-        self._check_index(name, i)
-        return int(self._checksums[name][i])
 
     def check_row(self, name: str, i: int) -> bool:
         """Whether the bytes of row `i` have its stored checksum; reads the row."""
         digest: int = xxhash.xxh3_64_intdigest(_byte_view(self.row(name, i)))
-        return digest == self.checksum(name, i)
+        return digest == int(self._checksums[name][i])
 
     def _check_index(self, name: str, i: int) -> None:
         if not 0 <= i < self.num_rows:
@@ -294,41 +344,48 @@ class ShardReader:
         # torch's own stubs do not know that from_file returns an UntypedStorage
         return empty if storage is None else empty.set_(storage)  # type: ignore[arg-type]
 
-    def _check_header(self, head: bytes, fingerprint: str, unit: int | None) -> dict[str, Span]:
-        """The spans, if `head` is byte for byte the header we would write."""
-        first = next(iter(self._tensors))
+    def _check_header(self, header: bytes, fingerprint: str, unit: int) -> _Layout:
+        """The layout, if `header` is byte for byte the header that the writer makes."""
         try:
-            entries = json.loads(head[8:])
+            entries = json.loads(header[8:])
             totals = {
                 name: _extent(entries[f"text_{name}"])
                 for name, tensor in self._tensors.items()
-                if not tensor.pooled
+                if not tensor.per_caption
             }
-            num_rows = _extent(entries[f"text_{first}_xxh3"])
+            num_rows = _extent(entries[f"text_{next(iter(self._tensors))}_xxh3"])
             identity = json.loads(entries["__metadata__"][METADATA_KEY])
             found = {key: identity[key] for key in ("format_version", "fingerprint", "unit")}
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             reason = f"its header is not that of a shard of {sorted(self._tensors)} ({error!r})"
             raise self._damaged(reason) from error
-        wanted = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "unit": unit}
+        wanted = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": fingerprint,
+            "unit": None if unit == NULL_UNIT else unit,
+        }
         for key, value in wanted.items():
             if found[key] != value:
                 raise self._damaged(f"it has {key} {found[key]!r}, expected {value!r}")
-        spans = layout(list(self._tensors.values()), num_rows, totals)
-        expected = header_bytes(fingerprint, unit, spans)
-        if expected != head:
-            differing = [k for k, v in json.loads(expected[8:]).items() if entries.get(k) != v]
+        layout = _Layout(fingerprint, unit, list(self._tensors.values()), num_rows, totals)
+        if layout.header != header:
+            expected = json.loads(layout.header[8:])
+            differing = [key for key, value in expected.items() if entries.get(key) != value]
             raise self._damaged(f"its header is not as the writer makes it {differing}")
-        return spans
+        return layout
 
-    def _offsets(
-        self, name: str, body: torch.Tensor, spans: Mapping[str, Span]
-    ) -> np.ndarray[Any, np.dtype[np.int64]]:
-        starts = _array(body, spans[f"text_{name}_offsets"], np.dtype("<i8"))
-        total = spans[f"text_{name}"].shape[0]
-        if starts[0] != 0 or starts[-1] != total or (np.diff(starts) < 0).any():
+    def _offsets(self, name: str) -> Array:
+        starts = self._array(f"text_{name}_offsets", "<i8")
+        total = self._spans[f"text_{name}"].shape[0]
+        if starts[0] != 0 or starts[-1] != total or (starts[1:] < starts[:-1]).any():
             raise self._damaged(f"text_{name}_offsets does not rise from 0 to {total}")
         return starts
+
+    def _array(self, key: str, dtype: str) -> Array:
+        span = self._spans[key]
+        values: Array = self._body[span.begin : span.end].numpy().view(np.dtype(dtype))
+        values.flags.writeable = False
+        return values
 
     def _damaged(self, reason: str) -> VerificationError:
         return VerificationError(f"{self.path} is not the shard it should be: {reason}.")
@@ -340,9 +397,3 @@ def _extent(entry: Mapping[str, Any]) -> int:
     if type(extent) is not int or extent < 0:
         raise ValueError(f"a tensor with {extent!r} rows")
     return extent
-
-
-def _array(body: torch.Tensor, span: Span, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    values = body[span.begin : span.end].numpy().view(dtype)
-    values.flags.writeable = False
-    return values

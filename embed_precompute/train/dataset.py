@@ -30,7 +30,15 @@ from embed_precompute.documents import differing_fields, digest_of, listed
 from embed_precompute.errors import ConflictError, IncompleteError, InputError, VerificationError
 from embed_precompute.samples import Status
 from embed_precompute.store.index import DatasetIndex
-from embed_precompute.store.records import null_paths, read_manifest, stored_tensors, unit_paths
+from embed_precompute.store.records import (
+    NULL_UNIT,
+    Manifest,
+    TensorEntry,
+    read_manifest,
+    read_null_record,
+    read_record,
+    stored_tensors,
+)
 from embed_precompute.store.shards import ShardReader
 
 AnyPath = str | os.PathLike[str]
@@ -48,17 +56,11 @@ class _Folder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.manifest = _read_manifest(root)
-        try:
-            self.fingerprint: str = self.manifest["fingerprint"]
-            self.tensors = stored_tensors(self.manifest["spec"])
-            self.num_ok = int(self.manifest["counts"]["status"][Status.OK.label])
-            ok = self.manifest["files"]["index/ok.npy"]["sha256"]
-            self.samples: dict[str, str] = {"plan": self.manifest["plan"], "ok": ok}
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise VerificationError(
-                f"{root / 'manifest.json'} is not as the format says: {error!r}. "
-                f"`embed-precompute finalize {root}` makes it again."
-            ) from error
+        self.fingerprint = self.manifest.fingerprint
+        self.tensors = stored_tensors(self.manifest.spec)
+        self.num_ok = self.manifest.counts.status[Status.OK.label]
+        ok = self.manifest.files["index/ok.npy"].sha256
+        self.samples = {"plan": self.manifest.plan_id, "ok": ok}
         self._index: DatasetIndex | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,23 +72,20 @@ class _Folder:
         index = self._index
         if index is None:
             index = DatasetIndex(self.root)
-            if index.manifest["digest"] != self.manifest["digest"]:
+            if index.manifest.digest != self.manifest.digest:
                 raise VerificationError(
                     f"{self.root} was finalised anew since it was opened: open the dataset again."
-                )
-            stored = tuple(tensor.name for tensor in self.tensors)
-            if index.encoders != stored:
-                raise VerificationError(
-                    f"{self.root / 'manifest.json'} lists the encoders {index.encoders}, its spec "
-                    f"{stored}. `embed-precompute finalize {self.root}` makes it again."
                 )
             self._index = index
         return index
 
-    def shard(self, unit: int | None) -> ShardReader:
-        """Unit `unit` mapped; None: the null embedding."""
-        paths = null_paths(self.root) if unit is None else unit_paths(self.root, unit)
-        return ShardReader(paths.shard, self.fingerprint, unit, self.tensors)
+    def shard(self, unit: int) -> ShardReader:
+        """The shard of a unit, or of the null embedding (NULL_UNIT), mapped."""
+        if unit == NULL_UNIT:
+            path = read_null_record(self.root).shard_path(self.root)
+        else:
+            path = self.index.shard_path(unit)
+        return ShardReader(path, self.fingerprint, unit, self.tensors)
 
     def damaged(self, found: object) -> VerificationError:
         return VerificationError(
@@ -130,13 +129,13 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         self._ends = list(accumulate(folder.num_ok for folder in self._folders))
         self._verify_rows, self._copy = verify == "rows", copy
         self._max_open_shards = max_open_shards
-        self._shards: dict[tuple[int, int | None], ShardReader] = {}
+        self._shards: dict[tuple[int, int], ShardReader] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}}
 
     @property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """The content of manifest.json; of the first folder's, when there are several."""
         return self._folders[0].manifest
 
@@ -155,21 +154,19 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         return digest_of([folder.samples for folder in self._folders])
 
     @property
-    def encoders(self) -> dict[str, dict[str, Any]]:
-        """Per encoder tensor (its name in a sample), pooled, dim, dtype."""
-        encoders: dict[str, dict[str, Any]] = self.manifest["encoders"]
-        return encoders
+    def tensors(self) -> dict[str, TensorEntry]:
+        """By name without `text_`: its encoder, whether per token or per caption, width, dtype."""
+        return self.manifest.tensors
 
     def is_masked(self, tensor: str) -> bool:
-        """Whether only real tokens are stored: the encoder ran with attention_mask padding."""
-        name = tensor.removeprefix("text_")
-        mode = self.manifest["spec"]["encoders"][name].get("attention_mask")
-        return bool(mode == "padding" and not self.encoders[name]["pooled"])
+        """Whether a sequence has a caption's own tokens only: no pad was attended or is stored."""
+        of_name = {f"text_{each.name}": each for each in self._folders[0].tensors}
+        return of_name[tensor].positions == "real"
 
     @property
     def null(self) -> dict[str, torch.Tensor]:
         """The encoding of the empty caption: text_<name> [L0, D] or [C], from the first folder."""
-        folder, reader = self._folders[0], self._shard(0, None)
+        folder, reader = self._folders[0], self._shard(0, NULL_UNIT)
         if reader.num_rows != 1:
             raise VerificationError(f"{reader.path} has {reader.num_rows} rows: expected 1.")
         for tensor in folder.tensors:
@@ -225,10 +222,9 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         number, sample = self._locate(i)
         folder = self._folders[number]
         unit = int(folder.index.shard[sample])
-        part = unit_paths(folder.root, unit).rows
-        names = [tensor.name for tensor in folder.tensors]
+        part = read_record(folder.root, unit).rows_path(folder.root)
         first = int(folder.index.shards[unit, 0])
-        stored = next(islice(read_samples(part, names), sample - first, None), None)
+        stored = next(islice(read_samples(part, folder.tensors), sample - first, None), None)
         if stored is None or stored.text is None:
             raise folder.damaged(f"{part} has no text for sample {sample}")
         return stored.text
@@ -242,7 +238,7 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
 
         for folder in self._folders:
             left = folder.num_ok
-            for part in ok_columns(folder.root, names):
+            for part in ok_columns(folder.root, folder.tensors, names):
                 left -= len(part[names[0]])
                 yield part
             if left:
@@ -300,7 +296,7 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
             found[f"text_{tensor.name}"] = values
         return found
 
-    def _shard(self, number: int, unit: int | None) -> ShardReader:
+    def _shard(self, number: int, unit: int) -> ShardReader:
         """The shard's reader, mapped at most once while it is among the last used.
 
         A dict in order of use, without a lock: a fork may come while another thread holds one. The
@@ -315,7 +311,7 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         return reader
 
 
-def _read_manifest(root: Path) -> dict[str, Any]:
+def _read_manifest(root: Path) -> Manifest:
     try:
         return read_manifest(root)
     except FileNotFoundError:
@@ -333,7 +329,7 @@ def _check_one_fingerprint(folders: Sequence[_Folder]) -> None:
     first = folders[0]
     for other in folders[1:]:
         if other.fingerprint != first.fingerprint:
-            lines = differing_fields(first.manifest["spec"], other.manifest["spec"])
+            lines = differing_fields(first.manifest.spec, other.manifest.spec)
             raise ConflictError(
                 f"{first.root} and {other.root} hold different embeddings; they differ in\n  "
                 + listed(lines)

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from handmade import ENVIRONMENT, make_plan, samples_of
+from handmade import ENVIRONMENT, make_plan, output, samples_of
 from jobs import clean_environment, write_captions
 from transformers import T5Config, T5EncoderModel
 
 from embed_precompute.job.units import EncodedTokens, Unit
 from embed_precompute.job.writer import UnitWriter
+from embed_precompute.store.plan import Plan
 from faults.lab import Finding, Lab
 from faults.unprotected import unprotected
 from make_demo import write_t5
@@ -78,7 +79,9 @@ def _write(lab: Lab, units: int, ram: bool, *, protected: bool) -> float:
 
 def _write_units(root: Path, units: int, *, records: bool) -> float:
     plan = make_plan(units * ROWS, ROWS)
-    plan.spec["encoders"] = {"t5": {"kind": "t5", "pooled": False, "dim": DIM}}
+    spec = {**plan.spec, "encoders": {"t5": {"outputs": [output("token", DIM, "all")]}}}
+    sizes = {"samples_per_shard": ROWS, "num_rows": units * ROWS, "num_samples": units * ROWS}
+    plan = Plan.make(spec, plan.inputs, **sizes)
     texts = [f"caption {i}" for i in range(ROWS)]
     values = torch.randn(8, TOKENS, DIM).to(torch.bfloat16)
     ids = [np.zeros(TOKENS, np.int32) for _ in texts]
@@ -93,7 +96,6 @@ def _write_units(root: Path, units: int, *, records: bool) -> float:
             if records:
                 writer.commit()
             else:
-                writer._shard.finish()
                 writer._shard.publish()
     return time.monotonic() - began
 

@@ -235,7 +235,7 @@ def _late(root: str, seconds: float, seed: int) -> None:
         return seen and not ("shard-" in self.name and young(self))
 
     def listing(folder: Path) -> set[int]:
-        return {u for u in real_listing(folder) if exists(resume.unit_paths(folder, u).record)}
+        return {u for u in real_listing(folder) if exists(resume.record_path(folder, u))}
 
     def link(*args: Any, **kwargs: Any) -> None:
         real_link(*args, **kwargs)

@@ -43,8 +43,8 @@ def f15_hostile(lab: Lab) -> list[Finding]:
     listed = ", ".join(f"{kind} {n}" for kind, n in sorted(kinds.items()))
     return [
         Finding(
-            "F15", "mutated safetensors, JSON (sealed anew), index, rows and caption parquet; "
-            "traversal names; bombs",
+            "F15", "mutated safetensors, JSON (digests made right), index, rows and caption "
+            "parquet; traversal names; bombs",
             "no crash, no traceback, no code, nothing outside the root, 512 MiB, 2 s each",
             f"{sum(kinds.values())} files ({listed}): {len(problems)} wrong, slowest "
             f"{slowest:.2f} s, largest {largest} MiB resident {first_lines(distinct, 25)}",

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -219,8 +221,8 @@ def _bytes(root: Path, captions: Path, rng: random.Random) -> str:
 
 
 def _json(root: Path, captions: Path, rng: random.Random) -> str:
-    """A value of a JSON file replaced, and the file sealed anew, so that its digest is right."""
-    from embed_precompute.store.sealed import seal
+    """A value of a JSON file replaced, and its digest made right."""
+    from embed_precompute.store.records import document_bytes
 
     path = rng.choice(_files(root, ".json"))
     content = json.loads(path.read_bytes())
@@ -243,7 +245,7 @@ def _json(root: Path, captions: Path, rng: random.Random) -> str:
             owner[key] = rng.choice(BAD_VALUES)
         break
     try:
-        path.write_bytes(seal(content))
+        path.write_bytes(document_bytes(content))
     except (ValueError, RecursionError):
         path.write_text(json.dumps(content))
     return f"json: {path.name} {'.'.join(trail)[:60]}"
@@ -330,18 +332,29 @@ def _rows(root: Path, captions: Path, rng: random.Random) -> str:
 
 
 def _restate(root: Path, path: Path) -> None:
-    """State a file's new size and sha256 in the record or manifest that has it, sealed anew."""
-    from embed_precompute.store.sealed import seal
+    """State a file's new size and sha256 in the record or manifest that has it."""
+    from embed_precompute.store.records import document_bytes
 
     payload = path.read_bytes()
-    now = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
+    now: dict[str, Any] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
+    before, name = str(path.relative_to(root)), path.name
+    if data := re.fullmatch(r"(null|shard-([0-9]+))-[0-9a-f]{16}(\..*)", name):
+        path = path.rename(path.with_name(f"{data[1]}-{now['sha256'][:16]}{data[3]}"))
+        if data[2] and data[3] == ".safetensors":
+            digests = np.load(root / "index/shard_digest.npy")
+            digests[int(data[2])] = int(now["sha256"][:16], 16)
+            np.save(root / "index/shard_digest.npy", digests)
+            _restate(root, root / "index/shard_digest.npy")
     for owner in _files(root, ".json"):
         content = json.loads(owner.read_bytes())
         entries = content.get("files", {})
-        for name, entry in entries.items():
-            if name == str(path.relative_to(root)) or entry.get("name") == path.name:
-                entry.update(now)
-                owner.write_bytes(seal(content))
+        if before in entries:
+            del entries[before]
+            entries[str(path.relative_to(root))] = now
+        for entry in entries.values():
+            if entry.get("name") == name:
+                entry.update({**now, "name": path.name})
+        owner.write_bytes(document_bytes(content))
 
 
 MUTATIONS = (

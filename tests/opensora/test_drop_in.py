@@ -309,7 +309,7 @@ def test_normalised_captions(drop_in: Any, tmp_path: Path, tiny_t5: Path, tiny_c
     [
         ({"memory_efficient": True}, "memory_efficient is True"),
         ({"id_column": "nope"}, "no column 'nope'"),
-        ({"t5": "clip"}, "encoder 'clip' cannot give text_t5"),
+        ({"t5": "clip"}, "'clip' cannot give text_t5"),
         ({"on_missing": "skip"}, "on_missing is 'skip'"),
         ({"compare": "no"}, "compare is 'no'"),
         ({"pad_masked": "no"}, "pad_masked is 'no'"),

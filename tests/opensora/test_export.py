@@ -25,7 +25,7 @@ from embed_precompute.errors import (
 from embed_precompute.opensora import export as export_module
 from embed_precompute.opensora.export import Export, OpenSoraOptions, export_opensora, tensor_path
 from embed_precompute.opensora.table import NO_LATENTS, Entry
-from embed_precompute.store.sealed import read_sealed
+from embed_precompute.store.records import read_json
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_interrupted_anywhere(root: Path, tmp_path: Path, monkeypatch: pytest.Mo
         assert not list(out.rglob(".tmp-*"))
     export(root, out)
     assert tensor_files(out) == tensor_files(tmp_path / "whole")
-    assert read_sealed(out / "export.json", "export")["rows"] == 28
+    assert read_json(out / "export.json", "export")["rows"] == 28
     check_tensors(root, rows_of(out))
 
 
@@ -217,7 +217,7 @@ def test_a_limit_may_grow(root: Path, tmp_path: Path) -> None:
     assert [row["id"] for row in rows_of(tmp_path)] == ["s0", "s1", "s2", "s3", "s5"]
     assert export(root, tmp_path, limit=10).counts["written"] == 10
     rows = rows_of(tmp_path)
-    assert len(rows) == read_sealed(tmp_path / "export.json", "export")["rows"] == 10
+    assert len(rows) == read_json(tmp_path / "export.json", "export")["rows"] == 10
     check_tensors(root, rows)
 
 
@@ -315,9 +315,9 @@ def test_captions_that_are_not_found(tmp_path: Path, tiny_t5: Path, tiny_clip: P
 def test_refusals(
     root: Path, tmp_path: Path, tiny_t5: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match=r"encoder 'umt5'.*\['t5'\] would do"):
+    with pytest.raises(InputError, match=r"'umt5' cannot.*\['t5'\] would do"):
         export(root, tmp_path / "e", t5="umt5")
-    with pytest.raises(InputError, match=r"encoder 't5'.*\['clip'\] would do"):
+    with pytest.raises(InputError, match=r"'t5' cannot.*\['clip'\] would do"):
         export(root, tmp_path / "e", clip="t5")
     clash = with_column(captions_table(), "sample_id", range(ROWS))
     other = make(tmp_path / "clash", clash, tiny_t5, tiny_clip)

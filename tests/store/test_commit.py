@@ -1,8 +1,7 @@
-"""Commits: order, first wins, modes, faults; sealed JSON."""
+"""Commits: order, first wins, names by content, modes, faults."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -13,42 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_case import (
-    FINGERPRINT,
-    TENSORS,
-    fail_at,
-    flips,
-    leftovers,
-    raiser,
-    write_shard,
-)
+from breaking import leftovers, raiser
 
-from embed_precompute.documents import digest_of
-from embed_precompute.errors import (
-    StorageError,
-    VerificationError,
-)
-from embed_precompute.store import leftovers as leftover_files
+from embed_precompute.errors import StorageError
 from embed_precompute.store.commit import (
-    Outcome,
     StagedFile,
+    content_name,
     digest_file,
     publish_bytes,
+    publish_bytes_by_content,
+    remove_leftovers,
     replace_bytes,
 )
-from embed_precompute.store.manifest import (
-    unit_paths,
-)
-from embed_precompute.store.sealed import FORMAT_VERSION, read_sealed, seal
-from embed_precompute.store.shards import ShardWriter
 
 
 def test_publish_first_wins(tmp_path: Path) -> None:
     target = tmp_path / "a" / "b" / "x.json"
-    assert publish_bytes(target, b"one") is Outcome.PUBLISHED
-    assert publish_bytes(target, b"one") is Outcome.SAME
-    assert publish_bytes(target, b"two") is Outcome.DIFFERENT
-    assert publish_bytes(target, b"longer") is Outcome.DIFFERENT
+    assert publish_bytes(target, b"one")
+    assert publish_bytes(target, b"one")
+    assert not publish_bytes(target, b"two")
+    assert not publish_bytes(target, b"longer")
     assert target.read_bytes() == b"one"
     assert os.stat(target).st_nlink == 1
     assert leftovers(tmp_path) == []
@@ -65,19 +48,37 @@ def test_replace_writes_only_what_differs(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+def test_data_is_named_by_its_content(tmp_path: Path) -> None:
+    """Equal bytes keep the file that is there; other bytes under the name are damage."""
+    digest = hashlib.sha256(b"one").hexdigest()
+    assert content_name("a.rows.parquet", digest) == f"a-{digest[:16]}.rows.parquet"
+    stored = publish_bytes_by_content(tmp_path / "a.rows.parquet", b"one")
+    path = tmp_path / f"a-{digest[:16]}.rows.parquet"
+    assert (stored.name, stored.bytes, stored.sha256) == (path.name, 3, digest)
+    inode = path.stat().st_ino
+    publish_bytes_by_content(tmp_path / "a.rows.parquet", b"one")
+    assert path.stat().st_ino == inode
+    for damage in (b"two", b"longer", b""):
+        path.write_bytes(damage)
+        publish_bytes_by_content(tmp_path / "a.rows.parquet", b"one")
+        assert path.read_bytes() == b"one"
+    path.unlink()
+    os.mkfifo(path)  # opening it would block
+    publish_bytes_by_content(tmp_path / "a.rows.parquet", b"one")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == b"one"
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
 def test_modes_follow_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         publish_bytes(tmp_path / "published", b"x")
         replace_bytes(tmp_path / "replaced", b"x")
-        shard = tmp_path / "shard"
-        with ShardWriter(shard, FINGERPRINT, 0, TENSORS, {"t5": []}, num_rows=0) as writer:
-            writer.finish()
-            writer.publish()
+        data = publish_bytes_by_content(tmp_path / "data.x", b"x").name
     finally:
         os.umask(before)
-    for name in ("published", "replaced", "shard"):
+    for name in ("published", "replaced", data):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask
 
 
@@ -135,9 +136,9 @@ def test_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: in
 
     monkeypatch.setattr(os, "link", refuse)
     target = tmp_path / "x"
-    assert publish_bytes(target, b"one") is Outcome.PUBLISHED
-    assert publish_bytes(target, b"one") is Outcome.SAME
-    assert publish_bytes(target, b"two") is Outcome.DIFFERENT
+    assert publish_bytes(target, b"one")
+    assert publish_bytes(target, b"one")
+    assert not publish_bytes(target, b"two")
     assert target.read_bytes() == b"one"
     assert leftovers(tmp_path) == []
 
@@ -156,7 +157,7 @@ def test_failure_reported_after_success(
     if name == "rename":
         monkeypatch.setattr(os, "link", raiser(errno.EPERM))
     monkeypatch.setattr(os, name, late)
-    assert publish_bytes(tmp_path / "x", b"one") is Outcome.PUBLISHED
+    assert publish_bytes(tmp_path / "x", b"one")
     assert leftovers(tmp_path) == []
 
 
@@ -168,22 +169,10 @@ def test_staged_file_removed_by_finaliser(tmp_path: Path) -> None:
         other.write(b"two")
         third.write(b"one")
         publish_bytes(target, b"one")
-        leftover_files.remove_leftovers(tmp_path)
-        assert staged.publish() is Outcome.SAME
-        assert other.publish() is Outcome.DIFFERENT
+        remove_leftovers(tmp_path)
+        assert staged.publish()
+        assert not other.publish()
         assert not third.replace()
-
-
-def test_publish_again_after_moving_the_other_away(tmp_path: Path) -> None:
-    target = tmp_path / "x"
-    publish_bytes(target, b"bad")
-    with StagedFile(target) as staged:
-        staged.write(b"good")
-        assert staged.publish() is Outcome.DIFFERENT
-        target.rename(tmp_path / "aside")
-        assert staged.publish() is Outcome.PUBLISHED
-    assert target.read_bytes() == b"good"
-    assert leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -204,27 +193,7 @@ def test_storage_errors(
         assert "needs 7 bytes" in str(caught.value)
     assert not target.exists()
     assert leftovers(tmp_path) == []
-    assert publish_bytes(target, b"payload") is Outcome.PUBLISHED
-
-
-def test_disk_full_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The n-th write, fsync, close or link fails, for all n: exit 74 and never a wrong file."""
-    whole = write_shard(tmp_path / "whole", 0)[0].read_bytes()
-    for name in ("pwrite", "fsync", "close", "link"):
-        for n in range(100):
-            folder = tmp_path / f"{name}-{n}"
-            folder.mkdir()
-            with monkeypatch.context() as patch:
-                left = fail_at(patch, name, n)
-                with contextlib.suppress(StorageError):  # anything else is a failure here
-                    write_shard(folder, 0)
-            path = unit_paths(folder, 0).shard
-            assert not path.exists() or path.read_bytes() == whole
-            assert write_shard(folder, 0)[0].read_bytes() == whole
-            if left[0] >= 0:
-                break
-        else:
-            pytest.fail("the calls do not end")
+    assert publish_bytes(target, b"payload")
 
 
 def test_file_size_limit(tmp_path: Path) -> None:
@@ -243,46 +212,3 @@ def test_file_size_limit(tmp_path: Path) -> None:
     assert "writing at byte 1000 failed" in result.stdout
     assert "needs 1500 bytes" in result.stdout
     assert list(tmp_path.iterdir()) == []
-
-
-def test_sealed_round_trip(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    obj = {"format_version": FORMAT_VERSION, "kind": "unit", "text": "é\n", "n": 1}
-    path.write_bytes(seal(obj))
-    assert read_sealed(path, "unit") == {**obj, "digest": digest_of(obj)}
-    assert seal(read_sealed(path)) == path.read_bytes()
-    with pytest.raises(VerificationError, match="kind 'unit': expected 'null'"):
-        read_sealed(path, "null")
-    with pytest.raises(FileNotFoundError):
-        read_sealed(tmp_path / "absent")
-
-
-def test_every_flipped_bit_of_sealed_json_is_found(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    payload = seal({"format_version": FORMAT_VERSION, "kind": "unit", "ab": [1, "x", None, True]})
-    for _ in flips(path, payload, range(len(payload) * 8)):
-        with pytest.raises(VerificationError, match=str(path)):
-            read_sealed(path)
-    for end in range(len(payload)):
-        path.write_bytes(payload[:end])
-        with pytest.raises(VerificationError, match=str(path)):
-            read_sealed(path)
-
-
-@pytest.mark.parametrize(
-    "payload",
-    [
-        b"[" * 100_000,
-        b"[]",
-        b"NaN",
-        b'{"format_version":1,"x":1e999}',
-        b'{"format_version":1,"x":"\\ud800"}',
-        b'{"format_version":2}',
-        b'{"format_version":1,"format_version":1,"digest":""}',
-        b'{"format_version":1,"n":' + b"9" * 5000 + b"}",
-    ],
-)
-def test_hostile_json(tmp_path: Path, payload: bytes) -> None:
-    (tmp_path / "x").write_bytes(payload)
-    with pytest.raises(VerificationError):
-        read_sealed(tmp_path / "x")

@@ -6,39 +6,57 @@ import contextlib
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import xxhash
+from breaking import fail_at, flips, leftovers
 from safetensors import safe_open
-from store_case import (
-    FINGERPRINT,
-    LENGTHS,
-    TENSORS,
-    flips,
-    leftovers,
-    values,
-    write_shard,
-)
 
-from embed_precompute.errors import (
-    InputError,
-    InternalError,
-    VerificationError,
-)
-from embed_precompute.store import commit
-from embed_precompute.store.commit import (
-    Outcome,
-    digest_file,
-)
-from embed_precompute.store.shards import ShardReader, ShardWriter, StoredTensor
+from embed_precompute.errors import InternalError, StorageError, VerificationError
+from embed_precompute.store.commit import digest_file
+from embed_precompute.store.records import NULL_UNIT, SHARD, StoredTensor, unit_path
+from embed_precompute.store.shards import ShardReader, ShardWriter
+
+FINGERPRINT = "f" * 64
+CLIP = StoredTensor("clip", "clip", "caption", 5, "bfloat16")
+T5 = StoredTensor("t5", "t5", "token", 8, "bfloat16")
+TENSORS = (CLIP, T5)
+LENGTHS = [3, 1, 4, 2, 6]
+
+
+def values(unit: int, row: int, length: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+    generator = torch.Generator().manual_seed(1000 * unit + row + 5000)
+    pooled = torch.randn(5, generator=generator).to(dtype)
+    return pooled, torch.randn(length, 8, generator=generator).to(dtype)
+
+
+def write_shard(
+    root: Path, unit: int, reject: Sequence[int] = (), lengths: Sequence[int] = LENGTHS
+) -> tuple[Path, list[int]]:
+    """The shard's path and the rows in it; the last row is written first."""
+    target = unit_path(root, unit, SHARD)
+    with ShardWriter(
+        target, FINGERPRINT, unit, TENSORS, {"t5": lengths}, num_rows=len(lengths)
+    ) as writer:
+        for row in reversed(range(len(lengths))):
+            writer.write("t5", row, values(unit, row, lengths[row])[1])
+        for row in range(len(lengths)):
+            if row in reject:
+                writer.reject(row)
+            else:
+                writer.write("clip", row, values(unit, row, lengths[row])[0])
+        file, kept = writer.publish()
+    return target.with_name(file.name), kept
 
 
 def test_shard_round_trip(tmp_path: Path) -> None:
-    path, file = write_shard(tmp_path, 7)
-    assert digest_file(path) == commit.StoredFile(file.name, file.bytes, file.sha256)
-    assert file.kept == (0, 1, 2, 3, 4)
+    path, kept = write_shard(tmp_path, 7)
+    assert kept == [0, 1, 2, 3, 4]
+    assert path.name == f"shard-000007-{digest_file(path).sha256[:16]}.safetensors"
     raw = path.read_bytes()
     assert (8 + int.from_bytes(raw[:8], "little")) % 64 == 0
     rows = [values(7, row, length) for row, length in enumerate(LENGTHS)]
@@ -69,20 +87,49 @@ def test_shard_round_trip(tmp_path: Path) -> None:
             reader.row("t5", row)
 
 
+def test_equal_bytes_have_one_name_and_damage_under_it_is_replaced(tmp_path: Path) -> None:
+    path, _ = write_shard(tmp_path, 7)
+    inode, whole = path.stat().st_ino, path.read_bytes()
+    assert write_shard(tmp_path, 7)[0] == path
+    assert path.stat().st_ino == inode  # the second one was dropped
+    for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        path.write_bytes(damaged)
+        assert write_shard(tmp_path, 7)[0] == path
+        assert path.read_bytes() == whole
+    other, _ = write_shard(tmp_path, 7, reject=[0])
+    assert other != path
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted([path.name, other.name])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_shard_dtypes(tmp_path: Path, dtype: str) -> None:
-    tensors = (StoredTensor("a", False, 8, dtype), StoredTensor("b", True, 5, dtype))
+def test_shard_dtypes(tmp_path: Path, dtype: Any) -> None:
+    tensors = (
+        StoredTensor("a", "a", "token", 8, dtype),
+        StoredTensor("b", "b", "caption", 5, dtype),
+    )
     pooled, sequence = values(0, 0, 3, getattr(torch, dtype))
-    with ShardWriter(tmp_path / "x", FINGERPRINT, 0, tensors, {"a": [3]}, num_rows=1) as writer:
+    with ShardWriter(tmp_path / "x.y", FINGERPRINT, 0, tensors, {"a": [3]}, num_rows=1) as writer:
         writer.write("a", 0, sequence)
         writer.write("b", 0, pooled)
-        writer.finish()
-        assert writer.publish() is Outcome.PUBLISHED
-    reader = ShardReader(tmp_path / "x", FINGERPRINT, 0, tensors)
+        path = tmp_path / writer.publish()[0].name
+    reader = ShardReader(path, FINGERPRINT, 0, tensors)
     assert torch.equal(reader.row("a", 0), sequence)
     assert torch.equal(reader.row("b", 0), pooled)
-    with safe_open(tmp_path / "x", framework="pt") as stored:
+    with safe_open(path, framework="pt") as stored:
         assert torch.equal(stored.get_tensor("text_a"), sequence)
+
+
+def test_two_outputs_of_one_encoder(tmp_path: Path) -> None:
+    tensors = (CLIP, StoredTensor("clip_hidden", "clip", "token", 8, "bfloat16"))
+    pooled, sequence = values(0, 0, 3)
+    target, lengths = tmp_path / "x.y", {"clip_hidden": [3]}
+    with ShardWriter(target, FINGERPRINT, 0, tensors, lengths, num_rows=1) as writer:
+        writer.write("clip", 0, pooled)
+        writer.write("clip_hidden", 0, sequence)
+        path = tmp_path / writer.publish()[0].name
+    reader = ShardReader(path, FINGERPRINT, 0, tensors)
+    assert torch.equal(reader.row("clip", 0), pooled)
+    assert torch.equal(reader.row("clip_hidden", 0), sequence)
 
 
 @pytest.mark.parametrize("reject", [(0,), (4,), (1, 2), (0, 2, 4), (0, 1, 2, 3, 4)], ids=str)
@@ -90,52 +137,63 @@ def test_rejected_rows_leave_no_trace(
     tmp_path: Path, reject: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("embed_precompute.store.shards.PIECE_BYTES", 24)
-    path, file = write_shard(tmp_path / "a", 7, reject)
-    kept = [row for row in range(5) if row not in reject]
-    assert list(file.kept) == kept
-    other = tmp_path / "b"
-    tensors = {"t5": [LENGTHS[row] for row in kept]}
-    with ShardWriter(other, FINGERPRINT, 7, TENSORS, tensors, num_rows=len(kept)) as writer:
+    path, kept = write_shard(tmp_path / "a", 7, reject)
+    assert kept == [row for row in range(5) if row not in reject]
+    lengths = {"t5": [LENGTHS[row] for row in kept]}
+    target = unit_path(tmp_path / "b", 7, SHARD)
+    with ShardWriter(target, FINGERPRINT, 7, TENSORS, lengths, num_rows=len(kept)) as writer:
         for i, row in enumerate(kept):
             pooled, sequence = values(7, row, LENGTHS[row])
             writer.write("clip", i, pooled)
             writer.write("t5", i, sequence)
-        writer.finish()
-        writer.publish()
-    assert path.read_bytes() == other.read_bytes()
+        assert writer.publish()[0].name == path.name
     assert leftovers(tmp_path) == []
 
 
 def test_shard_without_rows(tmp_path: Path) -> None:
-    path, file = write_shard(tmp_path, 0, lengths=[])
-    assert file.kept == ()
-    assert ShardReader(path, FINGERPRINT, 0, TENSORS).num_rows == 0
+    path, kept = write_shard(tmp_path, NULL_UNIT, lengths=[])
+    assert kept == []
+    assert path.parent == tmp_path
+    assert ShardReader(path, FINGERPRINT, NULL_UNIT, TENSORS).num_rows == 0
     with safe_open(path, framework="pt") as stored:
         assert stored.get_tensor("text_t5_offsets").tolist() == [0]
         assert tuple(stored.get_tensor("text_clip").shape) == (0, 5)
         assert tuple(stored.get_tensor("text_t5").shape) == (0, 8)
-    pooled_only = TENSORS[:1]
-    with ShardWriter(tmp_path / "x", FINGERPRINT, 0, pooled_only, {}, num_rows=0) as writer:
-        writer.finish()
-        writer.publish()
-    assert ShardReader(tmp_path / "x", FINGERPRINT, 0, pooled_only).num_rows == 0
 
 
 def test_writer_refuses_what_would_be_wrong(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "x", FINGERPRINT, 0, TENSORS, {"t5": [3]}, num_rows=1) as writer:
+    target = tmp_path / "x.y"
+    with ShardWriter(target, FINGERPRINT, 0, TENSORS, {"t5": [3]}, num_rows=1) as writer:
         pooled, sequence = values(0, 0, 3)
         for bad in (sequence[:2], sequence.float(), sequence.T.contiguous().T, pooled):
             with pytest.raises(InternalError, match="row 0 of t5"):
                 writer.write("t5", 0, bad)
         writer.write("t5", 0, sequence)
         with pytest.raises(InternalError, match="row 0 of clip was not written"):
-            writer.finish()
+            writer.publish()
     with pytest.raises(InternalError, match="2 lengths of t5, not 1"):
-        ShardWriter(tmp_path / "x", FINGERPRINT, 0, TENSORS, {"t5": [3, 1]}, num_rows=1)
-    clash = (StoredTensor("a", False, 8, "float32"), StoredTensor("a_xxh3", True, 8, "float32"))
-    with pytest.raises(InputError, match="text_a_xxh3: rename"):
-        ShardWriter(tmp_path / "x", FINGERPRINT, 0, clash, {"a": [3]}, num_rows=1)
+        ShardWriter(target, FINGERPRINT, 0, TENSORS, {"t5": [3, 1]}, num_rows=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_full_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The n-th write, fsync, close or rename fails, for all n: exit 74 and never a wrong file."""
+    whole = write_shard(tmp_path / "whole", 0)[0]
+    for name in ("pwrite", "fsync", "close", "replace"):
+        for n in range(100):
+            folder = tmp_path / f"{name}-{n}"
+            folder.mkdir()
+            with monkeypatch.context() as patch:
+                left = fail_at(patch, name, n)
+                with contextlib.suppress(StorageError):  # anything else is a failure here
+                    write_shard(folder, 0)
+            path = folder / "shards/000" / whole.name
+            assert not path.exists() or path.read_bytes() == whole.read_bytes()
+            assert write_shard(folder, 0)[0] == path
+            if left[0] >= 0:
+                break
+        else:
+            pytest.fail("the calls do not end")
 
 
 def test_reader_neither_warns_nor_writes_nor_keeps_descriptors(tmp_path: Path) -> None:
@@ -155,16 +213,16 @@ def test_reader_neither_warns_nor_writes_nor_keeps_descriptors(tmp_path: Path) -
 
 def test_reader_refuses_other_shards(tmp_path: Path) -> None:
     path, _ = write_shard(tmp_path, 7)
-    wider = (TENSORS[0], StoredTensor("t5", False, 9, "bfloat16"))
-    renamed = (TENSORS[0], StoredTensor("t6", False, 8, "bfloat16"))
+    wider = (CLIP, StoredTensor("t5", "t5", "token", 9, "bfloat16"))
+    renamed = StoredTensor("t6", "t6", "token", 8, "bfloat16")
     for fingerprint, unit, tensors, message in (
         ("e" * 64, 7, TENSORS, "fingerprint"),
         (FINGERPRINT, 8, TENSORS, "unit 7, expected 8"),
-        (FINGERPRINT, None, TENSORS, "unit 7, expected None"),
+        (FINGERPRINT, NULL_UNIT, TENSORS, "unit 7, expected None"),
         (FINGERPRINT, 7, TENSORS[:1], "header"),
         (FINGERPRINT, 7, wider, "text_t5"),
-        (FINGERPRINT, 7, renamed, "text_t6"),
-        (FINGERPRINT, 7, (*TENSORS, renamed[1]), "text_t6"),
+        (FINGERPRINT, 7, (CLIP, renamed), "text_t6"),
+        (FINGERPRINT, 7, (*TENSORS, renamed), "text_t6"),
     ):
         with pytest.raises(VerificationError, match=message) as caught:
             ShardReader(path, fingerprint, unit, tensors)

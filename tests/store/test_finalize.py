@@ -1,0 +1,388 @@
+"""finalize: every unit is checked, everything is counted, and what no record names is removed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from breaking import fail_at, flip, leftovers, raiser, tree
+from handmade import (
+    ENVIRONMENT,
+    files_of,
+    forge_rows,
+    make_plan,
+    paths_of,
+    restate,
+    rewrite_json,
+    samples_of,
+    write_dataset,
+    write_null,
+    write_plan,
+    write_unit,
+    write_units,
+)
+
+from embed_precompute.errors import IncompleteError, InputError, StorageError, VerificationError
+from embed_precompute.samples import Sample, Status
+from embed_precompute.store import rows
+from embed_precompute.store.check import check_unit, in_order
+from embed_precompute.store.commit import StagedFile, digest_file
+from embed_precompute.store.index import DatasetIndex
+from embed_precompute.store.manifest import finalize
+from embed_precompute.store.plan import read_plan
+from embed_precompute.store.records import (
+    TokenCounts,
+    read_manifest,
+    read_null_record,
+    read_record,
+    record_path,
+)
+from embed_precompute.store.rows import StoredSample
+
+# Three units of four samples: two that share a stored row, a null text and one more.
+TEXTS = ["a b", None, "a b", "c", "d e f", None, "d e f", "c", "g", None, "g", "h i"]
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {name: content for name, (_, content) in tree(root).items()}
+
+
+# --- sound ----------------------------------------------------------------------------------------
+
+
+def test_finalize(tmp_path: Path) -> None:
+    write_units(tmp_path, TEXTS, samples_per_shard=4)
+    (tmp_path / "shards/000/.tmp-shard-000000.json-host-1-ab").touch()
+    done = finalize(tmp_path)
+    assert leftovers(tmp_path) == []
+    assert (done.removed_files, done.removed_bytes) == (0, 0)
+    manifest = read_manifest(tmp_path)
+    assert done.manifest == manifest
+    counts = manifest.counts
+    assert (counts.rows, counts.samples, counts.units, counts.stored) == (12, 12, 3, 6)
+    assert counts.status == {s.label: {0: 9, 1: 3}.get(s, 0) for s in Status}
+    tokens = sum(len(text.split()) + 1 for text in TEXTS if text)
+    assert counts.encoders == {"clip": TokenCounts(tokens, 0), "t5": TokenCounts(tokens, 0)}
+    assert counts.tensors == {"clip": 6, "t5": 3 + 2 + 4 + 2 + 2 + 3}
+    assert [(made.environment, made.units) for made in manifest.environments] == [(ENVIRONMENT, 3)]
+    digests = "".join(read_record(tmp_path, unit).digest + "\n" for unit in range(3))
+    assert manifest.records_sha256 == hashlib.sha256(digests.encode()).hexdigest()
+    for name, entry in manifest.files.items():
+        stored = digest_file(tmp_path / name)
+        assert (entry.bytes, entry.sha256) == (stored.bytes, stored.sha256)
+    described = {name for name in files_of(tmp_path) if not name.startswith("shards/")}
+    assert described == {*manifest.files, "manifest.json"}
+    table = pq.read_table(tmp_path / "manifest.parquet")
+    assert table.schema.equals(rows.rows_schema(read_plan(tmp_path).tensors, text=False))
+    parts = [pq.read_table(paths_of(tmp_path, unit).rows) for unit in range(3)]
+    expected = [row for part in parts for row in part.drop_columns("text").to_pylist()]
+    assert table.to_pylist() == expected
+
+
+def test_finalize_is_idempotent(tmp_path: Path) -> None:
+    write_dataset(tmp_path, TEXTS)
+    before = tree(tmp_path)
+    finalize(tmp_path)
+    assert tree(tmp_path) == before  # inodes too: nothing was written again
+    for name in ("manifest.json", "manifest.parquet", "index/id_hash.npy"):
+        (tmp_path / name).unlink()
+    (tmp_path / "index/ids.npy").write_bytes(b"damaged")
+    finalize(tmp_path)
+    assert contents(tmp_path) == {name: content for name, (_, content) in before.items()}
+
+
+def test_finalize_by_several_at_once(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "alone", TEXTS)
+    root = tmp_path / "together"
+    write_units(root, TEXTS)
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from embed_precompute.store.manifest import finalize\n"
+        "sys.stdin.readline()\n"
+        "for _ in range(8): finalize(Path(sys.argv[1]))\n"
+    )
+    run = [sys.executable, "-c", code, str(root)]
+    started = [subprocess.Popen(run, stdin=subprocess.PIPE) for _ in range(3)]
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.close()  # all are ready to start together
+    assert [process.wait(120) for process in started] == [0, 0, 0]
+    assert contents(root) == contents(tmp_path / "alone")
+
+
+def test_work_ahead_is_in_order_and_ends_with_its_consumer() -> None:
+    before = threading.active_count()
+    assert list(in_order(lambda n: n * n, range(50), threads=3)) == [n * n for n in range(50)]
+
+    def fail(n: int) -> int:
+        if n == 7:
+            raise ZeroDivisionError
+        return n
+
+    got: list[int] = []
+    with pytest.raises(ZeroDivisionError):
+        got.extend(in_order(fail, range(50), threads=3))
+    squares = in_order(lambda n: n, range(10**9), threads=2)
+    assert next(squares) == 0
+    squares.close()
+    assert threading.active_count() == before
+
+
+# --- what no record names -------------------------------------------------------------------------
+
+
+def test_what_no_record_names_is_removed(tmp_path: Path) -> None:
+    """Of a writer that died before its record, and of one in another environment that came late."""
+    plan = write_units(tmp_path, TEXTS, samples_per_shard=4)
+    expected = contents(tmp_path)
+    sound = paths_of(tmp_path, 1)
+    other = sound.shard.with_name("shard-000001-0123456789abcdef.safetensors")
+    other.write_bytes(b"12345")
+    (tmp_path / "null-0123456789abcdef.safetensors").write_bytes(b"678")
+    mine = tmp_path / "shards/000/shard-000001.safetensors"  # this name is not ours
+    mine.write_bytes(b"mine")
+    done = finalize(tmp_path)
+    assert (done.removed_files, done.removed_bytes) == (2, 8)
+    assert mine.exists()
+    mine.unlink()
+    assert {n: c for n, c in contents(tmp_path).items() if n in expected} == expected
+    assert finalize(tmp_path).removed_files == 0
+    assert plan.num_units == 3
+
+
+def test_nothing_is_removed_from_a_dataset_that_is_not_whole(tmp_path: Path) -> None:
+    write_units(tmp_path, TEXTS)
+    stray = tmp_path / "shards/000/shard-000000-0123456789abcdef.safetensors"
+    stray.touch()
+    record = paths_of(tmp_path, 1).record
+    record.rename(tmp_path / "aside")
+    with pytest.raises(IncompleteError):
+        finalize(tmp_path)
+    (tmp_path / "aside").rename(record)
+    flip(paths_of(tmp_path, 1).rows)
+    with pytest.raises(VerificationError):
+        finalize(tmp_path)
+    assert stray.exists()
+
+
+# --- not sound ------------------------------------------------------------------------------------
+
+
+def test_finalize_refuses_an_incomplete_dataset(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no plan\.json"):
+        finalize(tmp_path)
+    write_dataset(tmp_path, TEXTS, samples_per_shard=4)
+    record_path(tmp_path, 1).unlink()
+    with pytest.raises(IncompleteError, match="1 of 3 units have no record"):
+        finalize(tmp_path)
+    write_unit(tmp_path, read_plan(tmp_path), 1, samples_of(TEXTS[4:8], 4))
+    (tmp_path / "null.json").unlink()
+    with pytest.raises(IncompleteError, match="null embedding is missing"):
+        finalize(tmp_path)
+
+
+def test_finalize_names_the_damaged_file(tmp_path: Path) -> None:
+    write_dataset(tmp_path, TEXTS)
+    before = threading.active_count()
+    null = read_null_record(tmp_path).shard_path(tmp_path)
+    for path in (*paths_of(tmp_path, 1), null):
+        whole = path.read_bytes()
+        changes = [whole[:-1], whole + b"x"]
+        if path.suffix != ".safetensors" or path == null:  # a flip in a shard is for verify
+            changes.append(whole[:9] + b"~" + whole[10:])
+        for payload in changes:
+            path.write_bytes(payload)
+            with pytest.raises(VerificationError, match=path.name):
+                finalize(tmp_path)
+        path.unlink()
+        with pytest.raises((VerificationError, IncompleteError)):
+            finalize(tmp_path)
+        path.write_bytes(whole)
+    finalize(tmp_path)
+    assert threading.active_count() == before
+
+
+def test_stale_root_manifest_never_stands_beside_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(tmp_path, TEXTS, samples_per_shard=4)
+    record_path(tmp_path, 1).unlink()
+    samples = [*samples_of(TEXTS[4:7], 4), Sample("n", 7, "other")]
+    write_unit(tmp_path, read_plan(tmp_path), 1, samples)
+    monkeypatch.setattr(StagedFile, "replace", raiser(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        finalize(tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+    assert leftovers(tmp_path) == []
+    monkeypatch.undo()
+    assert finalize(tmp_path).removed_files == 2
+    assert DatasetIndex(tmp_path).find("n") == 7
+
+
+@pytest.mark.parametrize("name", ["pwrite", "fsync", "replace"])
+def test_disk_full_while_finalizing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write_dataset(tmp_path, TEXTS[:4])
+    expected = contents(tmp_path)
+    names = ["manifest.json", "manifest.parquet", *(f"index/{n}.npy" for n in ("ids", "id_hash"))]
+    for n in (0, 1, 2, 3, 5, 8, 13, 21, 34, 55):
+        for file in names:
+            (tmp_path / file).unlink(missing_ok=True)
+        with monkeypatch.context() as patch:
+            left = fail_at(patch, name, n)
+            with contextlib.suppress(StorageError):  # anything else is a failure here
+                finalize(tmp_path)
+        assert left[0] >= 0 or not (tmp_path / "manifest.json").exists()
+        assert leftovers(tmp_path) == []
+        finalize(tmp_path)
+        assert contents(tmp_path) == expected
+
+
+# --- files that contradict one another, with digests that are right -------------------------------
+
+
+def change(sample_number: int, **fields: Any) -> Callable[[list[StoredSample]], list[StoredSample]]:
+    def apply(samples: list[StoredSample]) -> list[StoredSample]:
+        return [
+            dataclasses.replace(sample, **fields) if i == sample_number else sample
+            for i, sample in enumerate(samples)
+        ]
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("forge", "message"),
+    [
+        (change(0, index=2), "an index that is not in the shard"),
+        (change(0, index=-1), "an index that is not in the shard"),
+        (change(0, index=None), "index null"),
+        (change(1, tokens={"t5": 1}), "t5_tokens null"),
+        (change(0, lengths={"clip": 1, "t5": 99}), "t5_length unlike"),
+        (change(0, tokens={"clip": 4, "t5": 99}), "encoders is"),
+        (change(0, truncated={"clip": False, "t5": True}), "encoders is"),
+        (change(0, row=3), "rows out of order"),
+        (change(0, row=5), "rows out of order"),
+        (change(3, row=6), "last row"),
+        (change(1, status=Status.EMPTY_LIST), "status is"),
+        (lambda samples: samples[:3], "has 3 rows: expected 4"),
+        (lambda samples: [samples[0], samples[0], *samples[2:]], "rows out of order"),
+    ],
+)
+def test_rows_are_checked_against_shard_and_record(
+    tmp_path: Path, forge: Any, message: str
+) -> None:
+    write_units(tmp_path, TEXTS, samples_per_shard=4)
+    forge_rows(tmp_path, 1, forge)
+    with pytest.raises(VerificationError, match=message) as caught:
+        finalize(tmp_path)
+    assert paths_of(tmp_path, 1).rows.name in str(caught.value)
+    assert not (tmp_path / "manifest.json").exists()
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("forge", "message"),
+    [
+        (change(0, text="another"), "rows_sha256"),
+        (
+            change(1, text="no longer null"),
+            r"the status of sample 's5' is null_text, with the text",
+        ),
+        (change(0, error="why"), r"the status of sample 's4' is ok"),
+        (change(0, text=None), r"the status of sample 's4' is ok"),
+    ],
+)
+def test_texts_are_checked_in_full(tmp_path: Path, forge: Any, message: str) -> None:
+    plan = write_units(tmp_path, TEXTS, samples_per_shard=4)
+    forge_rows(tmp_path, 1, forge)
+    check_unit(tmp_path, plan, 1)
+    with pytest.raises(VerificationError, match=message):
+        check_unit(tmp_path, plan, 1, full=True)
+
+
+def test_a_text_of_another_digest(tmp_path: Path) -> None:
+    plan = write_units(tmp_path, ["a", "b"])
+    path = paths_of(tmp_path, 0).rows
+    table = pq.read_table(path)
+    at = table.column_names.index("text_sha256")
+    swapped = table.column(at).take([1, 0])
+    pq.write_table(table.set_column(at, table.schema.field(at), swapped), path, store_schema=False)
+    restate(tmp_path, 0, "rows", path)
+    with pytest.raises(VerificationError, match="text_sha256 of sample 's0'"):
+        check_unit(tmp_path, plan, 0, full=True)
+
+
+@pytest.mark.parametrize("name", ["text_clip", "text_t5"])
+def test_row_checksums_are_checked_in_full(tmp_path: Path, name: str) -> None:
+    """The sha256 is right: whoever changed the values changed the record too."""
+    plan = write_units(tmp_path, ["a", "b"])
+    path = paths_of(tmp_path, 0).shard
+    flip(path, -1 if name == "text_t5" else -1 - 8 * 4)
+    restate(tmp_path, 0, "shard", path)
+    check_unit(tmp_path, plan, 0)
+    with pytest.raises(VerificationError, match=f"row 1 of {name} does not have its checksum"):
+        check_unit(tmp_path, plan, 0, full=True)
+
+
+RECORD_CHANGES: list[dict[str, Any]] = [
+    {"fingerprint": "e" * 64},
+    {"plan_id": "b" * 64},
+    {"first_row": 5},
+    {"num_rows": 3},
+    {"encoders": {"t5": {"tokens": 9, "truncated": 0}}},
+    {"tensors": {"t5": 9}},
+]
+
+
+@pytest.mark.parametrize("fields", RECORD_CHANGES, ids=str)
+def test_finalize_refuses_a_foreign_record(tmp_path: Path, fields: dict[str, Any]) -> None:
+    write_dataset(tmp_path, TEXTS, samples_per_shard=4)
+    path = record_path(tmp_path, 1)
+    rewrite_json(path, lambda record: record.update(fields))
+    with pytest.raises(VerificationError, match=path.name):
+        finalize(tmp_path)
+
+
+def test_a_shard_with_other_counts_than_its_record(tmp_path: Path) -> None:
+    write_units(tmp_path, TEXTS, samples_per_shard=4)
+    path = record_path(tmp_path, 1)
+    whole = path.read_bytes()
+    for fields, message in (
+        ({"num_stored": 1}, "stored rows is 2, expected 1"),
+        ({"tensors": {"clip": 2, "t5": 5}}, "vectors is"),
+    ):
+        path.write_bytes(whole)
+        rewrite_json(path, lambda record, fields=fields: record.update(fields))
+        with pytest.raises(VerificationError, match=rf"shard-000001-\w+\.safetensors: {message}"):
+            finalize(tmp_path)
+
+
+def test_a_null_embedding_that_contradicts_its_record(tmp_path: Path) -> None:
+    write_units(tmp_path, TEXTS)
+    rewrite_json(tmp_path / "null.json", lambda record: record["tensors"].update(t5=2))
+    with pytest.raises(VerificationError, match=r"null-\w+\.safetensors: vectors is"):
+        finalize(tmp_path)
+
+
+def test_units_that_do_not_make_up_the_plan(tmp_path: Path) -> None:
+    plan = make_plan(num_rows=2, samples_per_shard=3, num_samples=3)
+    write_plan(tmp_path, plan)
+    write_null(tmp_path, plan)
+    for unit in range(plan.num_units):
+        first, count = plan.unit_rows(unit)
+        write_unit(tmp_path, plan, unit, samples_of(["a"] * count, first))
+    with pytest.raises(VerificationError, match=r"hold 2 samples, plan\.json says 3"):
+        finalize(tmp_path)
