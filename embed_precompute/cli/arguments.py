@@ -156,8 +156,12 @@ def _add_export(commands: Any) -> None:
         help="dtype of the null embeddings (default: bfloat16)",
     )
     parser.add_argument("--table-only", action="store_true", help="for the drop-in class: no .pt")
-    parser.add_argument("--t5", default="t5", metavar="NAME", help="encoder of text_t5")
-    parser.add_argument("--clip", default="clip", metavar="NAME", help="encoder of text_clip")
+    parser.add_argument(
+        "--t5", default="t5", metavar="NAME", help="stored tensor that gives text_t5"
+    )
+    parser.add_argument(
+        "--clip", default="clip", metavar="NAME", help="stored tensor that gives text_clip"
+    )
 
 
 def _config_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:

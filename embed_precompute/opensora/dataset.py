@@ -52,7 +52,7 @@ CLASS_NAME = "PrecomputedVideoTextDataset"
 SAMPLE_ID = "sample_id"
 """The column of an exported table that holds the sample's id."""
 DONE_FILE = "export.json"
-"""It lies beside the table of a finished export."""
+"""A finished export has it in the folder of its table."""
 TEXT, FPS, MOTION = "text", "fps", "score_vmafmotion"
 """The columns that Open-Sora makes its text of."""
 ROWS_AT_ONCE = 65_536
@@ -187,7 +187,7 @@ class PrecomputedText:
             said = f"{missing:,} of {total:,} rows have no embedding by their {by}: {why}"
             if on_missing == "error" or not kept:
                 raise InputError(
-                    f"{said} Take them out of the table, precompute them, or set "
+                    f"{said} Remove them from the table, precompute them, or set "
                     "dataset.id_column; for lists of captions, use the table of an export."
                 )
             log.warning("%s They are left out.", said)

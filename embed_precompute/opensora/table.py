@@ -7,7 +7,7 @@ embeddings of another. Further columns may have been added or changed since.
 `TrainerTable` has one row per exported sample, in input order, all columns of the input, and the
 paths of the exported files. `text`, `latents_path` and the two text paths are never null, for
 Open-Sora's collate cannot stack nulls. A column that pandas read as float when the captions were
-encoded is float here too.
+encoded is float in this table.
 
 Both go through the table once, a batch of rows at a time.
 """

@@ -18,7 +18,7 @@ At the end of an epoch M < W x B positions may be left. `ends` says what becomes
           M < W, so these ranks have one step less: only for loops without collectives.
 When the world size or batch size changes within an epoch, this holds for the rest of it.
 
-Save the state between two steps, on rank 0, beside the model. The ranks must be in lockstep: after
+Save the state between two steps, on rank 0, with the model. The ranks must be in lockstep: after
 equally many steps they have equal states (with `uneven`, rank 0 makes the most steps).
 
 In the main process `epoch_order` costs 0.15 us a sample, in blocks of 4,096 (0.6 ms); the rest is
@@ -190,7 +190,7 @@ class ResumableSampler(Sampler[list[int]]):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take position, seed and shuffle from a state; rank, world and batch size stay.
+        """Set position, seed and shuffle to those of a state; rank, world and batch size stay.
 
         Raises InputError for anything that is no state, ConflictError for a state of a dataset of
         another length. Then nothing has changed.
@@ -328,11 +328,11 @@ class EmbeddingLoader:
         return {**self._sampler.state_at(self._position), **self._identity}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state, whatever the world size, batch size and workers it was saved with.
+        """Go on from a state that was saved with any world size, batch size and workers.
 
         Seed and shuffle become those of the state. Raises InputError for anything that is no state
-        and for a dataset that cannot be told from others, ConflictError for a state of another
-        dataset. Then nothing has changed.
+        and for a dataset that nothing identifies, ConflictError for a state of another dataset.
+        Then nothing has changed.
         """
         known = any(self._identity.values())
         for key, own in self._identity.items():

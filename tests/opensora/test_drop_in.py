@@ -151,7 +151,7 @@ def check_rows(dataset: Any, embeddings: Path, ids: list[str]) -> None:
 def test_the_datasets_id_column_decides(
     drop_in: Any, tmp_path: Path, tiny_t5: Path, tiny_clip: Path
 ) -> None:
-    """Beside it lies `id`, with the same ids for other rows: it once trained them."""
+    """The table also has `id`, with the same ids in other rows: these once were trained."""
     table = captions_table().rename_columns(["clip_id", *captions_table().column_names[1:]])
     embeddings = make(
         tmp_path / "d", table, tiny_t5, tiny_clip, *RECIPE, "--captions.id_column", "clip_id"

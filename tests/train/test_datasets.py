@@ -306,7 +306,7 @@ def test_a_manifest_of_another_format_is_refused(own_root: Path) -> None:
         EmbeddingDataset(own_root)
 
 
-def test_finalised_anew_while_open(own_root: Path) -> None:
+def test_finalised_again_while_open(own_root: Path) -> None:
     dataset = EmbeddingDataset(own_root)
     edit_manifest(own_root, environments=[])
     with pytest.raises(VerificationError, match="open the dataset again"):
@@ -361,7 +361,7 @@ def test_row_of_another_length_is_found(own_root: Path) -> None:
         EmbeddingDataset(own_root)[0]
 
 
-def test_finalize_mends_the_index(own_root: Path) -> None:
+def test_finalize_repairs_the_index(own_root: Path) -> None:
     (own_root / "index" / "ok.npy").unlink()
     with pytest.raises(VerificationError, match=r"ok.npy"):
         EmbeddingDataset(own_root)[0]

@@ -391,7 +391,7 @@ def test_the_order_is_the_states() -> None:
 
 
 class Untrustworthy(Numbers):
-    """Fails at one sample until it is mended."""
+    """Fails at one sample as long as it is bad."""
 
     bad: int | None = None
 
@@ -411,7 +411,7 @@ def test_an_unreadable_batch_does_not_count(num_workers: int) -> None:
     with pytest.raises(OSError, match="unreadable"):
         seen.extend(itertools.chain.from_iterable(iterator))
     assert (seen, loader.state_dict()["consumed"]) == (order[:4], 4)
-    assert next(iterator, None) is None, "it does not go on behind the batch"
+    assert next(iterator, None) is None, "it does not go on after the batch"
     dataset.bad = None
     assert seen + interleaved([list(loader)]) == order
 
