@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from embed_precompute.encoders.shardformer import shardformer_t5
     from embed_precompute.job.run import run
     from embed_precompute.train.dataset import EmbeddingDataset, collate_embeddings
-    from embed_precompute.train.inputs import dropout_condition, prepare, prepare_ids
+    from embed_precompute.train.inputs import (
+        ConditionDropout,
+        dropout_condition,
+        prepare,
+        prepare_ids,
+    )
     from embed_precompute.train.loader import EmbeddingLoader
 
 __version__ = "0.1.0"
@@ -31,6 +36,7 @@ _HOME = {
     "run": "job.run",
     "prepare": "train.inputs",
     "prepare_ids": "train.inputs",
+    "ConditionDropout": "train.inputs",
     "dropout_condition": "train.inputs",
     "nearest_captions": "audit.similarity",
     "prompt_similarity": "audit.similarity",
@@ -40,6 +46,7 @@ _HOME = {
 }
 
 __all__ = [
+    "ConditionDropout",
     "Config",
     "EmbeddingDataset",
     "EmbeddingLoader",

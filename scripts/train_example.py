@@ -1,10 +1,10 @@
 """Train a small MMDiT-like model by flow matching on a finished dataset: how a trainer reads it.
 
-Guarantees: everything between dataset and model is what a real trainer uses: `EmbeddingDataset`,
-`EmbeddingLoader`, `prepare_ids`, `dropout_condition`; the same arguments give the same losses on
-one machine. The model, its sizes and its latents are toys: a latent is a fixed random projection of
-the caption's own pooled embedding, so that a condition that is used lowers the loss.
-Costs: about half a minute on one CPU core for the demo's dataset; needs no video and no GPU.
+Everything between dataset and model is what a real trainer uses: `EmbeddingDataset`,
+`EmbeddingLoader`, `ConditionDropout`, `prepare_ids`. The model, its sizes and its latents are toys:
+a latent is a fixed random projection of the caption's own pooled embedding, so that a model that
+uses its condition has a lower loss. The same arguments give the same losses on one machine.
+Takes about half a minute on one CPU core for the demo's dataset; needs no video and no GPU.
 
     python scripts/train_example.py OUT [--steps 300] [--seq-align 1] [--device cpu]
 
@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from embed_precompute import EmbeddingDataset, EmbeddingLoader, dropout_condition, prepare_ids
+from embed_precompute import ConditionDropout, EmbeddingDataset, EmbeddingLoader, prepare_ids
 from embed_precompute.errors import EmbedPrecomputeError
 
 SIGMA_MIN = 1e-5
@@ -172,9 +172,6 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.seed)
         projection = torch.randn(self.tensors.clip_dim, numbers, generator=generator)
         self._projection = (projection / self.tensors.clip_dim**0.5).to(self.device)
-        null = self.dataset.null
-        self._null_txt = null[self.tensors.t5].float().to(self.device)
-        self._null_vec = null[self.tensors.clip].float().to(self.device)
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """Shuffled batches, epoch after epoch."""
@@ -182,15 +179,19 @@ class Trainer:
         while True:
             yield from loader
 
-    def loss(self, batch: dict[str, Any], dropout: dict[str, float]) -> Tensor:
+    def loss(self, batch: dict[str, Any], dropout: ConditionDropout) -> Tensor:
         """Mean squared error of the velocity at a random time for each sample."""
-        txt = batch[self.tensors.t5].to(self.device, torch.float32)
         vec = batch[self.tensors.clip].to(self.device, torch.float32)
         latents = functional.layer_norm(vec, vec.shape[1:]) @ self._projection
         x_0 = latents.view(-1, *LATENT_SHAPE)  # a real trainer: the autoencoder's
-        inputs = prepare_ids(x_0, txt, vec, patch_size=PATCH_SIZE, seq_align=self.seq_align)
-        inputs["txt"] = dropout_condition(dropout["t5"], inputs["txt"], self._null_txt)
-        inputs["y_vec"] = dropout_condition(dropout["clip"], inputs["y_vec"], self._null_vec)
+        batch = dropout(batch)
+        inputs = prepare_ids(
+            x_0,
+            batch[self.tensors.t5],
+            batch[self.tensors.clip],
+            patch_size=PATCH_SIZE,
+            seq_align=self.seq_align,
+        )
         t = torch.rand(len(x_0), device=self.device)
         noise = torch.randn_like(inputs["img"])
         share = t[:, None, None]
@@ -201,9 +202,11 @@ class Trainer:
     def train(self, steps: int) -> list[float]:
         """Losses of `steps` steps."""
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-3)
+        probabilities = {self.tensors.t5: DROPOUT["t5"], self.tensors.clip: DROPOUT["clip"]}
+        dropout = ConditionDropout(self.dataset, probabilities)
         losses = []
         for _, batch in zip(range(steps), self.batches(), strict=False):
-            loss = self.loss(batch, DROPOUT)
+            loss = self.loss(batch, dropout)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -212,12 +215,12 @@ class Trainer:
         return losses
 
     @torch.no_grad()
-    def evaluate(self, dropout: float, batches: int = 8) -> float:
+    def evaluate(self, prob: float, batches: int = 8) -> float:
         """Mean loss with every condition kept (0) or dropped (1), at the same times and noise."""
+        dropout = ConditionDropout(self.dataset, prob)
         torch.manual_seed(self.seed)
-        probabilities = dict.fromkeys(DROPOUT, dropout)
         pairs = zip(range(batches), self.batches(), strict=False)
-        return fmean(self.loss(batch, probabilities).item() for _, batch in pairs)
+        return fmean(self.loss(batch, dropout).item() for _, batch in pairs)
 
 
 def main() -> None:

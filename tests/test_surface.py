@@ -30,12 +30,12 @@ COMMANDS = {
     "finalize": set(),
     "info": {"--id", "--similar", "--top"},
     "export": {
-        *("--captions", "--clip", "--failed", "--format", "--ids", "--limit", "--memory-efficient"),
-        *("--pad-masked", "--path-prefix", "--recheck", "--t5", "--table", "--table-only"),
+        *("--captions", "--clip", "--format", "--limit", "--pad-masked", "--t5", "--table-only"),
         "--trainer-dtype",
     },
 }
 PUBLIC = {
+    "ConditionDropout",
     "Config",
     "EmbeddingDataset",
     "EmbeddingLoader",

@@ -1,17 +1,14 @@
-"""Cosine similarity of captions: of prompts through an embedder, and of a dataset's samples.
+"""Cosine similarity of captions: of prompts through an embedder, and of the samples of a dataset.
 
-Guarantees: a T5 caption is the mean of its real tokens' vectors, in float32, so stored pads do not
-count; a CLIP caption is its one vector. Samples with one caption are one neighbour, counted.
-Costs: `nearest_captions` reads a whole dataset once, of each T5 caption the real tokens only;
-memory holds one unit's rows and means, never its tokens. Nothing is written, and no row is checked
-against its checksum: `verify` does that.
+A caption counts as one vector: CLIP's own, or the mean over T5's vectors of its real tokens, in
+float32, so stored pads do not count.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +16,6 @@ import torch
 from torch import Tensor
 
 from embed_precompute.errors import InputError
-from embed_precompute.samples import Status
-from embed_precompute.store.index import DatasetIndex
-from embed_precompute.store.records import StoredTensor, read_record, stored_tensors
-from embed_precompute.store.rows import iter_batches
-from embed_precompute.store.shards import ShardReader
 from embed_precompute.train.dataset import EmbeddingDataset
 
 PROMPTS_PER_FORWARD = 8
@@ -39,7 +31,7 @@ class Embedder(Protocol):
 
 
 def prompt_similarity(embedder: Embedder, prompts: Sequence[str]) -> Tensor:
-    """Cosine similarities of N prompts, float32 [N, N]: T5 over real tokens, CLIP as pooled."""
+    """Cosine similarities of N prompts with each other, float32 [N, N]."""
     if isinstance(prompts, str) or not prompts:
         raise InputError(f"prompts are {prompts!r}: expected a list of at least one.")
     means = []
@@ -57,7 +49,7 @@ def prompt_similarity(embedder: Embedder, prompts: Sequence[str]) -> Tensor:
 
 
 def mean_vector(values: Tensor, tokens: int) -> Tensor:
-    """A caption's one vector, float32: the mean of the first `tokens` of [L, D], or [C] itself."""
+    """A caption's vector, float32: the mean of the first `tokens` of [L, D], or [C] itself."""
     return values.float() if values.ndim == 1 else values[:tokens].float().mean(0)
 
 
@@ -72,177 +64,67 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A caption of the dataset and how near it is."""
+    """A caption of the dataset, and how similar it is to the one asked about."""
 
     sample_id: str
-    """The first sample, in input order, that has this caption."""
+    """The first sample that has this caption."""
     text: str
     similarity: dict[str, float]
-    """By every encoder."""
-    others: int
-    """Further samples with this very caption."""
+    """For every tensor."""
 
 
-@dataclass(frozen=True)
-class Nearest:
-    """The captions nearest to one sample's own."""
+def nearest_captions(root: str | Path, sample_id: str, top: int = 10) -> dict[str, list[Neighbour]]:
+    """For every tensor the `top` captions most similar to a sample's, the most similar first.
 
-    sample_id: str
-    text: str
-    others: int
-    """Other samples with the sample's own caption; they are not among the neighbours."""
-    neighbours: dict[str, list[Neighbour]]
-    """Per encoder, nearest first."""
-
-
-@dataclass
-class _Caption:
-    """A stored caption of one unit, and how near it is."""
-
-    sample: int
-    """Number, in input order, of the first sample that has it."""
-    sample_id: str
-    sha256: str
-    row: int
-    """Stored row in the unit's shard."""
-    tokens: dict[str, int]
-    samples: int
-    similarity: dict[str, float]
-
-
-def nearest_captions(root: str | Path, sample_id: str, top: int = 10) -> Nearest:
-    """The `top` captions nearest to a sample's, by each encoder of the finished dataset `root`.
-
-    Raises InputError when the dataset has no such sample, or its status is not ok.
+    Reads every embedding of the finished dataset `root` once, without their checksums. Samples with
+    one text are one caption, and the sample's own text is left out. Raises InputError where the
+    sample has no embedding.
     """
     if top < 1:
         raise InputError(f"top is {top}: expected 1 or more.")
-    search = _Search(Path(root), sample_id, top)
-    for unit in range(search.index.num_units):
-        search.add_unit(unit)
-    return search.result()
+    dataset = EmbeddingDataset(root, copy=False)
+    own = dataset.index_of(sample_id)
+    own_digest, tokens = next(islice(_samples(dataset), own, None))
+    query = _vectors(dataset[own], tokens)
+    found: dict[str, tuple[int, dict[str, float]]] = {}
+    for i, (digest, tokens) in enumerate(_samples(dataset)):
+        if digest != own_digest and digest not in found:
+            vectors = _vectors(dataset[i], tokens)
+            found[digest] = i, {n: float(cosine(query[n], vectors[n])) for n in query}
+    nearest: dict[str, list[Neighbour]] = {}
+    for name in query:
+        ranked = sorted(found.values(), key=lambda entry: -entry[1][name])[:top]
+        nearest[name] = [
+            Neighbour(dataset[i]["id"], dataset.encoded_text(i), similarity)
+            for i, similarity in ranked
+        ]
+    return nearest
+
+
+def _samples(dataset: EmbeddingDataset) -> Iterator[tuple[str, dict[str, int]]]:
+    """Digest of the text and real tokens by tensor, of every sample in order."""
+    tokens_of = {name: f"{tensor.encoder}_tokens" for name, tensor in dataset.tensors.items()}
+    for columns in dataset.columns("text_sha256", *set(tokens_of.values())):
+        for i, digest in enumerate(columns["text_sha256"]):
+            yield digest, {name: columns[tokens][i] for name, tokens in tokens_of.items()}
+
+
+def _vectors(sample: dict[str, Any], tokens: dict[str, int]) -> dict[str, Tensor]:
+    """By tensor, [1, D]."""
+    return {name: mean_vector(sample[f"text_{name}"], n)[None] for name, n in tokens.items()}
 
 
 def similar_lines(root: Path, sample_id: str, top: int) -> list[str]:
     """`embed-precompute info DIR --similar SAMPLE_ID`, line by line."""
-    nearest = nearest_captions(root, sample_id, top)
-    lines = [f"id: {nearest.sample_id}", f"encoded text: {nearest.text!r}"]
-    lines.append(f"other samples with this text: {nearest.others:,}")
-    for name, neighbours in nearest.neighbours.items():
-        lines.append(f"nearest by text_{name} (cosine similarity):")
-        for found in neighbours:
-            values = found.similarity
-            rest = "".join(f", {other} {values[other]:.4f}" for other in values if other != name)
-            more = f" and {found.others:,} more" if found.others else ""
-            text = found.text
+    lines = []
+    for name, neighbours in nearest_captions(root, sample_id, top).items():
+        lines.append(f"nearest to {sample_id} by text_{name} (cosine similarity):")
+        for near in neighbours:
+            others = (f", {n} {value:.4f}" for n, value in near.similarity.items() if n != name)
+            text = near.text
             shown = text if len(text) <= MAX_LINE_TEXT else f"{text[:MAX_LINE_TEXT]}..."
-            lines.append(f"  {values[name]:.4f}{rest}  {found.sample_id}{more}: {shown!r}")
+            values = f"{near.similarity[name]:.4f}{''.join(others)}"
+            lines.append(f"  {values}  {near.sample_id}: {shown!r}")
         if not neighbours:
             lines.append("  none: the dataset has no other caption")
     return lines
-
-
-class _Search:
-    """One pass over a dataset's units, keeping the nearest captions."""
-
-    def __init__(self, root: Path, sample_id: str, top: int) -> None:
-        EmbeddingDataset(root).index_of(sample_id)  # says why, where there is no embedding
-        self.root, self.sample_id, self.top = root, sample_id, top
-        self.index = DatasetIndex(root)
-        self._tensors: tuple[StoredTensor, ...] = stored_tensors(self.index.manifest.spec)
-        sample = self.index.find(sample_id)
-        assert sample is not None
-        self._sample = sample
-        unit, row = int(self.index.shard[sample]), int(self.index.index[sample])
-        own = next(caption for caption in self._captions(unit) if caption.row == row)
-        self._own_sha256, self._num_own = own.sha256, 0
-        self._query = self._means(self._reader(unit), [own])
-        self._best: dict[str, dict[str, _Caption]] = {t.name: {} for t in self._tensors}
-
-    def add_unit(self, unit: int) -> None:
-        """Rank a unit's captions among those seen so far."""
-        captions = self._captions(unit)
-        self._num_own += sum(c.samples for c in captions if c.sha256 == self._own_sha256)
-        captions = [c for c in captions if c.sha256 != self._own_sha256]
-        if not captions:
-            return
-        for name, means in self._means(self._reader(unit), captions).items():
-            values = cosine(self._query[name], means)[0].tolist()
-            for caption, value in zip(captions, values, strict=True):
-                caption.similarity[name] = value
-        for name, best in self._best.items():
-            # At most `top` of these are in `best` already, so `top` others are among them.
-            for caption in _nearest(name, captions, 2 * self.top):
-                if caption.sha256 in best:
-                    best[caption.sha256].samples += caption.samples
-                else:
-                    best[caption.sha256] = _Caption(**vars(caption))
-            kept = _nearest(name, best.values(), self.top)
-            self._best[name] = {caption.sha256: caption for caption in kept}
-
-    def result(self) -> Nearest:
-        found = {c.sample for best in self._best.values() for c in best.values()}
-        texts = self._texts({self._sample, *found})
-        neighbours = {
-            name: [
-                Neighbour(c.sample_id, texts[c.sample], c.similarity, c.samples - 1)
-                for c in best.values()
-            ]
-            for name, best in self._best.items()
-        }
-        own_text = texts[self._sample]
-        return Nearest(self.sample_id, own_text, self._num_own - 1, neighbours)
-
-    def _reader(self, unit: int) -> ShardReader:
-        fingerprint = self.index.manifest.fingerprint
-        return ShardReader(self.index.shard_path(unit), fingerprint, unit, self._tensors)
-
-    def _means(self, reader: ShardReader, captions: Sequence[_Caption]) -> dict[str, Tensor]:
-        """Per encoder the captions' vectors, float32 [n, D]."""
-        means = {}
-        for tensor in self._tensors:
-            name, encoder = tensor.name, tensor.encoder
-            rows = (mean_vector(reader.row(name, c.row), c.tokens[encoder]) for c in captions)
-            means[name] = torch.stack(list(rows))
-        return means
-
-    def _captions(self, unit: int) -> list[_Caption]:
-        """The distinct captions of a unit; equal ones share a stored row."""
-        names = [tensor.encoder for tensor in self._tensors]
-        sample = int(self.index.shards[unit][0])
-        by_row: dict[int, _Caption] = {}
-        for batch in iter_batches(self._rows_path(unit), self._tensors, text=False):
-            for entry in batch.to_pylist():
-                if entry["status"] == Status.OK.label:
-                    row = entry["index"]
-                    if row in by_row:
-                        by_row[row].samples += 1
-                    else:
-                        tokens = {name: entry[f"{name}_tokens"] for name in names}
-                        sha256, found = entry["text_sha256"], entry["sample_id"]
-                        by_row[row] = _Caption(sample, found, sha256, row, tokens, 1, {})
-                sample += 1
-        return list(by_row.values())
-
-    def _rows_path(self, unit: int) -> Path:
-        return read_record(self.root, unit).rows_path(self.root)
-
-    def _texts(self, samples: Iterable[int]) -> dict[int, str]:
-        """Encoded texts by sample number, from the rows parts that hold them."""
-        by_unit: dict[int, set[int]] = {}
-        for sample in samples:
-            by_unit.setdefault(int(self.index.shard[sample]), set()).add(sample)
-        texts: dict[int, str] = {}
-        for unit, wanted in by_unit.items():
-            first = int(self.index.shards[unit][0])
-            for batch in iter_batches(self._rows_path(unit), self._tensors):
-                column = batch.column("text")
-                for sample in wanted & set(range(first, first + len(column))):
-                    texts[sample] = column[sample - first].as_py()
-                first += len(column)
-        return texts
-
-
-def _nearest(name: str, captions: Iterable[_Caption], top: int) -> list[_Caption]:
-    """The `top` nearest, nearest first; of equally near ones the first in input order."""
-    return heapq.nsmallest(top, captions, key=lambda c: (-c.similarity[name], c.sample))

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from embed_precompute.documents import ByKind, from_plain, to_plain
+from embed_precompute.documents import ByKind, MismatchError, from_plain, to_plain
 from embed_precompute.errors import InputError, require
 from embed_precompute.samples import Status
 
@@ -313,8 +313,11 @@ def as_one(recipes: Recipe | tuple[Recipe, ...]) -> Recipe:
 
 
 def recipe_of(resolved: Any) -> Recipe:
-    """The recipe that a plan's spec has; MismatchError where it is none that this version knows."""
-    return as_one(from_plain(Recipes, resolved, "spec.captions.recipe"))
+    """The recipe that a plan's spec has; InputError where it is none that this version knows."""
+    try:
+        return as_one(from_plain(Recipes, resolved, "spec.captions.recipe"))
+    except MismatchError as error:
+        raise InputError(f"the dataset's {error} Use the release that made it.") from error
 
 
 def make_normalizer(names: Sequence[str]) -> Callable[[str], str] | None:

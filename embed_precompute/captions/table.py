@@ -9,6 +9,7 @@ Costs: `open` reads every file once for its digest, and an integer FPS column to
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,15 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from embed_precompute.captions.files import Footer, InputFile, find_files, read_footers
+from embed_precompute.captions.files import (
+    Footer,
+    InputFile,
+    find_files,
+    open_parquet,
+    read_footers,
+)
 from embed_precompute.captions.reader import (
+    READ_ROWS,
     CaptionFile,
     CaptionReader,
     RowCursor,
@@ -167,6 +175,31 @@ class CaptionTable:
                 f"values by {self.row_map.place(first)}: expected the tokens of a few video "
                 "buckets. Name the column that holds them."
             )
+
+    def schema(self) -> pa.Schema:
+        """All columns of all files, in the order they are first met, with types that fit all."""
+        schemas = []
+        for file in self.row_map.files:
+            parquet = open_parquet(file.source, file.input)
+            schemas.append(parquet.schema_arrow.remove_metadata())
+            parquet.close(force=True)
+            repeated = [name for name, n in Counter(schemas[-1].names).items() if n > 1]
+            if repeated:
+                raise InputError(
+                    f"{file.source} has several columns named {repeated}: rename them."
+                )
+        try:
+            unified = pa.unify_schemas(schemas, promote_options="permissive")
+        except pa.ArrowException as error:
+            raise InputError(
+                f"the files of {self.config.path} disagree on a column's type: {error}. Convert "
+                "one of them, or drop the column."
+            ) from error
+        return pa.schema([pa.field(field.name, field.type) for field in unified])
+
+    def rows(self, columns: Sequence[str]) -> RowCursor:
+        """A new cursor over the rows themselves; a file may lack some of the columns."""
+        return RowCursor(self.row_map, columns, READ_ROWS)
 
     def reader(
         self, num_rows: int | None = None, last_row_samples: int | None = None

@@ -143,13 +143,6 @@ def _add_export(commands: Any) -> None:
     )
     parser.add_argument("--captions", metavar="PATH", help="the caption table, if it has moved")
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
-    parser.add_argument("--ids", type=Path, metavar="FILE", help="only these ids, one per line")
-    parser.add_argument(
-        "--failed",
-        choices=("drop", "null"),
-        default="drop",
-        help="samples that are not ok: left out, or given the null embedding (default: drop)",
-    )
     parser.add_argument(
         "--pad-masked",
         choices=("refuse", "zeros", "repeat_last"),
@@ -162,13 +155,13 @@ def _add_export(commands: Any) -> None:
         default="bfloat16",
         help="dtype of the null embeddings (default: bfloat16)",
     )
-    parser.add_argument("--table", choices=("parquet", "csv"), default="parquet")
-    parser.add_argument("--memory-efficient", action="store_true", help="also in 10,000 parts")
     parser.add_argument("--table-only", action="store_true", help="for the drop-in class: no .pt")
-    parser.add_argument("--path-prefix", metavar="DIR", help="OUT as the trainer sees it")
-    parser.add_argument("--t5", default="t5", metavar="NAME", help="encoder of text_t5")
-    parser.add_argument("--clip", default="clip", metavar="NAME", help="encoder of text_clip")
-    parser.add_argument("--recheck", action="store_true", help="read every file again")
+    parser.add_argument(
+        "--t5", default="t5", metavar="NAME", help="stored tensor that gives text_t5"
+    )
+    parser.add_argument(
+        "--clip", default="clip", metavar="NAME", help="stored tensor that gives text_clip"
+    )
 
 
 def _config_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:

@@ -278,25 +278,18 @@ def _info(arguments: Any) -> int:
 
 
 def _export(arguments: Any) -> int:
-    from embed_precompute.opensora.export import OpenSoraOptions, export_opensora, read_ids
-    from embed_precompute.opensora.instructions import export_lines
+    from embed_precompute.opensora.export import OpenSoraOptions, export_opensora
 
     options = OpenSoraOptions(
         captions=arguments.captions,
         t5=arguments.t5,
         clip=arguments.clip,
-        failed=arguments.failed,
         pad_masked=arguments.pad_masked,
         trainer_dtype=arguments.trainer_dtype,
-        table=arguments.table,
-        memory_efficient=arguments.memory_efficient,
         table_only=arguments.table_only,
-        path_prefix=arguments.path_prefix,
         limit=arguments.limit,
-        ids=None if arguments.ids is None else read_ids(arguments.ids),
-        recheck=arguments.recheck,
     )
-    for line in export_lines(export_opensora(arguments.folder, arguments.out, options)):
+    for line in export_opensora(arguments.folder, arguments.out, options).lines():
         print(line)
     return EXIT_COMPLETE
 

@@ -1,12 +1,13 @@
-"""Open-Sora v2's cached-text data set class, reading our shards directly: no second copy.
+"""Open-Sora v2's cached-text dataset class, reading our shards directly: no second copy.
 
-Guarantees: `PrecomputedVideoTextDataset` is Open-Sora's own `CachedVideoTextDataset` in all but the
-source of `text_t5` and `text_clip`, which are, bit for bit, what an export would have stored. A row
-without an embedding is dropped and counted, or refused, before the sampler sees it; an embedding
+`PrecomputedVideoTextDataset` is Open-Sora's own `CachedVideoTextDataset` in all but where
+`text_t5` and `text_clip` come from. They are, bit for bit, what an export would have stored. A row
+without an embedding is dropped and counted, or refused, before the sampler sees it. An embedding
 that cannot be read ends the training with its message and is never replaced by zeros.
-Costs: opening looks up the id of every row (about 20 us each); a sample is one copy out of the
-mapped shard. Importing this module imports Open-Sora where it is installed, and registers the class
-there; where it is not, nothing happens until the class is asked for.
+
+At the start the text that the trainer would encode for each row is compared with the text that was
+encoded, so neither a wrong id column nor changed captions can pair a clip with the wrong text. That
+takes about 30 us a row; afterwards a sample is one copy out of the mapped shard.
 
 In Open-Sora's configuration:
 
@@ -19,38 +20,111 @@ Written from opensora/datasets/datasets.py of https://github.com/hpcaitech/Open-
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-import importlib.util
 import logging
 import numbers
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from embed_precompute.errors import InputError
-from embed_precompute.opensora.text_pair import PadMasked, TextPair
+import numpy as np
+import torch
+from torch.nn import functional
+
+from embed_precompute.captions.recipes import (
+    OPENSORA_NO_FPS,
+    OpenSoraRecipe,
+    make_normalizer,
+    recipe_of,
+)
+from embed_precompute.errors import ConflictError, InputError
+from embed_precompute.store.plan import Plan, read_plan
 from embed_precompute.train.dataset import AnyPath, EmbeddingDataset, SampleLookupError
+from embed_precompute.train.inputs import pad_null
 
 log = logging.getLogger(__name__)
 
 REGISTERED_NAME = "precomputed_video_text"
 CLASS_NAME = "PrecomputedVideoTextDataset"
-ID_COLUMNS = ("sample_id", "id")
-"""Columns looked for when `id_column` is not given; `export` writes the first."""
+SAMPLE_ID = "sample_id"
+"""The column of an exported table that holds the sample's id."""
+DONE_FILE = "export.json"
+"""A finished export has it in the folder of its table."""
+TEXT, FPS, MOTION = "text", "fps", "score_vmafmotion"
+"""The columns that Open-Sora makes its text of."""
+ROWS_AT_ONCE = 65_536
+NAMED_ROWS = 3
 
-OnMissing = Literal["drop", "error"]
+PadMasked = Literal["refuse", "zeros", "repeat_last"]
+
+
+class TextPair:
+    """The two tensors that Open-Sora trains from: text_t5 [L, D] of one length, and text_clip [C].
+
+    `t5` and `clip` name the stored tensors that give them. Open-Sora stacks a batch, so all
+    sequences must have one length. A dataset with attention_mask none has it. One with `padding`
+    stores real tokens only; `pad_masked` says what follows them up to max_length: zeros, or the
+    last vector again and again. Without a choice (`refuse`) such a dataset is an InputError.
+    """
+
+    def __init__(
+        self, dataset: EmbeddingDataset, t5: str, clip: str, pad_masked: PadMasked = "refuse"
+    ) -> None:
+        self.t5, self.clip, self.pad_masked = t5, clip, pad_masked
+        tensors = dataset.tensors
+        for name, per, wanted in ((t5, "token", "text_t5"), (clip, "caption", "text_clip")):
+            fitting = [key for key, tensor in sorted(tensors.items()) if tensor.per == per]
+            if name not in fitting:
+                raise InputError(
+                    f"{name!r} cannot give {wanted}, a vector per {per}: the dataset has "
+                    f"{sorted(tensors)}, of which {fitting or 'none'} would do. Name it, or "
+                    "precompute with both."
+                )
+        if pad_masked not in ("refuse", "zeros", "repeat_last"):
+            raise InputError(f"pad_masked is {pad_masked!r}: expected refuse, zeros, repeat_last.")
+        self.masked = dataset.is_masked(f"text_{t5}")
+        encoder = dataset.manifest.spec["encoders"][tensors[t5].encoder]
+        self._length: int = encoder.get("max_length", 0)
+        if self.masked and pad_masked == "refuse":
+            raise InputError(
+                f"{t5!r} was made with attention_mask padding: its embeddings have the length of "
+                "their captions, and Open-Sora stacks only equal lengths. Precompute with "
+                "attention_mask none, which is Open-Sora's own recipe, or choose pad_masked zeros "
+                "or repeat_last, which is not what its model was trained with."
+            )
+
+    def of(self, sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """text_t5 and text_clip of a sample, or of the null embedding."""
+        sequence: torch.Tensor = sample[f"text_{self.t5}"]
+        if self.masked and self.pad_masked == "repeat_last":
+            sequence = pad_null(sequence[None], self._length)[0]
+        elif self.masked:
+            sequence = functional.pad(sequence, (0, 0, 0, self._length - len(sequence)))
+        return {"text_t5": sequence, "text_clip": sample[f"text_{self.clip}"]}
 
 
 class PrecomputedText:
     """What `PrecomputedVideoTextDataset` puts before Open-Sora's class.
 
-    `embeddings`: the dataset's folder, or a list of folders with one fingerprint. `id_column` of
-    the table names the sample: by default `sample_id`, which `embed-precompute export` writes, else
-    `id`. `on_missing`: rows whose sample has no embedding are dropped, or an InputError. `verify`
-    is as in `EmbeddingDataset`. All other arguments are Open-Sora's own. With memory_efficient the
-    ids are not in memory: no row is dropped, and one without an embedding ends the training.
+    `embeddings`: the dataset's folder, or a list of folders with one fingerprint. All arguments
+    that are not explained here are Open-Sora's own, but memory_efficient must be False.
+
+    `id_column`: the table's column with the ids of the samples. By default it is the one that the
+    dataset was made with, and the row number where it was made without; in a table that
+    `embed-precompute export` wrote it is `sample_id`.
+    `compare`: which text of a row must be the encoded one, else ConflictError. `trainer`: the text
+    that Open-Sora would encode, with its fps_max and vmaf. `dataset`: the row's caption with the
+    dataset's own normalisation and recipe; for training on other text than Open-Sora's on purpose.
+    `on_missing`: rows whose sample has no embedding are dropped, or an InputError.
+    `verify` is that of `EmbeddingDataset`; `t5`, `clip` and `pad_masked` are those of `TextPair`.
     """
 
     data: Any
+    fps_max: int
+    vmaf: bool
     cached_video: bool
     cached_text: bool
     load_original_video: bool
@@ -64,52 +138,116 @@ class PrecomputedText:
         clip: str = "clip",
         id_column: str | None = None,
         pad_masked: PadMasked = "refuse",
-        on_missing: OnMissing = "drop",
+        compare: Literal["trainer", "dataset"] = "trainer",
+        on_missing: Literal["drop", "error"] = "drop",
         verify: Literal["never", "rows"] = "never",
         cached_text: bool = True,
-        memory_efficient: bool = False,
         **opensora: Any,
     ) -> None:
         if on_missing not in ("drop", "error"):
             raise InputError(f"on_missing is {on_missing!r}: expected drop or error.")
-        opensora |= {"cached_text": cached_text, "memory_efficient": memory_efficient}
+        if compare not in ("trainer", "dataset"):
+            raise InputError(f"compare is {compare!r}: expected trainer or dataset.")
+        if opensora.get("memory_efficient"):
+            raise InputError(
+                "memory_efficient is True: ids and captions of all rows are compared at the start, "
+                "so they must be in memory. Set it to False; embeddings are not held there."
+            )
+        opensora["cached_text"] = cached_text
         super().__init__(**opensora)
         self._embeddings = EmbeddingDataset(embeddings, verify)
-        self._pair = TextPair(self._embeddings.manifest.spec, t5, clip, pad_masked)
-        self._id_column = id_column
-        self.num_dropped = 0
+        self._pair = TextPair(self._embeddings, t5, clip, pad_masked)
+        plans = [read_plan(Path(folder)) for folder in _folders(embeddings)]
+        column = id_column or _id_column(self.data, str(opensora.get("data_path")), plans)
+        kept, samples = self._join(column, on_missing)
+        self._samples = np.array(samples, np.int64)
+        """The sample of each row."""
+        self.num_dropped = len(self.data) - len(kept)
         """Rows of the table that have no embedding."""
-        self._positions: list[int] | None = None
-        if not memory_efficient:
-            self._positions = self._find_rows(on_missing)
-
-    def _find_rows(self, on_missing: OnMissing) -> list[int]:
-        """The embedding of each row; rows without one leave the table."""
-        column = self._id_column or next((c for c in ID_COLUMNS if c in self.data.columns), None)
-        if column is None or column not in self.data.columns:
-            raise InputError(
-                f"the table has no column {column or ' or '.join(ID_COLUMNS)!r} with the ids of "
-                f"the samples, only {', '.join(map(str, self.data.columns))}. Set "
-                "dataset.id_column, or write a table with `embed-precompute export DIR OUT --format"
-                " opensora --table-only`."
-            )
-        self._id_column = column
-        positions, why = [], ""
-        for sample_id in self.data[column].tolist():
-            try:
-                positions.append(self._embeddings.index_of(_id_text(sample_id, column)))
-            except SampleLookupError as error:
-                positions.append(-1)
-                why = why or str(error)
-        kept = [row for row, position in enumerate(positions) if position >= 0]
-        self.num_dropped = len(positions) - len(kept)
         if self.num_dropped:
-            said = f"{self.num_dropped:,} of {len(positions):,} rows have no embedding: {why}"
-            if on_missing == "error" or not kept:
-                raise InputError(f"{said} Take them out of the table, or precompute them.")
-            log.warning("%s They are left out.", said)
             self.data = self.data.iloc[kept].reset_index(drop=True)
-        return [positions[row] for row in kept]
+        self._check_texts(kept, compare, plans[0])
+
+    def _join(self, column: str | None, on_missing: str) -> tuple[list[int], list[int]]:
+        """The rows that have an embedding, and the sample of each of them."""
+        ids: Iterator[str] = map(str, range(len(self.data)))
+        if column is not None:
+            _require_column(self.data, column, "it names the samples")
+            ids = (_id_text(value, column) for value in self.data[column].tolist())
+        kept, samples, why = [], [], ""
+        for row, sample_id in enumerate(ids):
+            try:
+                samples.append(self._embeddings.index_of(sample_id))
+                kept.append(row)
+            except SampleLookupError as error:
+                why = why or str(error)
+        if why:
+            by = "row number" if column is None else f"column {column!r}"
+            missing, total = len(self.data) - len(kept), len(self.data)
+            said = f"{missing:,} of {total:,} rows have no embedding by their {by}: {why}"
+            if on_missing == "error" or not kept:
+                raise InputError(
+                    f"{said} Remove them from the table, precompute them, or set "
+                    "dataset.id_column; for lists of captions, use the table of an export."
+                )
+            log.warning("%s They are left out.", said)
+        return kept, samples
+
+    def _check_texts(self, kept: list[int], compare: str, plan: Plan) -> None:
+        """ConflictError unless each row's text is the one that was encoded.
+
+        64 bits of the sha256 are compared: enough to find a difference, and 8 bytes a sample.
+        """
+        digests = (
+            d for part in self._embeddings.columns("text_sha256") for d in part["text_sha256"]
+        )
+        stored = np.fromiter((int(d[:16], 16) for d in digests), np.uint64, len(self._embeddings))
+        found = np.fromiter(map(_text_key, self._texts(compare, plan)), np.uint64, len(kept))
+        wrong = np.flatnonzero(stored[self._samples] != found)
+        if not len(wrong):
+            return
+        lines = []
+        for row, text in enumerate(self._texts(compare, plan)):
+            if row in wrong[:NAMED_ROWS]:
+                sample_id = self._embeddings[int(self._samples[row])]["id"]
+                encoded = self._embeddings.encoded_text(int(self._samples[row]))
+                lines.append(
+                    f"row {kept[row]}, sample {sample_id!r}: the {compare} makes {text!r:.200}, "
+                    f"encoded was {encoded!r:.200}"
+                )
+        settings = recipe_of(plan.spec["captions"]["recipe"]).trainer_settings()
+        raise ConflictError(
+            f"{len(wrong):,} of {len(kept):,} rows have another text than their sample:\n  "
+            + "\n  ".join(lines)
+            + "\nUse the captions that were encoded, with their ids in dataset.id_column"
+            + (f", and {', '.join(settings)} in dataset" if settings else "")
+            + ". If only Open-Sora's suffix differs, and on purpose, set compare='dataset'."
+        )
+
+    def _texts(self, compare: str, plan: Plan) -> Iterator[str]:
+        """The text of each row that is compared with the encoded one."""
+        captions = plan.spec["captions"]
+        if compare == "trainer":
+            has_fps = FPS in self.data.columns and self.fps_max < OPENSORA_NO_FPS
+            has_motion = self.vmaf and MOTION in self.data.columns
+            recipe: Any = OpenSoraRecipe(
+                fps_column=FPS if has_fps else None,
+                fps_max=self.fps_max,
+                fps_format="int",  # a float is written as a float anyway
+                motion_column=MOTION if has_motion else None,
+            )
+            normalize, text_column = None, TEXT
+        else:
+            recipe = recipe_of(captions["recipe"])
+            normalize, text_column = make_normalizer(captions["normalize"]), plan.inputs.text_column
+        columns = [text_column, *recipe.columns]
+        for name in columns:
+            _require_column(self.data, name, f"the text of the {compare} is made of it")
+        for first in range(0, len(self.data), ROWS_AT_ONCE):
+            part = self.data.iloc[first : first + ROWS_AT_ONCE]
+            for caption, *row in zip(*(part[name].tolist() for name in columns), strict=True):
+                text = normalize(caption) if normalize and isinstance(caption, str) else caption
+                yield str(recipe.render(text, row))
 
     def get_conditioning_latents(self, index: int) -> dict[str, Any]:
         """What Open-Sora's method of this name gives, with the text from the shards."""
@@ -118,25 +256,17 @@ class PrecomputedText:
         if self.cached_video:
             sample["video_latents"] = self.get_latents(row["latents_path"])  # type: ignore[attr-defined]
         if self.cached_text:
-            stored = self._embeddings[self._position(index, row)]
-            sample["text_t5"] = self._pair.sequence(stored[f"text_{self._pair.t5}"])
-            sample["text_clip"] = stored[f"text_{self._pair.clip}"]
+            sample |= self._pair.of(self._embeddings[int(self._samples[index])])
         if self.return_latents_path:
             sample["latents_path"] = row["latents_path"]
             sample["text_t5_path"] = sample["text_clip_path"] = ""  # there is no file
         return sample
 
-    def _position(self, index: int, row: Any) -> int:
-        if self._positions is not None:
-            return self._positions[index]
-        column = self._id_column or ID_COLUMNS[0]
-        return self._embeddings.index_of(_id_text(row[column], column))
-
     def getitem(self, index: str) -> dict[str, Any] | None:
-        """Sample `row-frames-height-width`; None (left out by the collate) for an unreadable video.
+        """Sample `row-frames-height-width`; None for an unreadable video, which the collate skips.
 
-        Open-Sora's own method turns every error into None. An embedding is not skipped here: the
-        error names the shard and goes to whoever trains.
+        Open-Sora's own method turns every error into None. An embedding that cannot be read is not
+        skipped: its error names the shard and ends the training.
         """
         sample: dict[str, Any] = {}
         if self.load_original_video:
@@ -149,6 +279,39 @@ class PrecomputedText:
         return sample
 
 
+def _folders(embeddings: AnyPath | Sequence[AnyPath]) -> list[AnyPath]:
+    return [embeddings] if isinstance(embeddings, (str, os.PathLike)) else list(embeddings)
+
+
+def _id_column(data: Any, data_path: str, plans: Sequence[Plan]) -> str | None:
+    """The column that names the samples, None: they are row numbers."""
+    if SAMPLE_ID in data.columns and (Path(data_path).parent / DONE_FILE).is_file():
+        return SAMPLE_ID
+    columns = {plan.inputs.id_column for plan in plans}
+    if len(columns) > 1 or (len(plans) > 1 and None in columns):
+        raise InputError(
+            f"the folders were made with the id columns {columns} (None: row numbers): no column "
+            "names the samples of all of them. Set dataset.id_column, or train from one folder."
+        )
+    column = columns.pop()
+    rows = sum(file.rows for file in plans[0].inputs.files)
+    if column is None and rows != len(data):
+        raise InputError(
+            f"the samples are named by the row numbers of a table of {rows:,} rows, and this one "
+            f"has {len(data):,}. Read the table that was encoded, or set dataset.id_column."
+        )
+    return column
+
+
+def _require_column(data: Any, column: str, why: str) -> None:
+    if column not in data.columns:
+        raise InputError(
+            f"the table has no column {column!r}, and {why}; it has "
+            f"{', '.join(map(str, data.columns))}. Set dataset.id_column or dataset.compare, or "
+            "write a table with `embed-precompute export DIR OUT --format opensora --table-only`."
+        )
+
+
 def _id_text(value: Any, column: str) -> str:
     """An id of the table as a sample id; pandas reads integers with a gap as floats."""
     if isinstance(value, (str, numbers.Integral)):  # numpy's integers too
@@ -157,6 +320,10 @@ def _id_text(value: Any, column: str) -> str:
         f"column {column!r} holds {value!r} ({type(value).__name__}): expected strings or integers "
         "without a null."
     )
+
+
+def _text_key(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
 
 
 def opensora_class() -> Any:
@@ -171,7 +338,7 @@ def opensora_class() -> Any:
 
 
 def register(name: str = REGISTERED_NAME) -> Any:
-    """Make the class, once, and put it in Open-Sora's registry DATASETS under `name`; give it."""
+    """Make the class, once, and put it in Open-Sora's registry DATASETS under `name`."""
     made = globals().get(CLASS_NAME)
     if made is None:
         # In this module's namespace, so that a DataLoader can pickle a dataset into its workers.
@@ -189,8 +356,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-_found = importlib.util.find_spec("opensora")
-# A package with an __init__.py: neither a folder that has the name, nor this file run as a script's
-# neighbour.
-if _found is not None and _found.origin is not None and _found.submodule_search_locations:
+if "opensora" in sys.modules:  # its trainer imports this module when it reads its configuration
     register()

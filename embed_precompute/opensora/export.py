@@ -1,61 +1,62 @@
 """Export for Open-Sora v2: `.pt` files, null embeddings and a table its unchanged trainer reads.
 
-Guarantees: the trainer gets, tensor for tensor, what the shards hold; samples without an embedding
-are left out or given the null embedding, and counted; export.json is written last, after everything
-was read back. A rerun goes on where the last one stopped; another dataset's export is never mixed
-in.
-Costs: a second copy of every embedding, in two files per sample: 4 MiB and 1.5 KiB with Open-Sora's
-encoders. `embed_precompute.opensora.dataset` trains from the shards without any of that.
+The trainer gets, tensor for tensor, what the shards hold. Samples without an embedding are left out
+and counted. `export.json` is written last, after every file was loaded back, as Open-Sora loads it,
+and compared with the dataset. A rerun writes what is missing or differs; another dataset's export
+is refused.
+
+It is a second copy of every embedding, in two files per sample: 4 MiB and 3 KiB with Open-Sora's
+encoders. `embed_precompute.opensora.dataset` trains from the shards without that.
 
 Written from scripts/diffusion/train.py and opensora/datasets/{datasets,utils}.py of
-https://github.com/hpcaitech/Open-Sora (Apache-2.0).
+https://github.com/hpcaitech/Open-Sora at 7ad6a96 (Apache-2.0).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import io
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 
 from embed_precompute.documents import differing_fields
 from embed_precompute.encoders.options import DType
-from embed_precompute.errors import ConflictError, InputError
-from embed_precompute.opensora.source import CaptionRows, Entry, Source, Subset, captions_path
-from embed_precompute.opensora.table import (
-    HOT_COLUMNS,
-    TrainerTable,
-    check_table,
-    clear_parts,
-    open_table,
-    write_parts,
-)
-from embed_precompute.opensora.tensors import (
-    TensorFiles,
-    Written,
-    null_path,
-    pt_bytes,
-    replace_pt,
-    require_room,
-    tensor_path,
-)
-from embed_precompute.opensora.text_pair import PadMasked, TextPair, pad_to
-from embed_precompute.store.check import check_null
+from embed_precompute.errors import ConflictError, InputError, StorageError, VerificationError
+from embed_precompute.opensora.dataset import DONE_FILE, PadMasked, TextPair
+from embed_precompute.opensora.table import SAMPLER_COLUMNS, CaptionRows, Entry, TrainerTable
 from embed_precompute.store.commit import (
-    StoredFile,
     make_folder,
     publish_bytes,
     remove_file,
     remove_leftovers,
     replace_bytes,
 )
-from embed_precompute.store.records import FORMAT_VERSION, NULL_UNIT, document_bytes, read_json
-from embed_precompute.store.shards import ShardReader
+from embed_precompute.store.index import DatasetIndex
+from embed_precompute.store.records import (
+    FORMAT_VERSION,
+    document_bytes,
+    read_json,
+    require_folder,
+)
+from embed_precompute.train.dataset import EmbeddingDataset
 
-SOURCE_FILE, DONE_FILE, TABLE = "source.json", "export.json", "table"
+SOURCE_FILE, TABLE = "source.json", "table.parquet"
+THREADS = 8
+FILES_PER_FOLDER = 1000
+TENSORS = ("text_t5", "text_clip")
+PT_BYTES = 2048
+"""At most what torch.save adds to a tensor's own bytes."""
+SPARE_BYTES = 64 << 20
+"""Left free for the table."""
+UPSTREAM_NULLS = "/mnt/ddn/sora/tmp_load"
+"""Where scripts/diffusion/train.py has its null embeddings hard-coded."""
+PATCH = "scripts/opensora/null_embeddings.patch"
 
 
 @dataclass(frozen=True)
@@ -65,125 +66,69 @@ class OpenSoraOptions:
     captions: str | None = None
     """The caption table, when it is no longer where the run found it."""
     t5: str = "t5"
-    """The encoder that gives text_t5."""
+    """The tensor that gives text_t5, named without `text_`."""
     clip: str = "clip"
-    """The encoder that gives text_clip."""
-    failed: Literal["drop", "null"] = "drop"
-    """Samples that are not ok: left out, or pointed at the null embedding."""
+    """The tensor that gives text_clip."""
     pad_masked: PadMasked = "refuse"
     """How a dataset with attention_mask padding is brought to one length."""
     trainer_dtype: DType = "bfloat16"
     """dtype of the null embeddings, which the trainer does not cast."""
-    table: Literal["parquet", "csv"] = "parquet"
-    """Form of the trainer's table."""
-    memory_efficient: bool = False
-    """Also the table in 10,000 parts, for Open-Sora's memory_efficient=True."""
     table_only: bool = False
     """Nulls and table, no tensor files: what `embed_precompute.opensora.dataset` needs."""
-    path_prefix: str | None = None
-    """Folder of the export as the trainer sees it; where it is written when not given."""
     limit: int | None = None
     """Only the first samples."""
-    ids: frozenset[str] | None = None
-    """Only these samples."""
-    recheck: bool = False
-    """Read every tensor file again, those an earlier run has verified too."""
 
 
-@dataclass(frozen=True)
-class OpenSoraExport:
-    """A finished export; paths are as the trainer sees them."""
-
-    out: Path
-    options: OpenSoraOptions
-    table: str
-    null_t5: str
-    null_clip: str
-    embeddings: Path
-    """The dataset that was exported."""
-    num_rows: int
-    num_parts: int
-    written: Written
-    not_ok: dict[str, int]
-    """Samples that are not ok, by status: left out, or given the null embedding."""
-    columns: tuple[str, ...]
-    replaced: tuple[str, ...]
-    """Columns of the captions that the table has with other values."""
-    filled_latents: int
-    nulls: dict[str, int]
-    """Nulls of the table, by column."""
-    spec: dict[str, Any]
-
-
-def read_ids(path: Path) -> frozenset[str]:
-    """Sample ids, one per line; empty lines are left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as ids, one per line: {error}.") from None
-    return frozenset(line for line in lines if line)
-
-
-def export_opensora(root: Path, out: Path, options: OpenSoraOptions) -> OpenSoraExport:
+def export_opensora(root: Path, out: Path, options: OpenSoraOptions) -> Export:
     """Export the dataset in `root` to the folder `out`, or go on with it."""
-    job = _Job(Path(root).absolute(), Path(out).absolute(), options)
-    job.check_options()
-    job.claim()
-    job.write_nulls()
-    job.require_room()
-    stored, num_rows = job.write_rows()
-    num_parts = job.write_parts(num_rows)
-    return job.finish(stored, num_rows, num_parts)
+    export = Export(Path(root).absolute(), Path(out).absolute(), options)
+    export.claim()
+    export.write_nulls()
+    export.require_space()
+    export.write_rows()
+    return export
 
 
-class _Job:
-    """One run of an export; its methods are the steps, in order."""
+class Export:
+    """One run of an export; its methods are the steps, in order. `lines` is for a person."""
 
     def __init__(self, root: Path, out: Path, options: OpenSoraOptions) -> None:
+        if options.limit is not None and options.limit < 1:
+            raise InputError(f"limit is {options.limit}: expected 1 or more.")
+        require_folder(root)
         self.root, self.out, self.options = root, out, options
-        self.source = Source(root, Subset(options.failed == "null", options.limit, options.ids))
-        self.plan = self.source.plan
-        self.spec: dict[str, Any] = self.plan.spec
-        self.pair = TextPair(self.spec, options.t5, options.clip, options.pad_masked)
-        self.prefix = (options.path_prefix or str(out)).rstrip("/")
-        self.table_path = out / f"{TABLE}.{options.table}"
-        self.captions = CaptionRows(self.plan, options.captions or captions_path(root))
-        path_of = None if options.table_only else self._path_of
-        self.table = TrainerTable(self.captions, self.spec["captions"]["recipe"], path_of)
-        self.files = TensorFiles(out, self.plan, self.pair, options.recheck)
-        self.sample_bytes = 0
+        self.dataset = EmbeddingDataset(root, "rows", copy=False)
+        self.pair = TextPair(self.dataset, options.t5, options.clip, options.pad_masked)
+        self.captions = CaptionRows(self.dataset, root, options.captions)
+        self.table = TrainerTable(self.captions, None if options.table_only else self._path)
+        self.null = self.pair.of(self.dataset.null)
+        self.length = self._one_length()
+        self.counts = {"rows": 0, "files": 0, "written": 0}
 
-    def _path_of(self, kind: str, entry: Entry) -> str:
-        path = null_path(kind) if entry.stored is None else tensor_path(kind, entry.number)
-        return f"{self.prefix}/{path}"
+    def _path(self, tensor: str, entry: Entry) -> str:
+        return str(self.out / tensor_path(tensor, entry))
 
-    def check_options(self) -> None:
-        """Whatever can be refused before anything is written."""
-        lengths = self.source.sequence_lengths(self.pair.t5)
-        if not self.pair.masked and len(lengths) > 1:
+    def _one_length(self) -> int:
+        """The vectors of each exported text_t5; InputError where samples differ."""
+        index, null_length = DatasetIndex(self.root), len(self.null["text_t5"])
+        lengths = np.unique(index.lengths[self.options.t5][np.asarray(index.ok)]).tolist()
+        if self.pair.masked or not lengths:
+            return null_length
+        if len(lengths) > 1:
             raise InputError(
-                f"text_{self.pair.t5} has several lengths, {lengths} (length: samples): Open-Sora "
-                "stacks only equal ones. Make one dataset per length."
+                f"text_{self.options.t5} has sequences of {lengths} vectors: Open-Sora stacks only "
+                "equal ones. Make one dataset per length."
             )
-        if not self.options.memory_efficient:
-            return
-        if self.options.table == "csv":
-            raise InputError("memory_efficient needs a parquet table: Open-Sora refuses CSV there.")
-        absent = [name for name in HOT_COLUMNS if name not in self.table.schema.names]
-        if absent:
+        if null_length > lengths[0]:
             raise InputError(
-                f"the captions have no {', '.join(absent)}: with memory_efficient Open-Sora reads "
-                f"{', '.join(HOT_COLUMNS)} of the table. Add the columns, or export without."
+                f"the null embedding has {null_length} vectors, the samples {lengths[0]}: "
+                "Open-Sora's trainer only lengthens it. Precompute with a max_length that "
+                "seq_align divides."
             )
-        if "." in f"{self.prefix}/{TABLE}":
-            raise InputError(
-                f"{self.prefix}/{TABLE}.parquet: with memory_efficient Open-Sora cuts this path at "
-                "its first dot to find the parts. Export to a folder whose full path has no dot, "
-                "or give such a path (a link) as path_prefix."
-            )
+        return int(lengths[0])
 
     def claim(self) -> None:
-        """OUT is this dataset's export, from now on or since an earlier run."""
+        """Make OUT this dataset's export; ConflictError where it is another's."""
         out, path = self.out, self.out / SOURCE_FILE
         if out == self.root or self.root in out.parents or out in self.root.parents:
             raise InputError(f"{out} and the dataset {self.root} lie in one another: choose apart.")
@@ -195,125 +140,219 @@ class _Job:
                     "Choose a new folder."
                 )
         make_folder(out)
-        identity = {
-            "format_version": FORMAT_VERSION,
-            "kind": "export_source",
-            "format": "opensora",
-            "fingerprint": self.plan.fingerprint,
-            "plan": self.plan.plan_id,
-            "t5": self.options.t5,
-            "clip": self.options.clip,
-            "pad_masked": self.options.pad_masked if self.pair.masked else None,
-        }
-        if not publish_bytes(path, document_bytes(identity)):
-            lines = differing_fields(read_json(path, "export_source"), identity)
-            named = [line for line in lines if not line.startswith("digest")]
+        identity = self._identity()
+        publish_bytes(path, document_bytes(identity))
+        found = read_json(path, "export_source")
+        found.pop("digest")
+        if lines := differing_fields(found, identity):
             raise ConflictError(
                 f"{out} is another export; it differs in\n  "
-                + "\n  ".join(named)
+                + "\n  ".join(lines)
                 + "\nExport to a new folder, or give the old values back."
             )
         remove_file(out / DONE_FILE)
 
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "kind": "export_source",
+            "format": "opensora",
+            "fingerprint": self.dataset.fingerprint,
+            "plan_id": self.dataset.manifest.plan_id,
+            "t5": self.options.t5,
+            "clip": self.options.clip,
+            "pad_masked": self.options.pad_masked if self.pair.masked else None,
+        }
+
     def write_nulls(self) -> None:
-        """null_t5.pt [1, L, D] and null_clip.pt [1, C], and what stands in for missing samples."""
-        path = check_null(self.root, self.plan).shard_path(self.root)
-        shard = ShardReader(path, self.plan.fingerprint, NULL_UNIT, self.plan.tensors)
-        t5 = self.pair.sequence(shard.row(self.pair.t5, 0))
-        clip = shard.row(self.pair.clip, 0)
-        length = t5.shape[0] if self.pair.masked else self._stored_length(t5.shape[0])
-        if t5.shape[0] > length:
-            raise InputError(
-                f"the null embedding has {t5.shape[0]} vectors, the samples {length}: Open-Sora's "
-                "trainer only lengthens it. Precompute with a max_length that seq_align divides."
-            )
+        """null_t5.pt [1, L, D] and null_clip.pt [1, C], in the trainer's dtype."""
         dtype = getattr(torch, self.options.trainer_dtype)
-        for name, values in (("null_t5.pt", t5), ("null_clip.pt", clip)):
+        for tensor, values in self.null.items():
+            path = self.out / f"null_{tensor.removeprefix('text_')}.pt"
             cast = values[None].to(dtype)
             if not bool(torch.isfinite(cast).all()):
                 raise InputError(
-                    f"{name} is not finite in {self.options.trainer_dtype}: choose another "
+                    f"{path.name} is not finite in {self.options.trainer_dtype}: choose another "
                     "trainer_dtype."
                 )
-            replace_pt(self.out / name, cast, "the empty caption")
-        t5 = pad_to(t5, length, "repeat_last")
-        if self.options.failed == "null" and not self.options.table_only:
-            replace_pt(self.out / null_path("t5"), t5, "the empty caption")
-            replace_pt(self.out / null_path("clip"), clip, "the empty caption")
-        self.sample_bytes = len(pt_bytes(t5)) + len(pt_bytes(clip))
+            write_pt(path, cast)
 
-    def _stored_length(self, null_length: int) -> int:
-        """The one length of the samples' text_t5."""
-        return next(iter(self.source.sequence_lengths(self.pair.t5)), null_length)
+    def require_space(self) -> None:
+        """StorageError before the first tensor file, where bytes or files will not suffice."""
+        if self.options.table_only or any((self.out / tensor).exists() for tensor in TENSORS):
+            return  # what an earlier run wrote is not needed again
+        samples = min(len(self.dataset), self.options.limit or len(self.dataset))
+        t5, clip = self.null["text_t5"], self.null["text_clip"]
+        numbers = self.length * t5.shape[1] + clip.shape[0]
+        needed = samples * (numbers * t5.element_size() + len(TENSORS) * PT_BYTES) + SPARE_BYTES
+        disk = os.statvfs(self.out)
+        free = disk.f_bavail * disk.f_frsize
+        if needed > free or (disk.f_files and len(TENSORS) * samples > disk.f_favail):
+            raise StorageError(
+                f"{self.out}: {samples:,} samples need about {needed:,} bytes in "
+                f"{len(TENSORS) * samples:,} files; {free:,} bytes and {disk.f_favail:,} files are "
+                "free on its file system. Free some, export fewer samples (--limit), or train from "
+                "the shards directly with embed_precompute.opensora.dataset, which needs no copy."
+            )
 
-    def require_room(self) -> None:
-        if self.options.table_only:
-            return
-        sizes = self.source.index.shards[:, 1].tolist()
-        done = sum(n for unit, n in enumerate(sizes) if self.files.record_path(unit).exists())
-        require_room(self.out, self.sample_bytes, max(0, self.source.most_entries - done))
-
-    def write_rows(self) -> tuple[StoredFile, int]:
-        """Tensor files unit by unit, and the table's rows beside them."""
-        num_rows = 0
-        with open_table(self.table_path, self.table.schema) as file:
-            for unit, entries in self.source.units():
+    def write_rows(self) -> None:
+        """Tensor files and the table, a batch of rows at a time; then export.json."""
+        with (
+            ThreadPoolExecutor(THREADS, "export") as pool,
+            self.table.writing(self.out / TABLE),
+        ):
+            for rows, entries in self.captions.batches(self.options.limit):
                 if not self.options.table_only:
-                    self.files.write_unit(unit, entries)
-                first, count = unit.record.first_row, unit.record.num_rows
-                for rows, here, texts in self.captions.batches(first, count, entries):
-                    places = [self.captions.place(entry.row) for entry in here]
-                    file.write(self.table.batch(rows, here, texts), places)
-                    num_rows += rows.num_rows
-            if num_rows == 0:
-                raise InputError(
-                    f"nothing to export: none of the {sum(self.source.not_ok.values()):,} samples "
-                    f"asked for has an embedding ({dict(self.source.not_ok)})."
-                )
-            return file.finish(), num_rows
-
-    def write_parts(self, num_rows: int) -> int:
-        """The memory-efficient split, or the end of an earlier run's, which would not fit now."""
-        if self.options.memory_efficient:
-            return write_parts(self.table_path, num_rows)
-        clear_parts(self.table_path)
-        return 0
-
-    def finish(self, stored: StoredFile, num_rows: int, num_parts: int) -> OpenSoraExport:
-        """Check the table and publish export.json."""
-        nulls = check_table(self.table_path, num_rows, self.options.memory_efficient)
-        digest = None if self.options.ids is None else sorted(self.options.ids)
-        options = {**dataclasses.asdict(self.options), "ids": digest}
+                    self.counts["written"] += sum(pool.map(self._write_sample, entries))
+                    self.counts["files"] += len(TENSORS) * len(entries)
+                self.table.write(rows, entries)
+                self.counts["rows"] += len(entries)
+            if self.counts["rows"] == 0:
+                raise InputError(f"nothing to export: no sample is ok ({self._not_ok()}).")
+            stored = self.table.finish(self.counts["rows"])
         done = {
-            "format_version": FORMAT_VERSION,
+            **self._identity(),
             "kind": "export",
-            "format": "opensora",
-            "fingerprint": self.plan.fingerprint,
-            "plan": self.plan.plan_id,
-            "rows": num_rows,
-            "parts": num_parts,
-            "tensor_files": self.files.written.files,
-            "tensor_bytes": self.files.written.bytes,
-            "not_ok": dict(self.source.not_ok),
-            "options": {key: value for key, value in options.items() if key != "recheck"},
+            "rows": self.counts["rows"],
+            "tensor_files": self.counts["files"],
+            "not_ok": dict(self.captions.not_ok),
             "table": {"name": stored.name, "bytes": stored.bytes, "sha256": stored.sha256},
         }
         replace_bytes(self.out / DONE_FILE, document_bytes(done))
         remove_leftovers(self.out)
-        return OpenSoraExport(
-            out=self.out,
-            options=self.options,
-            table=f"{self.prefix}/{self.table_path.name}",
-            null_t5=f"{self.prefix}/null_t5.pt",
-            null_clip=f"{self.prefix}/null_clip.pt",
-            embeddings=self.root,
-            num_rows=num_rows,
-            num_parts=num_parts,
-            written=self.files.written,
-            not_ok=dict(self.source.not_ok),
-            columns=tuple(self.table.schema.names),
-            replaced=tuple(self.table.replaced),
-            filled_latents=self.table.filled_latents,
-            nulls=nulls,
-            spec=self.spec,
+
+    def _write_sample(self, entry: Entry) -> int:
+        """The files of one sample; how many were not there yet."""
+        sample = self.dataset[entry.index]
+        if sample["id"] != entry.sample_id:
+            raise VerificationError(
+                f"{self.root}: the index names sample {entry.index} {sample['id']!r}, the manifest "
+                f"{entry.sample_id!r}. `embed-precompute finalize {self.root}` makes them again."
+            )
+        pair = self.pair.of(sample)
+        return sum(write_pt(Path(self._path(t, entry)), values) for t, values in pair.items())
+
+    def _not_ok(self) -> str:
+        return ", ".join(f"{label} {n:,}" for label, n in sorted(self.captions.not_ok.items()))
+
+    def lines(self) -> list[str]:
+        """The outcome, then what to change in Open-Sora so that it trains from the export."""
+        return [*self._outcome(), *self._notes(), "", *self._settings(), "", *self._null_paths()]
+
+    def _outcome(self) -> Iterator[str]:
+        yield f"{self.out}: complete, {self.counts['rows']:,} rows in {self.out / TABLE}"
+        if self.options.table_only:
+            yield "  no tensor files: for the class in embed_precompute.opensora.dataset"
+        else:
+            yield (
+                f"  {self.counts['files']:,} tensor files, {self.counts['written']:,} of them "
+                "written now; all read back and equal to the dataset"
+            )
+        if self.captions.not_ok:
+            total = sum(self.captions.not_ok.values())
+            yield f"  {total:,} samples without an embedding left out: {self._not_ok()}"
+
+    def _notes(self) -> Iterator[str]:
+        table, names = self.table, self.table.schema.names
+        if table.replaced:
+            yield f"  note: replaced columns of the captions: {', '.join(table.replaced)}"
+        if table.filled_latents:
+            yield (
+                f"  note: no latents_path in {table.filled_latents:,} rows: enough for "
+                "cached_video=False, not for True"
+            )
+        for name in SAMPLER_COLUMNS:
+            if name not in names:
+                yield f"  note: the trainer's sampler also needs the column {name}"
+            elif table.nulls[name] and name != "fps":  # without fps it takes every frame
+                yield f"  note: {name} is null in {table.nulls[name]:,} rows; the sampler needs it"
+        name = self.dataset.tensors[self.options.t5].encoder
+        encoder = self.dataset.manifest.spec["encoders"][name]
+        if encoder.get("seq_align", 1) == 1:
+            yield "  note: seq_align 1 is for a trainer without sequence parallelism (sp_size 1)"
+        if encoder.get("implementation") not in (None, "hf"):
+            yield (
+                f"  note: encoded with implementation {encoder['implementation']}: equal to "
+                "Open-Sora's own embedder up to rounding; only hf gives its bits"
+            )
+
+    def _settings(self) -> Iterator[str]:
+        table = self.out / TABLE
+        if self.options.table_only:
+            yield "Read the shards directly: in Open-Sora's configuration set"
+            yield (
+                '  custom_imports = dict(imports=["embed_precompute.opensora.dataset"], '
+                "allow_failed_imports=False)"
+            )
+            yield (
+                f'  dataset = dict(type="precomputed_video_text", embeddings="{self.root}", '
+                f'data_path="{table}", ...)'
+            )
+            yield "  cached_text = True"
+        else:
+            yield "Switch cached text on, in Open-Sora's configuration and with the table"
+            yield '  dataset = dict(type="cached_video_text", cached_text=True, ...)'
+            yield "  cached_text = True"
+            yield "or on the command line of scripts/diffusion/train.py"
+            yield (
+                "  --dataset.type cached_video_text --dataset.cached_text True --cached_text True "
+                f"--dataset.data_path {table}"
+            )
+        settings = self.captions.recipe.trainer_settings()
+        if settings:
+            yield f"The captions were encoded with {', '.join(settings)}: keep them in dataset."
+        else:
+            yield "The captions were encoded without Open-Sora's FPS and motion score, with which"
+            yield "its own configurations train (captions.recipe.kind opensora)."
+        yield "patch_size must be 2: with cached text, train.py makes patches of 2 x 2 only."
+
+    def _null_paths(self) -> Iterator[str]:
+        t5, clip = self.out / "null_t5.pt", self.out / "null_clip.pt"
+        yield "The trainer loads its null embeddings from paths hard-coded in train.py. Either put"
+        yield f"  {t5}  at  {UPSTREAM_NULLS}/null_t5.pt"
+        yield f"  {clip}  at  {UPSTREAM_NULLS}/null_clip.pt"
+        yield f"or apply {PATCH} (git apply, in a clone of Open-Sora) and add"
+        yield f"  --null_t5_path {t5} --null_clip_path {clip}"
+
+
+def tensor_path(tensor: str, entry: Entry) -> str:
+    """Relative path of a sample's file; a folder has at most 1,000."""
+    thousands = entry.number // FILES_PER_FOLDER
+    folder = f"{thousands // 1000:03d}/{thousands % 1000:03d}"
+    return f"{tensor}/{folder}/{entry.number:09d}.pt"
+
+
+def write_pt(path: Path, values: torch.Tensor) -> bool:
+    """Write a tensor, unless the file holds it already; whether it was written."""
+    if holds(path, values):
+        return False
+    file = io.BytesIO()
+    # A clone has a storage of its own: a view would be saved with all that it is a view of.
+    torch.save(values.detach().clone(memory_format=torch.contiguous_format), file)
+    replace_bytes(path, file.getvalue())
+    if not holds(path, values):
+        raise VerificationError(
+            f"{path} does not hold what was just written to it: the disk or its driver is faulty."
         )
+    return True
+
+
+def holds(path: Path, expected: torch.Tensor) -> bool:
+    """Whether a file, loaded as Open-Sora loads it, gives exactly `expected` and nothing more."""
+    if not path.exists():
+        return False
+    try:
+        found = torch.load(path, map_location=torch.device("cpu"), weights_only=True)
+    except Exception:  # torch raises nearly anything for a damaged file: it is written again
+        return False
+    return (
+        isinstance(found, torch.Tensor)
+        and found.dtype == expected.dtype
+        and found.shape == expected.shape
+        and found.untyped_storage().nbytes() == expected.nbytes
+        and torch.equal(_as_bytes(found), _as_bytes(expected))
+    )
+
+
+def _as_bytes(values: torch.Tensor) -> torch.Tensor:
+    return values.contiguous().reshape(-1).view(torch.uint8)

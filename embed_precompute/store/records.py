@@ -167,6 +167,8 @@ class StoredTensor:
     per: Per
     width: int
     dtype: StoredDType
+    positions: Literal["all", "real"] | None = None
+    """As in `EncoderOutput`."""
 
     @property
     def per_caption(self) -> bool:
@@ -191,7 +193,9 @@ def stored_tensors(spec: Mapping[str, Any]) -> tuple[StoredTensor, ...]:
                     f"{where} makes text_{name}: expected a name that no other output makes, "
                     f"and that does not end in {', '.join(RESERVED_ENDINGS)}."
                 )
-            tensors[name] = StoredTensor(name, encoder, each.per, each.width, output.dtype)
+            tensors[name] = StoredTensor(
+                name, encoder, each.per, each.width, output.dtype, each.positions
+            )
     if not tensors:
         raise MismatchError("spec.encoders has no output: expected at least one.")
     return tuple(tensors[name] for name in sorted(tensors))

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embed_precompute.documents import canonical_json
-from embed_precompute.errors import VerificationError
+from embed_precompute.errors import InputError, VerificationError
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import read_file
 from embed_precompute.store.records import StoredTensor
@@ -239,3 +240,22 @@ def read_samples(
                 lengths={t.name: entry[f"{t.name}_length"] for t in tensors} if ok else {},
                 text=entry["text"],
             )
+
+
+def ok_columns(
+    root: Path, tensors: Tensors, names: Sequence[str]
+) -> Iterator[dict[str, list[Any]]]:
+    """Columns of manifest.parquet for the samples whose status is ok, READ_ROWS rows at a time."""
+    path, schema = root / "manifest.parquet", rows_schema(tensors, text=False)
+    if absent := sorted(set(names) - set(schema.names)):
+        raise InputError(f"{path} has no columns {absent}: it has {', '.join(schema.names)}.")
+    try:
+        with open_parquet(path, pa.OSFile(str(path)), schema, None) as file:
+            columns = ["status", *names]
+            for batch in file.iter_batches(READ_ROWS, columns=columns, use_threads=False):
+                ok = pc.equal(batch.column("status"), Status.OK.label)
+                yield {name: batch.column(name).filter(ok).to_pylist() for name in names}
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise VerificationError(
+            f"{path} is damaged: {error}. `embed-precompute finalize {root}` makes it again."
+        ) from error

@@ -1,13 +1,14 @@
 """Finished embeddings for training: a map-style dataset over its folders, and its collate.
 
-Guarantees: samples whose status is ok, in input order, by index or by id; a returned tensor owns
-its memory; folders of different fingerprints are never mixed; a shard that is missing, cut or of
-another dataset is an error that names it, and with `verify="rows"` so is a changed bit in a row.
-One object may be used by several threads, survives a fork, and pickles without what it has mapped:
-each process maps what it touches.
-Costs: opening reads manifest.json of each folder; the first look-up maps the index (no private
-memory, whatever the number of samples); a sample is one copy out of the mapped shard. Imports torch
-and numpy, neither transformers nor pyarrow.
+`EmbeddingDataset` has the samples whose status is ok, in input order, by index or by id. Folders of
+different fingerprints are never mixed. A shard that is missing, cut or of another dataset is an
+error that names it; with `verify="rows"` so is a changed bit in a row. A tensor that is returned
+owns its memory.
+
+One object may be used by several threads. It may be forked, and a pickled one holds no mapped file:
+each process maps the files that it reads. Opening reads the manifest.json of each folder, and the
+first look-up maps the index, without private memory. A sample is one copy out of the mapped shard.
+Imports torch and numpy; pyarrow only for texts and columns of the manifest, and no transformers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import operator
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from embed_precompute.store.records import (
     TensorEntry,
     read_manifest,
     read_null_record,
+    read_record,
     stored_tensors,
 )
 from embed_precompute.store.shards import ShardReader
@@ -73,7 +75,7 @@ class _Folder:
             index = DatasetIndex(self.root)
             if index.manifest.digest != self.manifest.digest:
                 raise VerificationError(
-                    f"{self.root} was finalised anew since it was opened: open the dataset again."
+                    f"{self.root} was finalised again since it was opened: open the dataset again."
                 )
             self._index = index
         return index
@@ -96,12 +98,12 @@ class _Folder:
 class EmbeddingDataset(Dataset[dict[str, Any]]):
     """The samples of a finished dataset whose status is ok, in input order.
 
-    `path`: the dataset's folder, or a list of folders with one fingerprint, read one after another
-    (an id that several of them hold is found in the first). `verify="rows"` checks every row it
-    reads against its checksum in the index; `"never"` checks headers, sizes and lengths only.
-    `copy=False` gives tensors that share the mapped file: for callers that copy themselves, such as
-    `collate_embeddings`, and never write to a tensor or send one to another process. At most
-    `max_open_shards` shards stay mapped.
+    `path` is the dataset's folder, or a list of folders with one fingerprint, whose samples follow
+    one another; an id that several folders hold is found in the first. `verify="rows"` checks every
+    row that is read against its checksum in the index; `"never"` checks headers, sizes and lengths
+    only. `copy=False` gives tensors that share the mapped file. It is for callers that copy them
+    anyway, such as `collate_embeddings`, and never write to a tensor or send one to another
+    process. At most `max_open_shards` shards stay mapped.
 
     Raises InputError for a folder that holds no dataset, IncompleteError for one that is not
     finalised, ConflictError for folders of different fingerprints, VerificationError for damage.
@@ -145,10 +147,10 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
 
     @property
     def samples_digest(self) -> str:
-        """Which captions these samples are: of each folder its plan, and which samples are ok.
+        """Says which captions the samples are: a digest of each folder's plan and ok samples.
 
-        Equal digests mean the same caption at every index, whoever encoded it; a loader's state
-        has it.
+        Datasets of equal digest and fingerprint have the same caption at every index. The state of
+        an EmbeddingLoader holds both.
         """
         return digest_of([folder.samples for folder in self._folders])
 
@@ -156,6 +158,11 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
     def tensors(self) -> dict[str, TensorEntry]:
         """By name without `text_`: its encoder, whether per token or per caption, width, dtype."""
         return self.manifest.tensors
+
+    def is_masked(self, tensor: str) -> bool:
+        """Whether a sequence has a caption's own tokens only: no pad was attended or is stored."""
+        of_name = {f"text_{each.name}": each for each in self._folders[0].tensors}
+        return of_name[tensor].positions == "real"
 
     @property
     def null(self) -> dict[str, torch.Tensor]:
@@ -182,10 +189,10 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         return self._sample(*self._locate(i))
 
     def __getitems__(self, indexes: Sequence[int]) -> list[dict[str, Any]]:
-        """The samples of a batch, in the order asked for, read in the order they are stored."""
-        places = [self._locate(i) for i in indexes]
-        samples: list[dict[str, Any]] = [{}] * len(places)
-        for k in sorted(range(len(places)), key=places.__getitem__):
+        """The samples of a batch, in the order of `indexes`; they are read in stored order."""
+        located = [self._locate(i) for i in indexes]
+        samples: list[dict[str, Any]] = [{}] * len(located)
+        for k in sorted(range(len(located)), key=located.__getitem__):
             samples[k] = self[indexes[k]]  # a subclass's own __getitem__, if it has one
         return samples
 
@@ -208,6 +215,35 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
             failed = failed or _why_failed(folder, sample, sample_id)
         where = ", ".join(str(folder.root) for folder in self._folders)
         raise SampleLookupError(failed or f"sample {sample_id!r} is not in {where}.")
+
+    def encoded_text(self, i: int) -> str:
+        """The text that was encoded for sample `i`: its caption after normalisation and recipe."""
+        from embed_precompute.store.rows import read_samples  # with pyarrow
+
+        number, sample = self._locate(i)
+        folder = self._folders[number]
+        unit = int(folder.index.shard[sample])
+        part = read_record(folder.root, unit).rows_path(folder.root)
+        first = int(folder.index.shards[unit, 0])
+        stored = next(islice(read_samples(part, folder.tensors), sample - first, None), None)
+        if stored is None or stored.text is None:
+            raise folder.damaged(f"{part} has no text for sample {sample}")
+        return stored.text
+
+    def columns(self, *names: str) -> Iterator[dict[str, list[Any]]]:
+        """Columns of manifest.parquet, such as text_sha256 and t5_tokens, in the order of samples.
+
+        Gives parts of some thousand samples, one after another. Imports pyarrow.
+        """
+        from embed_precompute.store.rows import ok_columns
+
+        for folder in self._folders:
+            left = folder.num_ok
+            for part in ok_columns(folder.root, folder.tensors, names):
+                left -= len(part[names[0]])
+                yield part
+            if left:
+                raise folder.damaged(f"manifest.parquet has {folder.num_ok - left} samples ok")
 
     def _start(self, number: int) -> int:
         return self._ends[number - 1] if number else 0

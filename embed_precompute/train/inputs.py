@@ -1,36 +1,37 @@
-"""Model inputs for a diffusion transformer of text and video: patches, position ids, conditions.
+"""Model inputs for a text-to-video transformer: patches, position ids, and condition dropout.
 
-Guarantees: `prepare` and `prepare_ids` give what Open-Sora's functions of these names define (img,
-img_ids, txt, txt_ids, y_vec), for any batch and any patch size; an embedding that does not fit the
-sequence-parallel alignment is refused, never cut or padded. `dropout_condition` drops each sample
-by itself and keeps the batch's dtype.
-Costs: torch and einops only, no transformers: a training job imports it. A prompt that is repeated
-over a batch is a view of one embedding; so are the position ids.
+`prepare` and `prepare_ids` give what Open-Sora's functions of these names give (img, img_ids, txt,
+txt_ids, y_vec), for any batch and patch size. `ConditionDropout` replaces captions of a batch by
+the empty caption. Nothing is ever cut or padded so that it fits: an error says what to precompute.
 
-Semantics from hpcaitech/Open-Sora: opensora/utils/sampling.py, opensora/utils/train.py and
-scripts/diffusion/train.py.
+Imports torch and einops, not transformers, so a training job can import it.
+
+Written from opensora/utils/sampling.py, opensora/utils/train.py and scripts/diffusion/train.py of
+https://github.com/hpcaitech/Open-Sora (Apache-2.0).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.nn import functional
 
 from embed_precompute.errors import InputError
+from embed_precompute.train.dataset import EmbeddingDataset
 
 
 class SequenceEmbedder(Protocol):
-    """Prompts to [B, L, D], padded until (added_tokens + L) % seq_align == 0: T5."""
+    """T5: prompts to [B, L, D], padded until (added_tokens + L) % seq_align == 0."""
 
     def __call__(self, text: list[str], added_tokens: int = 0, seq_align: int = 1) -> Tensor: ...
 
 
 class PooledEmbedder(Protocol):
-    """Prompts to [B, C]: CLIP."""
+    """CLIP: prompts to [B, C]."""
 
     def __call__(self, text: list[str]) -> Tensor: ...
 
@@ -43,11 +44,11 @@ def prepare(
     seq_align: int = 1,
     patch_size: int = 2,
 ) -> dict[str, Tensor]:
-    """Encode `prompt` and give the model's inputs for the latents `img` [B, C, T, H, W].
+    """Encode `prompt` and make the model's inputs for the latents `img` [B, C, T, H, W].
 
-    One prompt is encoded once and repeated over the batch. More prompts than latents repeat the
-    latents, in turn, as classifier-free guidance needs. Result as `prepare_ids`, with a batch that
-    is the larger of the two; InputError where the one does not divide the other.
+    One prompt is encoded once and used for the whole batch. With n times as many prompts as
+    latents, the latents are repeated n times, as classifier-free guidance needs. The result is that
+    of `prepare_ids`. Raises InputError for any other number of prompts.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     _check_latents(img, patch_size)
@@ -74,18 +75,18 @@ def prepare_ids(
 ) -> dict[str, Tensor]:
     """The model's inputs for latents `img` [B, C, T, H, W] and embeddings [B, L, D] and [B, C].
 
-    An embedding of batch 1 is repeated. With N = T * (H / patch) * (W / patch), all on the device
-    and in the dtype of `img`:
+    With N = T * (H / patch_size) * (W / patch_size) the result has, on the device and in the dtype
+    of `img`:
 
-    img      [B, N, C * patch * patch]   patches in the order t, h, w; inside one: c, ph, pw
-    img_ids  [B, N, 3]                   the patch's t, h, w (whole numbers are exact up to 256 in
-                                         bfloat16, 2,048 in float16)
-    txt      [B, L, D]
-    txt_ids  [B, L, 3]                   zeros: the text encoder holds the positions
-    y_vec    [B, C]
+    img      [B, N, C * patch_size ** 2]   patches in the order t, h, w; in a patch: c, ph, pw
+    img_ids  [B, N, 3]                     t, h, w of each patch
+    txt      [B, L, D]                     `t5_embedding`; repeated where its batch is 1
+    txt_ids  [B, L, 3]                     zeros: the text encoder added the positions itself
+    y_vec    [B, C]                        `clip_embedding`; repeated where its batch is 1
 
-    Raises InputError where shapes do not fit, or N + L is no multiple of `seq_align`, the
-    trainer's sequence-parallel size.
+    The ids are exact up to 256 in bfloat16 and up to 2,048 in float16. Raises InputError where
+    shapes do not fit, or where N + L is no multiple of `seq_align`, the trainer's sequence-parallel
+    size.
     """
     _check_latents(img, patch_size)
     batch, _, frames, height, width = img.shape
@@ -111,38 +112,115 @@ def prepare_ids(
 def position_ids(
     frames: int, height: int, width: int, device: torch.device | str | None = None
 ) -> Tensor:
-    """(t, h, w) of every patch, int64 [frames * height * width, 3], w fastest."""
+    """(t, h, w) of every patch, int64 [frames * height * width, 3]; w changes fastest."""
     axes = [torch.arange(size, device=device) for size in (frames, height, width)]
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     return rearrange(grid, "c t h w -> (t h w) c")
 
 
 def video_tokens_of(img: Tensor, patch_size: int) -> int:
-    """The tokens that latents [B, C, T, H, W] add to the sequence: Open-Sora's added_tokens."""
+    """How many tokens latents [B, C, T, H, W] add to the sequence: Open-Sora's added_tokens."""
     frames, height, width = img.shape[2:]
     return frames * (height // patch_size) * (width // patch_size)
+
+
+class ConditionDropout:
+    """Replaces captions of a batch by the empty caption, as classifier-free guidance is trained.
+
+        dropout = ConditionDropout(dataset, {"text_t5": 0.316, "text_clip": 0.316})
+        for batch in loader:
+            batch = dropout(batch)
+
+    `dataset` gives the empty caption's embeddings. `prob` is the probability for each tensor; each
+    tensor is dropped independently of the others, as in Open-Sora's trainer, and one that is not
+    named is kept. A single number drops all tensors of a sample together.
+
+    A dropped sequence becomes what the model is given for an empty prompt at inference:
+    - attention_mask none: the empty caption lengthened by repeating its last vector, which is a
+      pad's, up to the sample's length, as Open-Sora's trainer does. Length and mask stay.
+    - attention_mask padding: the real tokens of the empty caption, then zeros. The sample's length
+      and mask become those of the empty caption; the batch gets longer where that is longer.
+    """
+
+    def __init__(self, dataset: EmbeddingDataset, prob: float | Mapping[str, float]) -> None:
+        self._null = dataset.null
+        self._masked = {name: dataset.is_masked(name) for name in self._null}
+        self._together = not isinstance(prob, Mapping)
+        self._prob = dict(prob) if isinstance(prob, Mapping) else dict.fromkeys(self._null, prob)
+        for name, value in self._prob.items():
+            _check_probability(value)
+            if name not in self._null:
+                raise InputError(f"the dataset has no {name}, only {', '.join(self._null)}.")
+
+    def __call__(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> dict[str, Any]:
+        """A new batch like `batch`, which `collate_embeddings` made, with captions dropped.
+
+        The random numbers are drawn on the device of the embeddings, one for each sample and
+        tensor, or one for each sample where all its tensors are dropped together.
+        """
+        made, drawn = dict(batch), None
+        for name, prob in self._prob.items():
+            values, null = _entry(batch, name), self._null[name]
+            null = null.to(values.device, values.dtype)
+            if drawn is None or not self._together:
+                drawn = torch.rand(values.shape[0], device=values.device, generator=generator)
+            dropped = drawn.to(values.device) < prob
+            if values.ndim == 2:
+                made[name] = torch.where(dropped[:, None], null, values)
+            elif self._masked[name]:
+                made |= _drop_masked(name, batch, null, dropped)
+            else:
+                null = pad_null(null[None], values.shape[1])
+                stored = _entry(batch, f"{name}_mask").to(values.device)
+                made[name] = torch.where((dropped[:, None] & stored)[..., None], null, values)
+        return made
+
+
+def _drop_masked(
+    name: str, batch: Mapping[str, Any], null: Tensor, dropped: Tensor
+) -> dict[str, Tensor]:
+    """The entries of a sequence [B, L, D] whose length is that of its real tokens."""
+    values, stored = batch[name], _entry(batch, f"{name}_length")
+    lengths = torch.where(dropped.to(stored.device), len(null), stored)
+    longest = max(values.shape[1], len(null))
+    values, null = (
+        functional.pad(tensor, (0, 0, 0, longest - tensor.shape[-2])) for tensor in (values, null)
+    )
+    mask = torch.arange(longest, device=stored.device) < lengths[:, None]
+    values = torch.where(dropped[:, None, None], null, values)
+    return {name: values, f"{name}_length": lengths, f"{name}_mask": mask}
+
+
+def _entry(batch: Mapping[str, Any], name: str) -> Any:
+    if name not in batch:
+        raise InputError(
+            f"the batch has no {name}, only {', '.join(batch)}: expected one that "
+            "collate_embeddings made."
+        )
+    return batch[name]
 
 
 def dropout_condition(
     prob: float, txt: Tensor, null_txt: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """`txt` ([B, L, D] or [B, C]) with each sample replaced by `null_txt` with probability `prob`.
+    """`txt` [B, L, D] or [B, C], each sample replaced by `null_txt` with probability `prob`.
 
-    `null_txt`, with or without a batch axis of 1, is the empty caption's embedding
-    (`EmbeddingDataset.null`); a sequence is padded to L as `pad_null`. It takes the device and
-    dtype of `txt`. One number is drawn per sample, on `txt`'s device, also where `prob` is 0; call
-    it for T5 and for CLIP apart and they drop independently, as Open-Sora's do.
+    Open-Sora's function of this name, for a tensor without a mask whose null embedding has its
+    shape ([1, L, D] or [1, C]; the axis of 1 may be missing). `ConditionDropout` is for everything
+    else: lengths, masks, and a null embedding of another length. The result has the device and
+    dtype of `txt`. One random number is drawn for each sample, on that device, even if `prob` is 0.
     """
-    if not 0 <= prob <= 1:
-        raise InputError(f"dropout probability is {prob}: expected 0 to 1.")
+    _check_probability(prob)
     null = null_txt if null_txt.ndim == txt.ndim else null_txt[None]
-    if null.ndim != txt.ndim or null.shape[0] != 1 or null.shape[-1] != txt.shape[-1]:
+    if null.shape != (1, *txt.shape[1:]):
         raise InputError(
             f"a null embedding of shape {list(null_txt.shape)} for a batch of {list(txt.shape)}: "
-            f"expected {[1, *txt.shape[1:]]}, of the same encoder."
+            f"expected {[1, *txt.shape[1:]]}. Where only the length differs, use "
+            "ConditionDropout(dataset, prob), which knows by what rule that dataset's null "
+            "embedding is lengthened."
         )
-    if txt.ndim == 3:
-        null = pad_null(null, txt.shape[1])
     drawn = torch.rand(txt.shape[0], device=txt.device, generator=generator)
     dropped = (drawn < prob).view(-1, *[1] * (txt.ndim - 1))  # [B, 1, 1] or [B, 1]
     return torch.where(dropped, null.to(txt.device, txt.dtype), txt)
@@ -151,8 +229,8 @@ def dropout_condition(
 def pad_null(null_txt: Tensor, length: int) -> Tensor:
     """`null_txt` [1, L0, D] with its last vector repeated until it is [1, length, D].
 
-    The last vector is that of a pad, where the dataset has attention_mask none. Raises InputError
-    when it is longer already: nothing is cut.
+    For datasets with attention_mask none, where the last vector is a pad's. Raises InputError where
+    it is longer than `length`: nothing is cut.
     """
     missing = length - null_txt.shape[1]
     if missing < 0 or null_txt.shape[1] == 0:
@@ -163,6 +241,11 @@ def pad_null(null_txt: Tensor, length: int) -> Tensor:
     if missing == 0:
         return null_txt
     return torch.cat([null_txt, null_txt[:, -1:].expand(-1, missing, -1)], dim=1)
+
+
+def _check_probability(prob: float) -> None:
+    if not 0 <= prob <= 1:
+        raise InputError(f"dropout probability is {prob}: expected 0 to 1.")
 
 
 def _check_latents(img: Tensor, patch_size: int) -> None:

@@ -1,27 +1,28 @@
-"""A data loader whose place in the data is a few numbers: stop anywhere, go on on any world.
+"""A data loader that can stop after any step and go on with other ranks, workers or batch sizes.
 
-Guarantees: the order of an epoch is one list of all samples, a function of seed and epoch
-(`epoch_order`). A step of W ranks with batches of B takes the next W x B positions of it; rank r
-has those at r, r + W, r + 2W, ... of them. So what has been seen is one number, the positions
-`consumed` by all ranks together; the state holds it with seed and epoch, and neither world size,
-number of workers nor batch size. Whoever loads it deals out the rest of the epoch, from `consumed`
-on, as an epoch of its own: each sample comes before or after, in the same global order. The count
-is of batches the *consumer* was given, not of those that workers have ready. The state is a dict of
-numbers and strings, for JSON. Torch's global random generator is not touched.
+The order of an epoch is one list of all samples, a function of seed and epoch (`epoch_order`). A
+step of W ranks with batches of B samples takes the next W x B positions of that list; rank r takes
+every W-th of them, starting at the r-th. So one number says what all ranks have seen: how many
+positions are `consumed`. A saved state holds this number with seed and epoch. It does not hold
+world size, batch size or number of workers; a job that loads it deals out the rest of the list in
+its own way, and no sample is missed or seen twice.
 
-The end of an epoch, where M < W x B positions are left (`ends`):
-  pad     every rank gets ceil(M / W) samples; up to W - 1 positions from the beginning of the
-          epoch's order are given a second time. All ranks have the same number of steps, and in a
-          step the same number of samples.
-  drop    the M samples are left out of this epoch: all batches are full.
-  uneven  every sample once: in the last step some ranks have one sample less, or no batch at all
-          where M < W (their epoch has a step less: only for loops without collectives).
-With another world or batch size in the middle of an epoch this holds for what is left then.
+Only batches that the training loop received are counted, not those that workers have prepared.
+Torch's global random generator is not used.
 
-The ranks are assumed in lockstep: state is saved between two steps, by rank 0 beside the model.
-After k steps it is the same on every rank that had k (rank 0 has the most).
-Costs: in the main process 0.15 us per sample for `epoch_order`, in blocks (0.6 ms for 4,096); what
-torch's DataLoader costs, which this is a thin layer over. Imports torch and numpy, no transformers.
+At the end of an epoch M < W x B positions may be left. `ends` says what becomes of them:
+  pad     Every rank gets ceil(M / W) samples; up to W - 1 samples from the start of the epoch's
+          list are given a second time. All ranks have equal steps and equal batches.
+  drop    The M samples are left out of this epoch. All batches are full.
+  uneven  Every sample is given once. In the last step some ranks get a smaller batch, or none where
+          M < W, so these ranks have one step less: only for loops without collectives.
+When the world size or batch size changes within an epoch, this holds for the rest of it.
+
+Save the state between two steps, on rank 0, with the model. The ranks must be in lockstep: after
+equally many steps they have equal states (with `uneven`, rank 0 makes the most steps).
+
+In the main process `epoch_order` costs 0.15 us a sample, in blocks of 4,096 (0.6 ms); the rest is
+torch's DataLoader. Imports torch and numpy, no transformers.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import xxhash
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
 from embed_precompute.distributed import DistContext
 from embed_precompute.errors import ConflictError, InputError
@@ -42,13 +44,14 @@ from embed_precompute.train.dataset import collate_embeddings
 from embed_precompute.train.epoch_order import ORDER_VERSION, EpochOrder
 
 Ends = Literal["pad", "drop", "uneven"]
+REMEDY = "Open the dataset of the saved state, or start again without load_state_dict."
 BLOCK = 4096
-"""Positions whose samples are computed at once: numpy's calls cost as much as 900 positions."""
+"""Positions of the order computed at once: a numpy call costs as much as 900 positions."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the data: `consumed` positions of the order of `epoch` are behind it."""
+    """How far the training is: `consumed` positions of the order of `epoch` have been used."""
 
     epoch: int = 0
     consumed: int = 0
@@ -57,16 +60,18 @@ class Position:
 class ResumableSampler(Sampler[list[int]]):
     """Batches of sample indexes for one rank, from `position` to the end of its epoch.
 
-    For `DataLoader(batch_sampler=...)`. Iterating moves `position` with every batch that is dealt,
-    and at the end to the next epoch, so epochs follow each other without `set_epoch`. A plain
-    DataLoader with workers fetches ahead of its consumer, and `position` with it: EmbeddingLoader
-    counts what was received; torchdata's StatefulDataLoader keeps the state of each batch. One
-    iteration at a time.
+    For `DataLoader(batch_sampler=...)`. Each batch moves `position`; the last one moves it to the
+    next epoch, so `set_epoch` is not needed. A plain DataLoader with workers asks for batches ahead
+    of the training loop, so `position` is then ahead too. EmbeddingLoader counts the batches that
+    the loop received; torchdata's StatefulDataLoader keeps a state for each batch. Only one
+    iteration at a time may run.
 
-    `rank` and `world_size`: by default those of torch's process group, else of the launcher. With
-    sequence, tensor or pipeline parallelism give those of the data-parallel group.
+    `rank` and `world_size` are by default those of torch's process group, and without one those of
+    the launcher. With sequence, tensor or pipeline parallelism give those of the data-parallel
+    group.
 
-    Raises InputError for no samples, numbers out of range, and `drop` where not one batch is full.
+    Raises InputError for an empty dataset, for numbers out of range, and for `ends` drop where no
+    batch would be full.
     """
 
     def __init__(
@@ -105,11 +110,11 @@ class ResumableSampler(Sampler[list[int]]):
             )
 
     def __len__(self) -> int:
-        """Batches that this rank has in a whole epoch."""
+        """Batches of this rank in a whole epoch."""
         return self.batches_left(0)
 
     def batches_left(self, consumed: int) -> int:
-        """Batches that this rank has in what is left of an epoch."""
+        """Batches of this rank in the rest of an epoch of which `consumed` positions are used."""
         return -(-self._samples_left(consumed) // self.batch_size)
 
     def _samples_left(self, consumed: int) -> int:
@@ -121,12 +126,13 @@ class ResumableSampler(Sampler[list[int]]):
         return max(0, -(-(left - self.rank) // self.world_size))
 
     def _steps_left(self, consumed: int) -> int:
-        """Steps of all ranks together; `uneven` may give this rank one less."""
+        """Steps of the job in the rest of the epoch; with `uneven` a rank may have one less."""
         left, step = self.num_samples - consumed, self.batch_size * self.world_size
         return left // step if self.ends == "drop" else -(-left // step)
 
     def after(self, start: Position, steps: int) -> Position:
-        """Where `steps` steps from `start` lead; what `drop` leaves out is behind the last step."""
+        """The position `steps` steps after `start`. After the last step the epoch is used up, also
+        where `drop` leaves samples out."""
         consumed = start.consumed + steps * self.batch_size * self.world_size
         if steps >= self._steps_left(start.consumed):
             consumed = self.num_samples
@@ -140,8 +146,8 @@ class ResumableSampler(Sampler[list[int]]):
         left, first = self._samples_left(start.consumed), start.consumed + self.rank
         block = -(-BLOCK // self.batch_size) * self.batch_size
         for begin in range(0, left, block):
-            turns = np.arange(begin, min(begin + block, left), dtype=np.int64)
-            positions = (first + turns * self.world_size) % self.num_samples  # `pad` begins again
+            own = np.arange(begin, min(begin + block, left), dtype=np.int64)
+            positions = (first + own * self.world_size) % self.num_samples  # `pad` wraps
             indexes = (positions if order is None else order.at(positions)).tolist()
             for at in range(0, len(indexes), self.batch_size):
                 steps += 1
@@ -150,30 +156,30 @@ class ResumableSampler(Sampler[list[int]]):
         self.position = Position(start.epoch + 1)
 
     def _check_ranks(self) -> None:
-        """A process group that came after this sampler: without it all ranks read the same."""
+        """InputError where a process group was made since then, and names another rank."""
         if not self._detected:
             return
         dist = DistContext.of_training()
         if dist.source == "group" and (dist.rank, dist.world_size) != (self.rank, self.world_size):
             raise InputError(
-                f"made for rank {self.rank} of {self.world_size}, but the process group says "
-                f"{dist.rank} of {dist.world_size}. Make it after torch.distributed."
-                "init_process_group, or give rank and world_size."
+                f"the loader was made for rank {self.rank} of {self.world_size}, but the process "
+                f"group says {dist.rank} of {dist.world_size}. Make the loader after "
+                "torch.distributed.init_process_group, or give it rank and world_size."
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """To the beginning of `epoch`; the epoch that it is in already goes on where it is."""
+        """Go to the start of `epoch`; nothing happens where `position` is in that epoch already."""
         if epoch < 0:
             raise InputError(f"epoch is {epoch}: expected 0 or more.")
         if epoch != self.position.epoch:
             self.position = Position(operator.index(epoch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is and in what order: JSON, and the same on every rank."""
+        """The position and the order, as values for JSON; equal on every rank."""
         return self.state_at(self.position)
 
     def state_at(self, position: Position) -> dict[str, Any]:
-        """The state of a job that is at `position`."""
+        """The state of a job whose position is `position`."""
         return {
             "version": ORDER_VERSION,
             "seed": self.seed,
@@ -184,35 +190,38 @@ class ResumableSampler(Sampler[list[int]]):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state: its order (seed, shuffle) and place, here with this world size.
+        """Set position, seed and shuffle to those of a state; rank, world and batch size stay.
 
-        Raises InputError for what is no state, ConflictError for another number of samples; then
-        nothing has changed.
+        Raises InputError for anything that is no state, ConflictError for a state of a dataset of
+        another length. Then nothing has changed.
         """
         seed, shuffle, position = _read_state(state_dict, self.num_samples)
         self.seed, self.shuffle, self.position = seed, shuffle, position
 
 
 class EmbeddingLoader:
-    """Batches of a map-style dataset for this rank, resumable at every step.
+    """This rank's batches of a map-style dataset; it can stop and go on at every step.
 
-    Iterating goes on from where the loader is, to the end of its epoch; the next iteration is the
-    next epoch (after a `break`, the rest of the same one). At the end of an epoch, before its loop
-    has ended, a state says so: resumed from it, the loop over that epoch has no batches.
+    Iterating gives the rest of the current epoch: after a `break` the remaining batches, otherwise
+    the whole next epoch. A state saved after the last batch of an epoch, inside its loop, still
+    belongs to that epoch: when it is loaded, the loop over that epoch has no batches.
 
         loader = EmbeddingLoader(dataset, batch_size=8, num_workers=2)
         if saved: loader.load_state_dict(saved["loader"])
         for epoch in range(loader.epoch, epochs):
             for batch in loader:
-                ...  # and, at times, save {"model": ..., "loader": loader.state_dict()}
+                ...  # train; now and then save {"model": ..., "loader": loader.state_dict()}
 
-    `shuffle`, `seed`, `ends`, `rank` and `world_size` are as in ResumableSampler and the module's
-    docstring; `options` go to torch's DataLoader as they are. By default workers stay between
-    epochs, and memory is pinned where there is CUDA. An error in a batch does not count it: the
-    next iteration begins with that batch.
+    `shuffle`, `seed`, `rank` and `world_size` are those of ResumableSampler, `ends` is described in
+    the module's docstring, and `options` go to torch's DataLoader. By default workers live for all
+    epochs, and memory is pinned where there is CUDA. A batch that raised an error is not counted:
+    the next iteration starts with it.
 
-    `dataset` may have `fingerprint` and `samples_digest`, as EmbeddingDataset has; a state is then
-    refused (ConflictError) by a dataset where they differ, and always by one of another length.
+    A state says which samples it is about, and another dataset refuses it (ConflictError). They are
+    known by `fingerprint` and `samples_digest`, which an EmbeddingDataset has; a wrapper is asked
+    for them first, then its `dataset` attribute, as torch's Subset and most wrappers have. For a
+    dataset without them only the length could be compared, so loading a state is refused, unless
+    `allow_unknown_dataset` is True.
     """
 
     def __init__(
@@ -227,16 +236,18 @@ class EmbeddingLoader:
         world_size: int | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = collate_embeddings,
         num_workers: int = 0,
+        allow_unknown_dataset: bool = False,
         **options: Any,
     ) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise InputError(
-                f"{type(dataset).__name__} has no positions to go on from: expected a map-style "
-                "dataset, with __len__ and __getitem__, such as EmbeddingDataset."
+                f"{type(dataset).__name__} has no numbered samples: expected a map-style dataset, "
+                "with __len__ and __getitem__, such as EmbeddingDataset."
             )
         if not options.get("in_order", True):
-            raise InputError("in_order is False: batches that overtake each other can't be counted")
+            raise InputError("in_order is False: batches out of order can't be counted.")
         self.dataset = dataset
+        self._allow_unknown = allow_unknown_dataset
         self._sampler = ResumableSampler(
             len(dataset),
             batch_size,
@@ -257,30 +268,30 @@ class EmbeddingLoader:
             num_workers=num_workers,
             **options,
         )
-        self._position = Position()  # what the consumer has; the sampler's is what workers have
+        self._position = Position()  # of the training loop; the sampler's is that of the workers
         self._iteration = object()
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next batch is of, or whose end has been reached."""
+        """The epoch of the next batch; after the last batch, inside its loop, still that epoch."""
         return self._position.epoch
 
     def __len__(self) -> int:
-        """Batches that this rank has in a whole epoch."""
+        """Batches of this rank in a whole epoch."""
         return len(self._sampler)
 
     @property
     def batches_left(self) -> int:
-        """Batches that this rank has in the rest of the epoch."""
+        """Batches of this rank in the rest of the epoch."""
         return self._sampler.batches_left(self._position.consumed)
 
     def __iter__(self) -> Iterator[Any]:
         self._iteration = object()
         self._sampler.position = start = self._position
-        # Of the workers' own random numbers; otherwise they are taken from torch's global
-        # generator, and a resumed job has other dropouts than one that was never stopped.
-        place = (self._sampler.seed, start.epoch, start.consumed, self._sampler.rank)
-        self._generator.manual_seed(xxhash.xxh3_64_intdigest(repr(place).encode()))
+        # DataLoader draws the seed of its workers from this generator, and otherwise from torch's
+        # global one: then a resumed job would draw another dropout than one that never stopped.
+        seeds = (self._sampler.seed, start.epoch, start.consumed, self._sampler.rank)
+        self._generator.manual_seed(xxhash.xxh3_64_intdigest(repr(seeds).encode()))
         return self._received(iter(self._loader), start, self._iteration)
 
     def _received(
@@ -290,8 +301,8 @@ class EmbeddingLoader:
         while True:
             if iteration is not self._iteration:
                 raise InputError(
-                    "this iteration has ended: the loader has begun another one, or its epoch or "
-                    "state was set. A loader is in one place at a time: iterate anew, or make two."
+                    "this iteration has ended: the loader began another one, or its epoch or state "
+                    "was set. A loader has one position: iterate over it again, or make two."
                 )
             try:
                 batch = next(batches)
@@ -303,10 +314,9 @@ class EmbeddingLoader:
         self._position = Position(start.epoch + 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """To the beginning of `epoch`; the epoch that it is in already goes on where it is.
+        """Go to the start of `epoch`; nothing happens where the loader is in that epoch already.
 
-        Not needed: epochs follow each other. It suits loops that were written for torch's
-        DistributedSampler.
+        Epochs follow each other without it; it is for loops written for torch's DistributedSampler.
         """
         self._sampler.position = self._position
         self._sampler.set_epoch(epoch)
@@ -314,38 +324,62 @@ class EmbeddingLoader:
             self._begin_at(self._sampler.position)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the consumer is: a dict for JSON, the same on every rank after the same steps."""
-        return {**self._sampler.state_at(self._position), **_identity(self.dataset)}
+        """How far the training loop is, for JSON; equal on all ranks after equally many steps."""
+        return {**self._sampler.state_at(self._position), **self._identity}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state of any world size, batch size and number of workers.
+        """Go on from a state that was saved with any world size, batch size and workers.
 
-        The order (seed, shuffle) is the state's. Raises InputError for what is no state,
-        ConflictError for a state of another dataset; then nothing has changed.
+        Seed and shuffle become those of the state. Raises InputError for anything that is no state
+        and for a dataset that nothing identifies, ConflictError for a state of another dataset.
+        Then nothing has changed.
         """
-        for key, here in _identity(self.dataset).items():
-            there = _entry(state_dict, key, (str, type(None)))
-            if there != here:
+        known = any(self._identity.values())
+        for key, own in self._identity.items():
+            saved = _entry(state_dict, key, (str, type(None)))
+            if known and saved != own:
                 raise ConflictError(
-                    f"the state is of another dataset: its {key} is {there}, that of the dataset "
-                    f"here {here}. Open the dataset the state was saved with, or begin anew "
-                    "without load_state_dict."
+                    f"the state is of another dataset: its {key} is {saved}, that of this dataset "
+                    f"{own}. {REMEDY}"
                 )
+        if not known and not self._allow_unknown:
+            raise InputError(
+                f"{type(self.dataset).__name__} has neither `fingerprint` and `samples_digest` nor "
+                "a `dataset` with them: nothing says whether the state is of these samples. Give "
+                "it these attributes, or make the loader with allow_unknown_dataset=True."
+            )
         self._sampler.load_state_dict(state_dict)
         self._begin_at(self._sampler.position)
 
     def _begin_at(self, position: Position) -> None:
         self._position = position
-        self._iteration = object()  # what iterates now is at another place
+        self._iteration = object()  # ends an iteration that is under way
+
+    @cached_property
+    def _identity(self) -> dict[str, str | None]:
+        return _identity_of(self.dataset)
 
 
-def _identity(dataset: Dataset[Any]) -> dict[str, str | None]:
-    """What tells datasets apart, as far as this one says it."""
-    return {key: getattr(dataset, key, None) for key in ("fingerprint", "samples_digest")}
+def _identity_of(dataset: Any) -> dict[str, str | None]:
+    """`fingerprint` and `samples_digest` of a dataset or of the one that it wraps; else None.
+
+    The digest of a torch Subset covers its indices, for they say which samples it has.
+    """
+    keys = ("fingerprint", "samples_digest")
+    found = {key: getattr(dataset, key, None) for key in keys}
+    inner = getattr(dataset, "dataset", None)
+    if any(found.values()) or inner is None:
+        return found
+    found = _identity_of(inner)
+    if isinstance(dataset, Subset) and any(found.values()):
+        indices = np.asarray(dataset.indices, np.int64)
+        subset = f"{found['samples_digest']} {xxhash.xxh3_128_hexdigest(indices.tobytes())}"
+        found["samples_digest"] = xxhash.xxh3_128_hexdigest(subset.encode())
+    return found
 
 
 def _entry(state: Mapping[str, Any], key: str, kind: Any) -> Any:
-    """state[key], which is of this kind; no bool for an int."""
+    """state[key], checked to be of this kind; a bool is no int."""
     if not isinstance(state, Mapping) or key not in state:
         found = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise InputError(f"no state of a loader: no {key!r} in ({found}).")
@@ -360,14 +394,13 @@ def _read_state(state: Mapping[str, Any], num_samples: int) -> tuple[int, bool, 
     version = _entry(state, "version", int)
     if version != ORDER_VERSION:
         raise InputError(
-            f"the state has version {version}: expected {ORDER_VERSION}. It was saved by another "
-            "release, whose order of samples differs: go on with that one until the epoch ends."
+            f"the state has version {version}: expected {ORDER_VERSION}. The release that saved it "
+            "has another order of samples: use that release until the end of the epoch."
         )
-    there = _entry(state, "num_samples", int)
-    if there != num_samples:
+    saved = _entry(state, "num_samples", int)
+    if saved != num_samples:
         raise ConflictError(
-            f"the state is of another dataset: it has {there} samples, the one here {num_samples}. "
-            "Open the dataset the state was saved with, or begin anew without load_state_dict."
+            f"the state is of a dataset of {saved} samples, this one has {num_samples}. {REMEDY}"
         )
     position = Position(_entry(state, "epoch", int), _entry(state, "consumed", int))
     if position.epoch < 0 or not 0 <= position.consumed <= num_samples:

@@ -26,7 +26,7 @@ from embed_precompute.captions.recipes import (
     recipe_of,
     target_fps,
 )
-from embed_precompute.documents import MismatchError, canonical_json
+from embed_precompute.documents import canonical_json
 from embed_precompute.errors import InputError
 from embed_precompute.samples import Status
 
@@ -194,7 +194,7 @@ def test_the_spec_of_the_plan() -> None:
         b'"motion_column":"score"}'
     )
     assert PlainRecipe().resolved() == {"kind": "none"}
-    with pytest.raises(MismatchError, match=r"spec\.captions\.recipe\.kind is 'prefix'"):
+    with pytest.raises(InputError, match=r"spec\.captions\.recipe\.kind is 'prefix'"):
         recipe_of({"kind": "prefix"})
 
 

@@ -111,8 +111,8 @@ def test_stored_tensors() -> None:
     spec["encoders"]["clip"]["outputs"].append(hidden)
     assert stored_tensors(spec) == (
         StoredTensor("clip", "clip", "caption", 3, "bfloat16"),
-        StoredTensor("clip_hidden", "clip", "token", 9, "bfloat16"),
-        StoredTensor("t5", "t5", "token", 4, "bfloat16"),
+        StoredTensor("clip_hidden", "clip", "token", 9, "bfloat16", "all"),
+        StoredTensor("t5", "t5", "token", 4, "bfloat16", "real"),
     )
 
 

@@ -1,0 +1,320 @@
+"""The drop-in dataset class, on a transcription of Open-Sora's classes with pandas."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from opensora_case import NULL_ROWS, RECIPE, ROWS, captions_table, make, with_column
+from torch.utils.data import DataLoader, default_collate
+
+import embed_precompute.opensora.dataset as ours
+from embed_precompute import EmbeddingDataset
+from embed_precompute.errors import ConflictError, InputError, VerificationError
+from embed_precompute.opensora.export import OpenSoraOptions, export_opensora
+
+TRANSCRIPTION = Path(__file__).parent / "transcription"
+KEPT = [i for i in range(ROWS) if i not in NULL_ROWS]
+
+
+def forget_opensora() -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "opensora"]:
+        del sys.modules[name]
+    vars(ours).pop(ours.CLASS_NAME, None)
+
+
+@pytest.fixture(scope="module")
+def open_sora() -> Iterator[Any]:
+    """Open-Sora's registry, with our class in it, as its trainer's configuration imports it."""
+    forget_opensora()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TRANSCRIPTION))
+        registry = importlib.import_module("opensora.registry").DATASETS
+        importlib.reload(ours)
+        yield registry
+    forget_opensora()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path, tiny_clip: Path) -> Path:
+    return make(tmp_path_factory.mktemp("drop"), captions_table(), tiny_t5, tiny_clip, *RECIPE)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path, tiny_clip: Path) -> Path:
+    """Made of the captions as they are, with row numbers as ids."""
+    folder = tmp_path_factory.mktemp("plain")
+    return make(folder, captions_table(), tiny_t5, tiny_clip, "--captions.id_column", "null")
+
+
+@pytest.fixture
+def drop_in(open_sora: Any, root: Path) -> Any:
+    def build(embeddings: Any = root, data_path: Any = None, **options: Any) -> Any:
+        path = data_path or Path(embeddings).parent / "captions.parquet"
+        cfg = {"type": ours.REGISTERED_NAME, "fps_max": 24, **options}
+        return open_sora.build({**cfg, "embeddings": str(embeddings), "data_path": str(path)})
+
+    return build
+
+
+def write(folder: Path, table: pa.Table) -> Path:
+    pq.write_table(table, folder / "table.parquet")
+    return folder / "table.parquet"
+
+
+def index_of(row: int) -> str:
+    return f"{row}-2-4-4"
+
+
+# --- what it gives --------------------------------------------------------------------------------
+
+
+def test_it_gives_what_an_export_gives(
+    open_sora: Any, drop_in: Any, root: Path, tmp_path: Path
+) -> None:
+    export_opensora(root, tmp_path / "e", OpenSoraOptions())
+    table = str(tmp_path / "e" / "table.parquet")
+    theirs = open_sora.build(
+        {"type": "cached_video_text", "cached_text": True, "data_path": table, "fps_max": 24}
+    )
+    dataset = drop_in()
+    assert (len(dataset), dataset.num_dropped) == (len(theirs), 2) == (28, 2)
+    for row in range(28):
+        found, expected = dataset[index_of(row)], theirs[index_of(row)]
+        assert found.keys() == expected.keys()
+        assert (found["text"], found["index"]) == (expected["text"], expected["index"])
+        for name in ("text_t5", "text_clip", "video"):
+            assert torch.equal(found[name], expected[name])
+
+
+@pytest.mark.parametrize("context", [None, "fork", "spawn"])
+def test_in_a_data_loader(drop_in: Any, root: Path, context: str | None) -> None:
+    dataset, stored = drop_in(), EmbeddingDataset(root)
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=[[index_of(i) for i in range(k, k + 4)] for k in range(0, 28, 4)],
+        num_workers=0 if context is None else 1,
+        multiprocessing_context=context,
+        collate_fn=default_collate,
+    )
+    rows = [
+        (i, text_t5)
+        for batch in loader
+        for i, text_t5 in zip(batch["index"].tolist(), batch["text_t5"], strict=True)
+    ]
+    assert [i for i, _ in rows] == list(range(28))
+    assert all(torch.equal(text_t5, stored[i]["text_t5"]) for i, text_t5 in rows)
+
+
+def test_videos_latents_and_damage(drop_in: Any, tmp_path: Path, root: Path) -> None:
+    paths = ["unreadable.mp4", *["video.mp4"] * (ROWS - 1)]
+    table = with_column(captions_table(), "path", paths)
+    torch.save(torch.ones(2), tmp_path / "latents.pt")
+    table = with_column(table, "latents_path", [str(tmp_path / "latents.pt")] * ROWS)
+    copied = shutil.copytree(root, tmp_path / "out")
+    dataset = drop_in(copied, write(tmp_path, table))
+    assert dataset[index_of(0)] is None
+    dataset.cached_video = dataset.return_latents_path = True
+    dataset.load_original_video = False
+    sample = dataset[index_of(0)]
+    assert sample.keys() == {
+        *("video_latents", "latents_path", "text_t5", "text_clip", "text_t5_path"),
+        "text_clip_path",
+    }
+    assert torch.equal(sample["video_latents"], torch.ones(2))
+    next(copied.rglob("shard-000004*.safetensors")).unlink()
+    with pytest.raises(VerificationError, match="shard-000004"):
+        dataset[index_of(27)]
+
+
+# --- which row is which sample --------------------------------------------------------------------
+
+
+def check_rows(dataset: Any, embeddings: Path, ids: list[str]) -> None:
+    """Row k of the table has the embedding of sample ids[k]."""
+    stored = EmbeddingDataset(embeddings)
+    assert len(dataset) == len(ids)
+    for row, sample_id in enumerate(ids):
+        expected = stored[stored.index_of(sample_id)]
+        assert torch.equal(dataset[index_of(row)]["text_t5"], expected["text_t5"])
+
+
+def test_the_datasets_id_column_decides(
+    drop_in: Any, tmp_path: Path, tiny_t5: Path, tiny_clip: Path
+) -> None:
+    """The table also has `id`, with the same ids in other rows: these once were trained."""
+    table = captions_table().rename_columns(["clip_id", *captions_table().column_names[1:]])
+    embeddings = make(
+        tmp_path / "d", table, tiny_t5, tiny_clip, *RECIPE, "--captions.id_column", "clip_id"
+    )
+    shifted = with_column(table, "id", [f"s{(i + 1) % ROWS}" for i in range(ROWS)])
+    turned = shifted.take([*range(10, ROWS), *range(10)])
+    path = write(tmp_path, turned)
+    ids = [f"s{i}" for i in (*range(10, ROWS), *range(10)) if i not in NULL_ROWS]
+    check_rows(drop_in(embeddings, path), embeddings, ids)
+    with pytest.raises(ConflictError, match="rows have another text than their sample"):
+        drop_in(embeddings, path, id_column="id")
+    with pytest.raises(InputError, match="no column 'clip_id', and it names the samples"):
+        drop_in(embeddings, write(tmp_path, turned.drop_columns(["clip_id"])))
+
+
+def test_row_numbers(drop_in: Any, plain: Path, tmp_path: Path) -> None:
+    """The table's own `id` means nothing to a dataset that was made without one."""
+    own = with_column(captions_table(), "id", [(i + 1) % ROWS for i in range(ROWS)])
+    options = {"fps_max": None}
+    check_rows(drop_in(plain, write(tmp_path, own), **options), plain, [str(i) for i in KEPT])
+    with pytest.raises(InputError, match=r"row numbers .* of 30 rows, and this one has 29"):
+        drop_in(plain, write(tmp_path, own.slice(1)), **options)
+    with pytest.raises(ConflictError, match=r"row 1, sample '1': .*, encoded was"):
+        drop_in(plain, write(tmp_path, own.take([0, 2, 1, *range(3, ROWS)])), **options)
+    with pytest.raises(ConflictError, match="27 of 28 rows have another text"):
+        drop_in(plain, write(tmp_path, own), id_column="id", **options)
+
+
+def test_an_exported_table_names_the_samples(
+    drop_in: Any, tmp_path: Path, tiny_t5: Path, tiny_clip: Path
+) -> None:
+    """Lists of captions, by row number: only the export has a row for each caption."""
+    lists = [[f"one {i}", f"a  second {i}"] if i % 2 else None for i in range(9)]
+    table = pa.table({"takes": pa.array(lists, pa.list_(pa.string())), "path": ["p"] * 9})
+    words = ("--captions.text_column", "takes", "--captions.id_column", "null")
+    words += ("--captions.normalize", "[whitespace]")
+    embeddings = make(tmp_path, table, tiny_t5, tiny_clip, *words)
+    with pytest.raises(InputError, match=r"9 of 9 rows .* row number: sample '0' is not"):
+        drop_in(embeddings)
+    export_opensora(embeddings, tmp_path / "e", OpenSoraOptions(table_only=True))
+    dataset = drop_in(embeddings, tmp_path / "e" / "table.parquet", fps_max=None)
+    check_rows(dataset, embeddings, [f"{i}#{k}" for i in (1, 3, 5, 7) for k in (0, 1)])
+
+
+def test_several_folders(
+    drop_in: Any, root: Path, tmp_path: Path, tiny_t5: Path, tiny_clip: Path
+) -> None:
+    more = with_column(captions_table(), "id", [f"m{i}" for i in range(ROWS)])
+    embeddings = make(tmp_path, more, tiny_t5, tiny_clip, *RECIPE)
+    both = write(tmp_path, pa.concat_tables([more, captions_table()]))
+    dataset = ours.PrecomputedVideoTextDataset(
+        embeddings=[root, embeddings], data_path=str(both), fps_max=24
+    )
+    assert len(dataset) == 56
+    stored = EmbeddingDataset(embeddings)
+    assert torch.equal(dataset[index_of(5)]["text_clip"], stored[5]["text_clip"])
+
+
+def test_rows_without_an_embedding(drop_in: Any, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"2 of 30 rows .* column 'id': .*status is null_text"):
+        drop_in(on_missing="error")
+    ids = ["x", *(f"s{i}" for i in range(1, ROWS))]
+    path = write(tmp_path, with_column(captions_table(), "id", ids))
+    check_rows(drop_in(data_path=path), root, [f"s{i}" for i in KEPT[1:]])
+    floats = with_column(captions_table(), "number", [None, *range(1, ROWS)])
+    with pytest.raises(InputError, match="expected strings or integers"):
+        drop_in(data_path=write(tmp_path, floats), id_column="number")
+
+
+# --- which text is trained ------------------------------------------------------------------------
+
+
+def random_table(seed: int) -> pa.Table:
+    """FPS and motion columns of every kind that pandas reads in its own way."""
+    rng = random.Random(seed)
+    texts = [f"caption {seed} of clip {i}" for i in range(24)]
+    table = pa.table({"id": [f"s{i}" for i in range(24)], "text": texts, "path": ["p"] * 24})
+    kind = rng.choice(["int", "int with null", "float", "none"])
+    fps: list[Any] = [rng.choice([0, 8, 15, 24, 25, 30, 60, 999]) for _ in texts]
+    if kind == "float":
+        fps = [rng.choice([value, value + 0.97, float("nan"), None]) for value in fps]
+    if kind == "int with null":
+        fps[rng.randrange(24)] = None
+    if kind != "none":
+        table = table.append_column("fps", pa.array(fps))
+    if rng.random() < 0.8:
+        motion = [rng.choice([None, 0.4, 0.5, 7.0, 12.49, float("nan")]) for _ in texts]
+        table = table.append_column("score_vmafmotion", pa.array(motion, pa.float64()))
+    return table
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_compared_is_what_the_trainer_would_encode(
+    open_sora: Any, drop_in: Any, seed: int, tmp_path: Path, tiny_t5: Path, tiny_clip: Path
+) -> None:
+    table, rng = random_table(seed), random.Random(seed)
+    settings = {"fps_max": rng.choice([16, 24, 30, 999, None]), "vmaf": rng.random() < 0.7}
+    path = write(tmp_path, table)
+    theirs = open_sora.build({"type": "text", "data_path": str(path), **settings})
+    texts = [theirs.getitem(i)["text"] for i in range(24)]
+    rendered = with_column(table, "text", texts)
+    embeddings = make(tmp_path / "d", rendered, tiny_t5, tiny_clip)
+    dataset = drop_in(embeddings, path, **settings)
+    assert [EmbeddingDataset(embeddings).encoded_text(i) for i in range(24)] == texts
+    assert [dataset[index_of(i)]["text"] for i in range(24)] == texts
+
+
+def test_changed_captions_do_not_train(drop_in: Any, tmp_path: Path) -> None:
+    texts = captions_table()["text"].to_pylist()
+    changed = ["new" if i in (9, 20, 21, 22, 23) else text for i, text in enumerate(texts)]
+    path = write(tmp_path, with_column(captions_table(), "text", changed))
+    with pytest.raises(ConflictError) as caught:
+        drop_in(data_path=path)
+    said = str(caught.value).splitlines()
+    assert said[0] == "5 of 28 rows have another text than their sample:"
+    assert said[1].startswith(
+        "  row 9, sample 's9': the trainer makes 'new 15.0 FPS.', encoded was"
+    )
+    assert "take 9, of very very very very old ships 15.0 FPS.'" in said[1]
+    assert said[3].startswith("  row 21,")
+    assert "and fps_max=24, vmaf=False in dataset" in said[4]
+    with pytest.raises(ConflictError, match=r"the dataset makes 'new 15\.0 FPS"):
+        drop_in(data_path=path, compare="dataset")
+
+
+def test_the_trainers_settings_are_the_datasets(drop_in: Any, plain: Path, tmp_path: Path) -> None:
+    for settings in ({"fps_max": 10}, {"fps_max": None}):
+        with pytest.raises(ConflictError, match="28 of 28 rows have another text"):
+            drop_in(**settings)
+        assert len(drop_in(**settings, compare="dataset")) == 28
+    with pytest.raises(ConflictError, match="28 of 28 rows have another text"):
+        drop_in(plain)
+    assert len(drop_in(plain, compare="dataset")) == 28
+    renamed = write(tmp_path, captions_table())
+    assert len(drop_in(data_path=renamed)) == 28
+    no_text = write(tmp_path, captions_table().drop_columns(["text"]))
+    with pytest.raises(InputError, match="no column 'text', and the text of the trainer is made"):
+        drop_in(data_path=no_text)
+
+
+def test_normalised_captions(drop_in: Any, tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
+    texts = [f"two  blanks {i}" for i in range(4)]
+    table = pa.table({"id": list(range(4)), "text": texts, "path": ["p"] * 4})
+    embeddings = make(tmp_path, table, tiny_t5, tiny_clip, "--captions.normalize", "[whitespace]")
+    with pytest.raises(ConflictError, match="makes 'two  blanks 0', encoded was 'two blanks 0'"):
+        drop_in(embeddings)
+    assert len(drop_in(embeddings, compare="dataset")) == 4
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"memory_efficient": True}, "memory_efficient is True"),
+        ({"id_column": "nope"}, "no column 'nope'"),
+        ({"t5": "clip"}, "'clip' cannot give text_t5"),
+        ({"on_missing": "skip"}, "on_missing is 'skip'"),
+        ({"compare": "no"}, "compare is 'no'"),
+        ({"pad_masked": "no"}, "pad_masked is 'no'"),
+    ],
+)
+def test_refused(drop_in: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        drop_in(**options)

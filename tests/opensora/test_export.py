@@ -1,0 +1,381 @@
+"""The export for Open-Sora: tensor files, nulls, table, what is printed and what is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from jobs import call, dataset_bytes, write_job
+from opensora_case import NULL_ROWS, RECIPE, ROWS, captions_table, make, with_column
+
+from embed_precompute import EmbeddingDataset
+from embed_precompute.errors import (
+    ConflictError,
+    IncompleteError,
+    InputError,
+    StorageError,
+    VerificationError,
+)
+from embed_precompute.opensora import export as export_module
+from embed_precompute.opensora.export import Export, OpenSoraOptions, export_opensora, tensor_path
+from embed_precompute.opensora.table import NO_LATENTS, Entry
+from embed_precompute.store.records import read_json
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path, tiny_clip: Path) -> Path:
+    """seq_align 4 with 3 added tokens: samples have 25 vectors, the null embedding 24."""
+    folder = tmp_path_factory.mktemp("export")
+    fields = {"seq_align": 4, "added_tokens": 3}
+    return make(folder, captions_table(), tiny_t5, tiny_clip, *RECIPE, **fields)
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path, tiny_clip: Path) -> Path:
+    folder = tmp_path_factory.mktemp("masked")
+    return make(folder, captions_table(), tiny_t5, tiny_clip, attention_mask="padding")
+
+
+def export(root: Path, out: Path, **options: Any) -> Export:
+    return export_opensora(root, out, OpenSoraOptions(**options))
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(out / "table.parquet").to_pylist()
+    return rows
+
+
+def load(path: str | Path) -> torch.Tensor:
+    loaded: torch.Tensor = torch.load(path, map_location="cpu", weights_only=True)
+    return loaded
+
+
+def check_tensors(root: Path, rows: list[dict[str, Any]]) -> None:
+    """Each row's files against the dataset, bit for bit, with storage of their own."""
+    dataset = EmbeddingDataset(root, "rows")
+    for row in rows:
+        sample = dataset[dataset.index_of(row["sample_id"])]
+        for name in ("text_t5", "text_clip"):
+            values = load(row[f"{name}_path"])
+            assert torch.equal(values, sample[name])
+            assert values.untyped_storage().nbytes() == values.nbytes
+            assert os.path.getsize(row[f"{name}_path"]) < values.nbytes + export_module.PT_BYTES
+
+
+# --- tensors and table ----------------------------------------------------------------------------
+
+
+def test_every_sample_and_the_table(root: Path, tmp_path: Path) -> None:
+    done = export(root, tmp_path / "exported")
+    rows = rows_of(tmp_path / "exported")
+    assert [row["id"] for row in rows] == [f"s{i}" for i in range(ROWS) if i not in NULL_ROWS]
+    check_tensors(root, rows)
+    source = {row["id"]: row for row in captions_table().to_pylist()}
+    dataset = EmbeddingDataset(root)
+    for row in rows:
+        assert (row["sample_id"], row["latents_path"]) == (row["id"], NO_LATENTS)
+        for name in set(source[row["id"]]) - {"text_t5_path"}:
+            assert row[name] == source[row["id"]][name]
+        encoded = dataset.encoded_text(dataset.index_of(row["id"]))
+        assert encoded == f"{row['text']} {row['fps']} FPS."
+    assert done.counts == {"rows": 28, "files": 56, "written": 56}
+    assert done.captions.not_ok == {"null_text": 2}
+    assert done.table.replaced == ["text_t5_path"]
+    schema = pq.read_schema(tmp_path / "exported" / "table.parquet")
+    assert schema.metadata is None
+    assert schema.field("fps").type == pa.float64()  # as pandas saw it, when "15.0 FPS" was encoded
+
+
+def test_folders_are_bounded() -> None:
+    paths = [tensor_path("text_t5", Entry(n, 0, "", 0, "")) for n in (0, 12_345_678, 999, 1000)]
+    assert paths[:2] == ["text_t5/000/000/000000000.pt", "text_t5/012/345/012345678.pt"]
+    assert [path.split("/")[2] for path in paths[2:]] == ["000", "001"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_nulls_are_in_the_trainers_dtype(root: Path, tmp_path: Path, dtype: Any) -> None:
+    export(root, tmp_path / "e", trainer_dtype=dtype, table_only=True)
+    null = EmbeddingDataset(root).null
+    assert null["text_t5"].shape[0] == 24
+    for name in ("t5", "clip"):
+        values = load(tmp_path / "e" / f"null_{name}.pt")
+        assert torch.equal(values, null[f"text_{name}"][None].to(getattr(torch, dtype)))
+    assert not (tmp_path / "e" / "text_t5").exists()
+    assert set(rows_of(tmp_path / "e")[0]) >= {"sample_id", "latents_path"}
+    assert "text_clip_path" not in rows_of(tmp_path / "e")[0]
+
+
+@pytest.mark.parametrize("rule", ["zeros", "repeat_last"])
+def test_masked_datasets_are_padded_by_a_named_rule(
+    masked: Path, tmp_path: Path, rule: Any
+) -> None:
+    with pytest.raises(InputError, match="attention_mask padding"):
+        export(masked, tmp_path / "e")
+    export(masked, tmp_path / "e", pad_masked=rule)
+    dataset = EmbeddingDataset(masked)
+    for row in rows_of(tmp_path / "e"):
+        real = dataset[dataset.index_of(row["sample_id"])]["text_t5"]
+        values = load(row["text_t5_path"])
+        assert values.shape[0] == 24
+        assert torch.equal(values[: len(real)], real)
+        tail = torch.zeros_like(real[-1]) if rule == "zeros" else real[-1]
+        assert all(torch.equal(value, tail) for value in values[len(real) :])
+    assert load(tmp_path / "e" / "null_t5.pt").shape[1] == 24
+
+
+def test_lists_are_a_row_per_caption(tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
+    """Also where a limit cut the last list."""
+    lists = [["one  cat", "two cats"], [], None, ["a dog", None, "a dog on a hill"]] * 4
+    table = pa.table({"id": list(range(16)), "takes": pa.array(lists, pa.list_(pa.string()))})
+    words = ("--captions.text_column", "takes", "--captions.normalize", "[whitespace]")
+    root = make(tmp_path, table, tiny_t5, tiny_clip, *words, "--limit", "12")
+    export(root, tmp_path / "e")
+    rows = rows_of(tmp_path / "e")
+    ids = ["0#0", "0#1", "3#0", "3#2", "4#0", "4#1", "7#0", "7#2"]
+    assert [row["sample_id"] for row in rows] == ids[: len(rows)]
+    assert len(rows) == 7
+    assert [row["text"] for row in rows[:4]] == ["one cat", "two cats", "a dog", "a dog on a hill"]
+    assert [row["takes"] for row in rows] == [row["text"] for row in rows]
+    check_tensors(root, rows)
+
+
+def test_several_files_with_other_columns(tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
+    folder = tmp_path / "captions"
+    folder.mkdir()
+    for k in range(2):
+        table = captions_table().slice(k * 15, 15)
+        if k:
+            table = with_column(table.drop_columns(["tags"]), "extra", range(15))
+        pq.write_table(table, folder / f"{k}.parquet")
+    job = write_job(tmp_path, folder, tiny_t5, tiny_clip)
+    assert call("run", str(job))[0] == 0
+    export(tmp_path / "out", tmp_path / "e")
+    rows = rows_of(tmp_path / "e")
+    assert (rows[0]["extra"], rows[0]["tags"]) == (None, [])
+    assert (rows[-1]["extra"], rows[-1]["tags"]) == (14, None)
+    check_tensors(tmp_path / "out", rows)
+
+
+# --- reruns ---------------------------------------------------------------------------------------
+
+
+def tensor_files(out: Path) -> dict[str, bytes]:
+    return {name: held for name, held in dataset_bytes(out).items() if name.endswith(".pt")}
+
+
+def test_a_rerun_writes_what_is_missing_or_differs(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e"
+    export(root, out)
+    content = tensor_files(out)
+    files = [path for path in sorted(out.rglob("*.pt")) if path.parent != out]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    files[3].unlink()
+    for path, damage in ((files[9], b"\x80"), (files[40], b"")):
+        path.write_bytes(path.read_bytes()[:-700] + damage)
+    torch.save(torch.zeros(2), files[17])
+    assert (done := export(root, out)).counts["written"] == 4
+    assert done.counts["files"] == len(files) == 56
+    assert tensor_files(out) == content
+    changed = {path for path, was in before.items() if path.stat().st_mtime_ns != was}
+    assert changed == {files[k] for k in (3, 9, 17, 40)}
+    assert export(root, out).counts["written"] == 0
+
+
+def test_interrupted_anywhere(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(root, tmp_path / "whole")
+    out = tmp_path / "e"
+    replace_bytes = export_module.replace_bytes
+    for stop_after in (1, 9, 25, 23):  # at a null, at tensor files, at export.json
+        written: list[Path] = []
+
+        def replace(path: Path, payload: bytes, n: int = stop_after, done: Any = written) -> Any:
+            done.append(path)
+            if len(done) > n:
+                raise StorageError(f"{path}: no space")
+            return replace_bytes(path, payload)
+
+        monkeypatch.setattr(export_module, "replace_bytes", replace)
+        with pytest.raises(StorageError):
+            export(root, out)
+        monkeypatch.undo()
+        assert not (out / "export.json").exists()
+        assert not list(out.rglob(".tmp-*"))
+    export(root, out)
+    assert tensor_files(out) == tensor_files(tmp_path / "whole")
+    assert read_json(out / "export.json", "export")["rows"] == 28
+    check_tensors(root, rows_of(out))
+
+
+def test_a_limit_may_grow(root: Path, tmp_path: Path) -> None:
+    assert export(root, tmp_path, limit=5).counts["written"] == 10
+    assert [row["id"] for row in rows_of(tmp_path)] == ["s0", "s1", "s2", "s3", "s5"]
+    assert export(root, tmp_path, limit=10).counts["written"] == 10
+    rows = rows_of(tmp_path)
+    assert len(rows) == read_json(tmp_path / "export.json", "export")["rows"] == 10
+    check_tensors(root, rows)
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+def test_a_damaged_shard_is_never_exported(tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
+    root = make(tmp_path, captions_table(), tiny_t5, tiny_clip)
+    shard = sorted(root.rglob("shard-*.safetensors"))[2]
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(VerificationError, match="is damaged at sample"):
+        export(root, tmp_path / "e")
+    assert not (tmp_path / "e" / "table.parquet").exists()
+
+
+def test_another_datasets_export_is_refused(root: Path, masked: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e"
+    export(root, out, limit=2)
+    with pytest.raises(ConflictError, match=r"is another export; it differs in\n  fingerprint"):
+        export(masked, out, pad_masked="zeros")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match=r"thesis.tex.*not an export"):
+        export(root, tmp_path / "mine")
+    for inside in (root, root / "e", root.parent):
+        with pytest.raises(InputError, match="lie in one another"):
+            export(root, inside)
+
+
+def other_captions() -> Iterator[tuple[pa.Table, str]]:
+    """Tables that were not encoded, and what is said of each."""
+    table = captions_table()
+    texts = table["text"].to_pylist()
+    changed = with_column(table, "text", [*texts[:8], "a new caption", *texts[9:]])
+    yield changed, r"row 8 .* have the text 'a new caption 15.0 FPS.' for sample 's8', .* take 8"
+    fps = table["fps"].to_pylist()
+    faster = with_column(table, "fps", [*fps[:20], 12, *fps[21:]])
+    yield faster, r"row 20 .*ships 12.0 FPS.' for sample 's20', but .* ships 15.0 FPS.'"
+    turned = table.take(list(range(ROWS))[::-1])
+    yield turned, r"row 0 .* have sample 's29', but what was encoded is sample 's0'"
+    yield table.slice(0, 29), "has 29 rows: the dataset was made of 30"
+    yield pa.concat_tables([table, table.slice(0, 1)]), "has 31 rows: the dataset was made of 30"
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_other_captions_are_refused(root: Path, tmp_path: Path, case: int) -> None:
+    table, said = list(other_captions())[case]
+    pq.write_table(table, tmp_path / "captions.parquet")
+    with pytest.raises(ConflictError, match=said) as caught:
+        export(root, tmp_path / "e", captions=str(tmp_path / "captions.parquet"))
+    assert str(tmp_path / "captions.parquet") in str(caught.value)
+    assert not (tmp_path / "e" / "export.json").exists()
+
+
+def test_lists_of_other_lengths_are_refused(tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
+    lists = [["one", "two"], ["three", "four"]]
+    root = make(tmp_path, pa.table({"id": [0, 1], "text": lists}), tiny_t5, tiny_clip)
+    for other, said in (
+        ([["one"], ["three", "four"]], "row 1 .* have sample '1#0', .* is sample '0#1'"),
+        ([["one", "two"], ["three"]], "row 1 .* have no more samples, .* is sample '1#1'"),
+        ([["one", "two"], ["three", "four", "five"]], "row 1 .* sample '1#2', .* is sample None"),
+    ):
+        pq.write_table(pa.table({"id": [0, 1], "text": other}), tmp_path / "captions.parquet")
+        with pytest.raises(ConflictError, match=said):
+            export(root, tmp_path / "e", table_only=True)
+
+
+def test_the_same_captions_are_the_same_whatever_their_file(root: Path, tmp_path: Path) -> None:
+    """A renamed file, and one with columns that were added since."""
+    latents = with_column(captions_table(), "latents_path", [None, *["latents.pt"] * (ROWS - 1)])
+    latents = with_column(latents, "fps", [15] * ROWS)  # the null is gone: it had no caption
+    pq.write_table(latents, tmp_path / "renamed.parquet", row_group_size=3)
+    done = export(root, tmp_path / "e", captions=str(tmp_path / "renamed.parquet"))
+    assert [row["latents_path"] for row in rows_of(tmp_path / "e")[:2]] == [
+        NO_LATENTS,
+        "latents.pt",
+    ]
+    assert done.table.filled_latents == 1
+    check_tensors(root, rows_of(tmp_path / "e"))
+
+
+def test_captions_that_are_not_found(tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
+    root = make(tmp_path, captions_table(), tiny_t5, tiny_clip)
+    (tmp_path / "captions.parquet").rename(tmp_path / "moved.parquet")
+    with pytest.raises(InputError, match="does not exist"):
+        export(root, tmp_path / "e")
+    (root / "config.yaml").unlink()
+    with pytest.raises(InputError, match="name them with --captions"):
+        export(root, tmp_path / "e")
+    export(root, tmp_path / "e", captions=str(tmp_path / "moved.parquet"))
+
+
+def test_refusals(
+    root: Path, tmp_path: Path, tiny_t5: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"'umt5' cannot.*\['t5'\] would do"):
+        export(root, tmp_path / "e", t5="umt5")
+    with pytest.raises(InputError, match=r"'t5' cannot.*\['clip'\] would do"):
+        export(root, tmp_path / "e", clip="t5")
+    clash = with_column(captions_table(), "sample_id", range(ROWS))
+    other = make(tmp_path / "clash", clash, tiny_t5, tiny_clip)
+    with pytest.raises(InputError, match="'sample_id' that is not their id column"):
+        export(other, tmp_path / "e")
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "SPARE_BYTES", 1 << 60)
+        with pytest.raises(StorageError, match="free on its file system"):
+            export(root, tmp_path / "e")
+        export(root, tmp_path / "e", table_only=True)
+    (other / "manifest.json").unlink()
+    with pytest.raises(IncompleteError):
+        export(other, tmp_path / "f")
+    empty = make(tmp_path / "empty", captions_table().slice(4, 1), tiny_t5, tiny_clip)
+    with pytest.raises(InputError, match=r"nothing to export: no sample is ok \(null_text 1\)"):
+        export(empty, tmp_path / "g")
+
+
+# --- what is printed ------------------------------------------------------------------------------
+
+
+def test_command_line(root: Path, masked: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e"
+    code, said, _ = call("export", str(root), str(out), "--format", "opensora")
+    assert code == 0
+    for line in (
+        f"28 rows in {out}/table.parquet",
+        "56 tensor files, 56 of them written now",
+        "2 samples without an embedding left out: null_text 2",
+        "note: encoded with implementation fused",
+        'type="cached_video_text"',
+        "\n  cached_text = True\n",
+        f"--null_t5_path {out}/null_t5.pt --null_clip_path {out}/null_clip.pt",
+        "encoded with fps_max=24, vmaf=False: keep them in dataset",
+        "patch_size must be 2",
+    ):
+        assert line in said
+    assert "fps is null" not in said  # the sampler takes every frame then
+    code, said, _ = call(*f"export {root} {out} --format opensora --table-only".split())
+    assert 'type="precomputed_video_text"' in said
+    words = f"export {masked} {tmp_path / 'm'} --format opensora --pad-masked zeros --table-only"
+    assert "without Open-Sora's FPS and motion score" in call(*words.split())[1]
+    code, _, said = call("export", str(root), str(out), "--format", "opensora", "--t5", "x")
+    assert code == 2
+    assert "Traceback" not in said
+
+
+def test_patch_has_their_four_lines_at_most() -> None:
+    patch = Path(__file__).parents[2] / "scripts" / "opensora" / "null_embeddings.patch"
+    lines = patch.read_text().partition("@@")[2].splitlines()[1:]
+    assert sum(line.startswith((" ", "-")) for line in lines) == 4
+    assert sum(line.startswith("+") for line in lines) == 2
+
+
+def test_the_drop_in_class_without_open_sora() -> None:
+    import embed_precompute.opensora.dataset as ours
+
+    with pytest.raises(InputError, match="needs Open-Sora v2"):
+        ours.PrecomputedVideoTextDataset  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'Precomputed'"):
+        ours.Precomputed  # noqa: B018
