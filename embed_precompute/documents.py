@@ -193,7 +193,8 @@ def _union(declared: Any, choices: tuple[Any, ...], value: Any, where: str) -> A
         try:
             return _from_plain(choice, value, where)
         except MismatchError as error:
-            errors.append(error)
+            # Its traceback has this frame and its callers', and with them all they hold.
+            errors.append(error.with_traceback(None))
     # A mapping or a list was meant for the choice that takes one, so its error is the one to show.
     for choice, problem in zip(choices, errors, strict=True):
         if takes_mapping(choice) if isinstance(value, Mapping) else _takes_list(choice, value):
