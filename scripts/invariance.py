@@ -1,9 +1,9 @@
 """Show that an embedding depends on its caption and the specification alone.
 
-Guarantees: the captions of a configuration are encoded again by other numbers of ranks, shuffled
-and in units of another size; every stored embedding is compared with the first run's, by its row
-checksum. Exit code 1 when one differs.
-Costs: a whole run for each number of ranks; the datasets go to a temporary folder.
+The captions of a configuration are encoded again by other numbers of ranks, shuffled and in units
+of another size; every stored embedding is compared with the first run's, by its row checksum. Exit
+code 1 when one differs. Each number of ranks costs a whole run; the datasets go to a temporary
+folder.
 
     python scripts/invariance.py CONFIG [--captions N] [--ranks 1 2 3] [--encoders.t5.dtype ...]
 """
@@ -64,9 +64,9 @@ def fixed(prepared: Prepared) -> list[str]:
     settings = ["--captions.text_column=text", "--captions.id_column=id"]
     settings += ["--captions.recipe={kind: none}", "--captions.normalize=[]"]
     for encoder in prepared.encoders:
-        if isinstance(encoder.config.added_tokens, str):  # that column's numbers pad as this one
-            assert encoder.padded_length is not None
-            added_tokens = -encoder.padded_length % encoder.config.seq_align
+        if encoder.options.integer_column is not None:  # its numbers pad as this one does
+            assert encoder.decision.padded_length is not None
+            added_tokens = -encoder.decision.padded_length % encoder.options.seq_align
             settings.append(f"--encoders.{encoder.name}.added_tokens={added_tokens}")
     return settings
 

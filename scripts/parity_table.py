@@ -21,9 +21,10 @@ from typing import Any, Literal
 import torch
 import transformers
 
+from embed_precompute.encoders import families
 from embed_precompute.encoders.embedder import HFEmbedder
-from embed_precompute.encoders.options import EncoderConfig
-from embed_precompute.encoders.resolve import build, resolve
+from embed_precompute.encoders.encoder import build
+from embed_precompute.encoders.resolve import open_encoder, resolve
 from embed_precompute.encoders.shardformer import check_usable
 from embed_precompute.errors import InputError
 from make_demo import demo_captions, write_clip, write_t5
@@ -131,13 +132,15 @@ def encoded_by_job(
     folder: Path, texts: Sequence[str], dtype: Any, *, kind: Any, **fields: Any
 ) -> torch.Tensor:
     """[B, L, D] or [B, C] as a precompute job computes them."""
-    config = EncoderConfig(kind, str(folder), dtype=dtype, **fields)
-    resolved = resolve("encoder", config)
+    options = families.FAMILIES[kind].options(
+        kind=kind, pretrained=str(folder), dtype=dtype, **fields
+    )
+    resolved = resolve(open_encoder("encoder", options))
     encoder = build(resolved, "cpu", dtype)
     lines: dict[int, torch.Tensor] = {}
-    for batch in resolved.batches(resolved.tokenizer.encode(texts).ids):
-        output = encoder.encode(batch)
-        lines.update({int(row): output[line] for line, row in enumerate(batch.rows)})
+    for batch in resolved.batches(resolved.opened.tokenizer.encode(texts)):
+        values = encoder.encode(batch)[""]
+        lines.update({int(row): values[i] for i, row in enumerate(batch.rows)})
     return torch.stack([lines[row] for row in range(len(texts))])
 
 

@@ -20,7 +20,7 @@ from make_demo import demo_captions, write_clip, write_t5
 if TYPE_CHECKING:
     import torch
 
-    from embed_precompute.encoders.spec import TextEncoder
+    from embed_precompute.encoders.encoder import TextEncoder
 
 CORPUS_ROWS = 200
 
@@ -80,18 +80,15 @@ Encode = Callable[["TextEncoder", Sequence[str]], "list[torch.Tensor]"]
 
 @pytest.fixture(scope="session")
 def encode() -> Encode:
-    """Captions -> what is stored of each: [length, D], masked only real tokens, or pooled [C]."""
+    """Captions -> what is stored of each, by an encoder with one output: [length, D] or [D]."""
 
     def run(encoder: TextEncoder, texts: Sequence[str]) -> list[torch.Tensor]:
         resolved = encoder.resolved
-        ids = resolved.tokenizer.encode(texts).ids
+        captions = resolved.opened.tokenizer.encode(texts)
         stored: dict[int, torch.Tensor] = {}
-        for batch in resolved.batches(ids):
-            output = encoder.encode(batch)
-            masked = resolved.config.attention_mask == "padding"
-            for line, row in enumerate(batch.rows.tolist()):
-                stop = int(batch.lengths[line]) if masked else None
-                stored[row] = output[line] if resolved.pooled else output[line][:stop]
+        for batch in resolved.batches(captions):
+            (values,) = encoder.encode(batch).values()
+            stored.update((row, values[i]) for i, row in enumerate(batch.rows.tolist()))
         return [stored[row] for row in range(len(texts))]
 
     return run

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from embed_precompute.job.units import EncodedTokens, Unit
+from embed_precompute.encoders.tokenizer import Tokenized
+from embed_precompute.job.units import Unit
 from embed_precompute.job.writer import UnitWriter
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.commit import digest_file, publish_bytes, publish_bytes_by_content
@@ -73,6 +74,14 @@ def write_plan(root: Path, plan: Plan) -> None:
     publish_bytes(root / "plan.json", document_bytes(plan))
 
 
+def words_as_tokens(texts: Sequence[str]) -> Tokenized:
+    """A token for each word and one for the end; texts over 40 characters count as truncated."""
+    counts = [len(text.split()) + 1 for text in texts]
+    zeros = [0] * len(texts)
+    ids = [np.zeros(count, np.int32) for count in counts]
+    return Tokenized(ids, counts, zeros, counts, counts, [len(t) > 40 for t in texts], zeros)
+
+
 def write_unit(
     root: Path,
     plan: Plan,
@@ -84,13 +93,11 @@ def write_unit(
     row_of: dict[str, int] = {}
     stored = [None if s.text is None else row_of.setdefault(s.text, len(row_of)) for s in samples]
     texts = list(row_of)
-    tokens = {}
-    for name in DIMS:
-        ids = [np.zeros(len(text.split()) + 1, np.int32) for text in texts]
-        lengths = [1 if name == "clip" else len(row) for row in ids]
-        tokens[name] = EncodedTokens(ids, lengths, [len(text) > 40 for text in texts])
+    captions = words_as_tokens(texts)
+    tokens = dict.fromkeys(DIMS, captions)
+    lengths = {n: [1] * len(texts) if n == "clip" else captions.num_ids for n in DIMS}
     first_row, num_rows = (0, 0) if number == NULL_UNIT else plan.unit_rows(number)
-    unit = Unit(number, first_row, num_rows, list(samples), stored, tokens)
+    unit = Unit(number, first_row, num_rows, list(samples), stored, tokens, lengths)
     with UnitWriter(root, plan, unit, environment) as writer:
         for name in DIMS:
             for row, text in enumerate(texts):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,11 @@ from jobs import call, write_captions, write_job
 
 from embed_precompute.audit.info import read_status
 from embed_precompute.encoders.batching import TokenBatch
-from embed_precompute.encoders.fused.encoder import FusedEncoder
-from embed_precompute.encoders.hf import HfEncoder
-from embed_precompute.encoders.spec import TextEncoder
-from embed_precompute.job import prepare as preflight
+from embed_precompute.encoders.encoder import TextEncoder
 from embed_precompute.job.writer import UnitWriter
-from embed_precompute.store import space
-from embed_precompute.store.commit import this_host
 from embed_precompute.store.plan import read_plan
 from embed_precompute.store.records import read_record
 from embed_precompute.store.rows import read_samples
-from embed_precompute.store.space import UNLIMITED, Room, _lower, _Quota, room_at
 
 TEXTS = [f"scene {i} with {'many ' * (i % 5)}people" for i in range(20)]
 
@@ -54,14 +47,13 @@ def spoil(patch: pytest.MonkeyPatch, texts: list[str]) -> None:
 def before_each_forward(
     patch: pytest.MonkeyPatch, check: Callable[[TextEncoder, TokenBatch], None]
 ) -> None:
-    for encoder_class in (HfEncoder, FusedEncoder):
-        original = encoder_class.submit
+    original = TextEncoder.submit
 
-        def submit(self: Any, batch: Any, original: Any = original) -> Any:
-            check(self, batch)
-            return original(self, batch)
+    def submit(self: Any, batch: Any) -> Any:
+        check(self, batch)
+        return original(self, batch)
 
-        patch.setattr(encoder_class, "submit", submit)
+    patch.setattr(TextEncoder, "submit", submit)
 
 
 def test_a_failed_sample_gets_a_status_and_its_neighbours_their_bytes(
@@ -110,100 +102,6 @@ def test_an_encoder_that_always_fails_blames_no_sample(
     code, _, said = call("run", str(job))
     assert code == 1
     assert "the device is gone" in said
-
-
-# --- room -----------------------------------------------------------------------------------------
-
-
-def test_room_is_read_before_the_start(
-    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for room in (
-        Room(100, UNLIMITED, "the user quota", "the file system"),
-        Room(UNLIMITED, 2, "the file system", "the user quota"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(preflight, "room_at", lambda root, room=room: room)
-            code, _, said = call("run", str(job))
-        assert code == 74, said
-        assert "the user quota" in said
-        assert str(tmp_path / "out") in said
-        assert "needs about" in said
-    few = Room(3000, 5, "the group quota", "the user quota")
-    with monkeypatch.context() as patch:
-        patch.setattr(preflight, "room_at", lambda root: few)
-        code, _, said = call("run", str(job))
-    assert code == 0
-    assert "the group quota allows 3,000 bytes" in said
-
-
-def test_quota_is_the_lower_limit(tmp_path: Path) -> None:
-    here = room_at(tmp_path / "not" / "yet")
-    assert here.bytes > 0
-    assert here.files > 0
-    whole = Room(10_000, 50, "fs", "fs")
-    quota = _Quota(block_hard=4, bytes_used=1000, inode_hard=20, inodes_used=21)
-    assert _lower(whole, quota, "q") == Room(3096, 0, "q", "q")
-    assert _lower(whole, _Quota(), "q") == whole
-    assert _lower(whole, _Quota(block_soft=3), "q").bytes == 3072
-
-
-def test_what_a_killed_job_left_makes_room(
-    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its temporary files fill the disk, and go before anybody asks for room."""
-    dead = tmp_path / "out/shards/000" / f".tmp-shard-000000-{this_host()}-999999999-0123456789ab"
-    dead.parent.mkdir(parents=True)
-    dead.touch()
-
-    def room(root: Path) -> Room:
-        return Room(0 if dead.exists() else UNLIMITED, UNLIMITED, "the disk", "the disk")
-
-    monkeypatch.setattr(preflight, "room_at", room)
-    code, _, said = call("run", str(job))
-    assert code == 0, said
-
-
-def test_room_for_the_last_small_shard_is_enough(
-    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = [str(job), "--output.samples_per_shard", "19"]
-    assert call("run", *config)[0] == 0
-    whole, last = (paths_of(tmp_path / "out", unit) for unit in (0, 1))
-    free = whole.shard.stat().st_size // 2
-    last.record.unlink()
-    monkeypatch.setattr(preflight, "room_at", lambda root: Room(free, 99, "it", "it"))
-    code, _, said = call("run", *config)
-    assert code == 0, said
-
-
-def test_a_limit_that_is_not_known_or_not_ours_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """FUSE says 0 of 0 blocks where a file system cannot tell; a folder's group counts only where
-    new files get it."""
-    facts = os.statvfs(tmp_path)
-    nothing = os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255))
-    full = _Quota(block_hard=1, bytes_used=1024)
-    asked: list[tuple[str, int]] = []
-
-    def quota(kind: str, device: str, owner: int) -> _Quota | None:
-        asked.append((kind, owner))
-        return full if kind == "group" and owner == tmp_path.stat().st_gid else None
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "statvfs", lambda path: nothing)
-        patch.setattr(space, "_device_of", lambda folder: None)
-        assert room_at(tmp_path).bytes == UNLIMITED
-    monkeypatch.setattr(os, "statvfs", lambda path: facts)
-    monkeypatch.setattr(space, "_device_of", lambda folder: "/dev/sda1")
-    monkeypatch.setattr(space, "_read_quota", quota)
-    other = tmp_path.stat().st_gid + 1
-    monkeypatch.setattr(os, "getegid", lambda: other)
-    assert room_at(tmp_path).bytes > 0
-    assert ("group", other) in asked
-    tmp_path.chmod(0o2755)
-    assert room_at(tmp_path).bytes == 0
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(job: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from jobs import call, clean_environment, dataset_bytes, write_captions, write_job
 
-from embed_precompute.encoders.hf import HfEncoder
+from embed_precompute.encoders.encoder import TextEncoder
 from embed_precompute.errors import InterruptedRunError
 from embed_precompute.job.signals import stop_on_signals
 from embed_precompute.store.commit import StagedFile, remove_dead, this_host
@@ -127,15 +127,15 @@ def job(tiny_clip: Path, tmp_path: Path) -> Path:
 
 def at_batch(patch: pytest.MonkeyPatch, n: int, act: Callable[[], None]) -> None:
     """`act` before the n-th forward; warm-up forwards are counted too."""
-    original, count = HfEncoder.submit, [0]
+    original, count = TextEncoder.submit, [0]
 
-    def submit(self: HfEncoder, batch: Any) -> Any:
+    def submit(self: TextEncoder, batch: Any) -> Any:
         count[0] += 1
         if count[0] == n:
             act()
         return original(self, batch)
 
-    patch.setattr(HfEncoder, "submit", submit)
+    patch.setattr(TextEncoder, "submit", submit)
 
 
 def terminate() -> None:

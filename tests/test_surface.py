@@ -14,14 +14,15 @@ import embed_precompute
 from embed_precompute import errors
 from embed_precompute.captions import recipes, settings
 from embed_precompute.config import schema as config
-from embed_precompute.encoders import options, video_buckets
+from embed_precompute.encoders import video_buckets
+from embed_precompute.encoders.families import FAMILIES
 
 CONFIG_OPTIONS = {"--help-config", "--print_config", "--print-config"}
 COMMANDS = {
     "run": {"--limit", *CONFIG_OPTIONS},
     "plan": {"--limit", "--sample", "--write", *CONFIG_OPTIONS},
     "bench": {
-        *("--captions", "--json", "--rounds", "--synthetic", "--variants"),
+        *("--captions", "--json", "--rounds", "--variants"),
         *CONFIG_OPTIONS,
     },
     "status": {"--json"},
@@ -50,19 +51,27 @@ PUBLIC = {
     "run",
     "shardformer_t5",
 }
+ENCODER = "kind pretrained revision tokenizer max_length dtype implementation compile tf32"
 SECTIONS = {
     settings.CaptionsConfig: "path text_column id_column recipe normalize on_bad_text",
     recipes.PlainRecipe: "kind",
     recipes.TemplateRecipe: "kind template",
     recipes.OpenSoraRecipe: "kind fps_column fps_max fps_format motion_column",
-    options.EncoderConfig: "kind pretrained revision tokenizer max_length attention_mask seq_align "
-    "added_tokens dtype batch_tokens batch_size buckets stream_tokens implementation "
-    "compile tf32",
+    **{
+        family.options: f"{ENCODER} {keys}"
+        for family, keys in (
+            (
+                FAMILIES["t5"],
+                "attention_mask seq_align added_tokens batch_tokens buckets stream_tokens",
+            ),
+            (FAMILIES["clip"], "outputs hidden_state projection batch_size buckets stream_tokens"),
+        )
+    },
     video_buckets.VideoTokensConfig: "buckets bucket_config time_compression_ratio "
     "spatial_compression_ratio patch_size",
     config.OutputConfig: "path samples_per_shard dtype codec",
-    config.RuntimeConfig: "device offload max_failed_samples on_environment_change plan_timeout_s "
-    "prefetch_units write_queue_batches progress_interval_s grace_s",
+    config.RuntimeConfig: "device self_check max_failed_samples on_environment_change "
+    "plan_timeout_s prefetch_units write_queue_batches progress_interval_s grace_s",
     config.Config: "captions encoders output runtime",
 }
 EXIT_CODES = {

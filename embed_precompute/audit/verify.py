@@ -78,12 +78,12 @@ def verify(
     encode_again: Callable[[], None] | None = None
     if level == "deep" and plan is not None:
         # Not above: the encoders bring torch's whole weight, and transformers.
-        from embed_precompute.audit.reencode import get_ready, reencode
+        from embed_precompute.audit.deep import compare_samples, open_references
 
         # That a checkpoint is missing must be said now, not after hours in place of the report.
-        ready = get_ready(root, plan, device)
+        references = open_references(root, plan, device)
         encode_again = functools.partial(
-            reencode, report, plan, ready,
+            compare_samples, report, plan, references,
             num_samples=num_samples, seed=secrets.randbits(32) if seed is None else seed,
         )  # fmt: skip
     _check_null(report, plan)

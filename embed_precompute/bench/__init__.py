@@ -1,1 +1,1 @@
-"""Our encoders beside transformers, on this machine."""
+"""Our encoders next to transformers', on this machine."""

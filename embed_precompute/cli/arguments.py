@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from embed_precompute import __version__
-from embed_precompute.config.keys import describe_keys
 
 EXIT_HELP = """exit codes:
   0 complete   1 bug   2 usage or bad input   3 conflict of fingerprint, plan or inputs
@@ -24,6 +23,8 @@ class _HelpConfig(argparse.Action):
     """Prints every key of a CONFIG and ends."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from embed_precompute.config.keys import describe_keys
+
         print("Keys of a CONFIG. Each may be given on the command line too: --section.key VALUE.\n")
         print(describe_keys(), end="")
         parser.exit()
@@ -85,8 +86,8 @@ def _add_bench(commands: Any) -> None:
         "--captions",
         type=_positive,
         metavar="N",
-        help="captions to encode: windows of 32 out of all, sorted by length (default: 192; one "
-        "batch where all captions are padded to one length)",
+        help="captions to encode, evenly out of the first 10,000 (default: 192; one batch where "
+        "all captions are padded to one length)",
     )
     bench.add_argument(
         "--rounds",
@@ -97,11 +98,6 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_argument(
         "--variants", nargs="+", metavar="NAME", help="only these; a wrong name lists all"
-    )
-    bench.add_argument(
-        "--synthetic",
-        action="store_true",
-        help="no captions: random tokens in the lengths of video captions",
     )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
 

@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from embed_precompute import __version__
 from embed_precompute.cli.arguments import command_parser
-from embed_precompute.config.files import load_config, to_yaml
-from embed_precompute.config.schema import Config
 from embed_precompute.distributed import DistContext
 from embed_precompute.errors import (
     EXIT_BUG,
@@ -37,6 +35,7 @@ from embed_precompute.errors import (
 )
 
 if TYPE_CHECKING:
+    from embed_precompute.config.schema import Config
     from embed_precompute.store.records import Manifest
 
 IO_ERRORS = frozenset(
@@ -65,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = COMMANDS[arguments.command]
         if hasattr(arguments, "config"):
+            from embed_precompute.config.files import load_config, to_yaml
+
             config = load_config(arguments.config, overrides)
             if arguments.print_config:
                 print(to_yaml(config), end="")
@@ -178,7 +179,14 @@ def _plan(config: Config, arguments: Any) -> int:
     from embed_precompute.job.prepare import prepare, publish
 
     prepared = prepare(config, arguments.limit)
-    for line in estimate_lines(prepared, arguments.sample or None):
+    report = estimate_lines(
+        prepared.first_captions,
+        prepared.plan,
+        prepared.root,
+        config.output.dtype,
+        arguments.sample or None,
+    )
+    for line in report:
         print(line)
     if arguments.write:
         publish(prepared)
@@ -189,13 +197,7 @@ def _plan(config: Config, arguments: Any) -> int:
 def _bench(config: Config, arguments: Any) -> int:
     from embed_precompute.bench.compare import bench
 
-    report = bench(
-        config,
-        arguments.captions,
-        arguments.rounds,
-        arguments.variants,
-        synthetic=arguments.synthetic,
-    )
+    report = bench(config, arguments.captions, arguments.rounds, arguments.variants)
     for line in report.lines():
         print(line)
     if arguments.json is not None:

@@ -43,9 +43,12 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     try:
         return _changed(in_file, given)
     except MismatchError as error:
+        complaint = _complaint(in_file) or ""
+        if complaint.startswith("there is no key"):  # no flag can mend that
+            raise InputError(f"{path}: {complaint}") from None
         keys = [key for key, _ in given]
         blamed = [error.key] if error.key in keys else [k for k in keys if _concerns(error.key, k)]
-        if not blamed or str(error) == _complaint(in_file):
+        if not blamed or str(error) == complaint:
             raise InputError(f"{path}: {error}") from None
         if len(blamed) == 1 and str(error).startswith(blamed[0]):
             raise InputError(f"--{error}") from None

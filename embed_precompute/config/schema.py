@@ -11,12 +11,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from embed_precompute.captions.settings import CaptionsConfig
-from embed_precompute.encoders.options import DType, EncoderConfig
+from embed_precompute.documents import ByKind
+from embed_precompute.encoders.families import FAMILIES
+from embed_precompute.encoders.families.base import DType, EncoderConfig
 from embed_precompute.errors import require
 from embed_precompute.store.records import ENCODER_NAME, RESERVED_ENDINGS
+
+AnyEncoder = Annotated[
+    EncoderConfig, ByKind(lambda: {kind: family.options for kind, family in FAMILIES.items()})
+]
+"""What the configuration says about an encoder: the options of its kind."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,11 @@ class RuntimeConfig:
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes this rank's GPU when there is one."""
-    offload: Literal["auto", "never"] = "auto"
-    """auto: layers that do not fit on a GPU stay in host memory (a warning); never: an error."""
+    self_check: Literal["auto", "always", "never"] = "auto"
+    """Whether each rank compares a few captions with transformers' own model before its first unit;
+    auto: on a GPU."""
     max_failed_samples: int = 100
-    """Samples that may fail (status non_finite or error) before the run stops with exit 5."""
+    """Samples that may fail (status non_finite) before the run stops with exit 5."""
     on_environment_change: Literal["warn", "refuse"] = "warn"
     """What to do when units were made with other library versions or another device."""
     plan_timeout_s: float = 600.0
@@ -87,7 +95,7 @@ class Config:
 
     captions: CaptionsConfig
     """The caption table."""
-    encoders: dict[str, EncoderConfig]
+    encoders: dict[str, AnyEncoder]
     """Encoders by name; each makes one tensor text_<name>."""
     output: OutputConfig = field(default_factory=OutputConfig)
     """The dataset."""

@@ -1,30 +1,28 @@
 """A checkpoint: where its folder is, what its config says, and the digest that names its weights.
 
-Guarantees: only safetensors is ever read. The digest depends on the weights' bytes and on the
-config's values, never on a folder's name or place. What is on this machine is used before the hub
-is asked.
-Costs: the digests of the weights (`digests`). No torch; the hub client only for a hub id.
+Only safetensors is ever read. The digest depends on the weights' bytes and on the config's values,
+never on a folder's name or place. What is on this machine is used before the hub is asked.
+
+A file is hashed once (about 1 GB/s) and its digest remembered in XDG_CACHE_HOME/embed_precompute,
+for as long as its path, size, mtime and inode stay. The cache carries no correctness.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embed_precompute.documents import digest_of
-from embed_precompute.encoders.digests import file_sha256
+from embed_precompute.documents import canonical_json, digest_of
 from embed_precompute.errors import InputError
-
-MODEL_CLASSES: dict[str, dict[str, str]] = {
-    "t5": {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"},
-    "clip": {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"},
-}
-"""Encoder kind -> model_type of config.json -> transformers' class for it."""
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -32,57 +30,80 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 BOOKKEEPING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
 """Keys of config.json that say how it was saved, not what the model computes."""
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """An encoder's weights on this machine; nothing of them is loaded."""
 
+    where: str
+    """The configuration's key of it, with which errors begin."""
     folder: Path
-    model_type: str
-    text_config: dict[str, Any]
-    """config.json, or its text_config where the checkpoint holds a vision tower too."""
-    weights: str
-    """Digest of the weights and the config."""
+    config: dict[str, Any]
+    """config.json."""
+    files: tuple[Path, ...]
+    """The safetensors files, by name."""
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config["model_type"])
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The classes it was saved from, where config.json says so."""
+        return tuple(self.config.get("architectures") or ())
+
+    @functools.cached_property
+    def text_config(self) -> Any:
+        """transformers' config of the text encoder: config.json, or its text_config where the
+        checkpoint holds a vision tower too. Raises InputError: transformers cannot read it."""
+        import transformers
+
+        try:
+            with quiet_transformers():
+                config = transformers.AutoConfig.from_pretrained(
+                    str(self.folder), local_files_only=True, trust_remote_code=False
+                )
+        except Exception as error:  # of many kinds
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"{self.where}: transformers {transformers.__version__} cannot read "
+                f"{self.folder / 'config.json'} ({type(error).__name__}: {reason}). It may be "
+                "damaged, or of a newer transformers."
+            ) from error
+        return getattr(config, "text_config", config)
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """Digest of the weights and the config. Raises InputError: a file cannot be read."""
+        try:
+            digests = [file_sha256(path) for path in self.files]
+        except OSError as error:
+            raise InputError(
+                f"{self.where}: cannot read {error.filename}: {error.strerror}."
+            ) from error
+        return digest_of({"config": _without_bookkeeping(self.config), "files": digests})
 
 
-def open_checkpoint(where: str, pretrained: str, revision: str | None, kind: str) -> Checkpoint:
-    """The checkpoint behind a folder or hub id; `where` is the config field errors name.
+def open_checkpoint(
+    where: str, pretrained: str, revision: str | None, kind: str, models: Mapping[str, str]
+) -> Checkpoint:
+    """The checkpoint in a folder or under a hub id; reads no weights.
 
-    Raises InputError: nothing there, no config.json, another kind of model, no safetensors.
+    `models`: model_type -> transformers class of the family `kind`. Raises InputError: nothing
+    there, no config.json, another kind of model, no safetensors.
     """
     folder = locate(where, pretrained, revision)
-    config, files = find_weights(where, pretrained, folder, kind)
-    try:
-        digests = [file_sha256(path) for path in files]
-    except OSError as error:
-        raise InputError(f"{where}: cannot read {error.filename}: {error.strerror}.") from error
-    model_type = str(config["model_type"])
-    text_config = config.get("text_config") if model_type == "clip" else None
-    return Checkpoint(
-        folder=folder,
-        model_type=model_type,
-        text_config=text_config if isinstance(text_config, dict) else config,
-        weights=digest_of({"config": _without_bookkeeping(config), "files": digests}),
-    )
-
-
-def find_weights(
-    where: str, pretrained: str, folder: Path, kind: str
-) -> tuple[dict[str, Any], list[Path]]:
-    """config.json of the checkpoint in `folder` and its weight files; reads no weights.
-
-    Raises InputError: no config.json, not an encoder of `kind`, no safetensors.
-    """
     config = _read_json(where, folder / "config.json")
     model_type = str(config.get("model_type"))
-    if model_type not in MODEL_CLASSES[kind]:
-        known = ", ".join(MODEL_CLASSES[kind])
+    if model_type not in models:
         raise InputError(
             f"{where}: {folder / 'config.json'} has model_type {model_type!r}: an encoder of kind "
-            f"{kind} takes {known}. Choose another checkpoint or kind."
+            f"{kind} takes {', '.join(models)}. Choose another checkpoint or kind."
         )
-    return config, weight_files(where, pretrained, folder, MODEL_CLASSES[kind][model_type])
+    files = _weight_files(where, pretrained, folder, models[model_type])
+    return Checkpoint(where, folder, config, tuple(files))
 
 
 def locate(where: str, pretrained: str, revision: str | None) -> Path:
@@ -149,7 +170,7 @@ def _looks_whole(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def weight_files(where: str, pretrained: str, folder: Path, model_class: str) -> list[Path]:
+def _weight_files(where: str, pretrained: str, folder: Path, model_class: str) -> list[Path]:
     """The safetensors files of a checkpoint, by name: the ones transformers would load."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -172,7 +193,7 @@ def weight_files(where: str, pretrained: str, folder: Path, model_class: str) ->
     )
     raise InputError(
         f"{where}: {folder} holds {found}: expected {WEIGHTS}, or {WEIGHTS_INDEX} and its files. "
-        "Pickles are never loaded here, for they can run code. If you trust the checkpoint, "
+        "Pickles are never loaded, for they can run code. If you trust the checkpoint, "
         f'convert it once with python -c "{convert}" and set {where} to NEW_FOLDER.'
     )
 
@@ -199,6 +220,36 @@ def _read_json(where: str, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{where}: {path} holds a {type(value).__name__}: expected an object.")
     return value
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, remembered as long as its path, size, mtime and inode stay."""
+    real = path.resolve()
+    if real.parent.name == "blobs" and SHA256.fullmatch(real.name):
+        return real.name  # the hub's cache names a large file by its sha256
+    status = real.stat()
+    key = [str(real), status.st_size, status.st_mtime_ns, status.st_ino]
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    entry = Path(home).expanduser() / "embed_precompute" / "sha256" / f"{digest_of(key)}.json"
+    # No entry, or a damaged one: the file is hashed.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(entry.read_bytes())
+        if known["file"] == key and SHA256.fullmatch(known["sha256"]):
+            return str(known["sha256"])
+    digest = hashlib.sha256()
+    with real.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    after = real.stat()
+    if [after.st_size, after.st_mtime_ns, after.st_ino] != key[1:]:
+        raise InputError(f"{real} changed while it was read. Run again when it is complete.")
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=entry.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(canonical_json({"file": key, "sha256": digest.hexdigest()}))
+        os.replace(temporary, entry)
+    return digest.hexdigest()
 
 
 def _without_bookkeeping(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,60 +1,248 @@
-"""The device an encoder runs on, and the environment: what else its bytes may depend on."""
+"""The machine an encoder runs on: which device, what else bytes depend on, and whether it computes.
+
+A GPU, driver or kernel that nobody has tried may compute wrong numbers without an error. So every
+rank on a GPU compares a few captions with transformers' own model before its first unit, in about a
+second after the model is loaded.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
+import logging
+import math
+import os
 import platform
-from collections.abc import Sequence
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
 
 from embed_precompute import __version__
-from embed_precompute.distributed import DistContext
-from embed_precompute.encoders.spec import ResolvedEncoder
+from embed_precompute.encoders.batching import make_batch
+from embed_precompute.encoders.encoder import HfEncoder, TextEncoder, build
+from embed_precompute.encoders.loading import Source, num_parameters
+from embed_precompute.encoders.resolve import ResolvedEncoder
+from embed_precompute.encoders.tokenizer import Tokenized
 from embed_precompute.errors import InputError
+
+log = logging.getLogger(__name__)
+LARGE = 10**9
+"""Parameters from which an encoder is not run on a CPU by chance."""
+MAX_RELATIVE_DIFFERENCE = 1e-5
+"""Between float32 numbers that were computed in float32: max|a - b| / max|b|."""
+MIN_COSINE = 0.999
+"""Between numbers of half precision, for every token."""
+CAPTIONS = (
+    "",
+    "a red fox",
+    "A slow tracking shot follows an old fisherman along the harbour at dawn, cinematic lighting.",
+    "caf\u00e9 \ube68\uac04 \uc6b0\uc0b0 1234567890",
+    "two cats " * 200,
+)
 
 
 def environment(device: str, encoders: Sequence[ResolvedEncoder] = ()) -> dict[str, str]:
     """What bytes may depend on besides the spec: versions, ours too, device, CPU capability."""
-    import torch
-
     versions = {
         name: importlib.metadata.version(name)
         for name in ("torch", "transformers", "tokenizers", "pyarrow", "numpy")
     }
-    if any(encoder.implementation == "shardformer" for encoder in encoders):
+    if any(encoder.decision.implementation == "shardformer" for encoder in encoders):
         versions["colossalai"] = importlib.metadata.version("colossalai")
     versions["embed_precompute"] = __version__  # its own layers round as its release does
     versions["torch"] = torch.__version__  # with the build, such as +cpu or +cu124
-    on_gpu = device.startswith("cuda")
     return {
         **versions,
-        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "device": device_name(device),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
 
 
-def resolve_device(device: str, dist: DistContext) -> str:
-    """`auto` is this rank's GPU among the visible ones, or the CPU; `cuda` insists on a GPU."""
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "cpu" or (device == "auto" and count == 0):
-        return "cpu"
-    if device in ("auto", "cuda") and count:
-        return f"cuda:{dist.local_rank % count}"
-    if int(device.partition(":")[2] or 0) < count:
-        return device
-    raise InputError(
-        f"runtime.device is {device} but torch {torch.__version__} sees {count} GPUs: install a "
-        "CUDA build of torch, check CUDA_VISIBLE_DEVICES, or use runtime.device auto."
-    )
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
-            for line in cpuinfo:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
+def device_name(device: str) -> str:
+    """The GPU's or the CPU's product name."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
+        for line in cpuinfo:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def resolve_device(setting: str, local_rank: int = 0) -> str:
+    """`auto` is this rank's GPU among the visible ones, or the CPU; `cuda` insists on a GPU.
+
+    Raises InputError: there is no such GPU.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if setting == "cpu" or (setting == "auto" and count == 0):
+        return "cpu"
+    index = local_rank % max(1, count)
+    if setting.startswith("cuda:"):
+        index = int(setting.partition(":")[2])
+    if index >= count:
+        raise InputError(
+            f"runtime.device is {setting} but torch {torch.__version__} sees {count} GPUs: install "
+            "a CUDA build of torch, check the driver and CUDA_VISIBLE_DEVICES, or use "
+            "runtime.device auto."
+        )
+    return f"cuda:{index}"
+
+
+def check_machine(setting: str, device: str, encoders: Sequence[ResolvedEncoder]) -> None:
+    """Raise InputError unless the encoders can and should run on this machine; loads nothing.
+
+    `setting`: runtime.device; `device`: what that is on this machine.
+    """
+    for encoder in encoders:
+        opened, decision = encoder.opened, encoder.decision
+        if decision.implementation == "shardformer":
+            from embed_precompute.encoders.shardformer import check_usable
+
+            check_usable(
+                f"{opened.where}.implementation is shardformer", opened.checkpoint.model_type
+            )
+        if decision.compiled and compiler() is None:
+            raise InputError(
+                f"{opened.where}.compile is true, and torch.compile needs a C++ compiler: neither "
+                "g++ nor clang++ is in PATH (CXX names another). Install one, or set compile false "
+                "and give a new output.path."
+            )
+        if setting == "auto" and device == "cpu":
+            count = num_parameters(Source(opened.checkpoint, encoder.family, encoder.options))
+            if count > LARGE:
+                raise InputError(
+                    f"{opened.where} has {count / 1e9:.1f} billion parameters, and torch "
+                    f"{torch.__version__} sees no usable GPU. Check the driver and "
+                    "CUDA_VISIBLE_DEVICES; to run it on the CPU nevertheless, set runtime.device "
+                    "cpu."
+                )
+
+
+def log_device(setting: str, device: str) -> None:
+    """Say which device it is; a warning where a CPU takes the place of a GPU."""
+    if setting == "auto" and device == "cpu" and torch.version.cuda is not None:
+        log.warning("device: cpu, for torch %s sees no usable GPU", torch.__version__)
+    else:
+        log.info("device: %s, %s", device, device_name(device))
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would call, for kernels on a CPU and around those on a
+    GPU; None where there is none."""
+    return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+
+
+def start(
+    resolved: ResolvedEncoder,
+    device: str,
+    output_dtype: str,
+    self_check: Literal["auto", "always", "never"],
+) -> TextEncoder:
+    """Load an encoder, run one forward of each shape, and check its numbers.
+
+    So a shape that does not fit in memory fails now and not after an hour. `self_check`: auto is
+    always on a GPU. Raises InputError.
+    """
+    encoder = build(resolved, device, output_dtype)
+    with _one_compiles_first(resolved.decision.compiled):
+        for batch in resolved.every_shape():
+            encoder.encode(batch)
+    if self_check == "always" or (self_check == "auto" and encoder.device.type == "cuda"):
+        began = time.monotonic()
+        check_numbers(encoder)
+        log.info(
+            "%s: self-check on %s passed in %.1f s",
+            *(resolved.opened.where, device, time.monotonic() - began),
+        )
+    return encoder
+
+
+@contextlib.contextmanager
+def _one_compiles_first(compiled: bool) -> Iterator[None]:
+    """One process of this user on this node at a time: the first fills torch's cache, in which the
+    others then find everything, instead of all compiling the same at once."""
+    if not compiled:
+        yield
+        return
+    path = os.path.join(tempfile.gettempdir(), f"embed-precompute-{os.getuid()}.compile.lock")
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def check_numbers(encoder: TextEncoder) -> None:
+    """Raise InputError unless a few captions get the numbers that `hf` gives each of them alone."""
+    resolved = encoder.resolved
+    captions = resolved.opened.tokenizer.encode(CAPTIONS)
+    exact = resolved.options.dtype == "float32" and not resolved.options.tf32
+    reference = HfEncoder(resolved, str(encoder.device), "float32", encoder.model)
+    for batch in resolved.batches(captions):
+        with encoder.computing(batch):
+            found = {
+                suffix: [each.clone() for each in encoder.cut(batch, suffix, values)]
+                for suffix, values in encoder.forward(batch).items()
+            }
+        for line, row in enumerate(batch.rows.tolist()):
+            for suffix, expected in _alone(reference, captions, row).items():
+                problem = difference(found[suffix][line], expected, exact=exact)
+                if problem is None:
+                    continue
+                implementation = resolved.decision.implementation
+                remedy = "Set implementation hf with a new output.path"
+                if implementation == "hf":
+                    remedy = "Use other versions or another device"
+                raise InputError(
+                    f"{resolved.opened.where}: self-check failed on {encoder.device} "
+                    f"({device_name(str(encoder.device))}, torch {torch.__version__}, transformers "
+                    f"{importlib.metadata.version('transformers')}): for the caption "
+                    f"{CAPTIONS[row][:40]!r} {implementation} has {problem} to transformers' own "
+                    f"model, one caption at a time. {remedy}; runtime.self_check never trusts the "
+                    "device as it is."
+                )
+
+
+def _alone(reference: HfEncoder, captions: Tokenized, row: int) -> dict[str, torch.Tensor]:
+    """Suffix -> what transformers' model makes of one caption, in a batch of its own."""
+    decision, tokenizer = reference.resolved.decision, reference.resolved.opened.tokenizer
+    shape = (1, decision.padded_length or captions.num_ids[row])
+    batch = make_batch(captions, [row], shape, tokenizer.pad_id or 0, tokenizer.empty)
+    with reference.computing(batch):
+        outputs = reference.forward(batch)
+        return {suffix: reference.cut(batch, suffix, v)[0] for suffix, v in outputs.items()}
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor, *, exact: bool) -> str | None:
+    """What is wrong with an embedding [L, D] or [D], None if nothing is; `exact`: in float32."""
+    if found.shape != expected.shape:
+        return f"shape {list(found.shape)}, not {list(expected.shape)},"
+    relative, cosine = distance(found, expected)
+    if exact and not relative <= MAX_RELATIVE_DIFFERENCE:
+        return f"a relative difference of {relative:.2e} (at most {MAX_RELATIVE_DIFFERENCE})"
+    if not cosine >= MIN_COSINE:
+        return f"a cosine of {cosine:.6f} in one token (at least {MIN_COSINE})"
+    return None
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """(max|a - b| / max|b|, the smallest cosine of any token); (inf, -1) where one is not finite.
+
+    In float64. Two zero vectors are equal.
+    """
+    a, b = found.double(), expected.double()
+    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+        return math.inf, -1.0
+    scale = float(b.abs().max()) if b.numel() else 0.0
+    relative = float((a - b).abs().max()) / scale if scale else float((a != b).any())
+    cosines = torch.nn.functional.cosine_similarity(a, b, dim=-1).reshape(-1)
+    zero = ((a == 0).all(-1) & (b == 0).all(-1)).reshape(-1)
+    cosines = cosines.masked_fill(zero, 1.0)
+    return relative, float(cosines.min()) if cosines.numel() else 1.0

@@ -23,15 +23,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from embed_precompute.encoders.checkpoint import find_weights, locate
-from embed_precompute.encoders.hf import load_checkpoint
+from embed_precompute.encoders.checkpoint import open_checkpoint
+from embed_precompute.encoders.families import FAMILIES
+from embed_precompute.encoders.loading import Source, load_model
 from embed_precompute.encoders.shardformer import shardformer_t5
 from embed_precompute.encoders.tokenizer import load_tokenizer
 from embed_precompute.errors import InputError
 
-KINDS = {"T5EncoderModel": "t5", "CLIPTextModel": "clip"}
-MAX_LENGTHS = {"t5": 512, "clip": 77}
-OUTPUT_KEYS = {"t5": "last_hidden_state", "clip": "pooler_output"}
+MODULES = {
+    "T5EncoderModel": ("t5", "last_hidden_state"),
+    "CLIPTextModel": ("clip", "pooler_output"),
+}
+"""What Open-Sora calls the two -> family, and which of the model's outputs it takes."""
 WHERE = "HFEmbedder.from_pretrained"
 
 
@@ -50,28 +53,36 @@ class HFEmbedder(nn.Module):
 
         `max_length`: tokens per caption, special tokens included; 512 for T5 and 77 for CLIP when
         not given. `hf_kwargs`: `torch_dtype` or `dtype` (float32 when not given), `device_map`,
-        `attn_implementation`, `revision` and whatever else transformers' from_pretrained takes.
+        `attn_implementation`, `revision` and all else that transformers' from_pretrained takes.
         Raises InputError: no such checkpoint, another kind of model, damaged or pickled weights, no
         fast tokenizer; with `shardformer` also what `shardformer_t5` raises.
         """
         super().__init__()
-        if hf_module not in KINDS:
+        if hf_module not in MODULES:
             raise InputError(
-                f"HFEmbedder.hf_module is {hf_module!r}: expected {' or '.join(KINDS)}."
+                f"HFEmbedder.hf_module is {hf_module!r}: expected {' or '.join(MODULES)}."
             )
-        kind = KINDS[hf_module]
-        self.is_clip = kind == "clip"
-        self.max_length = MAX_LENGTHS[kind] if max_length is None else max_length
-        self.output_key = OUTPUT_KEYS[kind]
-        if shardformer and self.is_clip:
+        kind, self.output_key = MODULES[hf_module]
+        family = FAMILIES[kind]
+        make: Any = family.options
+        options = make(kind=kind, pretrained=from_pretrained)
+        self.max_length = options.max_length if max_length is None else max_length
+        if shardformer and "shardformer" not in family.implementations:
             raise InputError("HFEmbedder.shardformer is for T5EncoderModel only. Remove it.")
-        folder = locate(WHERE, from_pretrained, hf_kwargs.pop("revision", None))
-        config, _ = find_weights(WHERE, from_pretrained, folder, kind)
-        self.tokenizer = load_tokenizer(WHERE, folder)
-        model = load_checkpoint(
-            WHERE, folder, kind, config["model_type"], dtype=_dtype_of(hf_kwargs), **hf_kwargs
-        )
-        self._check_length(model)
+        revision = hf_kwargs.pop("revision", None)
+        checkpoint = open_checkpoint(WHERE, from_pretrained, revision, kind, family.models)
+        self.tokenizer = load_tokenizer(WHERE, checkpoint.folder, family.special_tokens)
+        dtype = _dtype_of(hf_kwargs)
+        model = load_model(Source(checkpoint, family, options), dtype, **hf_kwargs)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if self.max_length < 1:
+            raise InputError(f"HFEmbedder.max_length is {self.max_length}: expected 1 or more.")
+        if positions is not None and self.max_length > positions:
+            raise InputError(
+                f"HFEmbedder.max_length is {self.max_length}: this model has {positions} "
+                "positions. Lower it."
+            )
+        self._may_pad = positions is None
         self.hf_module: Any = shardformer_t5(model) if shardformer else model
 
     def forward(
@@ -81,7 +92,7 @@ class HFEmbedder(nn.Module):
 
         T5: [B, L, D], L the first length from max_length on for which `added_tokens` + L is a
         multiple of `seq_align`. CLIP: [B, C]; InputError where seq_align would pad, for CLIP has no
-        positions behind its last.
+        positions after its last.
         """
         input_ids = self._padded([text] if isinstance(text, str) else list(text))
         if added_tokens < 0 or seq_align < 1:
@@ -90,7 +101,7 @@ class HFEmbedder(nn.Module):
                 "or more and 1 or more."
             )
         missing = -(added_tokens + input_ids.shape[1]) % seq_align
-        if missing and self.is_clip:
+        if missing and not self._may_pad:
             raise InputError(
                 f"HFEmbedder: seq_align {seq_align} with added_tokens {added_tokens} would pad "
                 f"CLIP from {input_ids.shape[1]} tokens to {input_ids.shape[1] + missing}: it is "
@@ -108,7 +119,7 @@ class HFEmbedder(nn.Module):
         return embeddings
 
     def extra_repr(self) -> str:
-        """What print(module) says beside the model: above all, the tokenizer that is in use."""
+        """What print(module) adds to the model: above all, which tokenizer is in use."""
         fast = "fast" if getattr(self.tokenizer, "is_fast", False) else "slow"
         return (
             f"tokenizer={type(self.tokenizer).__name__} ({fast}), max_length={self.max_length}, "
@@ -128,16 +139,6 @@ class HFEmbedder(nn.Module):
         )
         input_ids: torch.Tensor = encoding["input_ids"]
         return input_ids
-
-    def _check_length(self, model: Any) -> None:
-        if self.max_length < 1:
-            raise InputError(f"HFEmbedder.max_length is {self.max_length}: expected 1 or more.")
-        positions = model.config.max_position_embeddings if self.is_clip else self.max_length
-        if self.max_length > positions:
-            raise InputError(
-                f"HFEmbedder.max_length is {self.max_length}: this CLIP model has {positions} "
-                "positions. Lower it."
-            )
 
 
 def _dtype_of(hf_kwargs: dict[str, Any]) -> Any:

@@ -3,9 +3,9 @@
 Guarantees: the weights, their dtypes and the numbers are those of `hf` (bitwise on a CPU, tested in
 every dtype); every layer of the encoder is replaced, or an error says why none can be. Tensor
 parallelism, flash attention and a model whose layers it does not fit are refused.
-Costs: it needs ColossalAI 0.5.0 with the versions that pins; importing that takes seconds, which is
-paid when a model is optimised and not before. For each residual it makes a tensor of zeros that
-plain transformers does not, so it is neither smaller nor faster: see `embed-precompute bench`.
+Costs: it needs ColossalAI 0.5.0 with the versions that it pins, and seconds to import it, when the
+first model is optimised. For each residual ColossalAI makes a tensor of zeros that plain
+transformers does not, so it is neither smaller nor faster: see `embed-precompute bench`.
 
 Follows opensora/models/text/conditioner.py and opensora/acceleration/shardformer/policy/
 t5_encoder.py of hpcaitech/Open-Sora. Different here: no cast at the end, which would take T5's wo
@@ -15,6 +15,7 @@ from the float32 it needs to float16; mT5, whose layers are T5's, is optimised t
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import logging
@@ -27,10 +28,16 @@ from embed_precompute.errors import InputError, InternalError
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
-    from embed_precompute.encoders.spec import ResolvedEncoder, TextEncoder
-
 MODEL_TYPES = ("t5", "mt5")
 """umT5's layers pass other arguments and have a position bias each."""
+REFUSED = {
+    "enable_tensor_parallelism": "tensor parallelism: one process runs the whole encoder",
+    "enable_sequence_parallelism": "sequence parallelism: one process runs the whole encoder",
+    "enable_flash_attention": "flash attention: it has no place for T5's relative position bias",
+    "enable_fused_normalization": "fused normalization: it needs apex and rounds differently",
+    "pipeline_stage_manager": "pipeline parallelism: one process runs the whole encoder",
+}
+"""Field of ShardConfig -> what it would be, and why not."""
 INSTALL = (
     "ColossalAI 0.5.0 pins torch 2.5.1 and transformers 4.51.3, so give it an environment of its "
     "own: pip install 'embed-precompute[colossalai]'. Or use the implementation hf, which gives "
@@ -42,16 +49,14 @@ def shardformer_t5(t5: T5EncoderModel) -> T5EncoderModel:
     """Optimise a T5 or mT5 encoder in place, and give it: eval mode, no gradients, same dtypes.
 
     A copy.deepcopy of the result would run the original's layers: copy first, optimise then.
-    Raises InputError: ColossalAI is missing, beside another transformers, or for another model.
+    Raises InputError: no ColossalAI, another version of transformers, or another kind of model.
     """
     check_usable("shardformer_t5", str(t5.config.model_type))
     with _quiet_import():
         from colossalai.shardformer import ShardConfig, ShardFormer
-
-        from embed_precompute.encoders.shardformer_policy import T5EncoderPolicy
     before = {name: parameter.dtype for name, parameter in t5.named_parameters()}
     shard_config = ShardConfig(enable_tensor_parallelism=False, enable_jit_fused=True)
-    optimised, _ = ShardFormer(shard_config=shard_config).optimize(t5, policy=T5EncoderPolicy())
+    optimised, _ = ShardFormer(shard_config=shard_config).optimize(t5, policy=_policy_class()())
     model: Any = optimised.eval().requires_grad_(False)
     if {name: parameter.dtype for name, parameter in model.named_parameters()} != before:
         raise InternalError("Shardformer changed the dtype of weights, which it must not.")
@@ -66,7 +71,7 @@ def shardformer_t5(t5: T5EncoderModel) -> T5EncoderModel:
 
 
 def check_usable(what: str, model_type: str) -> None:
-    """Raise InputError unless Shardformer can run here on such a model; imports nothing.
+    """Raise InputError unless Shardformer can run on such a model; imports nothing.
 
     `what` begins the message: the setting or function that asked for it.
     """
@@ -85,18 +90,6 @@ def check_usable(what: str, model_type: str) -> None:
         )
 
 
-def build(
-    resolved: ResolvedEncoder, device: str, output_dtype: str, *, may_offload: bool
-) -> TextEncoder:
-    """The hf encoder over an optimised model; see `encoders.build`."""
-    import torch
-
-    from embed_precompute.encoders.hf import HfEncoder, load_on
-
-    model = load_on(resolved, torch.device(device), may_offload=may_offload, adapt=shardformer_t5)
-    return HfEncoder(resolved, device, output_dtype, model)
-
-
 @contextlib.contextmanager
 def _quiet_import() -> Iterator[None]:
     """Without ColossalAI's advice to install apex, TensorNVMe and other kernels."""
@@ -110,11 +103,70 @@ def _quiet_import() -> Iterator[None]:
         logging.disable(disabled)
 
 
+@functools.cache
+def _policy_class() -> Any:
+    """`T5EncoderPolicy`: which forwards ColossalAI's ShardFormer puts into a T5 encoder.
+
+    The feed-forward and the self-attention layer of T5 and mT5 get the jit-fused forward and
+    residual addition. What the policy does not do is refused instead of ignored.
+    """
+    with _quiet_import():
+        from colossalai.shardformer.modeling.jit import get_jit_fused_dropout_add_func
+        from colossalai.shardformer.modeling.t5 import (
+            get_jit_fused_T5_layer_ff_forward,
+            get_T5_layer_self_attention_forward,
+        )
+        from colossalai.shardformer.policies.base_policy import Policy
+        from transformers.models.mt5 import modeling_mt5
+        from transformers.models.t5 import modeling_t5
+
+    class T5EncoderPolicy(Policy):  # type: ignore[misc]  # ColossalAI has no types
+        """Jit-fused forwards for the layers of a T5 or mT5 encoder, where `enable_jit_fused` is
+        set."""
+
+        def config_sanity_check(self) -> None:
+            """Raises InputError naming the first field of ShardConfig that asks for more."""
+            for field, reason in REFUSED.items():
+                if getattr(self.shard_config, field):
+                    raise InputError(
+                        f"T5EncoderPolicy: ShardConfig.{field} is set, but there is no {reason}. "
+                        "Use ShardConfig(enable_tensor_parallelism=False, enable_jit_fused=True)."
+                    )
+
+        def preprocess(self) -> Any:
+            return self.model
+
+        def module_policy(self) -> dict[Any, Any]:
+            """Layer class -> its replaced methods."""
+            policy: dict[Any, Any] = {}
+            if not self.shard_config.enable_jit_fused:
+                return policy
+            forwards = {
+                modeling_t5.T5LayerFF: get_jit_fused_T5_layer_ff_forward,
+                modeling_t5.T5LayerSelfAttention: get_T5_layer_self_attention_forward,
+                modeling_mt5.MT5LayerFF: get_jit_fused_T5_layer_ff_forward,
+                modeling_mt5.MT5LayerSelfAttention: get_T5_layer_self_attention_forward,
+            }
+            for layer, forward in forwards.items():
+                self.append_or_create_method_replacement(
+                    description={
+                        "forward": forward(),
+                        "dropout_add": get_jit_fused_dropout_add_func(),
+                    },
+                    policy=policy,
+                    target_key=layer,
+                )
+            return policy
+
+        def postprocess(self) -> Any:
+            return self.model
+
+    return T5EncoderPolicy
+
+
 def __getattr__(name: str) -> Any:
-    """`T5EncoderPolicy`, from the module that needs ColossalAI to be imported at all."""
+    """`T5EncoderPolicy`, a class that needs ColossalAI to be made at all."""
     if name != "T5EncoderPolicy":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     check_usable("T5EncoderPolicy", MODEL_TYPES[0])
-    with _quiet_import():
-        from embed_precompute.encoders.shardformer_policy import T5EncoderPolicy
-    return T5EncoderPolicy
+    return _policy_class()

@@ -64,23 +64,20 @@ class VideoTokensConfig:
     patch_size: int = 2
     """Latents per token, in height and width, as the trainer's patch_size."""
 
-    def check(self) -> None:
-        """Raises InputError. Not at construction: jsonargparse would wrap it in its own words."""
+    def __post_init__(self) -> None:
         for name in ("time_compression_ratio", "spatial_compression_ratio", "patch_size"):
             value = getattr(self, name)
-            require(value >= 1, f"encoder added_tokens.{name} is {value}: expected 1 or more.")
+            require(value >= 1, f"{name} is {value}: expected 1 or more.")
         require(
             (self.buckets is None) != (self.bucket_config is None),
-            "encoder added_tokens as a mapping needs one of buckets and bucket_config; set the "
-            "other to null.",
+            "buckets or bucket_config is needed, and the other null.",
         )
         buckets = self.all_buckets()
-        require(bool(buckets), "encoder added_tokens has no bucket that a clip could be in.")
+        require(bool(buckets), "bucket_config has no bucket that a clip could be in.")
         for bucket in buckets:
             require(
                 min(bucket.frames, bucket.height, bucket.width) >= 1,
-                f"encoder added_tokens has the bucket {bucket}: expected frames, height and width "
-                "of 1 or more.",
+                f"bucket {bucket}: expected frames, height and width of 1 or more.",
             )
         self.by_tokens()
 

@@ -1,28 +1,36 @@
-"""What a run would make, before it makes it: the figures behind `embed-precompute plan`.
+"""What the first captions tell about a job: tokens, bytes, duplicates; the report of `plan`.
 
-Guarantees: rows, samples and shards are exact; figures that need tokens come from a stated number
-of captions and are scaled up, or from all of them. Nothing is written.
-Costs: reading and tokenising those captions, in pieces of 10,000 (8 bytes a caption are kept to
-find duplicates).
+The shard size, the free space that is needed and the report are estimated from one reading of the
+first captions. In the report, rows, samples and shards are exact; figures that need tokens come
+from a stated number of captions and are scaled up, or from all of them. Nothing is written.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from embed_precompute.encoders.spec import ResolvedEncoder
-from embed_precompute.job.prepare import FILES_PER_UNIT, Prepared, stored_bytes_per_token
+from embed_precompute.captions.table import CaptionTable
+from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.samples import Sample, Status
-from embed_precompute.store.space import UNLIMITED, room_at
+from embed_precompute.store.plan import Plan
 
+FIRST_SAMPLES = 10_000
 PIECE_ROWS = 10_000
 ROWS_BYTES_PER_SAMPLE = 60
-"""A rows part's bytes per sample beside the text, compressed: measured, an estimate."""
+"""A rows part's bytes per sample without the text, compressed: measured, an estimate."""
+FILES_PER_UNIT = 3
+UNLIMITED = 1 << 63
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FEW_CHARACTERS = 2.0
+"""Characters per token below which a tokenizer is probably another model's."""
 
 
 @dataclass
@@ -33,11 +41,16 @@ class TokenFigures:
     longest: int = 0
     truncated: int = 0
     unknown: int = 0
+    vectors: Counter[str] = field(default_factory=Counter)
+    """Vectors stored, per tensor."""
+    whole_characters: int = 0
+    whole_tokens: int = 0
+    """Of the captions that are not truncated, as is `whole_characters`."""
 
 
 @dataclass
 class Figures:
-    """Sums over the captions that were looked at."""
+    """Sums over the samples that were looked at."""
 
     samples: int = 0
     status: Counter[str] = field(default_factory=Counter)
@@ -49,44 +62,107 @@ class Figures:
     def encoded(self) -> int:
         return self.status[Status.OK.label]
 
-
-def measure(prepared: Prepared, max_samples: int | None) -> Figures:
-    """Tokenise the first `max_samples` samples (None: all) with every encoder."""
-    figures = Figures(encoders={encoder.name: TokenFigures() for encoder in prepared.encoders})
-    hashes: list[np.ndarray] = []
-    for samples in _pieces(prepared, max_samples):
-        texts = [sample.text for sample in samples if sample.text is not None]
-        figures.samples += len(samples)
-        figures.status.update(sample.status.label for sample in samples)
-        figures.text_bytes += sum(len(text.encode()) for text in texts)
-        hashes.append(np.array([xxhash.xxh3_64_intdigest(t.encode()) for t in texts], np.uint64))
-        for encoder in prepared.encoders:
-            tokenized = encoder.tokenizer.encode(texts)
-            sums = figures.encoders[encoder.name]
-            sums.tokens += sum(tokenized.num_tokens)
-            sums.longest = max([sums.longest, *tokenized.num_tokens])
-            sums.truncated += sum(tokenized.truncated)
-            sums.unknown += sum(tokenized.num_unknown)
-    figures.distinct = len(np.unique(np.concatenate(hashes))) if hashes else 0
-    return figures
+    def embedding_bytes(self, encoders: Sequence[ResolvedEncoder], dtype: str) -> int:
+        """Bytes of the embeddings of all samples, equal texts counted each time."""
+        return sum(
+            self.encoders[encoder.name].vectors[tensor] * output.width * DTYPE_BYTES[dtype]
+            for encoder in encoders
+            for tensor, output in encoder.tensors().items()
+        )
 
 
-def _pieces(prepared: Prepared, max_samples: int | None) -> Iterator[list[Sample]]:
-    plan = prepared.plan
-    reader = prepared.table.reader(plan.num_rows, plan.last_row_samples)
-    left = plan.num_samples if max_samples is None else max_samples
-    for first in range(0, plan.num_rows, PIECE_ROWS):
-        samples = reader.read(first, min(PIECE_ROWS, plan.num_rows - first))[:left]
-        left -= len(samples)
-        yield samples
-        if left <= 0:
-            return
+class FirstCaptions:
+    """The first captions of a table, read and tokenised when they are first asked for."""
+
+    def __init__(
+        self,
+        table: CaptionTable,
+        encoders: Sequence[ResolvedEncoder],
+        num_rows: int,
+        last_row_samples: int | None,
+    ) -> None:
+        """`num_rows` and `last_row_samples`: of the scan or of the plan."""
+        self._table, self.encoders = table, encoders
+        self._num_rows, self._last_row_samples = num_rows, last_row_samples
+
+    @functools.cached_property
+    def figures(self) -> Figures:
+        """Of the first 10,000 samples."""
+        return self.measure(FIRST_SAMPLES)
+
+    def measure(self, max_samples: int | None) -> Figures:
+        """Of the first `max_samples` samples (None: all)."""
+        figures = Figures(encoders={encoder.name: TokenFigures() for encoder in self.encoders})
+        hashes: list[np.ndarray] = []
+        for samples in self._pieces(max_samples):
+            texts = [sample.text for sample in samples if sample.text is not None]
+            figures.samples += len(samples)
+            figures.status.update(sample.status.label for sample in samples)
+            encoded = [text.encode() for text in texts]
+            figures.text_bytes += sum(map(len, encoded))
+            hashes.append(np.array([xxhash.xxh3_64_intdigest(t) for t in encoded], np.uint64))
+            for encoder in self.encoders:
+                _add(figures.encoders[encoder.name], encoder, texts)
+        figures.distinct = len(np.unique(np.concatenate(hashes))) if hashes else 0
+        return figures
+
+    def _pieces(self, max_samples: int | None) -> Iterator[list[Sample]]:
+        reader = self._table.reader(self._num_rows, self._last_row_samples)
+        left = max_samples
+        for first in range(0, self._num_rows, PIECE_ROWS):
+            rows = min(PIECE_ROWS, self._num_rows - first)
+            samples = reader.read(first, rows if left is None else min(rows, left))
+            samples = samples if left is None else samples[:left]
+            left = None if left is None else left - len(samples)
+            yield samples
+            if left is not None and left <= 0:
+                break
+        reader.close()
 
 
-def estimate_lines(prepared: Prepared, max_samples: int | None) -> list[str]:
-    """The report of `embed-precompute plan`, line by line."""
-    plan = prepared.plan
-    figures = measure(prepared, max_samples)
+def _add(sums: TokenFigures, encoder: ResolvedEncoder, texts: list[str]) -> None:
+    captions = encoder.opened.tokenizer.encode(texts)
+    sums.tokens += sum(captions.tokens)
+    sums.longest = max([sums.longest, *captions.tokens])
+    sums.truncated += sum(captions.truncated)
+    sums.unknown += sum(captions.unknown)
+    whole = [row for row, cut in enumerate(captions.truncated) if not cut]
+    sums.whole_characters += sum(len(texts[row]) for row in whole)
+    sums.whole_tokens += sum(captions.tokens[row] for row in whole)
+    for tensor, output in encoder.tensors().items():
+        sums.vectors[tensor] += sum(encoder.stored_lengths(output, captions, null=False))
+
+
+def tokenizer_line(encoder: ResolvedEncoder, figures: Figures) -> tuple[str, bool]:
+    """The tokenizer and how it fits these captions; whether it seems to be another model's."""
+    sums = figures.encoders[encoder.name]
+    ratio = sums.whole_characters / max(1, sums.whole_tokens)
+    line = f"{encoder.opened.tokenizer.name}, {ratio:.1f} characters per token"
+    suspicious = sums.whole_tokens > 0 and ratio < FEW_CHARACTERS
+    if suspicious:
+        line += (
+            ": fewer than 2, so it may be another model's tokenizer. Only captions in Chinese, "
+            "Japanese or Korean have so few"
+        )
+    return line, suspicious
+
+
+def free_space(root: Path) -> tuple[int, int]:
+    """Bytes and files that the file system has free for `root`, which need not exist yet."""
+    folder = root.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    facts = os.statvfs(folder)
+    # Without a table of files it is 0 of 0; so is the size of a FUSE file system that has none.
+    free_bytes = facts.f_bavail * facts.f_frsize if facts.f_blocks else UNLIMITED
+    return free_bytes, facts.f_favail if facts.f_files else UNLIMITED
+
+
+def estimate_lines(
+    first: FirstCaptions, plan: Plan, root: Path, dtype: str, max_samples: int | None
+) -> list[str]:
+    """The report, line by line, from the first `max_samples` samples (None: all)."""
+    figures = first.figures if max_samples == FIRST_SAMPLES else first.measure(max_samples)
     lines = [
         f"plan {plan.plan_id[:16]}, fingerprint {plan.fingerprint[:16]}",
         f"input      {len(plan.inputs.files):,} files, {plan.num_rows:,} rows, "
@@ -97,64 +173,52 @@ def estimate_lines(prepared: Prepared, max_samples: int | None) -> list[str]:
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(figures.status.items()))
     duplicates = figures.encoded - figures.distinct
     lines.append(f"captions   of {basis} samples: {status}; {duplicates:,} repeat an earlier text")
-    for encoder in prepared.encoders:
+    for encoder in first.encoders:
         lines += _encoder_lines(encoder, figures)
-    lines += _disk_lines(prepared, figures)
-    return lines
+    embeddings = figures.embedding_bytes(first.encoders, dtype)
+    rows = figures.text_bytes + ROWS_BYTES_PER_SAMPLE * figures.samples
+    scale = plan.num_samples / max(1, figures.samples)
+    return lines + _disk_lines(plan, root, scale * (rows + embeddings))
 
 
 def _encoder_lines(encoder: ResolvedEncoder, figures: Figures) -> list[str]:
-    sums = figures.encoders[encoder.name]
+    sums, decision = figures.encoders[encoder.name], encoder.decision
     count, tokens = max(1, figures.encoded), max(1, sums.tokens)
-    shapes = ", ".join(f"{batch}x{length}" for batch, length in encoder.shapes)
-    if encoder.pooled:
-        stored = f"stored: one vector of {encoder.dim}"
-    elif encoder.padded_length is not None:
-        stored = f"stored: padded length {encoder.padded_length} x {encoder.dim}"
-    else:
-        stored = f"stored: real tokens x {encoder.dim}"
+    shapes = ", ".join(f"{batch}x{length}" for batch, length in decision.shapes)
+    stored = []
+    for tensor, output in encoder.tensors().items():
+        vectors = {"all": f"padded length {decision.padded_length} x", "real": "real tokens x"}
+        what = vectors.get(output.positions or "", "one vector of")
+        stored.append(f"text_{tensor}: {what} {output.width}")
+    tokenizer, suspicious = tokenizer_line(encoder, figures)
     return [
         f"{encoder.name:<10} {sums.tokens:,} tokens, mean {sums.tokens / count:.1f}, longest "
-        f"{sums.longest}; {sums.truncated:,} truncated at {encoder.config.resolved_max_length}; "
+        f"{sums.longest}; {sums.truncated:,} truncated at {encoder.options.max_length}; "
         f"<unk> {100 * sums.unknown / tokens:.3f} %",
-        f"{'':<10} {stored}; forwards of {shapes}; implementation {encoder.implementation}",
+        f"{'WARNING' if suspicious else '':<10} tokenizer {tokenizer}",
+        f"{'':<10} stored: {', '.join(stored)}; forwards of {shapes}; implementation "
+        f"{decision.implementation}",
     ]
 
 
-def _disk_lines(prepared: Prepared, figures: Figures) -> list[str]:
-    plan = prepared.plan
-    scale = plan.num_samples / max(1, figures.samples)
-    total = scale * (figures.text_bytes + ROWS_BYTES_PER_SAMPLE * figures.samples)
-    for encoder in prepared.encoders:
-        vectors: float = figures.encoded
-        if not encoder.pooled:
-            sums = figures.encoders[encoder.name]
-            length = encoder.padded_length
-            vectors = sums.tokens if length is None else figures.encoded * length
-        total += scale * vectors * stored_bytes_per_token(encoder, prepared.config)
-    room = room_at(prepared.root)
-    free = room.bytes
+def _disk_lines(plan: Plan, root: Path, total: float) -> list[str]:
+    free_bytes, free_files = free_space(root)
+    free = _size(free_bytes) if free_bytes < UNLIMITED else "an unknown amount"
     files = plan.num_units * FILES_PER_UNIT + 4
     lines = [
         f"output     {plan.num_units:,} shards of up to {plan.samples_per_shard:,} samples, about "
         f"{files:,} files",
         f"disk       about {_size(total)} (equal texts in a shard are stored once, which can only "
-        f"make it less), {_free(free)} free at {prepared.root} ({room.bytes_limit})",
+        f"make it less), {free} free at {root}",
     ]
-    if files > room.files:
+    if files > free_files:
+        lines.append(f"WARNING    {files:,} files are needed, {free_files:,} are free")
+    if total > free_bytes:
         lines.append(
-            f"WARNING    {room.files_limit} allows {room.files:,} more files, {files:,} are needed"
-        )
-    if total > free:
-        lines.append(
-            f"WARNING    {room.bytes_limit} lacks {_size(total - free)}: the run would stop with "
-            "exit 74 and go on when there is space"
+            f"WARNING    {_size(total - free_bytes)} are lacking: the run would stop with exit 74 "
+            "and go on when there is space"
         )
     return lines
-
-
-def _free(count: int) -> str:
-    return _size(count) if count < UNLIMITED else "an unknown amount"
 
 
 def _size(count: float) -> str:

@@ -11,13 +11,16 @@ import logging
 from pathlib import Path
 
 from embed_precompute.documents import differing_fields
-from embed_precompute.errors import ConflictError
+from embed_precompute.errors import ConflictError, IncompleteError
 from embed_precompute.job.prepare import Prepared
+from embed_precompute.job.units import Unit
+from embed_precompute.samples import count_failed
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import (
     NULL_UNIT,
     committed_units,
     read_any_record,
+    read_record,
     record_path,
 )
 
@@ -62,6 +65,37 @@ class Committed:
         if record_path(self._root, unit).exists():
             self._units.add(unit)
         return unit in self._units
+
+
+class FailureLimit:
+    """How many samples may fail, in all units of all ranks and runs."""
+
+    def __init__(self, root: Path, max_failed: int) -> None:
+        self._root, self._max_failed = root, max_failed
+        self._failed_of: dict[int, int] = {}
+
+    def check(self, unit: Unit) -> None:
+        """Raises IncompleteError when `unit`, not yet committed, makes them too many.
+
+        The records are read only when a unit has failures, each of them once.
+        """
+        failed = sum(row in unit.failures for row in unit.stored_row)
+        if not failed:
+            return
+        for number in committed_units(self._root) - self._failed_of.keys():
+            status = read_record(self._root, number).status
+            self._failed_of[number] = count_failed(status)
+        total = failed + sum(self._failed_of.values())
+        if total > self._max_failed:
+            row = min(unit.failures)
+            _, reason = unit.failures[row]
+            sample = unit.samples[unit.stored_row.index(row)]
+            raise IncompleteError(
+                f"{total} samples failed, more than runtime.max_failed_samples "
+                f"({self._max_failed}); the last unit was dropped. First of it: sample "
+                f"{sample.sample_id!r}, row {sample.row}: {reason}. Mend the cause, or raise the "
+                "limit, and run again."
+            )
 
 
 def check_record(prepared: Prepared, unit: int | None, environment: dict[str, str]) -> None:

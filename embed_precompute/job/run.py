@@ -19,13 +19,16 @@ from pathlib import Path
 from embed_precompute.config.files import to_yaml
 from embed_precompute.config.schema import Config
 from embed_precompute.distributed import DistContext
-from embed_precompute.encoders import resolve as encoder_registry
-from embed_precompute.encoders.device import environment, resolve_device
-from embed_precompute.encoders.fused.kernels import one_compiles_first
-from embed_precompute.encoders.spec import TextEncoder
+from embed_precompute.encoders.device import (
+    check_machine,
+    environment,
+    log_device,
+    resolve_device,
+    start,
+)
 from embed_precompute.errors import StorageError
 from embed_precompute.job.claims import Claims, connect_store
-from embed_precompute.job.prepare import Prepared, check_room, prepare, publish
+from embed_precompute.job.prepare import Prepared, check_first_captions, prepare, publish
 from embed_precompute.job.progress import Progress
 from embed_precompute.job.resume import Committed, check_record
 from embed_precompute.job.signals import StopRequest, stop_on_signals
@@ -67,18 +70,20 @@ def run(config: Config, limit: int | None = None, dist: DistContext | None = Non
 
 
 def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest) -> RunResult:
-    device = resolve_device(config.runtime.device, dist)
+    device = resolve_device(config.runtime.device, dist.local_rank)
     prepared = prepare(config, limit, dist)
+    check_machine(config.runtime.device, device, prepared.encoders)
     here = environment(device, prepared.encoders)
     prepared = publish(prepared)
+    log_device(config.runtime.device, device)
     root, plan = prepared.root, prepared.plan
     done = Committed(root, plan)
     check_record(prepared, done.any_unit(), here)
-    # Before the room is looked at: a job that was killed may have left a shard for each rank.
+    # Before free space is looked at: a job that was killed may have left a shard for each rank.
     if dist.local_rank == 0 and (leftovers := remove_dead(root)):
         log.info("%d temporary files of writers that died here are removed", leftovers)
     if dist.is_main and not done.everything():
-        check_room(prepared, done.left())
+        check_first_captions(prepared, done.left())
         _write_provenance(prepared, here, dist)
     claims = Claims(
         dist, plan.plan_id, plan.num_units, done, connect_store(dist), refresh=done.refresh
@@ -88,10 +93,11 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
     with Progress(root, plan, dist, config.runtime) as progress:
         log.info("plan %s: %d of %d units are done", plan.plan_id[:16], done.units, plan.num_units)
         if not done.everything():
-            text_encoders = _build_encoders(prepared, device)
+            dtype, check = config.output.dtype, config.runtime.self_check
+            text_encoders = [start(each, device, dtype, check) for each in prepared.encoders]
             result.load_seconds = time.monotonic() - started
             progress.start()
-            stages = Stages(prepared, text_encoders, claims, done, here, stop, dist)
+            stages = Stages(prepared, text_encoders, claims, done, here, stop, dist.rank)
             with stop.finishing():
                 records = stages.run()
             result.units = len(records)
@@ -103,21 +109,6 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
     return result
 
 
-def _build_encoders(prepared: Prepared, device: str) -> list[TextEncoder]:
-    """Load every encoder and run one forward of each shape, so that a shape that does not fit in
-    memory fails now and not after an hour."""
-    dtype = prepared.config.output.dtype
-    may_offload = prepared.config.runtime.offload == "auto"
-    built = []
-    for resolved in prepared.encoders:
-        encoder = encoder_registry.build(resolved, device, dtype, may_offload=may_offload)
-        with one_compiles_first(resolved.compiled):
-            for batch in resolved.every_shape():
-                encoder.encode(batch)
-        built.append(encoder)
-    return built
-
-
 def _write_provenance(prepared: Prepared, here: dict[str, str], dist: DistContext) -> None:
     """config.yaml and run.json: for people, outside every digest."""
     facts = {
@@ -127,7 +118,9 @@ def _write_provenance(prepared: Prepared, here: dict[str, str], dist: DistContex
         "launched_by": dist.source,
         "python": sys.version.split()[0],
         "environment": here,
-        "checkpoints": {e.name: str(e.folder.absolute()) for e in prepared.encoders},
+        "checkpoints": {
+            e.name: str(e.opened.checkpoint.folder.absolute()) for e in prepared.encoders
+        },
     }
     payload = json.dumps(facts, indent=2).encode() + b"\n"
     try:

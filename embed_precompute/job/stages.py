@@ -1,10 +1,10 @@
 """The three stages of one rank: read and tokenise, encode, write; overlapped by bounded queues.
 
-Guarantees: an error in any stage ends all three and is raised by `Stages.run`; a unit is handed to
-the writer whole or dropped; a stop request is met within the grace.
-Costs: one reader thread, one writer thread; memory holds the token ids of `prefetch_units` + 3
-units and `write_queue_batches` encoded batches, on a GPU up to `copies.IN_FLIGHT` more. A GPU is
-idle between two units for the time that the next one's first batch takes to be laid out.
+Guarantees: an error in any stage ends all three and is raised by `Stages.run`. A unit is written
+whole or dropped. A stop request is met within the grace.
+Costs: one reader thread, one writer thread. Memory holds the token ids of `prefetch_units` + 3
+units and `write_queue_batches` encoded batches, on a GPU up to `IN_FLIGHT` more. Between two units
+a GPU is idle until the first batch of the next one is made.
 """
 
 from __future__ import annotations
@@ -14,37 +14,31 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from embed_precompute.distributed import DistContext
-from embed_precompute.encoders.spec import TextEncoder
-from embed_precompute.encoders.transfers import Lines, in_order
-from embed_precompute.errors import IncompleteError
+from embed_precompute.encoders.encoder import TextEncoder
+from embed_precompute.encoders.transfers import Embeddings, PendingOutput
 from embed_precompute.job.claims import Claims
-from embed_precompute.job.isolate import Forward, begin
 from embed_precompute.job.prepare import Prepared
-from embed_precompute.job.resume import check_record
+from embed_precompute.job.resume import FailureLimit, check_record
 from embed_precompute.job.signals import StopRequest
 from embed_precompute.job.units import Unit, read_unit
 from embed_precompute.job.writer import UnitWriter
-from embed_precompute.samples import count_failed
-from embed_precompute.store.plan import Plan
-from embed_precompute.store.records import (
-    NULL_UNIT,
-    Record,
-    committed_units,
-    read_record,
-)
+from embed_precompute.store.records import NULL_UNIT, Record
 
 log = logging.getLogger(__name__)
 POLL_S = 0.1
 READER_JOIN_S = 2.0
 COMMIT_SHARE = 0.25
 """Share of the grace that is kept for a commit, before one was timed."""
+
+IN_FLIGHT = 2
+"""Forwards that are begun and not waited for: a GPU has the next one when it ends one."""
 
 T = TypeVar("T")
 
@@ -83,14 +77,44 @@ class _Channel(Generic[T]):
 
 @dataclass
 class _Encoded:
-    """A message to the writer: a batch of `unit`, or its end when `values` is None."""
+    """A message to the writer: a forward of `unit`, or its end where `rows` is None."""
 
     unit: Unit
-    name: str = ""
     rows: np.ndarray | None = None
-    values: Lines | None = None
-    failed: Mapping[int, str] = field(default_factory=dict)
+    outputs: Mapping[str, Embeddings] = field(default_factory=dict)
+    """Tensor -> the embeddings of `rows`."""
     abandoned: bool = False
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A forward that is begun."""
+
+    rows: np.ndarray
+    pending: PendingOutput
+
+    def ready(self) -> bool:
+        return self.pending.ready()
+
+
+class _Begun(Protocol):
+    def ready(self) -> bool: ...
+
+
+F = TypeVar("F", bound=_Begun)
+
+
+def in_order(forwards: Iterable[F]) -> Iterator[F]:
+    """`forwards` one by one, each when it is ready or `IN_FLIGHT` of them are begun.
+
+    Taking the next one begins it, so it runs on a GPU while the one before is handed on.
+    """
+    begun: deque[F] = deque()
+    for forward in forwards:
+        begun.append(forward)
+        while begun and (begun[0].ready() or len(begun) >= IN_FLIGHT):
+            yield begun.popleft()
+    yield from begun
 
 
 class Stages:
@@ -101,17 +125,16 @@ class Stages:
         prepared: Prepared,
         text_encoders: list[TextEncoder],
         claims: Claims,
-        done: Callable[[int], bool],
-        here: dict[str, str],
+        is_committed: Callable[[int], bool],
+        environment: dict[str, str],
         stop: StopRequest,
-        dist: DistContext,
+        rank: int,
     ) -> None:
         self._prepared, self._encoders, self._claims = prepared, text_encoders, claims
-        self._plan: Plan = prepared.plan
-        self._done, self._here, self._stop = done, here, stop
+        self._plan = prepared.plan
+        self._is_committed, self._environment, self._stop = is_committed, environment, stop
         runtime = prepared.config.runtime
-        self._max_failed = runtime.max_failed_samples
-        self._failed_of: dict[int, int] = {}
+        self._failures = FailureLimit(prepared.root, runtime.max_failed_samples)
         self._record_checked = False
         self._halted = threading.Event()
         self._error: BaseException | None = None
@@ -122,7 +145,7 @@ class Stages:
         """Spent in the encoders; the rest of a run's time the device waits."""
         self._unit_s = 0.0
         self._commit_s = COMMIT_SHARE * runtime.grace_s
-        self._metrics = prepared.root / "logs" / f"metrics-{dist.rank:05d}.jsonl"
+        self._metrics = prepared.root / "logs" / f"metrics-{rank:05d}.jsonl"
 
     def run(self) -> list[Record]:
         """Run until nothing is left to claim; give the records this rank committed."""
@@ -167,7 +190,7 @@ class Stages:
         for unit in self._units:
             if self._stop.is_set():
                 continue  # it was only read ahead
-            if self._done(unit.number):
+            if self._is_committed(unit.number):
                 continue  # by another job meanwhile
             began = time.monotonic()
             for encoded in self._encoded_batches(unit):
@@ -176,7 +199,7 @@ class Stages:
                 if self._stop.is_set() and not self._fits_grace(began):
                     self._halted.set()
                     return
-                if unit.swept and self._done(unit.number):
+                if unit.swept and self._is_committed(unit.number):
                     break
             else:
                 self._batches.put(_Encoded(unit))
@@ -192,35 +215,41 @@ class Stages:
 
     def _encoded_batches(self, unit: Unit) -> Iterator[_Encoded]:
         for encoder in self._encoders:
-            for forward in in_order(self._forwards(encoder, unit)):
-                began = time.monotonic()
-                values = forward.pending.wait()
-                self.encode_seconds += time.monotonic() - began
-                rows = forward.batch.rows
-                yield _Encoded(unit, encoder.resolved.name, rows, values, forward.failed)
+            name = encoder.resolved.name
+            try:
+                for forward in in_order(self._forwards(encoder, unit)):
+                    began = time.monotonic()
+                    outputs = forward.pending.wait()
+                    self.encode_seconds += time.monotonic() - began
+                    named = {name + suffix: values for suffix, values in outputs.items()}
+                    yield _Encoded(unit, forward.rows, named)
+            except Exception:
+                log.error("unit %d, encoder %s: a forward failed", unit.number, name)
+                raise
 
-    def _forwards(self, encoder: TextEncoder, unit: Unit) -> Iterator[Forward]:
+    def _forwards(self, encoder: TextEncoder, unit: Unit) -> Iterator[_Forward]:
         resolved = encoder.resolved
-        ids = unit.tokens[resolved.name].ids
-        for batch in resolved.batches(ids, null=unit.is_null):
+        for batch in resolved.batches(unit.tokens[resolved.name], null=unit.is_null):
             began = time.monotonic()
-            forward = begin(encoder, batch)
+            pending = encoder.submit(batch)
             self.encode_seconds += time.monotonic() - began
-            yield forward
+            yield _Forward(batch.rows, pending)
 
     def _write(self) -> None:
         messages = iter(self._batches)
         for message in messages:
             started = time.monotonic()
-            with UnitWriter(self._prepared.root, self._plan, message.unit, self._here) as writer:
+            with UnitWriter(
+                self._prepared.root, self._plan, message.unit, self._environment
+            ) as writer:
                 current: _Encoded | None = message
-                while current is not None and current.values is not None:
-                    assert current.rows is not None
-                    writer.write(current.name, current.rows, current.values, current.failed)
+                while current is not None and current.rows is not None:
+                    for tensor, values in current.outputs.items():
+                        writer.write(tensor, current.rows, values)
                     current = next(messages, None)
                 if current is None or current.abandoned:
                     continue  # stopped, or a peer has committed this unit
-                self._check_failures(message.unit)
+                self._failures.check(message.unit)
                 self._check_first_record()
                 commit_began = time.monotonic()
                 record = writer.commit()
@@ -231,32 +260,9 @@ class Stages:
 
     def _check_first_record(self) -> None:
         """Ranks that start together see no record at first: compare with a peer's before we add."""
-        if not self._record_checked and self._done(NULL_UNIT):
-            check_record(self._prepared, NULL_UNIT, self._here)
+        if not self._record_checked and self._is_committed(NULL_UNIT):
+            check_record(self._prepared, NULL_UNIT, self._environment)
             self._record_checked = True
-
-    def _check_failures(self, unit: Unit) -> None:
-        """Stop when more samples have failed than allowed, in all units of all ranks and runs.
-
-        The records are read only when a unit has failures, each of them once.
-        """
-        failed = sum(row in unit.failures for row in unit.stored_row)
-        if not failed:
-            return
-        for number in committed_units(self._prepared.root) - self._failed_of.keys():
-            status = read_record(self._prepared.root, number).status
-            self._failed_of[number] = count_failed(status)
-        total = failed + sum(self._failed_of.values())
-        if total > self._max_failed:
-            row = min(unit.failures)
-            _, reason = unit.failures[row]
-            sample = unit.samples[unit.stored_row.index(row)]
-            raise IncompleteError(
-                f"{total} samples failed, more than runtime.max_failed_samples "
-                f"({self._max_failed}); the last unit was dropped. First of it: sample "
-                f"{sample.sample_id!r}, row {sample.row}: {reason}. Mend the cause, or raise the "
-                "limit, and run again."
-            )
 
     def _log_metrics(self, unit: Unit, record: Record, seconds: float) -> None:
         line = {
@@ -264,7 +270,7 @@ class Stages:
             "unit": unit.number,
             "samples": len(unit.samples),
             "stored": unit.num_stored,
-            "tokens": {name: sum(map(len, t.ids)) for name, t in unit.tokens.items()},
+            "tokens": {name: sum(each.tokens) for name, each in unit.tokens.items()},
             "shard_bytes": record.files.shard.bytes,
             "seconds": round(seconds, 4),
         }

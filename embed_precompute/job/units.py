@@ -5,24 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from embed_precompute.captions.reader import CaptionReader
-from embed_precompute.encoders.spec import ResolvedEncoder
+from embed_precompute.encoders.resolve import ResolvedEncoder
+from embed_precompute.encoders.tokenizer import Tokenized
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import NULL_UNIT
-
-
-@dataclass
-class EncodedTokens:
-    """One encoder's view of a unit's stored rows."""
-
-    ids: list[np.ndarray]
-    """Per stored row its token ids, [tokens] int32, special tokens included, no pads."""
-    lengths: list[int]
-    """Vectors stored per row: the padded length, the real tokens, or 1 for a pooled encoder."""
-    truncated: list[bool]
 
 
 @dataclass
@@ -34,8 +22,11 @@ class Unit:
     num_rows: int
     samples: list[Sample]
     stored_row: list[int | None]
-    """Per sample the row that holds its embedding; equal texts share one."""
-    tokens: dict[str, EncodedTokens]
+    """Per sample the stored row that holds its embedding; equal texts share one."""
+    tokens: dict[str, Tokenized]
+    """Per encoder, the captions of the stored rows."""
+    lengths: dict[str, list[int]]
+    """Per tensor, the vectors of each stored row."""
     swept: bool = False
     """Another rank may be at the same unit."""
     failures: dict[int, tuple[Status, str]] = field(default_factory=dict)
@@ -64,18 +55,10 @@ def read_unit(
         None if sample.text is None else row_of.setdefault(sample.text, len(row_of))
         for sample in samples
     ]
-    texts = list(row_of)
-    tokens: dict[str, EncodedTokens] = {}
-    for encoder in encoders:
-        tokenized = encoder.tokenizer.encode(texts)
-        lengths = [_stored_length(encoder, number, len(ids)) for ids in tokenized.ids]
-        tokens[encoder.name] = EncodedTokens(tokenized.ids, lengths, tokenized.truncated)
-    return Unit(number, first_row, num_rows, samples, stored_row, tokens)
-
-
-def _stored_length(encoder: ResolvedEncoder, number: int, num_tokens: int) -> int:
-    if encoder.pooled:
-        return 1
-    if encoder.padded_length is None:
-        return num_tokens
-    return encoder.null_shape[1] if number == NULL_UNIT else encoder.padded_length
+    tokens = {each.name: each.opened.tokenizer.encode(list(row_of)) for each in encoders}
+    lengths = {
+        tensor: encoder.stored_lengths(output, tokens[encoder.name], null=number == NULL_UNIT)
+        for encoder in encoders
+        for tensor, output in encoder.tensors().items()
+    }
+    return Unit(number, first_row, num_rows, samples, stored_row, tokens, lengths)

@@ -59,8 +59,7 @@ class UnitWriter:
     def __init__(self, root: Path, plan: Plan, unit: Unit, environment: Mapping[str, str]) -> None:
         self._root, self._plan, self._unit = root, plan, unit
         self._environment = dict(environment)
-        self._tensors = {tensor.name: tensor for tensor in plan.tensors}
-        self._lengths = {t.name: unit.tokens[t.encoder].lengths for t in plan.tensors}
+        self._lengths = unit.lengths
         self._shard = ShardWriter(
             unit_path(root, unit.number, SHARD),
             plan.fingerprint,
@@ -77,25 +76,15 @@ class UnitWriter:
         self._shard.__exit__(*exception)
 
     def write(
-        self,
-        name: str,
-        rows: np.ndarray,
-        values: torch.Tensor | Sequence[torch.Tensor],
-        failed: Mapping[int, str] | None = None,
+        self, name: str, rows: np.ndarray, values: torch.Tensor | Sequence[torch.Tensor]
     ) -> None:
         """Write a batch of tensor `name`: entry i of `values` is stored row `rows[i]`.
 
         `values` is [B, L, D], [B, C] or a list of [length, D]; entries after `rows` fill up the
         batch. A row that holds inf or nan is not stored.
         """
-        if failed:
-            row, reason = next(iter(failed.items()))
-            sample = self._unit.samples[self._unit.stored_row.index(row)]
-            raise InternalError(f"text_{name} of sample {sample.sample_id!r}: {reason}")
         for i, row in enumerate(rows.tolist()):
             vectors = values[i]
-            if not self._tensors[name].per_caption:
-                vectors = vectors[: self._lengths[name][row]]
             if is_finite(vectors):
                 self._shard.write(name, row, vectors)
             else:
@@ -136,7 +125,7 @@ class UnitWriter:
             plan_id=self._plan.plan_id,
             environment=self._environment,
             encoders={
-                name: TokenCounts(len(each.ids[0]), int(each.truncated[0]))
+                name: TokenCounts(each.tokens[0], int(each.truncated[0]))
                 for name, each in tokens.items()
             },
             tensors={name: lengths[0] for name, lengths in self._lengths.items()},
@@ -186,7 +175,7 @@ class UnitWriter:
                 stored = dataclasses.replace(
                     stored,
                     index=index[row],
-                    tokens={name: len(each.ids[row]) for name, each in unit.tokens.items()},
+                    tokens={name: each.tokens[row] for name, each in unit.tokens.items()},
                     truncated={name: each.truncated[row] for name, each in unit.tokens.items()},
                     lengths={name: lengths[row] for name, lengths in self._lengths.items()},
                 )

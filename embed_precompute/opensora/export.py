@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from embed_precompute.documents import differing_fields
-from embed_precompute.encoders.options import DType
+from embed_precompute.encoders.families.base import DType
 from embed_precompute.errors import ConflictError, InputError, StorageError, VerificationError
 from embed_precompute.opensora.dataset import DONE_FILE, PadMasked, TextPair
 from embed_precompute.opensora.table import SAMPLER_COLUMNS, CaptionRows, Entry, TrainerTable

@@ -15,7 +15,7 @@ from embed_precompute.config import files, keys
 from embed_precompute.config.files import load_config, to_yaml
 from embed_precompute.config.schema import Config
 from embed_precompute.documents import ByKind
-from embed_precompute.encoders.options import EncoderConfig
+from embed_precompute.encoders.families.clip import ClipOptions
 from embed_precompute.errors import InputError, require
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -46,8 +46,8 @@ def test_defaults_and_file(yaml_file: Path) -> None:
     config = load_config(yaml_file)
     assert isinstance(config, Config)
     assert config.captions.recipe == PlainRecipe()
-    assert config.encoders["t5"].resolved_max_length == 512
-    assert config.encoders["clip"].resolved_buckets() == (16, 32, 77)
+    assert config.encoders["t5"].max_length == 512
+    assert config.encoders["clip"] == ClipOptions(pretrained="models/clip", buckets=(16, 32))
     assert config.output.samples_per_shard == "auto"
 
 
@@ -115,7 +115,7 @@ def test_yaml_round_trip(yaml_file: Path, tmp_path: Path, words: list[str]) -> N
         ("--output out2", "--output is 'out2': expected a mapping with the keys path, "),
         ("--encoders.t5.max_length abc", "--encoders.t5.max_length is 'abc': expected a whole num"),
         ("--encoders.t5.max_length -1", "max_length is -1: expected 1 or more"),
-        ("--encoders.t5.kind llama", "--encoders.t5.kind is 'llama': expected t5 or clip."),
+        ("--encoders.t5.kind llama", "--encoders.t5.kind is 'llama': expected t5 or clip"),
         ("--encoders.t5.kind T5", "--encoders.t5.kind is 'T5': did you mean t5? Expected t5 or cl"),
         ("--encoders.T5.max_length 64", "encoders has no T5: did you mean t5? Expected t5 or clip"),
         ("--encoders.t6.max_length 64", "encoders has no t6: expected t5 or clip."),
@@ -158,7 +158,7 @@ def test_a_mistake_on_the_command_line_is_named(yaml_file: Path, words: str, sai
         (("kind: t5, ", ""), "encoders.t5.kind is missing"),
         (("models/t5", "5"), "encoders.t5.pretrained is 5: expected text"),
         (("[16, 32]", "[16, x]"), "encoders.clip.buckets[1] is 'x': expected a whole number"),
-        (("[16, 32]", "[99]"), "1..max_length"),
+        (("[16, 32]", "[99]"), "buckets has 99: expected 1 to max_length"),
         (("encoders:", "encoder:"), "there is no key encoder: did you mean encoders?"),
         (("parquet}", "parquet, recipe: {kind: none, template: x}}"), "captions.recipe.template"),
         (("parquet}", "parquet, recipe: {kind: template}, recipe: 3}"), "captions.recipe is 3"),
@@ -180,7 +180,9 @@ def test_a_mistake_in_the_file_is_named(
 
 def test_a_mistake_of_both_together_names_what_was_given(yaml_file: Path) -> None:
     words = ["--encoders.clip.max_length", "20", "--output.path", "x"]
-    assert mistake(yaml_file, *words).startswith("--encoders.clip.max_length: encoders.clip: ")
+    assert mistake(yaml_file, *words).startswith(
+        "--encoders.clip.max_length is 20, and buckets has 32"
+    )
     yaml_file.write_text(YAML.replace("[16, 32]", "3"))
     said = mistake(yaml_file, "--captions.recipe.kind", "none", "--captions.recipe.template", "x")
     assert said.startswith("--captions.recipe.template: there is no key captions.recipe.template")
@@ -303,12 +305,3 @@ def test_presets_load(name: str) -> None:
     assert set(config.encoders) == {"t5", "clip"}
     motion = "score_vmafmotion"
     assert config.captions.recipe == OpenSoraRecipe(fps_max=24, motion_column=motion)
-
-
-@pytest.mark.parametrize("seq_align", [1, 2, 8, 64])
-@pytest.mark.parametrize("added_tokens", [0, 1, 1000, 1001])
-def test_padded_length_is_the_smallest_that_fits(seq_align: int, added_tokens: int) -> None:
-    encoder = EncoderConfig(kind="t5", pretrained="x", max_length=77, seq_align=seq_align)
-    length = encoder.padded_length(added_tokens)
-    fits = [n for n in range(77, 77 + seq_align) if (n + added_tokens) % seq_align == 0]
-    assert [length] == fits

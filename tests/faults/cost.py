@@ -17,7 +17,8 @@ from handmade import ENVIRONMENT, make_plan, output, samples_of
 from jobs import clean_environment, write_captions
 from transformers import T5Config, T5EncoderModel
 
-from embed_precompute.job.units import EncodedTokens, Unit
+from embed_precompute.encoders.tokenizer import Tokenized
+from embed_precompute.job.units import Unit
 from embed_precompute.job.writer import UnitWriter
 from embed_precompute.store.plan import Plan
 from faults.lab import Finding, Lab
@@ -85,11 +86,14 @@ def _write_units(root: Path, units: int, *, records: bool) -> float:
     texts = [f"caption {i}" for i in range(ROWS)]
     values = torch.randn(8, TOKENS, DIM).to(torch.bfloat16)
     ids = [np.zeros(TOKENS, np.int32) for _ in texts]
-    tokens = EncodedTokens(ids, [TOKENS] * ROWS, [False] * ROWS)
+    counts, zeros = [TOKENS] * ROWS, [0] * ROWS
+    tokens = Tokenized(ids, counts, zeros, counts, counts, [False] * ROWS, zeros)
     began = time.monotonic()
     for number in range(units):
         samples = samples_of(texts, number * ROWS)
-        unit = Unit(number, number * ROWS, ROWS, samples, list(range(ROWS)), {"t5": tokens})
+        rows = list(range(ROWS))
+        first_row, lengths = number * ROWS, {"t5": counts}
+        unit = Unit(number, first_row, ROWS, samples, rows, {"t5": tokens}, lengths)
         with UnitWriter(root, plan, unit, ENVIRONMENT) as writer:
             for first in range(0, ROWS, 8):
                 writer.write("t5", np.arange(first, first + 8), values)

@@ -1,11 +1,13 @@
 """The fused layers as one static graph, for a GPU: torch.compile, flex_attention, a CUDA graph.
 
 Guarantees: the numbers of the transformers model up to rounding, and one shape for every forward.
-For attention each packed caption is laid at the start of blocks of its own, so that what a caption
-meets there is decided by its length alone: neighbours, place and order change no bit.
-Costs: the weights once (those of q, k and v side by side in one tensor); the CUDA graph's memory,
-which holds one forward's; compiling at the first forward of a shape, cached on the node. A packed
-stream holds at most a caption for every `TOKENS_PER_BLOCK` tokens; one with more is run in parts.
+For attention each packed caption gets blocks of its own, with its first token at the start of one.
+So the sums of a caption's attention depend on its length alone: neighbours, place and order change
+no bit.
+Costs: the weights once (those of q, k and v in one tensor); the memory that the CUDA graph holds
+for one forward; compiling at the first forward of a shape, cached on the node. A forward holds at
+most one caption for every `TOKENS_PER_BLOCK` tokens of a packed stream; a stream with more is run
+in parts.
 
 Not run on a GPU by its authors: tests compare its numbers on the CPU, compiled and not.
 """
@@ -21,19 +23,21 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from embed_precompute.encoders.batching import TokenBatch
+from embed_precompute.encoders.fused.clip import pooled_rows
+from embed_precompute.encoders.fused.stream import EqualLengthRun
 from embed_precompute.encoders.fused.t5 import bias_rows
 from embed_precompute.encoders.transfers import upload
 
 BLOCK = 128
-"""Positions of flex_attention's blocks; a packed caption takes whole ones."""
+"""Positions of flex_attention's blocks; a packed caption takes whole blocks."""
 TOKENS_PER_BLOCK = 32
-"""Tokens of the stream for every block of the attention's frame."""
+"""Tokens of a packed stream for every block that attention has."""
 CAPTURE_WARM_UP = 3
 """Forwards before a CUDA graph is captured: allocations and tuning are over by then."""
 
 KERNEL_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
-"""The same kernel for frames below 128 positions too: the one that torch has for short queries
-splits the keys by the number of the GPU's processors, and with it their sums."""
+"""The same kernel below 128 positions too: the one that torch has for short queries splits the keys
+by the number of the GPU's processors, and with it their sums."""
 
 SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 32}
 """Queries and keys of one step of the kernel."""
@@ -43,30 +47,30 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Packing:
-    """Where the captions of one packed forward lie in the attention's frame; tensors of a graph.
+    """Which slots of the attention the tokens of one packed forward take; tensors of a graph.
 
-    The frame has `num_blocks` blocks; `source` [S] is the stream's token at each of its places,
-    `place` [T] the frame's place of each token, `caption` [S] whose place it is (-1: nobody's) and
-    `position` [S] the place counted from the caption's start.
+    Attention runs over S slots in `num_blocks` blocks. `source` [S] is the token row that a slot is
+    filled from, `slot` [T] the slot of each token row, `caption` [S] the number of the caption in a
+    slot (-1: none), `slot_position` [S] and `position` [T] the position in that caption.
     """
 
-    def __init__(self, stream: int, longest: int, device: torch.device) -> None:
+    def __init__(self, num_tokens: int, longest: int, device: torch.device) -> None:
+        """`num_tokens`: of the packed stream. `longest`: tokens of the longest caption."""
         self._longest = longest
-        self.num_blocks = max(stream // TOKENS_PER_BLOCK, -(-longest // BLOCK))
+        self.num_blocks = max(num_tokens // TOKENS_PER_BLOCK, -(-longest // BLOCK))
         size = self.num_blocks * BLOCK
         self.source = torch.zeros(size, dtype=torch.int64, device=device)
-        self.place = torch.zeros(stream, dtype=torch.int64, device=device)
+        self.slot = torch.zeros(num_tokens, dtype=torch.int64, device=device)
         self.caption = torch.full((size,), -1, dtype=torch.int64, device=device)
-        self.position = torch.zeros(size, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(stream, dtype=torch.int64, device=device)
-        """[T] each token's place in its caption."""
+        self.slot_position = torch.zeros(size, dtype=torch.int64, device=device)
+        self.position = torch.zeros(num_tokens, dtype=torch.int64, device=device)
         self.counts = torch.zeros(1, 1, self.num_blocks, dtype=torch.int32, device=device)
         self.blocks = torch.zeros(
             1, 1, self.num_blocks, self.num_blocks, dtype=torch.int32, device=device
         )
 
     def parts(self, lengths: list[int]) -> Iterator[tuple[int, int]]:
-        """(first, last + 1) of runs of captions that fit the frame together."""
+        """(first, last + 1) of runs of captions that fit into the blocks together."""
         first = used = 0
         for i, length in enumerate(lengths):
             needed = -(-length // BLOCK)
@@ -76,13 +80,13 @@ class Packing:
             used += needed
         yield first, len(lengths)
 
-    def lay(self, lengths: list[int]) -> None:
-        """Lay captions of these lengths, the first at the stream's start."""
+    def set_layout(self, lengths: list[int]) -> None:
+        """Give slots to captions of these lengths, of which the first begins the packed stream."""
         source = np.zeros(len(self.source), np.int64)
         caption = np.full(len(self.source), -1, np.int64)
-        position = np.tile(np.arange(BLOCK), self.num_blocks)  # of unused blocks: anything in range
-        place = np.zeros(len(self.place), np.int64)
-        positions = np.zeros(len(self.place), np.int64)
+        slot_position = np.tile(np.arange(BLOCK), self.num_blocks)  # where unused: any in range
+        slot = np.zeros(len(self.slot), np.int64)
+        position = np.zeros(len(self.slot), np.int64)
         counts = np.zeros(self.num_blocks, np.int32)
         blocks = np.zeros((self.num_blocks, self.num_blocks), np.int32)
         start = block = 0
@@ -91,26 +95,26 @@ class Packing:
             inside = np.arange(num_blocks * BLOCK)
             source[begin : begin + length] = start + inside[:length]
             caption[begin : begin + length] = number
-            position[begin : begin + len(inside)] = inside
-            place[start : start + length] = begin + inside[:length]
-            positions[start : start + length] = inside[:length]
+            slot_position[begin : begin + len(inside)] = inside
+            slot[start : start + length] = begin + inside[:length]
+            position[start : start + length] = inside[:length]
             counts[block : block + num_blocks] = num_blocks
             blocks[block : block + num_blocks, :num_blocks] = block + np.arange(num_blocks)
             start, block = start + length, block + num_blocks
-        position = np.minimum(position, self._longest - 1)  # of pads inside a last block
+        slot_position = np.minimum(slot_position, self._longest - 1)  # past a caption's last token
         for tensor, values in (
             (self.source, source),
             (self.caption, caption),
+            (self.slot_position, slot_position),
+            (self.slot, slot),
             (self.position, position),
-            (self.place, place),
-            (self.positions, positions),
             (self.counts, counts),
             (self.blocks, blocks),
         ):
             tensor.copy_(upload(torch.from_numpy(values), tensor.device).view(tensor.shape))
 
     def block_mask(self, *, causal: bool) -> BlockMask:
-        """Each caption sees itself; its tensors are those that `lay` fills."""
+        """Each caption sees itself; its tensors are those that `set_layout` fills."""
         caption = self.caption
 
         def visible(
@@ -141,50 +145,47 @@ def _biased(bias: torch.Tensor, position: torch.Tensor | None) -> Callable[..., 
     return padded if position is None else packed
 
 
-def body(model: Any, longest: int, *, pooled: bool, compiled: bool = True) -> GraphBody:
-    """The body of a model whose captions have at most `longest` tokens; rearranges its weights."""
-    layers = ClipLayers(model, longest) if pooled else T5Layers(model, longest)
-    return GraphBody(layers, compiled=compiled)
+class GraphLayers:
+    """See `stream.FusedLayers`: a graph for each shape."""
 
-
-class GraphBody:
-    """See `fused.Body`: a graph for each shape."""
-
-    def __init__(self, layers: T5Layers | ClipLayers, *, compiled: bool) -> None:
-        self._layers, self._compiled = layers, compiled
+    def __init__(self, model: T5Graph | ClipGraph, *, compiled: bool = True) -> None:
+        """Rearranges the model's weights."""
+        self._model, self._compiled = model, compiled
         self._graphs: dict[tuple[int, ...], StaticGraph] = {}
 
     def __call__(
-        self, ids: torch.Tensor, batch: TokenBatch, groups: object, keep: torch.Tensor | None
+        self, ids: torch.Tensor, batch: TokenBatch, runs: list[EqualLengthRun]
     ) -> torch.Tensor:
-        """See `fused.Body`."""
+        """See `stream.FusedLayers`."""
+        pool_at = self._model.pool_at(batch)
+        rows = None if pool_at is None else upload(torch.from_numpy(pool_at), ids.device)
         lines, length = batch.input_ids.shape
         graph = self._graphs.get((lines, length))
         if graph is None:
             graph = StaticGraph(
-                self._layers, (lines, length), packed=batch.packed, compiled=self._compiled
+                self._model, (lines, length), packed=batch.packed, compiled=self._compiled
             )
             self._graphs[lines, length] = graph
         output = graph(ids, batch)
-        return output if keep is None else output[keep]
+        return output if rows is None else output[rows]
 
 
 class StaticGraph:
     """The layers over ids of one shape, [B, L] (packed: [1, T])."""
 
     def __init__(
-        self, layers: T5Layers | ClipLayers, frame: tuple[int, int], *, packed: bool, compiled: bool
+        self, model: T5Graph | ClipGraph, shape: tuple[int, int], *, packed: bool, compiled: bool
     ) -> None:
-        self._layers, self._frame = layers, frame
-        device = layers.device
-        self._packing = Packing(frame[1], layers.longest, device) if packed else None
-        self._ids = torch.zeros(frame[0] * frame[1], dtype=torch.int64, device=device)
-        self._attends = layers.attention(self._packing)
-        # A stream's positions are laid anew for each forward, in the same tensor.
+        self._model, self._shape = model, shape
+        device = model.device
+        self._packing = Packing(shape[1], model.longest, device) if packed else None
+        self._ids = torch.zeros(shape[0] * shape[1], dtype=torch.int64, device=device)
+        self._attends = model.attention(self._packing)
+        # A packed stream's positions are set for each forward, in the same tensor.
         self._positions = (
-            torch.arange(frame[1], device=device).repeat(frame[0])
+            torch.arange(shape[1], device=device).repeat(shape[0])
             if self._packing is None
-            else self._packing.positions
+            else self._packing.position
         )
         self._forward: Callable[[], torch.Tensor] = self._run
         if compiled:
@@ -205,25 +206,25 @@ class StaticGraph:
             start, stop = int(ends[first]), int(ends[last])
             self._ids.zero_()
             self._ids[: stop - start] = ids[start:stop]
-            self._packing.lay(lengths[first:last])
+            self._packing.set_layout(lengths[first:last])
             output = self._replay()
             outputs.append(output if len(parts) == 1 else output[: stop - start].clone())
         return outputs[0] if len(parts) == 1 else torch.cat(outputs)
 
     def _run(self) -> torch.Tensor:
-        return self._layers(self._ids, self._positions, self._attend)
+        return self._model(self._ids, self._positions, self._attend)
 
     def _attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """[T, 3, H, dk] -> [T, H * dk]."""
         attend = self._attends[layer]
         if self._packing is None:
-            frame = qkv.view(*self._frame, *qkv.shape[1:])  # [B, L, 3, H, dk]
-            q, k, v = (part.transpose(1, 2) for part in frame.unbind(2))
+            lines = qkv.view(*self._shape, *qkv.shape[1:])  # [B, L, 3, H, dk]
+            q, k, v = (part.transpose(1, 2) for part in lines.unbind(2))
             return attend(q, k, v).transpose(1, 2).reshape(qkv.shape[0], -1)
-        laid = qkv[self._packing.source]  # [S, 3, H, dk]
-        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in laid.unbind(1))
+        slots = qkv[self._packing.source]  # [S, 3, H, dk]
+        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in slots.unbind(1))
         mixed = attend(q, k, v)[0].transpose(0, 1)  # [S, H, dk]
-        return mixed[self._packing.place].reshape(qkv.shape[0], -1)
+        return mixed[self._packing.slot].reshape(qkv.shape[0], -1)
 
     def _replay(self) -> torch.Tensor:
         if self._ids.device.type != "cuda":
@@ -248,8 +249,8 @@ class StaticGraph:
         return graph, output
 
 
-class T5Layers:
-    """T5's layers without a shape of their own; see `t5.T5Body` for what they compute."""
+class T5Graph:
+    """T5's layers as a function to be traced for any shape; computes what `t5.T5Layers` does."""
 
     def __init__(self, model: Any, longest: int) -> None:
         config = model.config
@@ -264,14 +265,18 @@ class T5Layers:
         rows = bias_rows(model, longest, self._dtype)
         self._bias = {number: row[:, distance].contiguous() for number, row in rows.items()}
         self._qkv = [
-            _side_by_side([parts.q, parts.k, parts.v])
+            _in_one_tensor([parts.q, parts.k, parts.v])
             for parts in (block.layer[0].SelfAttention for block in self._encoder.block)
         ]
+
+    def pool_at(self, batch: TokenBatch) -> np.ndarray | None:
+        """[C] the token rows that are wanted; None: all."""
+        return None
 
     def attention(self, packing: Packing | None) -> list[Attend]:
         """Each layer's attention; umT5 has a bias in every layer, the others share the first's."""
         mask = None if packing is None else packing.block_mask(causal=False)
-        position = None if packing is None else packing.position
+        position = None if packing is None else packing.slot_position
         attends: list[Attend] = []
         for layer in range(len(self._encoder.block)):
             if layer in self._bias:
@@ -282,35 +287,38 @@ class T5Layers:
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, attend: Callable[..., torch.Tensor]
     ) -> torch.Tensor:
-        residual = torch.float32 if self._dtype == torch.float16 else self._dtype
-        stream = functional.embedding(ids, self._encoder.embed_tokens.weight).to(residual)
+        """[T] ids and positions -> [T, D]."""
+        dtype = torch.float32 if self._dtype == torch.float16 else self._dtype
+        residual = functional.embedding(ids, self._encoder.embed_tokens.weight).to(dtype)
         for number, block in enumerate(self._encoder.block):
             first, last = block.layer[0], block.layer[-1]
             weight, _ = self._qkv[number]
-            qkv = functional.linear(self._norm(stream, first.layer_norm), weight)
+            qkv = functional.linear(self._norm(residual, first.layer_norm), weight)
             mixed = attend(number, qkv.view(len(ids), 3, self._heads, -1))
-            stream = stream + functional.linear(mixed, first.SelfAttention.o.weight)
-            dense, normed = last.DenseReluDense, self._norm(stream, last.layer_norm)
+            residual = residual + functional.linear(mixed, first.SelfAttention.o.weight)
+            dense, normed = last.DenseReluDense, self._norm(residual, last.layer_norm)
             gated = hasattr(dense, "wi_0")
             inner = functional.linear(normed, (dense.wi_0 if gated else dense.wi).weight)
             inner = _activated(inner, self._activation)
             if gated:
                 inner = inner * functional.linear(normed, dense.wi_1.weight)
-            stream = stream + functional.linear(inner.to(dense.wo.weight.dtype), dense.wo.weight)
-        return self._norm(stream, self._encoder.final_layer_norm)
+            residual = residual + functional.linear(
+                inner.to(dense.wo.weight.dtype), dense.wo.weight
+            )
+        return self._norm(residual, self._encoder.final_layer_norm)
 
-    def _norm(self, stream: torch.Tensor, norm: Any) -> torch.Tensor:
-        x = stream.float()
+    def _norm(self, residual: torch.Tensor, norm: Any) -> torch.Tensor:
+        x = residual.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
         normed: torch.Tensor = (x * norm.weight.float()).to(self._dtype)
         return normed
 
 
-class ClipLayers:
-    """CLIP's layers without a shape of their own; see `clip.ClipBody` for what they compute."""
+class ClipGraph:
+    """As `T5Graph`; computes what `clip.ClipLayers` does, for all rows."""
 
-    def __init__(self, model: Any, longest: int) -> None:
-        self._text = getattr(model, "text_model", model)
+    def __init__(self, model: Any, longest: int, end_id: int) -> None:
+        self._text, self._end_id = getattr(model, "text_model", model), end_id
         config = model.config
         self._heads = config.num_attention_heads
         self._scale = (config.hidden_size // self._heads) ** -0.5
@@ -318,13 +326,16 @@ class ClipLayers:
         self.longest = longest
         self.device = self._text.embeddings.token_embedding.weight.device
         self._qkv = [
-            _side_by_side([parts.q_proj, parts.k_proj, parts.v_proj])
+            _in_one_tensor([parts.q_proj, parts.k_proj, parts.v_proj])
             for parts in (layer.self_attn for layer in self._text.encoder.layers)
         ]
 
+    def pool_at(self, batch: TokenBatch) -> np.ndarray | None:
+        return pooled_rows(batch, self._end_id)
+
     def attention(self, packing: Packing | None) -> list[Attend]:
         """The same for every layer: causal."""
-        assert packing is not None, "a pooled encoder packs its captions"
+        assert packing is not None, "pooled captions are packed"
         attend = _flex(None, packing.block_mask(causal=True), self._scale)
         return [attend] * len(self._qkv)
 
@@ -332,16 +343,16 @@ class ClipLayers:
         self, ids: torch.Tensor, positions: torch.Tensor, attend: Callable[..., torch.Tensor]
     ) -> torch.Tensor:
         tables = self._text.embeddings
-        stream = functional.embedding(ids, tables.token_embedding.weight)
-        stream = stream + functional.embedding(positions, tables.position_embedding.weight)
+        residual = functional.embedding(ids, tables.token_embedding.weight)
+        residual = residual + functional.embedding(positions, tables.position_embedding.weight)
         for number, layer in enumerate(self._text.encoder.layers):
             weight, bias = self._qkv[number]
-            qkv = functional.linear(layer.layer_norm1(stream), weight, bias)
+            qkv = functional.linear(layer.layer_norm1(residual), weight, bias)
             mixed = attend(number, qkv.view(len(ids), 3, self._heads, -1))
-            stream = stream + layer.self_attn.out_proj(mixed)
-            inner = _activated(layer.mlp.fc1(layer.layer_norm2(stream)), self._activation)
-            stream = stream + layer.mlp.fc2(inner)
-        output: torch.Tensor = self._text.final_layer_norm(stream)
+            residual = residual + layer.self_attn.out_proj(mixed)
+            inner = _activated(layer.mlp.fc1(layer.layer_norm2(residual)), self._activation)
+            residual = residual + layer.mlp.fc2(inner)
+        output: torch.Tensor = self._text.final_layer_norm(residual)
         return output
 
 
@@ -365,8 +376,8 @@ def _flex(
 
 
 @torch.inference_mode()
-def _side_by_side(linears: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weights of linears in one tensor, of which theirs become views: none is kept twice."""
+def _in_one_tensor(linears: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights of linears in one tensor; the linears get views of it, so none is held twice."""
     weight = torch.cat([linear.weight for linear in linears])
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
     rows = len(weight) // len(linears)

@@ -1,61 +1,106 @@
-"""A stream of tokens on which the fused layers work: its captions, its buffers, its attention.
+"""What the fused layers of T5 and CLIP share: token rows, buffers, attention, row-wise kernels.
 
-Guarantees: attention is strictly inside a caption, at the caption's own length; a matrix product
-takes the same number of rows wherever in the stream it is. So neither a caption's neighbours nor
-its place change a bit of it.
-Costs: one set of buffers for a forward, which the next one uses again: no tensor of a forward's
-size is allocated anew, whose pages the C library would map each time.
+Guarantees: attention is strictly inside a caption, at the caption's own length. A matrix product
+takes the same number of rows wherever in the batch they are, and every kernel works row by row. So
+neither a caption's neighbours nor its place change a bit of it. Compiled and uncompiled kernels
+differ in rounding only.
+Costs: one set of buffers, which every forward uses again. No tensor of a forward's size is
+allocated twice, so the C library does not map its pages each time. Compiled kernels cost seconds of
+torch.compile at the first call of each; all ranks and runs of a node share its cache.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from embed_precompute.encoders.batching import TokenBatch
-from embed_precompute.encoders.fused.kernels import Kernels
+
+ATTENTION_TOKENS = 2048
+"""Tokens of equally long captions that attend in one call: more leave the cache."""
+KERNEL_ROWS = 256
+"""Rows of one kernel call: few enough to stay in a CPU's cache."""
 
 
 @dataclass(frozen=True)
-class Group:
-    """Captions of one length that lie side by side in the stream."""
+class EqualLengthRun:
+    """Captions of one length that lie next to each other."""
 
     start: int
     count: int
     length: int
 
 
-ATTENTION_TOKENS = 2048
-"""Tokens of equally long captions that attend in one call: more leave the cache."""
+class FusedLayers(Protocol):
+    """The layers of one model over the token rows of a batch."""
+
+    def __call__(
+        self, ids: torch.Tensor, batch: TokenBatch, runs: list[EqualLengthRun]
+    ) -> torch.Tensor:
+        """[T] ids -> [T, D] after the final norm; per caption [C, D] where captions are pooled.
+
+        Rows of no caption hold arbitrary numbers. The next forward may overwrite the tensor.
+        """
+        ...
+
+
+def runs_of(batch: TokenBatch) -> list[EqualLengthRun]:
+    """The captions of a batch as runs of one length.
+
+    Padded lines are all as long as the shape: their pads take part in attention.
+    """
+    lines, length = batch.input_ids.shape
+    if not batch.packed:
+        return [EqualLengthRun(0, lines, length)]
+    runs: list[EqualLengthRun] = []
+    start = 0
+    for tokens in batch.lengths.tolist():
+        last = runs[-1] if runs else None
+        if last is not None and last.length == tokens:
+            runs[-1] = EqualLengthRun(last.start, last.count + 1, tokens)
+        else:
+            runs.append(EqualLengthRun(start, 1, tokens))
+        start += tokens
+    return runs
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that products run in: float32 on a CPU that has no hardware for `dtype`.
+
+    That is hundreds of times faster there, and no less exact.
+    """
+    if device.type != "cpu" or dtype == torch.float32:
+        return dtype
+    supported: bool = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype if supported else torch.float32
 
 
 class Workspace:
-    """Buffers that every forward uses again, by name; and the kernels that work on them."""
+    """The buffers of one encoder, by name and shape, and the matrix products that fill them."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        product_rows: int,
-        *,
-        compiled: bool,
-        converts: bool,
-    ) -> None:
-        """`product_rows`: the most rows of one matrix product on a CPU.
-        `converts`: the weights have another dtype than the computation."""
-        self.device, self.dtype = device, dtype
-        self.kernels = Kernels(device, compiled=compiled)
-        # A weight is converted for each product, so there one product takes all rows.
-        whole = device.type != "cpu" or converts
-        self._product_rows = 1 << 62 if whole else product_rows
+    def __init__(self, weights: torch.Tensor, product_bytes: int, *, row_width: int) -> None:
+        """`weights`: one of the model's, for device and dtype.
+
+        On a CPU a product takes so many rows of `row_width` numbers as `product_bytes` hold, and
+        never fewer than 2,048: of fewer, libraries split some sums among threads.
+        """
+        self.device, self.dtype = weights.device, compute_dtype(weights.dtype, weights.device)
+        self._product_rows = max(2048, product_bytes // (row_width * self.dtype.itemsize))
+        if self.device.type != "cpu" or self.dtype != weights.dtype:
+            # A GPU needs no parts. A weight of another dtype is converted for each product.
+            self._product_rows = 1 << 62
         self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
-    def steps(self, num_tokens: int) -> list[slice]:
-        """Equal parts of the stream, a matrix product each; the last may reach behind its end.
+    def row_blocks(self, num_tokens: int) -> list[slice]:
+        """Equal parts of the token rows, a matrix product each; the last may reach past the end.
 
         One size for all, because a product's rounding depends on its number of rows.
         """
@@ -63,8 +108,8 @@ class Workspace:
         size = -(-num_tokens // count)
         return [slice(start, start + size) for start in range(0, count * size, size)]
 
-    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The buffer of that name and shape, with whatever it held last; zeros at first."""
+    def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The buffer of that name and shape, with its old content; zeros at first."""
         buffer = self._buffers.get((name, shape))
         if buffer is None:
             # Rows of no caption are computed with, too: never with what was left in memory.
@@ -76,7 +121,7 @@ class Workspace:
         """A weight in the dtype of the computation; valid until the next one of its shape."""
         if weight.dtype == self.dtype:
             return weight
-        return self.take("weight", *weight.shape).copy_(weight)
+        return self.buffer("weight", *weight.shape).copy_(weight)
 
     def linear(
         self,
@@ -92,74 +137,169 @@ class Workspace:
         else:
             torch.addmm(bias.to(self.dtype), x, matrix, out=out)
 
-    def add_linear(self, stream: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-        """stream += x weight^T, accumulated by the matrix product itself."""
+    def add_linear(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """residual += x weight^T, accumulated by the matrix product itself."""
         if weight.dtype == torch.float32 != self.dtype:  # T5's wo under float16
-            stream.add_(functional.linear(x.float(), weight))
+            residual.add_(functional.linear(x.float(), weight))
             return
         matrix = self.weight(weight).t()
-        if stream.dtype == self.dtype:
-            stream.addmm_(x, matrix)
+        if residual.dtype == self.dtype:
+            residual.addmm_(x, matrix)
         else:
-            stream.add_(torch.mm(x, matrix))
+            residual.add_(torch.mm(x, matrix))
 
 
 def attend(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    groups: list[Group],
-    heads: int,
-    bias: torch.Tensor | None,
-    scale: float,
+    runs: list[EqualLengthRun],
     out: torch.Tensor,
+    *,
+    heads: int,
+    scale: float,
+    causal: bool = False,
+    bias: torch.Tensor | None = None,
 ) -> None:
     """Attention of every caption to itself alone.
 
-    Each of `qkv` is [T, H*dk]; `bias` [H, L, L] is added to the scaled products of a caption's
-    first tokens, None: a token sees no later one. `out` [T, H*dk] is left as it is where no caption
-    is.
+    Each of `qkv` is [T, H*dk]. `causal`: a token sees no later one. `bias` [H, L, L] is added to
+    the scaled attention scores, from a caption's first token on. `out` [T, H*dk] is left as it is
+    where no caption is.
     """
-    for group in groups:
-        at_once = max(1, ATTENTION_TOKENS // group.length)
-        for first in range(0, group.count, at_once):
-            count = min(at_once, group.count - first)
-            start = group.start + first * group.length
-            rows = slice(start, start + count * group.length)
-            frame = (count, group.length, heads, -1)
-            q, k, v = (part[rows].view(frame).transpose(1, 2) for part in qkv)
-            mask = None if bias is None else bias[None, :, : group.length, : group.length]
+    for run in runs:
+        at_once = max(1, ATTENTION_TOKENS // run.length)
+        for first in range(0, run.count, at_once):
+            count = min(at_once, run.count - first)
+            start = run.start + first * run.length
+            rows = slice(start, start + count * run.length)
+            shape = (count, run.length, heads, -1)
+            q, k, v = (part[rows].view(shape).transpose(1, 2) for part in qkv)
+            mask = None if bias is None else bias[None, :, : run.length, : run.length]
             mixed = functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=bias is None, scale=scale
+                q, k, v, attn_mask=mask, is_causal=causal, scale=scale
             )  # [count, H, length, dk]
-            out[rows].view(frame).copy_(mixed.transpose(1, 2))
+            out[rows].view(shape).copy_(mixed.transpose(1, 2))
 
 
 def one_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """On a GPU: attention by the kernel that takes a caption's keys in one order, always.
+    """On a GPU: attention by the kernel that sums over a caption's keys in one order, always.
 
-    torch's others choose by the whole shape, or split the keys among processors that would be idle,
-    and so a caption's sums would depend on how many of its length there are. The plain products are
-    for head sizes that the kernel does not take, which are a model's own.
+    torch's other kernels choose by the whole shape, or split the keys among idle processors, and so
+    a caption's sums would depend on how many captions of its length there are. The plain products
+    are for head sizes that the kernel does not take; a model has one head size.
     """
     if device.type != "cuda":
         return contextlib.nullcontext()
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def groups_of(batch: TokenBatch) -> list[Group]:
-    """The captions of a batch as groups of neighbours of one length.
+class Kernels:
+    """What a layer does besides products and attention, on buffers: embeddings, norms, gates."""
 
-    Without a mask a caption's length is the frame's: its pads take part.
-    """
-    lines, length = batch.input_ids.shape
-    if not batch.packed:
-        return [Group(0, lines, length)]
-    groups: list[Group] = []
-    start = 0
-    for tokens in batch.lengths.tolist():
-        last = groups[-1] if groups else None
-        if last is not None and last.length == tokens:
-            groups[-1] = Group(last.start, last.count + 1, tokens)
+    def __init__(self, device: torch.device, *, compiled: bool) -> None:
+        # A GPU takes all rows at once.
+        self._rows = KERNEL_ROWS if device.type == "cpu" else 1 << 62
+        self._compiled = compiled
+
+    def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+        """out [T, D] = the rows `ids` [T] of a table."""
+        for part in _parts(len(ids), self._rows):
+            out[part] = functional.embedding(ids[part], table)
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
+    ) -> None:
+        """T5's norm of the rows of x [T, D]: no mean, no bias; the statistics in float32."""
+        self._run(_rms_norm, (x, out), weight.float(), eps)
+
+    def layer_norm(self, x: torch.Tensor, norm: Any, out: torch.Tensor) -> None:
+        """CLIP's norm of the rows of x [T, D]; `norm` is the model's module."""
+        self._run(_layer_norm, (x, out), norm.weight.float(), norm.bias.float(), norm.eps)
+
+    def add_layer_norm(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        bias: torch.Tensor,
+        norm: Any,
+        out: torch.Tensor,
+    ) -> None:
+        """x += delta + bias, rounded once; then the norm of x."""
+        # Two kernels: torch 2.5 cannot compile a sum that is kept and normed at once.
+        self._run(_add, (x, delta), bias.float())
+        self.layer_norm(x, norm, out)
+
+    def activate(self, inner: torch.Tensor, activation: str, gate: torch.Tensor | None) -> None:
+        """inner = activation(inner) * gate, in place; [T, F]."""
+        if gate is None:
+            self._run(_activate, (inner,), activation)
         else:
-            groups.append(Group(start, 1, tokens))
-        start += tokens
-    return groups
+            self._run(_activate_gated, (inner, gate), activation)
+
+    def activate_biased(self, inner: torch.Tensor, activation: str, bias: torch.Tensor) -> None:
+        """inner = activation(inner + bias), in place; [T, F]."""
+        self._run(_activate_biased, (inner,), bias.float(), activation)
+
+    def _run(self, kernel: Callable[..., None], rows: tuple[torch.Tensor, ...], *rest: Any) -> None:
+        if self._compiled:
+            _compiled(kernel)(*rows, *rest)
+            return
+        for part in _parts(rows[0].shape[0], self._rows):
+            kernel(*(tensor[part] for tensor in rows), *rest)
+
+
+def _parts(num_rows: int, size: int) -> Iterator[slice]:
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
+
+
+@functools.cache
+def _compiled(kernel: Callable[..., None]) -> Callable[..., None]:
+    # Never for varying shapes: which of its variants ran would then depend on a batch's captions.
+    return torch.compile(kernel, fullgraph=True, dynamic=False)
+
+
+def _rms_norm(x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    out.copy_(functional.rms_norm(x.float(), weight.shape, weight, eps))
+
+
+def _layer_norm(
+    x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> None:
+    out.copy_(functional.layer_norm(x.float(), weight.shape, weight, bias, eps))
+
+
+def _add(x: torch.Tensor, delta: torch.Tensor, bias: torch.Tensor) -> None:
+    x.copy_(x.float() + (delta.float() + bias))
+
+
+def _activate(inner: torch.Tensor, activation: str) -> None:
+    inner.copy_(ACTIVATIONS[activation](inner.float()))
+
+
+def _activate_gated(inner: torch.Tensor, gate: torch.Tensor, activation: str) -> None:
+    inner.copy_(ACTIVATIONS[activation](inner.float()) * gate)
+
+
+def _activate_biased(inner: torch.Tensor, bias: torch.Tensor, activation: str) -> None:
+    inner.copy_(ACTIVATIONS[activation](inner.float() + bias))
+
+
+def _gelu_new(x: torch.Tensor) -> torch.Tensor:
+    """0.5 x (1 + tanh(u / 2)) as x / (1 + exp(-u)): the same, and half the time of a tanh."""
+    return x / (1 + torch.exp(x * (-GELU_LINEAR - GELU_CUBIC * x * x)))
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x / (1 + torch.exp(-1.702 * x))
+
+
+GELU_LINEAR = 2 * (2 / math.pi) ** 0.5
+GELU_CUBIC = 0.044715 * GELU_LINEAR
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": torch.relu,
+    "gelu": functional.gelu,
+    "gelu_new": _gelu_new,
+    "quick_gelu": _quick_gelu,
+}
+"""Of float32, by the names of config.json."""

@@ -12,14 +12,15 @@ import torch
 from jobs import call, dataset_bytes, write_captions, write_job
 
 from embed_precompute.encoders import transfers
-from embed_precompute.encoders.transfers import IN_FLIGHT, Copies, in_order
+from embed_precompute.encoders.transfers import Downloader
+from embed_precompute.job.stages import IN_FLIGHT, in_order
 
 CPU = torch.device("cpu")
 SLOTS = 4
-"""`runtime.write_queue_batches` of the jobs here."""
+"""`runtime.write_queue_batches` of the jobs."""
 
 
-class LateSide:
+class LateEngine:
     """Copies when it is waited for and not before; its host memory is counted, and used again when
     the last view of it is gone."""
 
@@ -31,7 +32,7 @@ class LateSide:
         self.num_waits = 0
         self.fails_at: int | None = None
 
-    def empty(self, like: torch.Tensor) -> torch.Tensor:
+    def host_buffer(self, like: torch.Tensor) -> torch.Tensor:
         num_bytes = like.numel() * like.element_size()
         fitting = [i for i, buffer in enumerate(self.free) if len(buffer) >= num_bytes]
         if fitting:
@@ -50,7 +51,7 @@ class LateSide:
         self.live -= 1
         self.free.append(buffer)
 
-    def start(self, source: torch.Tensor, target: torch.Tensor) -> LateCopy:
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> LateCopy:
         copy = LateCopy(self, source, target)
         self.flying.append(copy)
         self.most_flying = max(self.most_flying, len(self.flying))
@@ -58,59 +59,68 @@ class LateSide:
 
 
 class LateCopy:
-    def __init__(self, side: LateSide, source: torch.Tensor, target: torch.Tensor) -> None:
-        self._side, self._source, self._target = side, source, target
+    def __init__(self, engine: LateEngine, source: torch.Tensor, target: torch.Tensor) -> None:
+        self._engine, self._source, self._target = engine, source, target
 
     def query(self) -> bool:
         return False
 
     def synchronize(self) -> None:
-        self._side.num_waits += 1
-        if self._side.num_waits == self._side.fails_at:
+        self._engine.num_waits += 1
+        if self._engine.num_waits == self._engine.fails_at:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        assert self._side.flying[0] is self, "waited for out of order"
-        self._side.flying.pop(0)
+        assert self._engine.flying[0] is self, "waited for out of order"
+        self._engine.flying.pop(0)
         with torch.inference_mode():
             self._target.copy_(self._source)
 
 
 @pytest.fixture
-def side(monkeypatch: pytest.MonkeyPatch) -> LateSide:
-    late = LateSide()
-    monkeypatch.setattr(transfers, "side_of", lambda device: late)
+def engine(monkeypatch: pytest.MonkeyPatch) -> LateEngine:
+    late = LateEngine()
+    monkeypatch.setattr(transfers, "copy_engine", lambda device: late)
     return late
 
 
-def test_a_later_forward_may_write_where_the_output_was(side: LateSide) -> None:
-    workspace = torch.arange(6.0).view(3, 2)
-    pending = Copies(CPU, torch.float32).download(workspace, [1, 2], reused=True)
-    workspace.fill_(7)
+def in_two(suffix: str, values: torch.Tensor) -> list[torch.Tensor]:
+    return [values[:1], values[1:]]
+
+
+def whole(suffix: str, values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+def test_a_later_forward_may_write_where_the_output_was(engine: LateEngine) -> None:
+    buffers = {"": torch.arange(6.0).view(3, 2), "_hidden": torch.ones(3, 1)}
+    pending = Downloader(CPU, torch.float32).start(buffers, in_two, reused=True)
+    for buffer in buffers.values():
+        buffer.fill_(7)
     assert not pending.ready()
-    first, second = pending.wait()
-    assert first.tolist() == [[0, 1]]
-    assert second.tolist() == [[2, 3], [4, 5]]
+    outputs = pending.wait()
+    assert [each.tolist() for each in outputs[""]] == [[[0, 1]], [[2, 3], [4, 5]]]
+    assert outputs["_hidden"][1].tolist() == [[1], [1]]
 
 
-def test_host_memory_is_used_again_when_its_last_view_is_gone(side: LateSide) -> None:
-    device = Copies(CPU, torch.bfloat16)
-    pending = device.download(torch.ones(4, 2), [3, 1], reused=True)
-    kept = pending.wait()[1]
+def test_host_memory_is_used_again_when_its_last_view_is_gone(engine: LateEngine) -> None:
+    downloader = Downloader(CPU, torch.bfloat16)
+    pending = downloader.start({"": torch.ones(4, 2)}, in_two, reused=True)
+    held = pending.wait()[""][1]
     del pending
     for value in (2.0, 3.0):
-        device.download(torch.full((4, 2), value), reused=True).wait()
-    assert side.num_buffers == side.most_live == 2
-    assert kept.tolist() == [[1, 1]]
-    del kept
-    assert side.live == 0
+        downloader.start({"": torch.full((4, 2), value)}, whole, reused=True).wait()
+    assert engine.num_buffers == engine.most_live == 2
+    assert held.tolist() == [[1, 1]] * 3
+    del held
+    assert engine.live == 0
 
 
 def test_on_a_cpu_nothing_is_copied_and_nothing_waits() -> None:
-    device = Copies(CPU, torch.float32)
+    downloader = Downloader(CPU, torch.float32)
     output = torch.ones(4, 2)
-    pending = device.download(output, reused=False)
+    pending = downloader.start({"": output}, whole, reused=False)
     assert pending.ready()
-    assert pending.wait() is output
-    assert device.download(output, reused=True).wait() is not output
+    assert pending.wait()[""] is output
+    assert downloader.start({"": output}, whole, reused=True).wait()[""] is not output
     assert transfers.upload(output, CPU) is output
 
 
@@ -154,7 +164,7 @@ def job(tmp_path: Path, tiny_t5: Path, tiny_clip: Path, corpus: list[str]) -> Pa
     ("implementation", "mask"), [("fused", "padding"), ("fused", "none"), ("hf", "padding")]
 )
 def test_a_job_with_late_copies_gives_the_same_bytes(
-    job: Path, tmp_path: Path, side: LateSide, implementation: str, mask: str
+    job: Path, tmp_path: Path, engine: LateEngine, implementation: str, mask: str
 ) -> None:
     words = [
         *("--encoders.t5.implementation", implementation, "--encoders.t5.attention_mask", mask),
@@ -167,18 +177,18 @@ def test_a_job_with_late_copies_gives_the_same_bytes(
     code, _, said = call("run", str(job), *words)
     assert code == 0, said
     late = dataset_bytes(tmp_path / "out")
-    assert side.most_flying == IN_FLIGHT
-    assert side.live == 0
+    assert engine.most_flying == IN_FLIGHT
+    assert engine.live == 0
     # On their way, in the queue, with the writer, and one each on either side of the queue.
-    assert side.num_buffers <= side.most_live <= IN_FLIGHT + SLOTS + 3
+    assert engine.num_buffers <= engine.most_live <= IN_FLIGHT + SLOTS + 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfers, "side_of", lambda device: None)
+        patch.setattr(transfers, "copy_engine", lambda device: None)
         assert call("run", str(job), *words, "--output.path", str(tmp_path / "again"))[0] == 0
     assert dataset_bytes(tmp_path / "again") == late
 
 
-def test_what_fails_on_the_way_is_no_samples_fault(job: Path, side: LateSide) -> None:
-    side.fails_at = 4  # the encoders' first forwards are two
+def test_what_fails_on_the_way_is_no_samples_fault(job: Path, engine: LateEngine) -> None:
+    engine.fails_at = 4  # the encoders' first forwards are two
     code, _, said = call("run", str(job))
     assert code == 1
     assert "illegal memory access" in said

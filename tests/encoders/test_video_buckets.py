@@ -9,8 +9,8 @@ import pytest
 from jobs import call, write_captions, write_job
 
 from embed_precompute.config.files import load_config, to_yaml
-from embed_precompute.encoders.options import EncoderConfig
-from embed_precompute.encoders.resolve import resolve
+from embed_precompute.encoders.families.t5 import T5Options, length_of_buckets
+from embed_precompute.encoders.resolve import open_encoder, resolve
 from embed_precompute.encoders.video_buckets import (
     Bucket,
     VideoTokensConfig,
@@ -27,8 +27,8 @@ STAGE2 = {name: {n: (1.0, 1) for n in frames} for name, frames in STAGE2_FRAMES.
 STAGE2_SP_SIZE = 4
 
 
-def t5(video: VideoTokensConfig, seq_align: int) -> EncoderConfig:
-    return EncoderConfig(kind="t5", pretrained="x", seq_align=seq_align, added_tokens=video)
+def t5(video: VideoTokensConfig, seq_align: int) -> T5Options:
+    return T5Options(pretrained="x", seq_align=seq_align, added_tokens=video)
 
 
 def test_stage2_with_sp_size_4_has_four_padded_lengths() -> None:
@@ -40,7 +40,7 @@ def test_stage2_with_sp_size_4_has_four_padded_lengths() -> None:
         found[encoder.padded_length(tokens)] += len(buckets)
     assert found == {512: 579, 513: 32, 514: 200, 515: 36}
     with pytest.raises(InputError) as raised:
-        encoder.fixed_padded_length("encoders.t5")
+        length_of_buckets("encoders.t5.added_tokens", encoder, video)
     said = str(raised.value)
     print(said)
     assert "encoders.t5.added_tokens: the buckets with seq_align 4 lead to 4 padded" in said
@@ -50,7 +50,7 @@ def test_stage2_with_sp_size_4_has_four_padded_lengths() -> None:
     for length, tokens in ((512, 252), (513, 759), (514, 250), (515, 253)):  # what it says to give
         assert f"{length}: added_tokens {tokens}" in said
         assert encoder.padded_length(tokens) == length
-    assert t5(video, 1).fixed_padded_length("encoders.t5") == 512
+    assert length_of_buckets("encoders.t5.added_tokens", t5(video, 1), video) == 512
 
 
 def test_sizes_of_a_resolution() -> None:
@@ -135,14 +135,14 @@ def test_yaml_and_overrides(tmp_path: Path) -> None:
     [
         ("--encoders.t5.added_tokens.patch_sze 1", "did you mean patch_size"),
         ("--encoders.t5.added_tokens.patch_size 0", "expected 1 or more"),
-        ("--encoders.t5.added_tokens.buckets [[1,256,256]]", "set the other to null"),
-        ("--encoders.t5.added_tokens.bucket_config null", "set the other to null"),
+        ("--encoders.t5.added_tokens.buckets [[1,256,256]]", "and the other null"),
+        ("--encoders.t5.added_tokens.bucket_config null", "and the other null"),
         ("--encoders.t5.added_tokens.bucket_config {}", "no bucket"),
         ("--encoders.t5.added_tokens.bucket_config {9q: {1: [1.0, 1]}}", "no resolution"),
         ("--encoders.t5.added_tokens.bucket_config {9px: {1: [1.0, 1]}}", "too small"),
         ("--encoders.t5.added_tokens.bucket_config {256px: {0: [1.0, 1]}}", "bucket 256px 0x"),
-        ("--encoders.t5.added_tokens.buckets [[1,256]]", "expected a list of 3"),
-        ("--encoders.t5.kind clip", "Remove the field"),
+        ("--encoders.t5.added_tokens.buckets [[1,256]]", "a list of 3"),
+        ("--encoders.t5.kind clip", "there is no key encoders.t5.seq_align"),
         ("--encoders.t5.attention_mask padding", "remove both fields"),
     ],
 )
@@ -162,9 +162,8 @@ def test_an_unknown_key_in_the_file_is_named(tmp_path: Path) -> None:
 
 
 def test_latents_that_do_not_divide_into_patches_are_refused() -> None:
-    video = VideoTokensConfig(buckets=((1, 248, 256),))
     with pytest.raises(InputError, match=r"1x248x256 has latents of 31 x 32.*multiples of 16"):
-        t5(video, 4)
+        VideoTokensConfig(buckets=((1, 248, 256),))
 
 
 def test_a_job_with_buckets(tmp_path: Path, tiny_t5: Path) -> None:
@@ -187,8 +186,8 @@ def test_a_job_with_buckets(tmp_path: Path, tiny_t5: Path) -> None:
     again = write_job(tmp_path, captions, tiny_t5, None, seq_align=10, added_tokens=listed)
     code, _, said = call("run", str(again))
     assert code == 0, said
-    resolved = resolve("t5", load_config(again).encoders["t5"])
-    assert resolved.padded_length == 28
+    resolved = resolve(open_encoder("t5", load_config(again).encoders["t5"]))
+    assert resolved.decision.padded_length == 28
     assert resolved.spec()["added_tokens"] == [512]
     number = write_job(tmp_path, captions, tiny_t5, None, seq_align=10, added_tokens=512)
     code, _, said = call("run", str(number))

@@ -1,12 +1,11 @@
 """Bench encoders of real shapes with random weights, and print one table of all.
 
-Guarantees: the shapes are those of the published checkpoints: T5 v1.1 base, the first layers of T5
+The shapes are those of the published checkpoints: T5 v1.1 base, the first layers of T5
 v1.1 XXL, and CLIP ViT-L/14's text model. Every job is a process of its own. A checkpoint that is
 in the folder already is used again.
-Costs: per job what `embed-precompute bench` costs; the XXL slice of two layers has 1 GiB in
-bfloat16.
+The XXL slice of two layers has 1 GiB in bfloat16.
 
-    python scripts/bench_table.py FOLDER [--captions FILE] [--jobs base-padded ...] [--dtypes ...]
+    python scripts/benchmarks/bench_table.py FOLDER [--captions FILE] [--jobs ...]
 """
 
 from __future__ import annotations
@@ -22,9 +21,12 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # scripts/
+
 from demo_tokenizers import clip_tokenizer, t5_tokenizer
 from make_demo import Weights, demo_captions, write_clip, write_t5
 
+PEERS = Path(__file__).with_name("peers.py")
 CAPTION_ROWS = 3000
 JOBS: dict[str, dict[str, Any]] = {
     "base-padded": {"kind": "t5", "attention_mask": "none"},
@@ -80,8 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=16, help="captions of a padded forward (16)")
     parser.add_argument("--device", default="auto", help="as runtime.device")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
-    parser.add_argument("--num-captions", type=int, help="bench's --captions")
-    parser.add_argument("--variants", nargs="+", help="bench's --variants")
+    parser.add_argument("--num-captions", type=int, help="peers.py's --captions")
+    parser.add_argument("--variants", nargs="+", help="peers.py's --variants")
     return parser
 
 
@@ -150,7 +152,7 @@ def write_job(arguments: argparse.Namespace, job: str, dtype: str, captions: Pat
 def run(arguments: argparse.Namespace, config: Path) -> Any:
     """The report of a bench, which prints its own table meanwhile."""
     target = config.with_suffix(".json")
-    command = [sys.executable, "-m", "embed_precompute", "bench", str(config)]
+    command = [sys.executable, str(PEERS), str(config)]
     command += ["--rounds", str(arguments.rounds), "--json", str(target)]
     if arguments.num_captions is not None:
         command += ["--captions", str(arguments.num_captions)]
@@ -183,9 +185,9 @@ def row(job: str, dtype: str, encoder: dict[str, Any], layers: int) -> str:
 
 
 def _relative(measured: dict[str, Any] | None) -> str:
-    if measured is None or measured["difference"] is None:
+    if measured is None or measured["relative"] is None:
         return "-"
-    return f"{measured['difference']['relative']:.1e}"
+    return f"{measured['relative']:.1e}"
 
 
 if __name__ == "__main__":

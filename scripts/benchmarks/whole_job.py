@@ -1,11 +1,11 @@
-"""Print what a whole `run` costs beside its encoders alone.
+"""Print what a whole `run` costs next to its encoders alone.
 
-Guarantees: both sides encode the same captions in the same batches, on the same number of
-processes with the same number of threads each, in alternation; both start as new processes. The
-encoders alone are timed from when all processes have loaded and tokenised to when the last ends.
-Costs: each round loads the models twice and encodes the captions twice.
+Both sides encode the same captions in the same batches, on the same number of processes with the
+same number of threads each, in alternation; both start as new processes. The encoders alone are
+timed from when all processes have loaded and tokenised to when the last one ends. Each round loads
+the models twice and encodes the captions twice.
 
-    python scripts/whole_job.py CONFIG [--captions N] [--ranks 1 2] [--rounds 3]
+    python scripts/benchmarks/whole_job.py CONFIG [--captions N] [--ranks 1 2] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PURE, JOB = "pure", "job"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A whole run beside its encoders alone.")
+    parser = argparse.ArgumentParser(description="A whole run next to its encoders alone.")
     parser.add_argument("config")
     parser.add_argument("--captions", type=int, help="only the first N (default all)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="default 1")
@@ -49,18 +49,18 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, ranks: int) -> tuple[float, ...]:
     """One round's cells, of the slowest rank. The job also encodes the null embedding."""
     with tempfile.TemporaryDirectory() as folder:
-        pure = max(told["seconds"] for told in launch(arguments, ranks, PURE, folder))
+        pure = max(reports["seconds"] for reports in launch(arguments, ranks, PURE, folder))
         began = time.monotonic()
-        told = launch(arguments, ranks, JOB, folder)
+        reports = launch(arguments, ranks, JOB, folder)
         command = time.monotonic() - began
-    loading, encoding = (max(rank[key] for rank in told) for key in ("loading", "encoding"))
+    loading, encoding = (max(rank[key] for rank in reports) for key in ("loading", "encoding"))
     return pure, encoding, loading, command, (command - loading) / pure
 
 
 def launch(
     arguments: argparse.Namespace, ranks: int, role: str, folder: str
 ) -> list[dict[str, Any]]:
-    """What each of `ranks` workers tells."""
+    """What each of `ranks` workers reports."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     command += ["--standalone", __file__, arguments.config, "--worker", role]
     command += ["--output", str(Path(folder, role))]
@@ -93,10 +93,9 @@ def encoders_alone(config: Any, captions: int | None) -> float:
     import torch.distributed
 
     from embed_precompute.distributed import DistContext
-    from embed_precompute.encoders import resolve as encoders
-    from embed_precompute.encoders.device import resolve_device
-    from embed_precompute.encoders.transfers import in_order
+    from embed_precompute.encoders.device import resolve_device, start
     from embed_precompute.job.prepare import prepare
+    from embed_precompute.job.stages import in_order
     from embed_precompute.job.units import read_unit
 
     torch.distributed.init_process_group("gloo")
@@ -108,17 +107,15 @@ def encoders_alone(config: Any, captions: int | None) -> float:
         read_unit(plan, number, reader, prepared.encoders)
         for number in range(dist.rank, plan.num_units, dist.world_size)
     ]
-    device = resolve_device(config.runtime.device, dist)
-    built = [encoders.build(each, device, config.output.dtype) for each in prepared.encoders]
-    for encoder in built:
-        for batch in encoder.resolved.every_shape():
-            encoder.encode(batch)
+    device = resolve_device(config.runtime.device, dist.local_rank)
+    dtype = config.output.dtype
+    built = [start(each, device, dtype, "never") for each in prepared.encoders]
     torch.distributed.barrier()
     began = time.monotonic()
     for unit in units:
         for encoder in built:
-            ids = unit.tokens[encoder.resolved.name].ids
-            batches = encoder.resolved.batches(ids, null=unit.is_null)
+            tokens = unit.tokens[encoder.resolved.name]
+            batches = encoder.resolved.batches(tokens, null=unit.is_null)
             for pending in in_order(map(encoder.submit, batches)):
                 pending.wait()
     torch.distributed.barrier()

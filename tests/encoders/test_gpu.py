@@ -1,14 +1,12 @@
 """What a GPU runs: the tests that need one, and what a CPU can say about the rest.
 
-With a GPU: `pytest tests/test_gpu.py`. The encoders have real widths, for small products have
-kernels of their own.
+With a GPU: `pytest tests/encoders/test_gpu.py`. The encoders have real widths, for small products
+have kernels of their own.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,20 +17,20 @@ import torch
 import transformers
 from jobs import call, dataset_bytes, write_captions, write_job
 
-from embed_precompute.encoders import hf, offload
-from embed_precompute.encoders import resolve as encoders
+from embed_precompute.encoders import encoder as encoder_module
+from embed_precompute.encoders.device import check_numbers
+from embed_precompute.encoders.encoder import TextEncoder, build, forward_bytes
+from embed_precompute.encoders.families.clip import ClipOptions
+from embed_precompute.encoders.families.t5 import T5Options
 from embed_precompute.encoders.fused import graph
-from embed_precompute.encoders.fused.encoder import longest_of
 from embed_precompute.encoders.fused.stream import one_attention
-from embed_precompute.encoders.options import EncoderConfig
-from embed_precompute.encoders.resolve import build, resolve
-from embed_precompute.encoders.spec import ResolvedEncoder, TextEncoder
-from embed_precompute.encoders.transfers import IN_FLIGHT, Copies, in_order, upload
-from embed_precompute.errors import InputError
+from embed_precompute.encoders.loading import Source, load_model, loaded_bytes
+from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, resolve
+from embed_precompute.encoders.transfers import Downloader, upload
+from embed_precompute.job.stages import IN_FLIGHT, in_order
 
 Encode = Callable[[TextEncoder, Sequence[str]], "list[torch.Tensor]"]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-with_compiler = pytest.mark.skipif(encoders.compiler() is None, reason="no C++ compiler")
 MODES = ["t5-padded", "t5-masked", "umt5-masked", "clip"]
 DTYPES = ["float32", "bfloat16", "float16"]
 RELATIVE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}
@@ -47,20 +45,16 @@ def wide(
     """Three layers of the base shape with random weights, by model."""
     folders: dict[str, Path] = {}
     t5 = {"d_model": 768, "d_ff": 2048, "d_kv": 64, "num_heads": 12, "num_layers": 3}
+    clip = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+    names = {"t5": ("T5", "Encoder"), "umt5": ("UMT5", "Encoder"), "clip": ("CLIPText", "")}
     for name, tiny in (("t5", tiny_t5), ("umt5", tiny_umt5), ("clip", tiny_clip)):
         folders[name] = tmp_path_factory.mktemp("wide") / name
         shutil.copytree(tiny, folders[name])
         torch.manual_seed(11)
-        if name == "clip":
-            shape = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
-            config = transformers.CLIPTextConfig.from_pretrained(str(tiny), **shape)
-            model: Any = transformers.CLIPTextModel(config)
-        elif name == "umt5":
-            config = transformers.UMT5Config.from_pretrained(str(tiny), **t5)
-            model = transformers.UMT5EncoderModel(config)
-        else:
-            config = transformers.T5Config.from_pretrained(str(tiny), **t5)
-            model = transformers.T5EncoderModel(config)
+        family, kind = names[name]
+        config_class = getattr(transformers, f"{family}Config")
+        config = config_class.from_pretrained(str(tiny), **(clip if name == "clip" else t5))
+        model: Any = getattr(transformers, f"{family}{kind}Model")(config)
         model.save_pretrained(str(folders[name]), safe_serialization=True)
     return folders
 
@@ -77,14 +71,13 @@ def _dropped() -> Iterator[None]:
 
 def resolved_of(mode: str, folders: dict[str, Path], **fields: Any) -> ResolvedEncoder:
     name, _, shape = mode.partition("-")
-    settings: dict[str, Any] = {"implementation": "fused", "compile": False, **fields}
-    if settings["implementation"] == "fused" and shape != "padded":
-        settings["stream_tokens"] = 1024
+    settings: dict[str, Any] = {"implementation": "fused", "pretrained": str(folders[name])}
+    settings |= {"stream_tokens": 1024, **fields}
     if name == "clip":
-        return resolve("enc", EncoderConfig("clip", str(folders[name]), **settings))
-    mask: Any = "none" if shape == "padded" else "padding"
-    settings |= {"max_length": 200, "attention_mask": mask, "batch_tokens": 1600}
-    return resolve("enc", EncoderConfig("t5", str(folders[name]), **settings))
+        return resolve(open_encoder("enc", ClipOptions(**settings)))
+    settings |= {"max_length": 200, "batch_tokens": 1600}
+    settings |= {"attention_mask": "none" if shape == "padded" else "padding"}
+    return resolve(open_encoder("enc", T5Options(**settings)))
 
 
 def texts_of(corpus: list[str]) -> list[str]:
@@ -111,11 +104,11 @@ def test_numbers_and_bits(
     texts = texts_of(corpus)
     exact = resolved_of(mode, wide, implementation="hf", dtype="float32")
     expected = encode(build(exact, "cpu", "float32"), texts)
-    name = "fused" if implementation == "compiled" else implementation
-    ours = resolved_of(
-        mode, wide, implementation=name, dtype=dtype, compile=implementation == "compiled"
-    )
+    compiled = implementation == "compiled"
+    name = "fused" if compiled else implementation
+    ours = resolved_of(mode, wide, implementation=name, dtype=dtype, compile=compiled)
     encoder = build(ours, "cuda", "float32")
+    check_numbers(encoder)
     together, backwards = encode(encoder, texts), encode(encoder, texts[::-1])[::-1]
     for text, found, other, wanted in zip(texts, together, backwards, expected, strict=True):
         difference = (found - wanted).abs().max() / wanted.abs().max()
@@ -127,19 +120,18 @@ def test_numbers_and_bits(
 
 @on_gpu
 @pytest.mark.parametrize("output_dtype", DTYPES)
-@pytest.mark.parametrize("implementation", ["fused", "compiled"])
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("mode", ["t5-padded", "t5-masked", "clip"])
 def test_overlapped_forwards_are_those_one_by_one(
-    corpus: list[str], wide: dict[str, Path], mode: str, implementation: str, output_dtype: str
+    corpus: list[str], wide: dict[str, Path], mode: str, compiled: bool, output_dtype: str
 ) -> None:
-    compiled = implementation == "compiled"
     resolved = resolved_of(mode, wide, dtype="bfloat16", compile=compiled)
     encoder = build(resolved, "cuda", output_dtype)
-    ids = resolved.tokenizer.encode(texts_of(corpus) * 5).ids
-    batches = list(resolved.batches(ids))
+    captions = resolved.opened.tokenizer.encode(texts_of(corpus) * 5)
+    batches = list(resolved.batches(captions))
     assert len(batches) > 2 * IN_FLIGHT
-    alone = [encoder.encode(batch) for batch in batches]
-    together = [pending.wait() for pending in in_order(map(encoder.submit, batches))]
+    alone = [encoder.encode(batch)[""] for batch in batches]
+    together = [pending.wait()[""] for pending in in_order(map(encoder.submit, batches))]
     for ours, expected in zip(together, alone, strict=True):
         lines = list(zip(ours, expected, strict=True))
         assert lines
@@ -155,18 +147,22 @@ def test_a_download_does_not_wait_for_the_device() -> None:
     size = 4096
     left = torch.randn(size, size, device=GPU)
     product = torch.empty_like(left)
-    copies = Copies(GPU, torch.float32)
+    downloader = Downloader(GPU, torch.float32)
+
+    def whole(suffix: str, values: torch.Tensor) -> torch.Tensor:
+        return values
+
     torch.mm(left, left, out=product)
     expected = product.cpu()
-    copies.download(product, reused=True).wait()  # page-locked memory is there from now on
+    downloader.start({"": product}, whole, reused=True).wait()  # page-locked memory is there now
     gc.collect()
     product.zero_()
     for _ in range(60):
         torch.mm(left, left, out=product)
-    pending = copies.download(product, reused=True)
+    pending = downloader.start({"": product}, whole, reused=True)
     product.zero_()
     assert not pending.ready()
-    found = pending.wait()
+    found = pending.wait()[""]
     assert isinstance(found, torch.Tensor)
     assert torch.equal(found, expected)
     host = torch.arange(10)
@@ -175,44 +171,38 @@ def test_a_download_does_not_wait_for_the_device() -> None:
 
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["t5", "clip"])
-def test_weights_go_straight_to_the_gpu(wide: dict[str, Path], name: str, dtype: str) -> None:
-    resolved = resolved_of(f"{name}-masked" if name == "t5" else name, wide, dtype=dtype)
-    loaded = hf.load_on(resolved, GPU, may_offload=True)
-    expected = dict(hf.load_model(resolved).named_parameters())
-    for key, parameter in loaded.named_parameters():
+@pytest.mark.parametrize("mode", ["t5-masked", "clip"])
+def test_weights_go_straight_to_the_gpu(wide: dict[str, Path], mode: str, dtype: str) -> None:
+    resolved = resolved_of(mode, wide, dtype=dtype)
+    source = Source(resolved.opened.checkpoint, resolved.family, resolved.options)
+    expected = dict(load_model(source, getattr(torch, dtype)).named_parameters())
+    model = build(resolved_of(mode, wide, implementation="hf", dtype=dtype), "cuda", dtype).model
+    for key, parameter in model.named_parameters():
         assert parameter.device.type == "cuda"
         assert parameter.dtype == expected[key].dtype
         assert torch.equal(parameter.cpu(), expected[key])
 
 
 @on_gpu
-@pytest.mark.parametrize("implementation", ["hf", "fused"])
 @pytest.mark.parametrize("mode", MODES)
-def test_layers_in_host_memory_change_no_bit(
+def test_what_does_not_fit_stays_in_host_memory_and_changes_no_bit(
     encode: Encode,
     corpus: list[str],
     wide: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
     mode: str,
-    implementation: str,
 ) -> None:
-    resolved = resolved_of(mode, wide, implementation=implementation, dtype="bfloat16")
+    resolved = resolved_of(mode, wide, implementation="hf", dtype="bfloat16")
     whole = build(resolved, "cuda", "float32")
-    size = whole.weight_bytes()
-    expected = encode(whole, texts_of(corpus))
-    monkeypatch.setattr(offload, "forward_bytes", lambda resolved, config: 0)
-    monkeypatch.setattr(offload, "free_bytes", lambda device: size - 1024)
-    with caplog.at_level(logging.WARNING):
-        parts = build(resolved, "cuda", "float32")
+    expected, size = encode(whole, texts_of(corpus)), whole.weight_bytes()
+    source = Source(resolved.opened.checkpoint, resolved.family, resolved.options)
+    free = loaded_bytes(source, torch.bfloat16) * 3 // 4
+    monkeypatch.setattr(encoder_module, "forward_bytes", lambda resolved: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    parts = build(resolved, "cuda", "float32")
     assert parts.weight_bytes() < size
-    assert "stay in host memory" in caplog.text
     for ours, wanted in zip(encode(parts, texts_of(corpus)), expected, strict=True):
         assert torch.equal(ours, wanted)
-    compiled = dataclasses.replace(resolved, compiled=True)
-    with pytest.raises(InputError, match="set compile false"):
-        build(compiled, "cuda", "float32")
 
 
 @on_gpu
@@ -222,12 +212,12 @@ def test_the_estimate_of_a_forward_holds(
     for implementation in ("hf", "fused"):
         for mode in MODES:
             resolved = resolved_of(mode, wide, implementation=implementation, dtype="bfloat16")
-            encoder: Any = build(resolved, "cuda", "float32")
+            encoder = build(resolved, "cuda", "float32")
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             encode(encoder, texts_of(corpus))
             taken = torch.cuda.max_memory_allocated() - before
-            assert taken <= offload.forward_bytes(resolved, encoder._model.config), mode
+            assert taken <= forward_bytes(resolved), mode
             del encoder
             gc.collect()
 
@@ -247,6 +237,7 @@ def test_a_job_gives_the_same_bytes_twice(
         path = str(tmp_path / name)
         code, _, said = call("run", str(job), *words, "--output.path", path)
         assert code == 0, said
+        assert "self-check on cuda:0 passed" in said
         found.append(dataset_bytes(tmp_path / name))
     assert found[0] == found[1]
     code, said, _ = call("verify", str(tmp_path / "out"), "--level", "deep", "--sample", "60")
@@ -257,7 +248,7 @@ def test_a_job_gives_the_same_bytes_twice(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_body_is_one_graph_for_the_compiler(
+def test_the_layers_are_one_graph_for_the_compiler(
     encode: Encode,
     corpus: list[str],
     tiny_t5: Path,
@@ -266,14 +257,20 @@ def test_a_body_is_one_graph_for_the_compiler(
     monkeypatch: pytest.MonkeyPatch,
     mode: str,
 ) -> None:
-    """torch traces it whole, also in versions that make no code of flex_attention for a CPU."""
+    """torch traces them whole, also in versions that make no code of flex_attention for a CPU."""
     folders = {"t5": tiny_t5, "umt5": tiny_umt5, "clip": tiny_clip}
     texts = ["", "x", *corpus[:8]]
     exact = resolved_of(mode, folders, implementation="hf", dtype="float32")
     expected = encode(build(exact, "cpu", "float32"), texts)
-    resolved = resolved_of(mode, folders, dtype="float32")
-    encoder: Any = build(resolved, "cpu", "float32")
-    encoder._body = graph.body(encoder._model, longest_of(resolved), pooled=resolved.pooled)
+    encoder: Any = build(resolved_of(mode, folders, dtype="float32"), "cpu", "float32")
+    tokenizer = encoder.resolved.opened.tokenizer
+    longest = encoder.resolved.decision.padded_length or tokenizer.longest
+    model = (
+        graph.ClipGraph(encoder.model, longest, tokenizer.eos_id)
+        if mode == "clip"
+        else graph.T5Graph(encoder.model, longest)
+    )
+    encoder.layers = graph.GraphLayers(model)
     original, traced = torch.compile, []
 
     def compile_eagerly(function: Any, **settings: Any) -> Any:

@@ -1,0 +1,187 @@
+"""What runs token batches: transformers' model (`hf`, `shardformer`) or our own layers (`fused`).
+
+Guarantees: an embedding is bitwise a function of its caption and of the shape that the caption runs
+in; neighbours, place and order change no bit. Every forward has one of the decided shapes. Where a
+forward does not fit in memory, the error names the setting.
+Costs: the weights once, mapped from the file where that has their dtype, and for `fused` one set of
+buffers for a forward.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from embed_precompute.encoders.batching import TokenBatch
+from embed_precompute.encoders.fused.stream import one_attention, runs_of
+from embed_precompute.encoders.loading import Source, load_on, num_bytes, out_of_memory
+from embed_precompute.encoders.resolve import ResolvedEncoder
+from embed_precompute.encoders.transfers import Downloader, Embeddings, PendingOutput, upload
+from embed_precompute.errors import InternalError
+
+RESERVE_BYTES = 1 << 29
+"""GPU memory for libraries' workspaces and what the allocator cannot use."""
+
+
+class TextEncoder(abc.ABC):
+    """A frozen text encoder on a device."""
+
+    reuses_buffers: bool
+    """A forward overwrites the outputs of the one before."""
+
+    def __init__(
+        self, resolved: ResolvedEncoder, device: str, output_dtype: str, model: Any
+    ) -> None:
+        """`model`: transformers', loaded on the device; `build` makes it."""
+        self.resolved, self.model = resolved, model
+        self.device = torch.device(device)
+        self._downloader = Downloader(self.device, getattr(torch, output_dtype))
+        self._outputs = {output.suffix: output for output in resolved.outputs}
+
+    @abc.abstractmethod
+    def forward(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
+        """Suffix -> [B, L, D] or [C, D] on the device; packed: [T, D]."""
+
+    def submit(self, batch: TokenBatch) -> PendingOutput:
+        """Begin the forward of a batch that `ResolvedEncoder.batches` made.
+
+        `PendingOutput.wait` gives by suffix what is stored of each caption, on the CPU, contiguous,
+        in the output dtype: [B, L, D] where all positions are stored, [C, D] per caption, and where
+        real positions are stored a list of [length, D]. Captions that only fill up the batch are
+        among them. On a CPU the forward is over when this returns.
+        """
+        self._require_decided(batch)
+        with self.computing(batch):
+            outputs = self.forward(batch)
+            cut = functools.partial(self.cut, batch)
+            return self._downloader.start(outputs, cut, reused=self.reuses_buffers)
+
+    def encode(self, batch: TokenBatch) -> Mapping[str, Embeddings]:
+        """`submit` and wait."""
+        return self.submit(batch).wait()
+
+    def weight_bytes(self) -> int:
+        """Bytes that the model's weights take on the device."""
+        return num_bytes(self.model)
+
+    @contextlib.contextmanager
+    def computing(self, batch: TokenBatch) -> Iterator[None]:
+        """What `forward` runs in: no gradients, TF32 as decided, a lack of memory named."""
+        setting = torch.backends.cuda.matmul
+        before = setting.allow_tf32
+        setting.allow_tf32 = self.resolved.options.tf32  # not as the process has set it
+        try:
+            with torch.inference_mode(), out_of_memory(self._too_large(batch)):
+                yield
+        finally:
+            setting.allow_tf32 = before
+
+    def cut(self, batch: TokenBatch, suffix: str, values: torch.Tensor) -> Embeddings:
+        """What is stored of each caption, of the values that `forward` gave."""
+        if self._outputs[suffix].positions != "real":
+            return values
+        rows = values.reshape(-1, values.shape[-1])
+        first, stored = (batch.starts + batch.first).tolist(), batch.stored.tolist()
+        return [rows[start : start + n] for start, n in zip(first, stored, strict=True)]
+
+    def _require_decided(self, batch: TokenBatch) -> None:
+        decision = self.resolved.decision
+        shapes = {*decision.shapes, decision.null_shape}
+        if batch.input_ids.shape not in shapes or batch.packed is not decision.packed:
+            raise InternalError(
+                f"A batch is {batch.input_ids.shape}, packed {batch.packed}: expected one of "
+                f"{sorted(shapes)}, packed {decision.packed}. ResolvedEncoder.batches makes them."
+            )
+
+    def _too_large(self, batch: TokenBatch) -> str:
+        captions, length = batch.input_ids.shape
+        packed, resolved = batch.packed, self.resolved
+        field = "stream_tokens" if packed else resolved.family.batch_setting
+        what = f"{length} tokens" if packed else f"{captions} captions x {length} tokens"
+        return (
+            f"{resolved.opened.where}.{field} is {getattr(resolved.options, field)}: a forward of "
+            f"{what} does not fit in the memory of {self.device}. Lower it and give a new "
+            "output.path (batch shapes are part of the fingerprint)."
+        )
+
+
+class HfEncoder(TextEncoder):
+    """transformers' model, on padded lines."""
+
+    reuses_buffers = False
+
+    def forward(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
+        ids = upload(torch.from_numpy(batch.input_ids), self.device)
+        lengths = upload(torch.from_numpy(batch.lengths), self.device)
+        resolved = self.resolved
+        return resolved.family.forward(self.model, resolved.options, ids, lengths)
+
+
+class FusedEncoder(TextEncoder):
+    """Our own layers over the weights of transformers' model; captions packed where they can be."""
+
+    reuses_buffers = True
+
+    def __init__(
+        self, resolved: ResolvedEncoder, device: str, output_dtype: str, model: Any
+    ) -> None:
+        super().__init__(resolved, device, output_dtype, model)
+        decision, tokenizer = resolved.decision, resolved.opened.tokenizer
+        longest = tokenizer.longest
+        if decision.padded_length is not None:
+            longest = max(decision.padded_length, decision.null_shape[1])
+        self.layers = resolved.family.fused_layers(
+            model, longest, tokenizer, compiled=decision.compiled
+        )
+
+    def forward(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
+        ids = upload(torch.from_numpy(batch.input_ids).reshape(-1), self.device)
+        with one_attention(self.device):
+            values = self.layers(ids, batch, runs_of(batch))
+        (output,) = self.resolved.outputs
+        if output.per == "token" and batch.packed:
+            values = values[: int(batch.lengths.sum())]
+        elif output.per == "token":
+            values = values.view(*batch.input_ids.shape, -1)
+        return {output.suffix: values}
+
+
+def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> TextEncoder:
+    """Load the model onto `device` (cpu, cuda, cuda:N).
+
+    Raises InputError: damaged checkpoint, too little memory, or an implementation that cannot run.
+    """
+    opened, implementation = resolved.opened, resolved.decision.implementation
+    source = Source(opened.checkpoint, resolved.family, resolved.options)
+    model = load_on(
+        source,
+        getattr(torch, resolved.options.dtype),
+        torch.device(device),
+        forward_bytes=forward_bytes(resolved),
+        may_split=implementation == "hf",
+    )
+    if implementation == "shardformer":
+        from embed_precompute.encoders.shardformer import shardformer_t5
+
+        model = shardformer_t5(model)
+    encoder_class = FusedEncoder if implementation == "fused" else HfEncoder
+    return encoder_class(resolved, device, output_dtype, model)
+
+
+def forward_bytes(resolved: ResolvedEncoder) -> int:
+    """An upper estimate of what the largest forward takes on top of the weights."""
+    sizes, decision = resolved.family.sizes(resolved.opened.checkpoint), resolved.decision
+    dtype: torch.dtype = getattr(torch, resolved.options.dtype)
+    shapes = (*decision.shapes, decision.null_shape)
+    lines, length = max(shapes, key=lambda shape: shape[0] * shape[1])
+    # Norms, and in float16 the residual, are in float32.
+    rows = 16 * sizes.width + dtype.itemsize * (4 * sizes.inner + 2 * sizes.hidden)
+    # Only plain attention has a tensor of all scores, and another for their softmax in float32.
+    fused = decision.implementation == "fused"
+    scores = 0 if fused else sizes.heads * length * (4 + dtype.itemsize)
+    return int(lines * length * (rows + scores)) + RESERVE_BYTES

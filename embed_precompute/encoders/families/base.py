@@ -1,0 +1,362 @@
+"""What an encoder family is: the one object that knows an architecture and its checkpoints.
+
+T5, CLIP and the decoder-only models are families. Everything outside `families/` asks the family
+and never looks at a kind. docs/encoders.md says how to write one.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+
+from embed_precompute.encoders.batching import Shape, shape_of
+from embed_precompute.encoders.checkpoint import Checkpoint
+from embed_precompute.encoders.tokenizer import CaptionTokenizer
+from embed_precompute.errors import InputError, require
+
+if TYPE_CHECKING:
+    import torch
+
+    from embed_precompute.encoders.fused.stream import FusedLayers
+
+DType = Literal["bfloat16", "float16", "float32"]
+MOST_TOKENS = 1 << 26
+"""No forward is larger: 67 million tokens or captions; ids alone would be half a gigabyte."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """One frozen text encoder; its key in `encoders` names the tensor: `t5` makes `text_t5`."""
+
+    kind: str
+    """The family; each has keys of its own."""
+    pretrained: str
+    """Checkpoint folder or hub id; weights must be safetensors."""
+    revision: str | None = None
+    """Hub revision; only for a hub id."""
+    tokenizer: str | None = None
+    """Tokenizer folder or hub id, when it is not in the weights' folder."""
+    max_length: int
+    """Tokens per caption, special tokens included."""
+    dtype: DType = "bfloat16"
+    """dtype the encoder computes in."""
+    implementation: str = "auto"
+    """hf: transformers, the reference. auto: fused where the family has it and it fits, else hf."""
+    compile: bool = False
+    """fused: run its layers through torch.compile, which changes bits; needs a C++ compiler."""
+    tf32: bool = False
+    """float32 on an NVIDIA GPU: multiply in TF32, faster, with 10 bits of mantissa."""
+
+    def __post_init__(self) -> None:
+        self.require_positive("max_length")
+        require(
+            not self.compile or self.implementation in ("auto", "fused"),
+            f"compile is true: {self.implementation} is never compiled. Use the "
+            "implementation fused, or remove compile.",
+        )
+        require(
+            not self.tf32 or self.dtype == "float32",
+            f"tf32 is true with dtype {self.dtype}: it is a way to multiply float32. Remove it.",
+        )
+
+    def require_positive(self, *names: str) -> None:
+        """Raise InputError unless these fields are counts of 1 or more."""
+        for name in names:
+            value = getattr(self, name)
+            require(
+                1 <= value <= MOST_TOKENS,
+                f"{name} is {value}: expected 1 or more, at most {MOST_TOKENS}.",
+            )
+
+    def require_buckets(self, buckets: tuple[int, ...] | None) -> None:
+        """Raise InputError unless `buckets` are lengths up to max_length that hf can run."""
+        if buckets is None:
+            return
+        require(
+            self.implementation != "fused" and not self.compile,
+            "buckets are for the implementation hf: fused packs captions end to end. "
+            "Remove buckets, or use hf.",
+        )
+        require(
+            bool(buckets) and min(buckets) >= 1, f"buckets is {list(buckets)}: expected lengths."
+        )
+        require(
+            max(buckets) <= self.max_length,
+            f"max_length is {self.max_length}, and buckets has {max(buckets)}: expected 1 to "
+            "max_length.",
+        )
+
+    @property
+    def integer_column(self) -> str | None:
+        """A column of the caption table whose values the family's decision depends on."""
+        return None
+
+    def spec(self) -> dict[str, Any]:
+        """The family's own options that change bytes, as JSON; its part of the fingerprint."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor that a forward makes for each caption: `text_<encoder><suffix>`."""
+
+    suffix: str
+    per: Literal["token", "caption"]
+    width: int
+    positions: Literal["all", "real"] | None
+    """Per token, the positions that are stored: all of the padded length, or the caption's span of
+    real ones. None per caption."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided once for an encoder of a job; everything later is handed it."""
+
+    implementation: str
+    compiled: bool
+    """The fused layers go through torch.compile."""
+    padded_length: int | None
+    """The one length that every caption is run and stored at, pads included; else None."""
+    shapes: tuple[Shape, ...]
+    """(B, L) of every forward, short ones first."""
+    null_shape: Shape
+    """(B, L) of the forward that makes the null embedding."""
+
+    @property
+    def packed(self) -> bool:
+        """Captions lie end to end in packed streams of one length, instead of one a line."""
+        return self.implementation == "fused" and self.padded_length is None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a text encoder's config.json says about its sizes; for estimates and checks."""
+
+    layers: int
+    width: int
+    heads: int
+    inner: int
+    """Width of the attention: heads times their width."""
+    hidden: int
+    """Width of the feed-forward layer."""
+    linear_weights: int
+    """Weights of the matrices of one layer."""
+    vocabulary: int
+    """Rows of the embedding table."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a family decides from, next to its options."""
+
+    stored: Mapping[str, Any] | None
+    """The plan's spec of this encoder; empty where the plan has none, None where there is no plan
+    yet."""
+    added_tokens: Mapping[int, int] | None = None
+    """Value -> rows of the column that `added_tokens` names, where the captions were scanned."""
+
+
+Options = TypeVar("Options", bound=EncoderConfig)
+
+
+@dataclass(frozen=True)
+class OpenEncoder(Generic[Options]):
+    """An encoder whose checkpoint and tokenizer are found and opened; no model is loaded."""
+
+    name: str
+    options: Options
+    checkpoint: Checkpoint
+    tokenizer: CaptionTokenizer
+    tokenizer_folder: Path
+
+    @property
+    def where(self) -> str:
+        """The configuration's key of this encoder, with which errors begin."""
+        return f"encoders.{self.name}"
+
+    @property
+    def tokenizer_where(self) -> str:
+        """The key that says which tokenizer it is."""
+        return f"{self.where}.{'tokenizer' if self.options.tokenizer else 'pretrained'}"
+
+
+Reference = Callable[[str, "int | None"], "dict[str, torch.Tensor]"]
+"""(text, padded length) -> suffix -> what is stored of the caption, on the device."""
+
+
+class Family(abc.ABC, Generic[Options]):
+    """One architecture. It holds no state; the registry has one object of each."""
+
+    options: ClassVar[type[EncoderConfig]]
+    """The dataclass of this kind's keys."""
+    models: ClassVar[Mapping[str, str]]
+    """model_type of config.json -> transformers' class for its text encoder."""
+    encoder_prefixes: ClassVar[tuple[str, ...]]
+    """How the names of the encoder's weights begin. A weight with such a name that the model does
+    not know is an error; any other belongs to a part that is not wanted."""
+    implementations: ClassVar[tuple[str, ...]] = ("hf",)
+    special_tokens: ClassVar[tuple[str, ...]] = ("eos_token", "pad_token")
+    """Special tokens that the tokenizer must have: pad_token where a pad can be attended."""
+    batch_setting: ClassVar[str] = "batch_tokens"
+    """The option that says how large a forward is; errors name it."""
+
+    # -- before a model is loaded: no torch here
+
+    def open_tokenizer(self, where: str, folder: Path, options: Options) -> CaptionTokenizer:
+        """The tokenizer in `folder`; errors begin with `where`."""
+        return CaptionTokenizer(where, folder, options.max_length, self.special_tokens)
+
+    def check(self, opened: OpenEncoder[Options]) -> None:
+        """Raise InputError where options, checkpoint and tokenizer cannot work together."""
+
+    @abc.abstractmethod
+    def outputs(self, options: Options, checkpoint: Checkpoint) -> tuple[Output, ...]:
+        """What is stored of a caption: one tensor of a forward, or several."""
+
+    @abc.abstractmethod
+    def sizes(self, checkpoint: Checkpoint) -> Sizes:
+        """As config.json says, with transformers' defaults for what it leaves out."""
+
+    @abc.abstractmethod
+    def decide(self, opened: OpenEncoder[Options], facts: Facts) -> Decision:
+        """Implementation and shapes, from these arguments alone: never from the machine.
+
+        `choose_implementation` and `in_buckets` below do most of it.
+        """
+
+    # -- the model
+
+    def model_class(self, options: Options, checkpoint: Checkpoint) -> str:
+        """Name of the transformers class to load."""
+        return self.models[checkpoint.model_type]
+
+    def config_changes(self, options: Options, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Values that replace those of config.json when the model is made."""
+        return {}
+
+    def is_other_part(self, options: Options, checkpoint: Checkpoint, weight: str) -> bool:
+        """Whether a weight of the checkpoint is of a part that is never run: it is not read."""
+        return False
+
+    def keeps_float32(self, weight: str, dtype: torch.dtype) -> bool:
+        """Whether transformers keeps this weight in float32 when the rest has `dtype`."""
+        return False
+
+    def adapt(self, model: Any, options: Options) -> None:
+        """Change the loaded model in place before it is run."""
+
+    @abc.abstractmethod
+    def forward(
+        self, model: Any, options: Options, input_ids: torch.Tensor, lengths: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Suffix -> [B, L, D] or [B, C] of `input_ids` [B, L], padded on the right.
+
+        `lengths` [B] counts the real tokens of each line. The mask is made here, in the form that
+        this architecture understands. A caption's numbers must not depend on the other lines.
+        """
+
+    def fused_layers(
+        self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
+    ) -> FusedLayers:
+        """Our own layers over the weights of the loaded model, on its device.
+
+        `longest`: tokens of the longest caption, pads that are attended included.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no fused layers.")
+
+    @abc.abstractmethod
+    def reference(
+        self, checkpoint: Path, tokenizer: Path, options: Options, device: str
+    ) -> Reference:
+        """The same embeddings in about ten lines of plain transformers: one caption at a time, no
+        mask of ours, nothing of this package but `in_dtype`.
+
+        `verify --level deep` and the conformance kit compare with it.
+        """
+
+
+def in_dtype(name: str) -> dict[str, Any]:
+    """The argument of from_pretrained for a dtype, by the name this transformers has for it."""
+    import torch
+    import transformers
+
+    key = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+    return {key: getattr(torch, name)}
+
+
+def choose_implementation(
+    opened: OpenEncoder[Any], family: Family[Any], facts: Facts, why_not_fused: str | None
+) -> str:
+    """What `auto` is: the plan's choice where it can be, else fused where it can be, else hf.
+
+    `why_not_fused` says why the fused layers cannot run this encoder. Raises InputError where they
+    are asked for nevertheless, or an implementation that the family does not have.
+    """
+    options, possible = opened.options, family.implementations
+    asked: str = options.implementation
+    if asked == "auto":
+        usable = [name for name in possible if name != "fused" or why_not_fused is None]
+        planned = (facts.stored or {}).get("implementation")
+        if planned in usable and not options.compile:
+            return str(planned)
+        asked = "fused" if options.compile or "fused" in usable else "hf"
+    if asked not in possible:
+        raise InputError(
+            f"{opened.where}.implementation: {options.kind} has no {asked}. Expected "
+            f"{' or '.join(possible)}{'' if 'fused' in possible else ', and compile false'}."
+        )
+    if asked == "fused" and why_not_fused is not None:
+        raise InputError(
+            f"{opened.where}.implementation: {why_not_fused} Use the implementation hf."
+        )
+    return asked
+
+
+def in_buckets(
+    opened: OpenEncoder[Any],
+    implementation: str,
+    given: tuple[int, ...] | None,
+    default: tuple[int, ...],
+    batch_of: Callable[[int], int],
+) -> Decision:
+    """A caption runs in the shortest bucket that holds it; the longest is the longest caption's.
+
+    `given` are the user's buckets, if any; both are counted from the first stored position on.
+    `batch_of`: captions of a forward of that length. Every bucket must hold the empty caption,
+    which fills up batches: a default one that does not is left out. Raises InputError.
+    """
+    tokenizer = opened.tokenizer
+    longest, empty = tokenizer.longest, tokenizer.empty.num_ids[0]
+    cropped = longest - opened.options.max_length
+    lengths = {cropped + bucket for bucket in (default if given is None else given)}
+    lengths = {length for length in lengths if length < longest} | {longest}
+    if given is not None and min(lengths) < empty:
+        raise InputError(
+            f"{opened.where}.buckets has {min(lengths) - cropped}: the empty caption has "
+            f"{empty - cropped} tokens, so nothing fits it. Remove that bucket."
+        )
+    shapes = tuple((batch_of(length), length) for length in sorted(lengths) if length >= empty)
+    return Decision(implementation, False, None, shapes, shape_of(empty, shapes))
+
+
+def mask_of_pads(
+    input_ids: torch.Tensor, lengths: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """For a bidirectional model: a line's first `lengths` tokens are attended, its pads are not.
+
+    transformers 4: [B, L], 1 for real tokens. From 5 on the finished additive mask, [B, 1, 1, L]:
+    given [B, L] it leaves the mask out when no line of the batch has a pad, and then a caption's
+    kernel would depend on its neighbours. A causal model takes a finished mask for the whole of it,
+    and would see later tokens: give it none.
+    """
+    import torch
+    import transformers
+
+    real = torch.arange(input_ids.shape[1], device=input_ids.device)[None, :] < lengths[:, None]
+    if transformers.__version__.startswith("4."):
+        return real.to(torch.int64)
+    additive = torch.zeros(real.shape, dtype=dtype, device=input_ids.device)
+    return additive.masked_fill(~real, torch.finfo(dtype).min)[:, None, None, :]

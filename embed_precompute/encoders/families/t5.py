@@ -1,0 +1,267 @@
+"""T5 encoders: T5 v1.0 and v1.1, mT5 and umT5; a vector for each token.
+
+Two recipes. `attention_mask: none` is Open-Sora's: captions are padded to one length, every
+position attends to the pads, and all positions are stored, so the padded length is part of what an
+embedding is. `attention_mask: padding`: only real tokens attend, are attended and are stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from embed_precompute.encoders.batching import Shape
+from embed_precompute.encoders.checkpoint import Checkpoint
+from embed_precompute.encoders.families.base import (
+    Decision,
+    EncoderConfig,
+    Facts,
+    Family,
+    OpenEncoder,
+    Output,
+    Reference,
+    Sizes,
+    choose_implementation,
+    in_buckets,
+    in_dtype,
+    mask_of_pads,
+)
+from embed_precompute.encoders.tokenizer import CaptionTokenizer
+from embed_precompute.encoders.video_buckets import Bucket, VideoTokensConfig
+from embed_precompute.errors import InputError, InternalError, require
+
+if TYPE_CHECKING:
+    import torch
+
+    from embed_precompute.encoders.fused.stream import FusedLayers
+
+BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384)
+FUSED_ACTIVATIONS = ("relu", "gated-gelu")
+NAMED_BUCKETS = 4
+"""Video buckets that an error names per padded length; a table has hundreds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Options(EncoderConfig):
+    """A T5 encoder; its last_hidden_state, a vector per token."""
+
+    kind: Literal["t5"] = "t5"
+    max_length: int = 512
+    attention_mask: Literal["none", "padding"] = "none"
+    """none: as Open-Sora, pads are attended and stored; padding: only real tokens are."""
+    seq_align: int = 1
+    """attention_mask none: pad until (added_tokens + length) is a multiple of this."""
+    added_tokens: int | VideoTokensConfig | str = 0
+    """Tokens the video adds: a number, the name of an integer column, or buckets (below)."""
+    batch_tokens: int = 16384
+    """Tokens of one forward; a shape's batch is this over its length, at least 1."""
+    buckets: tuple[int, ...] | None = None
+    """hf with attention_mask padding: lengths a forward may have below max_length."""
+    stream_tokens: int = 4096
+    """fused with attention_mask padding: tokens of one forward, captions packed end to end."""
+    implementation: Literal["auto", "hf", "fused", "shardformer"] = "auto"
+    """hf: transformers, the reference. fused: our own layers. shardformer: ColossalAI's jit-fused
+    layers. auto: fused where it has the model's activation and no buckets are given, else hf."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("seq_align", "batch_tokens", "stream_tokens")
+        require(
+            not isinstance(self.added_tokens, int) or self.added_tokens >= 0,
+            f"added_tokens is {self.added_tokens}: below 0.",
+        )
+        require(
+            self.stream_tokens >= self.max_length,
+            f"stream_tokens is {self.stream_tokens}: expected at least max_length "
+            f"({self.max_length}), so that every caption fits.",
+        )
+        require(
+            self.is_padded or (self.seq_align == 1 and self.added_tokens == 0),
+            "seq_align and added_tokens belong to attention_mask none, where pads are encoded. "
+            "A masked dataset stores real tokens only and the loader pads it to any length: "
+            "remove both fields.",
+        )
+        require(
+            self.buckets is None or not self.is_padded,
+            "buckets are for attention_mask padding: with attention_mask none every "
+            "caption has the one padded length. Remove the field.",
+        )
+        self.require_buckets(self.buckets)
+
+    @property
+    def is_padded(self) -> bool:
+        """Pads are attended and stored."""
+        return self.attention_mask == "none"
+
+    def padded_length(self, added_tokens: int) -> int:
+        """Length T5 is run at: max_length, and pads until it fits seq_align with the video."""
+        return self.max_length + -(added_tokens + self.max_length) % self.seq_align
+
+    @property
+    def integer_column(self) -> str | None:
+        return self.added_tokens if isinstance(self.added_tokens, str) else None
+
+    def spec(self) -> dict[str, Any]:
+        added = self.added_tokens
+        return {
+            "attention_mask": self.attention_mask,
+            "seq_align": self.seq_align,
+            # Of buckets the sorted counts, which are all that matters.
+            "added_tokens": list(added.by_tokens())
+            if isinstance(added, VideoTokensConfig)
+            else added,
+        }
+
+
+class T5(Family[T5Options]):
+    options = T5Options
+    models = MappingProxyType(
+        {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+    )
+    implementations = ("hf", "fused", "shardformer")
+    encoder_prefixes = ("encoder.",)
+
+    def outputs(self, options: T5Options, checkpoint: Checkpoint) -> tuple[Output, ...]:
+        positions: Literal["all", "real"] = "all" if options.is_padded else "real"
+        return (Output("", "token", self.sizes(checkpoint).width, positions),)
+
+    def sizes(self, checkpoint: Checkpoint) -> Sizes:
+        config = checkpoint.text_config
+        inner = config.num_heads * config.d_kv
+        matrices = 3 if config.feed_forward_proj.startswith("gated") else 2
+        return Sizes(
+            layers=config.num_layers,
+            width=config.d_model,
+            heads=config.num_heads,
+            inner=inner,
+            hidden=config.d_ff,
+            linear_weights=config.d_model * (4 * inner + matrices * config.d_ff),
+            vocabulary=config.vocab_size,
+        )
+
+    def decide(self, opened: OpenEncoder[T5Options], facts: Facts) -> Decision:
+        options, activation = opened.options, opened.checkpoint.text_config.feed_forward_proj
+        reason = None
+        if options.buckets is not None:
+            reason = "buckets are given, and fused packs captions end to end."
+        elif activation not in FUSED_ACTIVATIONS:
+            reason = (
+                f"{opened.checkpoint.folder / 'config.json'} has feed_forward_proj "
+                f"{activation!r}, and fused computes {', '.join(FUSED_ACTIVATIONS)}."
+            )
+        implementation = choose_implementation(opened, self, facts, reason)
+
+        def batch_of(length: int) -> int:
+            return max(1, options.batch_tokens // length)
+
+        def shape(length: int) -> Shape:
+            return batch_of(length), length
+
+        if options.is_padded:
+            length = self._padded_length(opened, facts)
+            null_shape = shape(options.padded_length(0))
+            return Decision(implementation, options.compile, length, (shape(length),), null_shape)
+        if implementation == "fused":
+            stream = (1, options.stream_tokens)
+            return Decision(implementation, options.compile, None, (stream,), stream)
+        return in_buckets(opened, implementation, options.buckets, BUCKETS, batch_of)
+
+    def is_other_part(self, options: T5Options, checkpoint: Checkpoint, weight: str) -> bool:
+        return weight.startswith(("decoder.", "lm_head."))
+
+    def keeps_float32(self, weight: str, dtype: torch.dtype) -> bool:
+        # wo overflows in float16.
+        return str(dtype) == "torch.float16" and ".wo." in weight
+
+    def forward(
+        self, model: Any, options: T5Options, input_ids: torch.Tensor, lengths: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        mask = None if options.is_padded else mask_of_pads(input_ids, lengths, model.dtype)
+        return {"": model(input_ids=input_ids, attention_mask=mask).last_hidden_state}
+
+    def fused_layers(
+        self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
+    ) -> FusedLayers:
+        from embed_precompute.encoders.fused import graph, t5
+
+        if compiled and model.device.type == "cuda":
+            return graph.GraphLayers(graph.T5Graph(model, longest))
+        return t5.T5Layers(model, longest, compiled=compiled)
+
+    def reference(
+        self, checkpoint: Path, tokenizer: Path, options: T5Options, device: str
+    ) -> Reference:
+        import torch
+        import transformers
+
+        tokenize = transformers.AutoTokenizer.from_pretrained(tokenizer)
+        config = transformers.AutoConfig.from_pretrained(checkpoint)
+        model_class = getattr(transformers, self.models[config.model_type])
+        model = model_class.from_pretrained(checkpoint, **in_dtype(options.dtype)).to(device).eval()
+
+        def encode(text: str, padded_length: int | None) -> dict[str, torch.Tensor]:
+            inputs = tokenize(
+                text, truncation=True, max_length=options.max_length, return_tensors="pt"
+            )
+            ids, mask = inputs.input_ids, inputs.attention_mask.to(device)
+            if padded_length is not None:  # pads up to it are attended as any other token
+                pads = [tokenize.pad_token_id] * (padded_length - ids.shape[1])
+                ids, mask = torch.cat([ids, torch.tensor([pads], dtype=ids.dtype)], dim=1), None
+            with torch.no_grad():
+                return {"": model(ids.to(device), attention_mask=mask).last_hidden_state[0]}
+
+        return encode
+
+    def _padded_length(self, opened: OpenEncoder[T5Options], facts: Facts) -> int:
+        """The one padded length: from the options, or from a column's values (the plan has it where
+        there is one). Raises InputError that lists them where there are several."""
+        options, added = opened.options, opened.options.added_tokens
+        if isinstance(added, int):
+            return options.padded_length(added)
+        if isinstance(added, VideoTokensConfig):
+            return length_of_buckets(f"{opened.where}.added_tokens", options, added)
+        if facts.stored is not None:
+            stored = facts.stored.get("padded_length")
+            # Where the plan's encoder is another one, its spec differs anyway, and that is named.
+            return stored if isinstance(stored, int) else options.padded_length(0)
+        if facts.added_tokens is None:
+            raise InternalError(
+                f"{opened.where}.added_tokens is the column {added!r}: the padded length follows "
+                "from its values, and they were not counted."
+            )
+        rows: dict[int, int] = {}
+        for value, count in facts.added_tokens.items():
+            length = options.padded_length(value)
+            rows[length] = rows.get(length, 0) + count
+        if len(rows) > 1:
+            listed = ", ".join(f"{length} ({rows[length]} rows)" for length in sorted(rows))
+            raise InputError(
+                f"{opened.where}: column {added!r} with seq_align {options.seq_align} leads to "
+                f"{len(rows)} padded lengths: {listed}. Pads are attended, so one dataset has one "
+                "length: split the captions and make one dataset per length."
+            )
+        return next(iter(rows), options.padded_length(0))
+
+
+def length_of_buckets(where: str, options: T5Options, video: VideoTokensConfig) -> int:
+    """The one padded length that the trainer's buckets lead to. Raises InputError that lists them
+    where there are several."""
+    by_length: dict[int, dict[int, list[Bucket]]] = {}
+    for tokens, buckets in video.by_tokens().items():
+        by_length.setdefault(options.padded_length(tokens), {})[tokens] = buckets
+    if len(by_length) == 1:
+        return next(iter(by_length))
+    lines = []
+    for length, by_tokens in sorted(by_length.items()):
+        every = [bucket for buckets in by_tokens.values() for bucket in buckets]
+        named = ", ".join(map(str, every[:NAMED_BUCKETS]))
+        more = f" and {len(every) - NAMED_BUCKETS} more" if len(every) > NAMED_BUCKETS else ""
+        lines.append(f"{length}: added_tokens {next(iter(by_tokens))}, for {named}{more}")
+    raise InputError(
+        f"{where}: the buckets with seq_align {options.seq_align} lead to "
+        f"{len(lines)} padded lengths:\n  " + "\n  ".join(lines) + "\n"
+        "Pads are attended, so one dataset has one length: make one dataset per length, each with "
+        "the added_tokens named above, or with only the buckets of that length."
+    )

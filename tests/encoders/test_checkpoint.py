@@ -1,0 +1,199 @@
+"""Checkpoints: found, named by a digest of their bytes, and refused with one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from embed_precompute.documents import canonical_json
+from embed_precompute.encoders.checkpoint import file_sha256
+from embed_precompute.encoders.families.base import EncoderConfig
+from embed_precompute.encoders.families.clip import ClipOptions
+from embed_precompute.encoders.families.t5 import T5Options
+from embed_precompute.encoders.resolve import open_encoder
+from embed_precompute.errors import InputError
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+def t5(folder: Path, **fields: Any) -> EncoderConfig:
+    return T5Options(pretrained=str(folder), max_length=48, **fields)
+
+
+def edit_json(path: Path, edit: Edit) -> None:
+    value = json.loads(path.read_bytes())
+    edit(value)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def failure(options: EncoderConfig) -> str:
+    """The one clear line a configuration ends with."""
+    with pytest.raises(InputError) as caught:
+        open_encoder("enc", options)
+    message = str(caught.value)
+    assert message.startswith("encoders.enc")
+    assert "\n" not in message
+    return message
+
+
+# -- digests ---------------------------------------------------------------------------------------
+
+
+def identity(folder: Path, **fields: Any) -> tuple[str, str]:
+    opened = open_encoder("enc", t5(folder, **fields))
+    return opened.checkpoint.weights, opened.tokenizer.digest
+
+
+def test_digest_ignores_the_folder_and_how_it_was_saved(tmp_path: Path, tiny_t5: Path) -> None:
+    folder = shutil.copytree(tiny_t5, tmp_path / "renamed")
+    (folder / "README.md").write_text("notes", encoding="utf-8")
+    (folder / "model.fp16.safetensors").write_bytes(b"another file transformers does not load")
+    noise = {"_name_or_path": "x", "transformers_version": "9", "torch_dtype": "float16"}
+    edit_json(folder / "config.json", lambda c: c.update(noise))
+    assert identity(folder) == identity(tiny_t5)
+
+
+def test_digest_changes_with_one_byte_of_the_weights(tmp_path: Path, tiny_t5: Path) -> None:
+    folder = shutil.copytree(tiny_t5, tmp_path / "t5")
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    weights, tokenizer = identity(folder)
+    assert weights != identity(tiny_t5)[0]
+    assert tokenizer == identity(tiny_t5)[1]
+
+
+def test_digest_changes_with_the_config_and_with_what_the_tokenizer_does(
+    tmp_path: Path, tiny_t5: Path
+) -> None:
+    folder = shutil.copytree(tiny_t5, tmp_path / "t5")
+    edit_json(folder / "config.json", lambda c: c.update(layer_norm_epsilon=1e-5))
+    edit_json(folder / "tokenizer.json", lambda t: t.update(normalizer=None))
+    weights, tokenizer = identity(folder)
+    assert weights != identity(tiny_t5)[0]
+    assert tokenizer != identity(tiny_t5)[1]
+    short = open_encoder("enc", T5Options(pretrained=str(tiny_t5), max_length=16))
+    assert short.tokenizer.digest == identity(tiny_t5)[1]  # max_length is in the spec by itself
+
+
+def test_file_digest_is_remembered_until_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    path = tmp_path / "weights"
+    path.write_bytes(b"abc")
+    first = file_sha256(path)
+    (entry,) = (cache / "embed_precompute" / "sha256").iterdir()
+    marked = json.loads(entry.read_bytes()) | {"sha256": "f" * 64}
+    entry.write_bytes(canonical_json(marked))
+    assert file_sha256(path) == "f" * 64
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    assert file_sha256(link) == "f" * 64  # the same real path
+    os.utime(path, ns=(1, 1))
+    assert file_sha256(path) == first
+    moved = tmp_path / "moved"
+    shutil.copy2(path, moved)
+    os.replace(moved, path)  # same path, size and mtime; another inode
+    entries = set(entry.parent.iterdir())
+    assert file_sha256(path) == first
+    assert len(set(entry.parent.iterdir()) - entries) == 1
+
+
+def test_a_damaged_or_unwritable_cache_only_costs_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "weights"
+    path.write_bytes(b"abc")
+    digest = file_sha256(path)
+    (entry,) = (tmp_path / "cache" / "embed_precompute" / "sha256").iterdir()
+    for damage in (b"", b"[]", b'{"file":1,"sha256":"zz"}', b"\xff"):
+        entry.write_bytes(damage)
+        assert file_sha256(path) == digest
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert file_sha256(path) == digest
+
+
+# -- where it is -----------------------------------------------------------------------------------
+
+
+def test_hub_id_comes_from_the_cache_and_blobs_are_not_hashed_again(
+    tmp_path: Path, tiny_t5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--owner--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40, encoding="utf-8")
+    for path in tiny_t5.iterdir():
+        shutil.copy(path, snapshot)
+    sha256 = file_sha256(tiny_t5 / "model.safetensors")
+    (snapshot / "model.safetensors").replace(repository / "blobs" / sha256)
+    (snapshot / "model.safetensors").symlink_to(repository / "blobs" / sha256)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    checkpoint = open_encoder("enc", t5(Path("owner/tiny"), revision="main")).checkpoint
+    assert checkpoint.folder == snapshot
+    assert checkpoint.weights == identity(tiny_t5)[0]
+    (repository / "blobs" / sha256).write_bytes(b"changed")
+    assert file_sha256(snapshot / "model.safetensors") == sha256
+
+
+def test_what_is_no_checkpoint(tmp_path: Path, tiny_t5: Path) -> None:
+    message = failure(t5(Path("/no/such/folder")))
+    assert "'/no/such/folder'" in message
+    assert "no such folder" in message
+    assert "hub id" in message
+    assert "no such folder" in failure(t5(Path("nobody/no-such-model")))
+    assert "only a hub id has revisions" in failure(t5(tiny_t5, revision="main"))
+    assert "is a file" in failure(t5(tiny_t5 / "model.safetensors"))
+    assert "has no config.json" in failure(t5(tmp_path))
+    for content in (b"{", b"[]", b"\xff\xfe"):
+        (tmp_path / "config.json").write_bytes(content)
+        assert "config.json" in failure(t5(tmp_path))
+
+
+def test_another_kind_of_model(tiny_t5: Path, tiny_clip: Path) -> None:
+    message = failure(t5(tiny_clip))
+    assert "'clip_text_model'" in message
+    assert "t5, mt5, umt5" in message
+    assert "model_type 't5'" in failure(ClipOptions(pretrained=str(tiny_t5)))
+
+
+def test_a_config_that_transformers_cannot_read(tmp_path: Path, tiny_t5: Path) -> None:
+    folder = shutil.copytree(tiny_t5, tmp_path / "t5")
+    edit_json(folder / "config.json", lambda c: c.update(feed_forward_proj=3))
+    assert "cannot read" in failure(t5(folder))
+
+
+def test_pickles_are_never_loaded(tmp_path: Path, tiny_t5: Path) -> None:
+    folder = shutil.copytree(tiny_t5, tmp_path / "pickled")
+    (folder / "model.safetensors").unlink()
+    assert "holds no weights" in failure(t5(folder))
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    message = failure(t5(folder))
+    assert "only pickled weights (pytorch_model.bin)" in message
+    assert "T5EncoderModel" in message
+    assert "save_pretrained" in message
+
+
+def test_tokenizer_of_another_model(tiny_t5: Path, tmp_path: Path, corpus: list[str]) -> None:
+    from make_demo import write_t5
+
+    larger = write_t5(tmp_path / "larger", corpus, vocab_size=1200)
+    message = failure(t5(tiny_t5, tokenizer=str(larger)))
+    assert message.startswith("encoders.enc.tokenizer")
+    assert "ids up to 1199" in message
+    assert "1000 embeddings" in message

@@ -1,0 +1,174 @@
+"""An encoder's own checks: shapes, masks that are given, memory, TF32."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from embed_precompute.encoders.batching import make_batches, pack
+from embed_precompute.encoders.encoder import TextEncoder, build
+from embed_precompute.encoders.families.clip import ClipOptions
+from embed_precompute.encoders.families.t5 import T5Options
+from embed_precompute.encoders.resolve import open_encoder, resolve
+from embed_precompute.errors import InputError, InternalError
+
+if TYPE_CHECKING:
+    from conftest import Encode
+
+
+def t5(folder: Path, **fields: Any) -> TextEncoder:
+    settings = {"max_length": 48, "dtype": "float32", "batch_tokens": 192, "implementation": "hf"}
+    options = T5Options(pretrained=str(folder), **{**settings, **fields})
+    return build(resolve(open_encoder("enc", options)), "cpu", "float32")
+
+
+def clip(folder: Path, **fields: Any) -> TextEncoder:
+    settings = {"dtype": "float32", "batch_size": 4, "implementation": "hf"}
+    options = ClipOptions(pretrained=str(folder), **{**settings, **fields})
+    return build(resolve(open_encoder("enc", options)), "cpu", "float32")
+
+
+def test_only_decided_shapes_are_run(corpus: list[str], tiny_t5: Path) -> None:
+    encoder = t5(tiny_t5, attention_mask="padding", buckets=(16, 32))
+    resolved = encoder.resolved
+    tokenizer = resolved.opened.tokenizer
+    used = {batch.input_ids.shape for batch in resolved.batches(tokenizer.encode(corpus))}
+    assert used == set(resolved.decision.shapes)
+    odd = next(make_batches(tokenizer.empty, ((5, 7),), 0, tokenizer.empty))
+    with pytest.raises(InternalError, match=r"A batch is \(5, 7\), packed False: expected one of"):
+        encoder.encode(odd)
+    fused = t5(tiny_t5, attention_mask="padding", implementation="fused", stream_tokens=64)
+    with pytest.raises(InternalError, match="expected one of"):
+        fused.encode(next(pack(tokenizer.empty, 65, 0)))
+
+
+def test_what_arrives_is_contiguous_and_in_the_output_dtype(tiny_t5: Path) -> None:
+    resolved = t5(tiny_t5, seq_align=64, added_tokens=1000).resolved
+    encoder = build(resolved, "cpu", "bfloat16")
+    (batch,) = resolved.batches(resolved.opened.tokenizer.empty, null=True)
+    values = encoder.encode(batch)[""]
+    assert isinstance(values, torch.Tensor)
+    assert values.shape == (3, 64, 64)
+    assert values.dtype == torch.bfloat16
+    assert values.is_contiguous()
+    assert not values.requires_grad
+
+
+class Recorder:
+    """A model that keeps the masks it is given."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.masks: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.masks.append(inputs.get("attention_mask"))
+        return self._model(**inputs)
+
+
+def test_padded_t5_and_clip_run_without_a_mask(
+    encode: Encode, tiny_t5: Path, tiny_clip: Path
+) -> None:
+    for encoder in (t5(tiny_t5), clip(tiny_clip)):
+        encoder.model = Recorder(encoder.model)
+        encode(encoder, ["a red fox", "", "x"])
+        assert set(encoder.model.masks) == {None}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_batch_without_any_pad_is_no_special_case(
+    encode: Encode, corpus: list[str], tiny_t5: Path, dtype: str
+) -> None:
+    """transformers 5 drops a mask that masks nothing; then neighbours would choose the kernel."""
+    fields = {"attention_mask": "padding", "max_length": 16, "batch_tokens": 64, "dtype": dtype}
+    encoder = t5(tiny_t5, **fields)
+    full = [text for text in corpus if len(text) > 200][:4]
+    assert encoder.resolved.opened.tokenizer.encode(full).num_ids == [16] * 4
+    encoder.model = Recorder(encoder.model)
+    together = encode(encoder, full)
+    for text, row in zip(full, together, strict=True):
+        assert torch.equal(row, encode(encoder, [text])[0])
+    masks = encoder.model.masks
+    assert len({(mask.shape, mask.dtype) for mask in masks}) == 1
+    assert masks[0].ndim == (2 if transformers.__version__.startswith("4.") else 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "field"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "t5", "batch_tokens is 192"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't"), "clip", "batch_size is 4"),
+    ],
+)
+def test_out_of_memory_names_the_setting(
+    encode: Encode, tiny_t5: Path, tiny_clip: Path, error: Exception, kind: str, field: str
+) -> None:
+    encoder = t5(tiny_t5) if kind == "t5" else clip(tiny_clip)
+
+    def explode(batch: Any) -> Any:
+        raise error
+
+    encoder.forward = explode  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=f"encoders.enc.{field}"):
+        encode(encoder, ["x"])
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        encode(encoder, ["x"])
+
+
+@pytest.mark.parametrize("implementation", ["hf", "fused"])
+def test_tf32_is_as_the_options_say(
+    tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, implementation: str
+) -> None:
+    for wanted in (True, False):
+        encoder = clip(tiny_clip, implementation=implementation, tf32=wanted)
+        original, seen = encoder.forward, []
+
+        def forward(batch: Any, original: Any = original, seen: Any = seen) -> Any:
+            seen.append(torch.backends.cuda.matmul.allow_tf32)
+            return original(batch)
+
+        monkeypatch.setattr(encoder, "forward", forward)
+        torch.backends.cuda.matmul.allow_tf32 = not wanted
+        try:
+            for batch in encoder.resolved.every_shape():
+                encoder.encode(batch)
+            assert set(seen) == {wanted}
+            assert torch.backends.cuda.matmul.allow_tf32 is not wanted
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False  # torch's default
+
+
+def test_captions_that_fill_up_a_batch_are_not_stored(tiny_t5: Path) -> None:
+    encoder = t5(tiny_t5, attention_mask="padding", buckets=(16,))
+    captions = encoder.resolved.opened.tokenizer.encode(["a red fox"])
+    (batch,) = encoder.resolved.batches(captions)
+    assert len(batch.rows) == 1
+    values = encoder.encode(batch)[""]
+    assert [len(each) for each in values] == [*captions.stored, *[1] * (len(batch.lengths) - 1)]
+    assert np.array_equal(batch.stored, batch.lengths)
+
+
+def test_configuration_needs_no_torch() -> None:
+    code = (
+        "import sys, embed_precompute.config.schema, embed_precompute.encoders.resolve; "
+        "print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,206 @@
+"""The conformance kit: what every family in the registry must hold, case by case.
+
+A new family needs no test here: its own test file has cases (`family_case.Case`), and they run
+through all of these.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from family_case import Case, built, encode, every_case, parameters, reference_of, resolved
+from jobs import call, write_captions
+
+from embed_precompute.documents import canonical_json
+from embed_precompute.encoders.device import check_numbers, difference, distance
+from embed_precompute.encoders.families.base import Decision
+from embed_precompute.encoders.loading import Source, load_model, loaded_bytes
+from embed_precompute.encoders.resolve import resolve
+from embed_precompute.errors import InputError
+
+CASES = every_case()
+every_family = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+every_implementation = pytest.mark.parametrize(("case", "implementation"), parameters())
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Any:
+    @cache
+    def write(name: str) -> Path:
+        case = next(case for case in CASES if case.name == name)
+        return case.write(tmp_path_factory.mktemp("families") / name, corpus)
+
+    return lambda case: write(case.name)
+
+
+@pytest.fixture(scope="session")
+def texts(corpus: list[str]) -> list[str]:
+    """Empty, short, long, cut off, repeated, of other scripts, and odd at both ends."""
+    longest = max(corpus, key=len)
+    odd = ["  two  spaces\n", "caf\u00e9 \ube68\uac04 \u8d64\u3044", "\U0001f525", "{text} </s>"]
+    return ["", "x", "a red fox", *corpus[:12], longest * 12, corpus[0], longest, *odd]
+
+
+@every_implementation
+def test_float32_is_plain_transformers_one_caption_at_a_time(
+    case: Case, implementation: str, folder_of: Any, texts: list[str]
+) -> None:
+    encoder = built(case, folder_of(case), implementation=implementation)
+    reference = reference_of(encoder.resolved)
+    found = encode(encoder, texts)
+    length = encoder.resolved.decision.padded_length
+    for row, text in enumerate(texts):
+        expected = reference(text, length)
+        assert expected.keys() == found.keys()
+        for suffix, values in expected.items():
+            problem = difference(found[suffix][row], values, exact=True)
+            assert problem is None, (text, suffix, problem)
+
+
+@every_implementation
+def test_half_precision_is_rounding_and_nothing_else(
+    case: Case, implementation: str, folder_of: Any, texts: list[str]
+) -> None:
+    encoder = built(case, folder_of(case), implementation=implementation, dtype="bfloat16")
+    exact = reference_of(encoder.resolved, dtype="float32")
+    length, worst = encoder.resolved.decision.padded_length, 0.0
+    for suffix, rows in encode(encoder, texts).items():
+        for text, values in zip(texts, rows, strict=True):
+            relative, cosine = distance(values, exact(text, length)[suffix])
+            assert cosine > 0.995, (text, suffix)
+            worst = max(worst, relative)
+    assert 1e-5 < worst < 0.1  # rounded, and it was bfloat16
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_neighbours_order_and_place_change_no_bit(
+    case: Case, implementation: str, dtype: str, folder_of: Any, texts: list[str]
+) -> None:
+    encoder = built(case, folder_of(case), dtype, implementation=implementation, dtype=dtype)
+    together = encode(encoder, texts)
+    order = np.random.default_rng(3).permutation(len(texts))
+    shuffled = encode(encoder, [texts[row] for row in order])
+    for suffix, rows in together.items():
+        for position, row in enumerate(order):
+            assert torch.equal(shuffled[suffix][position], rows[row]), texts[row]
+        for row, text in enumerate(texts):
+            assert torch.equal(encode(encoder, [text])[suffix][0], rows[row]), text
+
+
+@every_implementation
+def test_the_null_embedding_is_the_empty_captions(
+    case: Case, implementation: str, folder_of: Any
+) -> None:
+    encoder = built(case, folder_of(case), implementation=implementation)
+    resolved = encoder.resolved
+    padded = resolved.decision.padded_length is not None
+    expected = reference_of(resolved)("", resolved.decision.null_shape[1] if padded else None)
+    empty = resolved.opened.tokenizer.empty
+    for output in resolved.outputs:
+        (values,) = encode(encoder, [""], null=True)[output.suffix]
+        assert difference(values, expected[output.suffix], exact=True) is None
+        vectors = values.view(-1, output.width)
+        assert resolved.stored_lengths(output, empty, null=True) == [len(vectors)]
+
+
+@every_family
+def test_tokens_and_spans(case: Case, folder_of: Any, texts: list[str]) -> None:
+    """The ids are transformers'; the columns say what the encoder stores of each caption."""
+    encoder = resolved(case, folder_of(case))
+    tokenizer, options = encoder.opened.tokenizer, encoder.options
+    plain = transformers.AutoTokenizer.from_pretrained(str(encoder.opened.tokenizer_folder))
+    captions = tokenizer.encode(texts)
+    template = getattr(options, "template", "{text}")
+    for row, text in enumerate(texts):
+        prompt, longest = template.format(text=text), tokenizer.longest
+        whole = plain(prompt)["input_ids"]
+        cut = plain(prompt, truncation=True, max_length=longest)["input_ids"]
+        assert captions.ids[row].tolist() == cut
+        assert captions.num_ids[row] == len(captions.ids[row]) <= longest
+        assert captions.truncated[row] == (len(whole) > longest)
+        assert 0 <= captions.first[row] <= captions.first[row] + captions.stored[row]
+        assert captions.first[row] + captions.stored[row] <= captions.num_ids[row]
+        assert captions.tokens[row] <= options.max_length
+    assert captions.truncated.count(True) >= 1
+    built_encoder = built(case, folder_of(case))
+    found = encode(built_encoder, texts)
+    for output in encoder.outputs:
+        lengths = encoder.stored_lengths(output, captions, null=False)
+        assert [len(v.view(-1, output.width)) for v in found[output.suffix]] == lengths
+
+
+@every_family
+def test_what_was_decided_stands_in_the_spec(case: Case, folder_of: Any) -> None:
+    encoder = resolved(case, folder_of(case))
+    spec = encoder.spec()
+    assert json.loads(canonical_json(spec)) == spec
+    again = resolve(encoder.opened, stored=spec)
+    assert again.decision == encoder.decision
+    assert spec.keys() >= {field for field in Decision.__dataclass_fields__}
+    assert spec["kind"] == case.kind
+    for shape in (*encoder.decision.shapes, encoder.decision.null_shape):
+        assert shape[1] >= 1
+
+
+@every_family
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_weight_has_the_dtype(case: Case, dtype: str, folder_of: Any) -> None:
+    """Cast by us or mapped from the file, the weights are those that transformers loads."""
+    encoder = resolved(case, folder_of(case), dtype=dtype, implementation="hf")
+    source = Source(encoder.opened.checkpoint, encoder.family, encoder.options)
+    asked: torch.dtype = getattr(torch, dtype)
+    model = load_model(source, asked)
+    direct = dict(load_model(source, asked, device_map={"": "cpu"}).named_parameters())
+    for name, parameter in model.named_parameters():
+        kept = encoder.family.keeps_float32(name, asked)
+        assert parameter.dtype == (torch.float32 if kept else asked), name
+        assert torch.equal(parameter, direct[name]), name
+    assert loaded_bytes(source, asked) >= 0.9 * sum(p.nbytes for p in model.parameters())
+
+
+@every_implementation
+def test_the_self_check_sees_a_wrong_encoder(
+    case: Case, implementation: str, folder_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = built(case, folder_of(case), implementation=implementation)
+    check_numbers(encoder)
+    original = encoder.forward
+
+    def wrong(batch: Any) -> dict[str, torch.Tensor]:
+        return {suffix: values * 1.001 for suffix, values in original(batch).items()}
+
+    monkeypatch.setattr(encoder, "forward", wrong)
+    with pytest.raises(InputError, match=r"encoders.enc: self-check failed on cpu .*difference of"):
+        check_numbers(encoder)
+
+
+@every_family
+def test_a_whole_job(case: Case, folder_of: Any, texts: list[str], tmp_path: Path) -> None:
+    captions = write_captions(tmp_path / "captions.parquet", [*texts, None])
+    encoder = {"kind": case.kind, "pretrained": str(folder_of(case)), **case.options}
+    config = {
+        "captions": {"path": str(captions)},
+        "encoders": {"enc": {"dtype": "float32", **encoder}},
+        "output": {"path": str(tmp_path / "out"), "samples_per_shard": 9, "dtype": "float32"},
+        "runtime": {"device": "cpu", "self_check": "always"},
+    }
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump(config))
+    code, said, log = call("plan", str(job))
+    assert code == 0, log
+    assert "characters per token" in said
+    code, _, log = call("run", str(job))
+    assert code == 0, log
+    assert "self-check on cpu passed" in log
+    code, said, _ = call("verify", str(tmp_path / "out"), "--level", "deep", "--sample", "99")
+    assert code == 0, said
+    assert f"{len(texts)} samples and the null embedding encoded again" in said

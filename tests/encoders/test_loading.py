@@ -1,0 +1,332 @@
+"""Loading: the memory it takes in any dtype, damaged weights, and a device that is too small.
+
+That the weights are those that transformers loads: test_families.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import transformers
+from jobs import PACKAGE_ROOT, clean_environment
+from safetensors.torch import load_file, save_file
+
+from embed_precompute.encoders import loading
+from embed_precompute.encoders.checkpoint import open_checkpoint
+from embed_precompute.encoders.encoder import TextEncoder, build, forward_bytes
+from embed_precompute.encoders.families import FAMILIES
+from embed_precompute.encoders.families.clip import ClipOptions
+from embed_precompute.encoders.families.t5 import T5Options
+from embed_precompute.encoders.loading import BLOCK_BYTES, Source, load_model, load_on, loaded_bytes
+from embed_precompute.encoders.resolve import open_encoder, resolve
+from embed_precompute.errors import InputError
+
+if TYPE_CHECKING:
+    from conftest import Encode
+
+MIB = 1 << 20
+RUNTIME = BLOCK_BYTES + 24 * MIB
+"""Beside the weights and a tenth of them: a block of a file, and what transformers itself takes."""
+
+
+def source_of(folder: Path, kind: str = "t5") -> Source:
+    family = FAMILIES[kind]
+    options = family.options(kind=kind, pretrained=str(folder))
+    return Source(open_checkpoint("here", str(folder), None, kind, family.models), family, options)
+
+
+def encoder_of(folder: Path, kind: str = "t5", **fields: Any) -> TextEncoder:
+    options: Any = {"t5": T5Options, "clip": ClipOptions}[kind]
+    settings = {"dtype": "float32", "implementation": "hf", **fields}
+    opened = open_encoder("enc", options(pretrained=str(folder), **settings))
+    return build(resolve(opened), "cpu", "float32")
+
+
+def failure(folder: Path, kind: str = "t5") -> str:
+    """The one clear line that loading ends with."""
+    with pytest.raises(InputError) as caught:
+        encoder_of(folder, kind)
+    message = str(caught.value)
+    assert message.startswith("encoders.enc.pretrained")
+    assert "\n" not in message
+    return message
+
+
+def edit_config(folder: Path, edit: Any) -> None:
+    value = json.loads((folder / "config.json").read_bytes())
+    edit(value)
+    (folder / "config.json").write_text(json.dumps(value), encoding="utf-8")
+
+
+def edit_weights(folder: Path, edit: Any) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+MEASURE = """
+import json, re, sys
+from pathlib import Path
+import torch
+from test_loading import source_of
+from embed_precompute.encoders.loading import load_model, num_bytes
+
+def of_process(name):
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(name + r":\\s+(\\d+)", text)[1]) * 1024
+
+source = source_of(Path(sys.argv[1]))
+source.model_class  # imported when first named
+dtype = getattr(torch, sys.argv[2])
+Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+before, anonymous = of_process("VmRSS"), of_process("RssAnon")
+model = load_model(source, dtype)
+weights = num_bytes(model)
+total = sum(float(p.view(-1)[::256].float().sum()) for p in model.parameters())  # every page
+print(json.dumps([weights, of_process("VmHWM") - before, of_process("RssAnon") - anonymous]))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder of 135 MB with its decoder, in float32."""
+    config = transformers.T5Config(
+        vocab_size=8000, d_model=768, d_ff=2048, num_layers=4, num_heads=12,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.T5ForConditionalGeneration(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tied = [name for name in shapes if name.endswith("embed_tokens.weight")]
+    folder = tmp_path_factory.mktemp("large")
+    zeros = {name: torch.zeros(shape) for name, shape in shapes.items() if name not in tied}
+    save_file(zeros, folder / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_loading_takes_the_weights_and_a_tenth(large: Path, dtype: str) -> None:
+    paths = [str(Path(__file__).parent), str(PACKAGE_ROOT / "tests"), str(PACKAGE_ROOT / "scripts")]
+    environment = clean_environment()
+    environment["PYTHONPATH"] = ":".join([*paths, environment["PYTHONPATH"]])
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(large), dtype],
+        env=environment,
+        cwd=PACKAGE_ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    weights, peak, anonymous = map(int, found.stdout.strip("[]\n").split(","))
+    assert weights == loaded_bytes(source_of(large), getattr(torch, dtype))
+    assert peak <= 1.1 * weights + RUNTIME, f"{peak / weights:.2f} times the weights"
+    if dtype == "float32":  # as in the file: pages that all processes of the node share
+        assert anonymous <= RUNTIME
+
+
+# --- several files, many blocks -------------------------------------------------------------------
+
+
+def sharded(folder: Path) -> Path:
+    """The checkpoint in two files with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, held in parts.items() for name in held}
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_cast_block_by_block_from_several_files(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setattr(loading, "BLOCK_BYTES", 1000)  # many to a tensor
+    whole: Path = request.getfixturevalue(f"tiny_{kind}")
+    folder = sharded(shutil.copytree(whole, tmp_path / "sharded"))
+    expected = dict(load_model(source_of(whole, kind), dtype).named_parameters())
+    for name, parameter in load_model(source_of(folder, kind), dtype).named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    (folder / "model-2.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model-2\.safetensors is missing"):
+        source_of(folder, kind)
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def test_missing_weights_are_named(tmp_path: Path, tiny_t5: Path) -> None:
+    folder = shutil.copytree(tiny_t5, tmp_path / "t5")
+    name = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    edit_weights(folder, lambda tensors: tensors.pop(name))
+    message = failure(folder)
+    assert name in message
+    assert "lacks weights" in message
+
+
+def test_the_shared_embedding_under_either_name(
+    encode: Encode, tmp_path: Path, tiny_t5: Path
+) -> None:
+    folder = shutil.copytree(tiny_t5, tmp_path / "t5")
+    name = "encoder.embed_tokens.weight"
+    edit_weights(folder, lambda tensors: tensors.update({name: tensors.pop("shared.weight")}))
+    expected, found = (encode(encoder_of(f), ["a red fox"])[0] for f in (tiny_t5, folder))
+    assert torch.equal(found, expected)
+    edit_weights(folder, lambda tensors: tensors.pop(name))
+    assert "shared.weight" in failure(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_layers": 1}, ["encoder.block.1", "does not know"]),
+        ({"d_ff": 96}, ["wi_0", "other shapes"]),
+    ],
+)
+def test_weights_of_another_config(
+    tmp_path: Path, tiny_t5: Path, changes: dict[str, int], words: list[str]
+) -> None:
+    folder = shutil.copytree(tiny_t5, tmp_path / "t5")
+    edit_config(folder, lambda config: config.update(changes))
+    message = failure(folder)
+    assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_truncated_weights(tmp_path: Path, tiny_t5: Path, dtype: str) -> None:
+    folder = shutil.copytree(tiny_t5, tmp_path / "t5")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cannot be loaded as T5EncoderModel"):
+        encoder_of(folder, dtype=dtype)
+
+
+# --- a whole model --------------------------------------------------------------------------------
+
+
+def full_t5(tensors: dict[str, Any]) -> None:
+    """What a whole T5 has besides its encoder."""
+    width = tensors["shared.weight"].shape[1]
+    for name in ("layer.1.EncDecAttention.q", "layer.0.SelfAttention.q"):
+        tensors[f"decoder.block.0.{name}.weight"] = torch.zeros(width, width)
+    tensors["lm_head.weight"] = torch.zeros_like(tensors["shared.weight"])
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].clone()
+
+
+def full_clip(folder: Path) -> None:
+    """What a whole CLIP of OpenAI has besides its text encoder."""
+
+    def edit(tensors: dict[str, Any]) -> None:
+        tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        tensors["vision_model.embeddings.class_embedding"] = torch.zeros(32)
+        tensors["visual_projection.weight"] = torch.zeros(32, 32)
+        tensors["text_projection.weight"] = torch.zeros(64, 64)
+        tensors["logit_scale"] = torch.zeros(())
+
+    edit_weights(folder, edit)
+    text_config = json.loads((folder / "config.json").read_bytes())
+    vision_config = {"model_type": "clip_vision_model", "hidden_size": 48}
+    config = {"model_type": "clip", "text_config": text_config, "vision_config": vision_config}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_encoder_of_a_whole_model_loads_in_silence(
+    encode: Encode,
+    tmp_path: Path,
+    tiny_t5: Path,
+    tiny_clip: Path,
+    capfd: pytest.CaptureFixture[str],
+    dtype: str,
+) -> None:
+    whole_t5 = shutil.copytree(tiny_t5, tmp_path / "t5")
+    edit_weights(whole_t5, full_t5)
+    whole_clip = shutil.copytree(tiny_clip, tmp_path / "clip")
+    full_clip(whole_clip)
+    capfd.readouterr()
+    for kind, part, whole in (("t5", tiny_t5, whole_t5), ("clip", tiny_clip, whole_clip)):
+        encoders = [encoder_of(folder, kind, dtype=dtype) for folder in (part, whole)]
+        expected, found = (encode(encoder, ["a red fox"])[0] for encoder in encoders)
+        assert torch.equal(found, expected)
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_a_damaged_whole_clip_is_not_silent(tmp_path: Path, tiny_clip: Path) -> None:
+    folder = shutil.copytree(tiny_clip, tmp_path / "clip")
+    full_clip(folder)
+    name = "text_model.encoder.layers.1.mlp.fc1.weight"
+    edit_weights(folder, lambda tensors: tensors.pop(name))
+    message = failure(folder, "clip")
+    assert "lacks weights" in message
+    assert "encoder.layers.1.mlp.fc1.weight" in message
+    edit_config(folder, lambda c: c["text_config"].update(num_hidden_layers=1))
+    assert "does not know" in failure(folder, "clip")
+
+
+# --- a device that is too small -------------------------------------------------------------------
+
+
+def test_what_does_not_fit_on_a_gpu(
+    tiny_t5: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """hf leaves the rest in host memory, by accelerate; our own layers cannot."""
+    source, gpu = source_of(tiny_t5), torch.device("cuda:1")
+    size = loaded_bytes(source, torch.float32)
+    asked: list[dict[str, Any]] = []
+
+    def load(source: Source, dtype: torch.dtype, **kwargs: Any) -> Any:
+        asked.append(kwargs)
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(torch.nn.Identity, "to", lambda self, device: self)
+    for free, may_split in ((size + 1000, True), (size, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        load_on(source, torch.float32, gpu, forward_bytes=1000, may_split=may_split)
+    assert asked == [{"device_map": {"": "cuda:1"}}] * 2
+    with pytest.raises(InputError, match=r"do not fit on cuda:1.*the implementation hf"):
+        load_on(source, torch.float64, gpu, forward_bytes=0, may_split=False)
+    with caplog.at_level(logging.WARNING):
+        load_on(source, torch.float32, gpu, forward_bytes=size // 2, may_split=True)
+    assert asked[2:] == [{"device_map": "auto", "max_memory": {1: size - size // 2, "cpu": size}}]
+    assert "stays in host memory" in caplog.text
+
+
+def test_the_estimate_of_a_forward(tiny_t5: Path) -> None:
+    """Everything a forward of one layer holds, and no less."""
+    config = transformers.T5Config.from_pretrained(str(tiny_t5))
+    estimates = {}
+    for implementation in ("fused", "hf"):
+        options = T5Options(
+            pretrained=str(tiny_t5), max_length=32, dtype="float32", implementation=implementation
+        )
+        resolved = resolve(open_encoder("enc", options))
+        estimates[implementation] = forward_bytes(resolved)
+    lines, length = resolved.decision.shapes[0]
+    inner = config.num_heads * config.d_kv
+    held = lines * length * (config.d_model + 3 * inner + 2 * config.d_ff) * 4
+    assert held < estimates["fused"] - (1 << 29) < 3 * held
+    scores = 4 * lines * config.num_heads * length**2
+    assert estimates["hf"] == estimates["fused"] + 2 * scores

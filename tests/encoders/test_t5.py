@@ -1,0 +1,129 @@
+"""T5: its cases for the conformance kit, its two recipes, and the one padded length."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_case import Case
+
+from embed_precompute.encoders.encoder import build
+from embed_precompute.encoders.families.t5 import T5Options
+from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, resolve
+from embed_precompute.errors import InputError, InternalError
+from make_demo import write_t5
+
+PADDED = {"max_length": 60, "seq_align": 8, "added_tokens": 3, "batch_tokens": 400}
+MASKED = {"max_length": 60, "attention_mask": "padding", "batch_tokens": 400, "stream_tokens": 256}
+OURS = ("hf", "fused")
+CASES = [
+    Case("t5-padded", "t5", write_t5, PADDED, (*OURS, "shardformer")),
+    Case("t5-masked", "t5", write_t5, MASKED, (*OURS, "shardformer")),
+    Case("t5-relu", "t5", partial(write_t5, gated=False, seed=1), PADDED, OURS),
+    Case("mt5-masked", "t5", partial(write_t5, model_type="mt5", seed=2), MASKED, OURS),
+    Case("umt5-padded", "t5", partial(write_t5, model_type="umt5", seed=3), PADDED, OURS),
+    Case("umt5-masked", "t5", partial(write_t5, model_type="umt5", seed=3), MASKED, OURS),
+]
+
+
+def resolved(folder: Path, counts: dict[int, int] | None = None, **fields: Any) -> ResolvedEncoder:
+    settings = {"max_length": 48, "dtype": "float32", "batch_tokens": 192, "implementation": "hf"}
+    options = T5Options(pretrained=str(folder), **{**settings, **fields})
+    return resolve(open_encoder("enc", options), added_tokens=counts)
+
+
+def test_padded_shapes(tiny_t5: Path) -> None:
+    decision = resolved(tiny_t5, seq_align=64, added_tokens=1000).decision
+    assert decision.padded_length == 88  # 1000 + 88 = 17 * 64
+    assert decision.shapes == ((2, 88),)
+    assert decision.null_shape == (3, 64)
+    assert not decision.packed
+    assert resolved(tiny_t5, batch_tokens=10).decision.shapes == ((1, 48),)
+    assert resolved(tiny_t5, implementation="fused").decision.shapes == ((4, 48),)
+
+
+def test_masked_shapes(tiny_t5: Path) -> None:
+    masked = resolved(tiny_t5, attention_mask="padding", batch_tokens=64).decision
+    assert masked.shapes == ((4, 16), (2, 32), (1, 48))
+    assert masked.null_shape == (4, 16)
+    assert masked.padded_length is None
+    fused = resolved(tiny_t5, attention_mask="padding", implementation="fused").decision
+    assert fused.packed
+    assert fused.shapes == ((1, 4096),) == (fused.null_shape,)
+
+
+def test_the_padded_length_of_a_column(tiny_t5: Path) -> None:
+    """From the captions' values, from the plan where there is one; several are listed."""
+    column: dict[str, Any] = {"seq_align": 8, "added_tokens": "video_tokens"}
+    encoder = resolved(tiny_t5, {7: 30, 15: 2}, **column)
+    assert encoder.decision.shapes == ((3, 49),)
+    stored = resolve(encoder.opened, stored={"padded_length": 55})
+    assert stored.decision.padded_length == 55
+    absent = resolve(encoder.opened, stored={})  # the plan has no such encoder: a conflict later
+    assert absent.decision.padded_length == 48
+    with pytest.raises(InputError, match=r"'video_tokens' .* 48 \(2 rows\), 49 \(30 rows\)"):
+        resolved(tiny_t5, {7: 30, 16: 2}, **column)
+    with pytest.raises(InternalError, match="video_tokens"):
+        resolved(tiny_t5, **column)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"buckets": (16,)}, "buckets are for attention_mask padding"),
+        ({"attention_mask": "padding", "seq_align": 2}, "belong to attention_mask none"),
+        ({"attention_mask": "padding", "added_tokens": 2}, "belong to attention_mask none"),
+        ({"implementation": "hf", "compile": True}, "compile is true: hf is never compiled"),
+        ({"tf32": True}, "tf32 is true with dtype bfloat16"),
+        ({"stream_tokens": 400}, "stream_tokens is 400: expected at least max_length"),
+        ({"seq_align": 0}, "seq_align is 0: expected 1 or more"),
+        ({"batch_tokens": 1 << 40}, "at most 67108864"),
+        ({"added_tokens": -1}, "added_tokens is -1: below 0"),
+        (
+            {"attention_mask": "padding", "buckets": (16,), "implementation": "fused"},
+            "buckets are for the implementation hf",
+        ),
+        (
+            {"attention_mask": "padding", "buckets": (600,)},
+            "512, and buckets has 600: expected 1 to",
+        ),
+        (
+            {"attention_mask": "padding", "buckets": (0, 9)},
+            r"buckets is \[0, 9\]: expected lengths",
+        ),
+    ],
+)
+def test_settings_that_cannot_be(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        T5Options(pretrained="x", **fields)
+
+
+@pytest.mark.parametrize("seq_align", [1, 2, 4, 8])
+@pytest.mark.parametrize("added_tokens", [0, 1, 7, 1000])
+def test_padded_length_is_the_smallest_that_fits(seq_align: int, added_tokens: int) -> None:
+    options = T5Options(pretrained="x", max_length=77, seq_align=seq_align)
+    length = options.padded_length(added_tokens)
+    assert (length + added_tokens) % seq_align == 0
+    assert 77 <= length < 77 + seq_align
+
+
+def test_one_more_pad_is_another_embedding(tiny_t5: Path) -> None:
+    """So the parity of the kit would see one."""
+    encoder = resolved(tiny_t5)
+    opened = encoder.opened
+    reference = encoder.family.reference(
+        opened.checkpoint.folder, opened.tokenizer_folder, opened.options, "cpu"
+    )
+    short, long = (reference("a red fox", length)[""] for length in (48, 52))
+    assert long.shape[0] == 52
+    assert ((short - long[:48]).abs().amax(1) / long.abs().max() > 1e-3).all()
+
+
+def test_float16_keeps_wo_in_float32(tiny_t5: Path) -> None:
+    model = build(resolved(tiny_t5, dtype="float16"), "cpu", "float16").model
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert kept == {name for name in dtypes if ".wo." in name}

@@ -1,0 +1,89 @@
+"""The tokenizer of a checkpoint: what is counted, and what is refused. Ids: test_families."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embed_precompute.encoders.tokenizer import CaptionTokenizer
+from embed_precompute.errors import InputError
+
+NEEDED = ("eos_token", "pad_token")
+
+
+def tokenizer(folder: Path, max_length: int = 64) -> CaptionTokenizer:
+    return CaptionTokenizer("encoders.enc", folder, max_length, NEEDED)
+
+
+def test_unknown_tokens_are_counted(tiny_t5: Path, tiny_clip: Path) -> None:
+    texts = ["a red fox", "\u0416 a \u0416", ""]
+    assert tokenizer(tiny_t5).encode(texts).unknown == [0, 2, 0]
+    # CLIP's unknown token is its end token: one per caption is the end, not unknown.
+    assert tokenizer(tiny_clip).encode(texts).unknown == [0, 0, 0]
+
+
+def test_columns_are_chosen_together(tiny_t5: Path) -> None:
+    captions = tokenizer(tiny_t5).encode(["a red fox", "", "two cats"])
+    chosen = captions.select([2, 2, 0])
+    assert chosen.num_ids == [captions.num_ids[2], captions.num_ids[2], captions.num_ids[0]]
+    assert [each.tolist() for each in chosen.ids[1:]] == [
+        captions.ids[2].tolist(),
+        captions.ids[0].tolist(),
+    ]
+    assert len(tokenizer(tiny_t5).encode([])) == 0
+
+
+def test_a_tokenizer_from_another_folder(tmp_path: Path, tiny_t5: Path) -> None:
+    from embed_precompute.encoders.families.t5 import T5Options
+    from embed_precompute.encoders.resolve import open_encoder, resolve
+
+    folder, bare = tmp_path / "tokenizer", tmp_path / "bare"
+    folder.mkdir()
+    shutil.copytree(tiny_t5, bare)
+    for path in bare.glob("tokenizer*"):
+        path.rename(folder / path.name)
+    with pytest.raises(InputError, match=r"encoders\.enc\.pretrained"):
+        open_encoder("enc", T5Options(pretrained=str(bare)))
+    specs = [
+        resolve(open_encoder("enc", T5Options(pretrained=str(weights), tokenizer=words))).spec()
+        for weights, words in ((bare, str(folder)), (tiny_t5, None))
+    ]
+    assert specs[0] == specs[1]
+    with pytest.raises(InputError, match=r"encoders\.enc\.tokenizer"):
+        open_encoder("enc", T5Options(pretrained=str(bare), tokenizer=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"padding_side": "left"}, "pads on the left"),
+        ({"pad_token": None}, "no pad_token"),
+    ],
+)
+def test_unfit_tokenizer_config(
+    tmp_path: Path, tiny_t5: Path, changes: dict[str, Any], words: str
+) -> None:
+    """Only where pads can be attended: test_decoder has a tokenizer without pad token."""
+    folder = tmp_path / "t5"
+    shutil.copytree(tiny_t5, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_bytes()) | changes
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=words):
+        tokenizer(folder)
+
+
+def test_slow_missing_and_damaged_tokenizers(tmp_path: Path, tiny_t5: Path) -> None:
+    folder = tmp_path / "t5"
+    shutil.copytree(tiny_t5, folder)
+    (folder / "tokenizer.json").write_bytes(b'{"version"')
+    with pytest.raises(InputError, match="gives no tokenizer"):
+        tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    slow = {"tokenizer_class": "ByT5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(slow), encoding="utf-8")
+    with pytest.raises(InputError, match=r"only a slow tokenizer \(ByT5Tokenizer\)"):
+        tokenizer(folder)
