@@ -65,6 +65,10 @@ SECTIONS = {
                 "attention_mask seq_align added_tokens batch_tokens buckets stream_tokens",
             ),
             (FAMILIES["clip"], "outputs hidden_state projection batch_size buckets stream_tokens"),
+            (
+                FAMILIES["decoder"],
+                "template crop_start crop_end hidden_state norm batch_tokens buckets",
+            ),
         )
     },
     video_buckets.VideoTokensConfig: "buckets bucket_config time_compression_ratio "

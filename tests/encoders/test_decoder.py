@@ -1,0 +1,209 @@
+"""Decoder-only models: cases for the conformance kit, templates and crops, and what is loaded."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from family_case import Case, built, encode
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from embed_precompute.encoders.families.decoder import DecoderOptions
+from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, resolve
+from embed_precompute.errors import InputError
+
+SPECIAL = ["<|begin|>", "<|user|>", "<|end|>"]
+CHAT = "<|user|>Describe the video:\n{text}<|end|>\n"
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4} | {
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "vocab_size": 600,
+    "max_position_embeddings": 512,
+}
+
+
+def write_decoder(
+    folder: Path, corpus: list[str], *, model_type: str = "qwen2", begins: bool = False
+) -> Path:
+    """A random causal language model, head included, as its trainers save one.
+
+    `begins`: the tokenizer puts a begin-of-text token first, as Llama's does.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    if begins:
+        first = ("<|begin|>", tokenizer.token_to_id("<|begin|>"))
+        tokenizer.post_processor = processors.TemplateProcessing("<|begin|> $A", None, [first])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", padding_side="left"
+    )
+    fast.save_pretrained(str(folder))
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type]
+    head_dim = {"head_dim": 24} if model_type == "qwen3" else {}
+    torch.manual_seed(7)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **head_dim)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("norm.weight"):
+                parameter.normal_(1.0, 0.2)  # so that a norm that is forgotten shows
+            elif parameter.dim() == 2:
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+    model.save_pretrained(str(folder), safe_serialization=True)
+    return folder
+
+
+llama = partial(write_decoder, model_type="llama", begins=True)
+SHORT = {"max_length": 48, "batch_tokens": 400, "buckets": [12, 24]}
+CASES = [
+    Case("qwen2", "decoder", write_decoder, {"template": CHAT, **SHORT}),
+    Case("llama", "decoder", llama, {"template": CHAT, "hidden_state": -2, **SHORT}),
+    Case("llama-plain", "decoder", llama, {"hidden_state": 1, "max_length": 48}),
+    Case(
+        "mistral",
+        "decoder",
+        partial(write_decoder, model_type="mistral"),
+        {
+            "template": CHAT,
+            "crop_start": 0,
+            "crop_end": 1,
+            "norm": "final",
+            **SHORT,
+            "buckets": [30],
+        },
+    ),
+    Case(
+        "qwen3",
+        "decoder",
+        partial(write_decoder, model_type="qwen3"),
+        {"template": CHAT, "hidden_state": 2, "norm": "final", "max_length": 48},
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Path:
+    return write_decoder(tmp_path_factory.mktemp("decoder") / "qwen2", corpus)
+
+
+@pytest.fixture(scope="module")
+def begins(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Path:
+    return llama(tmp_path_factory.mktemp("decoder") / "llama", corpus)
+
+
+def resolved(folder: Path, **fields: Any) -> ResolvedEncoder:
+    settings = {"template": CHAT, "dtype": "float32"}
+    options = DecoderOptions(pretrained=str(folder), **{**settings, **fields})
+    return resolve(open_encoder("enc", options))
+
+
+def test_the_templates_tokens_are_counted_and_cropped(qwen2: Path, begins: Path) -> None:
+    plain = transformers.AutoTokenizer.from_pretrained(str(qwen2))
+    before = len(plain("<|user|>Describe the video:\n")["input_ids"])
+    tokenizer = resolved(qwen2).opened.tokenizer
+    captions = tokenizer.encode(["a red fox", "", "x" * 5000])
+    assert captions.first == [before] * 3
+    alone = len(plain("a red fox")["input_ids"])
+    assert captions.tokens == [alone, 0, 256]
+    assert captions.stored == [alone + 2, 2, 256]  # <|end|> and the line break after the caption
+    assert captions.truncated == [False, False, True]
+    with_begin = resolved(begins).opened.tokenizer.encode([""])
+    assert with_begin.first == [before + 1]  # its begin-of-text token stands before, too
+    assert resolved(qwen2, crop_start=before).decision == resolved(qwen2).decision
+    kept = resolved(qwen2, crop_start=0).opened.tokenizer.encode([""])
+    assert (kept.first, kept.stored, kept.tokens) == ([0], [before + 2], [0])
+
+
+def test_without_a_template_a_begin_token_is_the_captions_own(begins: Path) -> None:
+    captions = resolved(begins, template="{text}").opened.tokenizer.encode(["", "a"])
+    assert captions.first == [0, 0]
+    assert captions.tokens == captions.stored == captions.num_ids == [1, 2]
+
+
+def test_lengths_count_from_the_crop_on(qwen2: Path) -> None:
+    encoder = resolved(qwen2, max_length=40, buckets=(20,), batch_tokens=100)
+    first = encoder.opened.tokenizer.empty.first[0]
+    assert encoder.opened.tokenizer.longest == first + 40
+    assert [length for _, length in encoder.decision.shapes] == [first + 20, first + 40]
+    with pytest.raises(InputError, match="buckets has 1: the empty caption has 2 tokens"):
+        resolved(qwen2, buckets=(1,))
+    # A default bucket that does not hold the empty caption is left out.
+    tail = resolved(qwen2, template="{text}" + " and more words" * 12, max_length=100)
+    assert tail.decision.shapes[0][1] > 16
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"template": "Prompt: {text}."}, r"'Prompt: '\) changes with the caption that follows"),
+        ({"template": "no field"}, r"expected \{text\} in it once"),
+        ({"template": "{text} {text}"}, r"expected \{text\} in it once"),
+        ({"template": "{text:>4}"}, r"expected \{text\} in it once"),
+        ({"template": "{text"}, "is not a format string"),
+        ({"template": "{text}"}, "the empty caption has no token to store"),
+        ({"crop_end": 2}, "the empty caption has no token to store"),
+        ({"crop_end": -1}, "crop_end is -1: below 0"),
+        (
+            {"crop_start": 5},
+            r"crop_start is 5, and with this tokenizer the template has \d+ tokens",
+        ),
+        ({"hidden_state": 0}, "hidden_state is 0"),
+        ({"hidden_state": 4}, "hidden_state is 4: the model in .* has 3 layers"),
+        ({"compile": True}, "decoder has no fused. Expected hf, and compile false"),
+        ({"implementation": "fused"}, "decoder has no fused. Expected hf"),
+    ],
+)
+def test_settings_that_cannot_be(qwen2: Path, fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        resolved(qwen2, **fields)
+
+
+def test_braces_are_written_twice(qwen2: Path) -> None:
+    template = '<|user|>{{"prompt": 1}}\n{text}<|end|>'
+    encoder = resolved(qwen2, template=template)
+    plain = transformers.AutoTokenizer.from_pretrained(str(qwen2))
+    ids = encoder.opened.tokenizer.encode(["{x}"]).ids[0].tolist()
+    assert ids == plain('<|user|>{"prompt": 1}\n{x}<|end|>')["input_ids"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_after_the_hidden_state_are_not_loaded(qwen2: Path, dtype: str) -> None:
+    case = Case("cut", "decoder", write_decoder, {"template": CHAT, "hidden_state": -2})
+    encoder = built(case, qwen2, dtype, dtype=dtype)
+    assert len(encoder.model.layers) == 2
+    names = set(load_file(qwen2 / "model.safetensors"))
+    read = {
+        name
+        for name in names
+        if not encoder.resolved.family.is_other_part(
+            encoder.resolved.options, encoder.resolved.opened.checkpoint, name
+        )
+    }
+    assert not any(name.startswith(("lm_head.", "model.layers.2.")) for name in read)
+    assert encoder.weight_bytes() <= sum(p.nbytes for p in encoder.model.parameters()) + 4096
+    assert encode(encoder, ["a red fox"])[""][0].isfinite().all()
+
+
+def test_a_head_alone_is_named(tmp_path: Path, corpus: list[str]) -> None:
+    """Another model's checkpoint, and one whose layers are not all there."""
+    folder = write_decoder(tmp_path / "qwen2", corpus)
+    config = json.loads((folder / "config.json").read_bytes())
+    for changes, words in (
+        ({"model_type": "gpt2"}, "takes llama, mistral, qwen2, qwen3"),
+        ({"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}, "lacks weights"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(InputError, match=words):
+            built(CASES[0], folder, buckets=None)
