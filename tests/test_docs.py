@@ -74,28 +74,30 @@ def checkout(tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> Path:
     return tmp_path
 
 
-def execute(words: list[str], folder: Path, **variables: str) -> str:
+def execute(words: list[str], folder: Path) -> None:
     path = f"{folder / '.venv' / 'bin'}:{os.environ['PATH']}"
+    settings = {"ROWS": "200", "DEMO": "demo", "STACK": "current", "PYTEST_ARGS": ""}
     done = subprocess.run(
         words,
         cwd=folder,
-        env=clean_environment({"PATH": path, "ROWS": "200", **variables}),
+        env=clean_environment({"PATH": path, **settings}),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 def run_blocks(page: Path, folder: Path, elsewhere: set[str]) -> None:
     """Every block of a page in order: each of bash by itself, then those of Python as one program.
 
-    A block that is `elsewhere` has a test of its own. Fails for a block of another language.
+    A block that is `elsewhere` has a test of its own. A block that is neither code nor a picture
+    fails.
     """
     python = ""
     for language, code in blocks(page):
-        assert language in ("bash", "python", ""), f"{page.name}: who runs this?\n{code}"
+        runs = language in ("bash", "python")
+        assert runs or "┌" in code, f"{page.name}: no picture, and nobody runs it:\n{code}"
         if language == "python":
             python += code
         elif language == "bash" and code.strip() not in elsewhere:
