@@ -38,7 +38,10 @@ CHECKS = ("ruff", "mypy", "lint-imports", "zensical")
 def blocks(page: Path) -> list[tuple[str, str]]:
     """(language, code) of every block of a page; the language of pictures is empty."""
     text = page.read_text(encoding="utf-8")
-    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```([^\n]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    fences = re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)
+    assert len(fences) == 2 * len(found), f"{page.name} has a block of another form"
+    return found
 
 
 def commands(page: Path) -> Iterator[list[str]]:
