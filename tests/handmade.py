@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from embed_precompute.encoders.tokenizer import Tokenized
-from embed_precompute.job.units import Unit, UnitWriter
+from embed_precompute.job.units import Unit
+from embed_precompute.job.writer import UnitWriter
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.commit import digest_file, publish_bytes, publish_bytes_by_content
 from embed_precompute.store.manifest import finalize

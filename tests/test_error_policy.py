@@ -14,7 +14,7 @@ from jobs import call, write_captions, write_job
 from embed_precompute.audit.info import read_status
 from embed_precompute.encoders.batching import TokenBatch
 from embed_precompute.encoders.encoder import TextEncoder
-from embed_precompute.job.units import UnitWriter
+from embed_precompute.job.writer import UnitWriter
 from embed_precompute.store.plan import read_plan
 from embed_precompute.store.records import read_record
 from embed_precompute.store.rows import read_samples

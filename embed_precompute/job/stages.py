@@ -27,7 +27,8 @@ from embed_precompute.errors import IncompleteError
 from embed_precompute.job.claims import Claims, Committed
 from embed_precompute.job.prepare import Prepared
 from embed_precompute.job.signals import StopRequest
-from embed_precompute.job.units import Unit, UnitWriter, read_unit
+from embed_precompute.job.units import Unit, read_unit
+from embed_precompute.job.writer import UnitWriter
 from embed_precompute.samples import count_failed
 from embed_precompute.store.records import NULL_UNIT, Record, committed_units, read_record
 

@@ -14,7 +14,7 @@ from jobs import call, dataset_bytes
 
 from embed_precompute.audit import repair as repair_module
 from embed_precompute.audit.verify import verify
-from embed_precompute.job import units
+from embed_precompute.job import writer
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import QUARANTINE, replace_bytes
 from embed_precompute.store.records import (
@@ -259,7 +259,7 @@ def test_failed_samples_are_made_again(
     out = root.with_name("again")
     with monkeypatch.context() as patch:
         calls = itertools.count()
-        patch.setattr(units, "is_finite", lambda values: next(calls) != 25)
+        patch.setattr(writer, "is_finite", lambda values: next(calls) != 25)
         code, _, said = call("run", job, "--output.path", str(out))
         assert code == 6, said
     (out / "manifest.json").unlink()

@@ -18,7 +18,8 @@ from jobs import clean_environment, write_captions
 from transformers import T5Config, T5EncoderModel
 
 from embed_precompute.encoders.tokenizer import Tokenized
-from embed_precompute.job.units import Unit, UnitWriter
+from embed_precompute.job.units import Unit
+from embed_precompute.job.writer import UnitWriter
 from embed_precompute.store.plan import Plan
 from faults.lab import Finding, Lab
 from faults.unprotected import unprotected

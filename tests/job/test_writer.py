@@ -21,7 +21,7 @@ from handmade import (
 )
 
 from embed_precompute.errors import InputError, InternalError
-from embed_precompute.job.units import is_finite
+from embed_precompute.job.writer import is_finite
 from embed_precompute.samples import Sample
 from embed_precompute.store.records import NULL_UNIT, UnitRecord, read_record, unnamed_files
 from embed_precompute.store.rows import read_samples

@@ -1,0 +1,194 @@
+"""A unit's embeddings written, and its record published.
+
+Guarantees: what is committed for a unit is a function of plan, unit and environment. The record is
+published last, so a unit without one is as if it had never been started. The first record stays:
+equal embeddings have one file name, so whoever comes later adds nothing.
+Costs: one sequential pass over the finished shard for its sha256.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from embed_precompute.errors import InputError, InternalError
+from embed_precompute.job.units import Unit
+from embed_precompute.samples import Status
+from embed_precompute.store.commit import (
+    StoredFile,
+    publish_bytes,
+    publish_bytes_by_content,
+)
+from embed_precompute.store.plan import Plan
+from embed_precompute.store.records import (
+    ROWS,
+    SHARD,
+    NullFiles,
+    NullRecord,
+    Record,
+    TokenCounts,
+    UnitFiles,
+    UnitRecord,
+    document_bytes,
+    read_any_record,
+    record_path,
+    unit_path,
+)
+from embed_precompute.store.rows import StoredSample, rows_digest, rows_part_bytes
+from embed_precompute.store.shards import ShardWriter
+
+EXPONENT_BITS = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+}
+"""dtype -> integers of its size, and the bits that are all set in inf and nan, and only there."""
+
+
+class UnitWriter:
+    """Takes a unit's encoded batches in any order and commits the unit.
+
+    `environment` goes into the record. Use as a context manager: leaving it without `commit`
+    removes every temporary file.
+    """
+
+    def __init__(self, root: Path, plan: Plan, unit: Unit, environment: Mapping[str, str]) -> None:
+        self._root, self._plan, self._unit = root, plan, unit
+        self._environment = dict(environment)
+        self._lengths = unit.lengths
+        self._shard = ShardWriter(
+            unit_path(root, unit.number, SHARD),
+            plan.fingerprint,
+            unit.number,
+            plan.tensors,
+            self._lengths,
+            num_rows=unit.num_stored,
+        )
+
+    def __enter__(self) -> UnitWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._shard.__exit__(*exception)
+
+    def write(
+        self, name: str, rows: np.ndarray, values: torch.Tensor | Sequence[torch.Tensor]
+    ) -> None:
+        """Write a batch of tensor `name`: entry i of `values` is stored row `rows[i]`.
+
+        `values` is [B, L, D], [B, C] or a list of [length, D]; entries after `rows` fill up the
+        batch. A row that holds inf or nan is not stored.
+        """
+        for i, row in enumerate(rows.tolist()):
+            vectors = values[i]
+            if is_finite(vectors):
+                self._shard.write(name, row, vectors)
+            else:
+                # Tensors come in a fixed order, so the first failure of a row is always the same.
+                failure = (Status.NON_FINITE, f"text_{name} holds inf or nan")
+                self._unit.failures.setdefault(row, failure)
+                self._shard.reject(row)
+
+    def commit(self) -> Record:
+        """Publish shard, rows part and record; give the record in force (ours or a peer's)."""
+        if self._unit.is_null and self._unit.failures:
+            reason = self._unit.failures[0][1]
+            raise InputError(
+                f"the encoding of the empty caption failed: {reason}. float16 overflows in T5: use "
+                "dtype bfloat16 or float32."
+            )
+        shard, kept = self._shard.publish()
+        record = self._null_record(shard) if self._unit.is_null else self._unit_record(shard, kept)
+        if publish_bytes(record_path(self._root, record.number), document_bytes(record)):
+            return record
+        return self._record_in_force(record)
+
+    def _record_in_force(self, ours: Record) -> Record:
+        """The record that was first. Other bytes in the same environment are a bug of ours."""
+        first = read_any_record(self._root, ours.number)
+        if first.environment == ours.environment and first.files.shard != ours.files.shard:
+            raise InternalError(
+                f"{unit_path(self._root, ours.number, SHARD)} was made twice in one environment "
+                f"with different bytes ({first.files.shard.name} and {ours.files.shard.name}): "
+                "please report this as a bug, with run.json."
+            )
+        return first
+
+    def _null_record(self, shard: StoredFile) -> NullRecord:
+        tokens = self._unit.tokens
+        return NullRecord(
+            fingerprint=self._plan.fingerprint,
+            plan_id=self._plan.plan_id,
+            environment=self._environment,
+            encoders={
+                name: TokenCounts(each.tokens[0], int(each.truncated[0]))
+                for name, each in tokens.items()
+            },
+            tensors={name: lengths[0] for name, lengths in self._lengths.items()},
+            files=NullFiles(shard),
+        )
+
+    def _unit_record(self, shard: StoredFile, kept: Sequence[int]) -> UnitRecord:
+        """The record; publishes the rows part that it names."""
+        unit = self._unit
+        samples = self._stored_samples(kept)
+        payload = rows_part_bytes(unit.number, self._plan.tensors, samples)
+        rows = publish_bytes_by_content(unit_path(self._root, unit.number, ROWS), payload)
+        ok = [sample for sample in samples if sample.index is not None]
+        return UnitRecord(
+            fingerprint=self._plan.fingerprint,
+            plan_id=self._plan.plan_id,
+            environment=self._environment,
+            unit=unit.number,
+            first_row=unit.first_row,
+            num_rows=unit.num_rows,
+            num_samples=len(samples),
+            num_stored=len(kept),
+            status={each.label: sum(s.status is each for s in samples) for each in Status},
+            rows_sha256=rows_digest(samples),
+            encoders={
+                name: TokenCounts(
+                    sum(sample.tokens[name] for sample in ok),
+                    sum(sample.truncated[name] for sample in ok),
+                )
+                for name in unit.tokens
+            },
+            tensors={
+                name: sum(lengths[row] for row in kept) for name, lengths in self._lengths.items()
+            },
+            files=UnitFiles(shard, rows),
+        )
+
+    def _stored_samples(self, kept: Sequence[int]) -> list[StoredSample]:
+        unit, index = self._unit, {row: i for i, row in enumerate(kept)}
+        samples = []
+        for sample, row in zip(unit.samples, unit.stored_row, strict=True):
+            status, error = sample.status, sample.error
+            if row is not None and row not in index:
+                status, error = unit.failures[row]
+            stored = StoredSample(sample.sample_id, sample.row, status, error, text=sample.text)
+            if row is not None and row in index:
+                stored = dataclasses.replace(
+                    stored,
+                    index=index[row],
+                    tokens={name: each.tokens[row] for name, each in unit.tokens.items()},
+                    truncated={name: each.truncated[row] for name, each in unit.tokens.items()},
+                    lengths={name: lengths[row] for name, lengths in self._lengths.items()},
+                )
+            samples.append(stored)
+        return samples
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no element is inf or nan; `values` is contiguous, on the CPU.
+
+    By numpy and from the bits: torch would start threads of its own here, in the writer's, next to
+    those of the encoder. Those wait for each other spinning, and a run took a tenth longer.
+    """
+    integers, exponent = EXPONENT_BITS[values.dtype]
+    bits = values.reshape(-1).view(integers).numpy()
+    return not bits.size or int(np.bitwise_and(bits, exponent).max()) != exponent
