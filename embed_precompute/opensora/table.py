@@ -28,8 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from embed_precompute.captions.recipes import PlainRecipe, recipe_of
-from embed_precompute.captions.settings import CaptionsConfig
+from embed_precompute.captions.recipes import CaptionsConfig, PlainRecipe, recipe_of
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.errors import ConflictError, InputError, StorageError, VerificationError
 from embed_precompute.opensora.dataset import SAMPLE_ID, TEXT
