@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from breaking import flip
 from jobs import call, dataset_bytes, write_job
 from opensora_case import NULL_ROWS, RECIPE, ROWS, captions_table, make, with_column
 
@@ -231,14 +233,11 @@ def test_a_limit_may_grow(root: Path, tmp_path: Path) -> None:
 # --- refused --------------------------------------------------------------------------------------
 
 
-def test_a_damaged_shard_is_never_exported(tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
-    root = make(tmp_path, captions_table(), tiny_t5, tiny_clip)
-    shard = sorted(root.rglob("shard-*.safetensors"))[2]
-    content = bytearray(shard.read_bytes())
-    content[-3] ^= 1
-    shard.write_bytes(content)
+def test_a_damaged_shard_is_never_exported(root: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(root, tmp_path / "out")
+    flip(sorted(copied.rglob("shard-*.safetensors"))[2], -3)
     with pytest.raises(VerificationError, match="is damaged at sample"):
-        export(root, tmp_path / "e")
+        export(copied, tmp_path / "e")
     assert not (tmp_path / "e" / "table.parquet").exists()
 
 
@@ -308,15 +307,16 @@ def test_the_same_captions_are_the_same_whatever_their_file(root: Path, tmp_path
     check_tensors(root, rows_of(tmp_path / "e"))
 
 
-def test_captions_that_are_not_found(tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
-    root = make(tmp_path, captions_table(), tiny_t5, tiny_clip)
-    (tmp_path / "captions.parquet").rename(tmp_path / "moved.parquet")
+def test_captions_that_are_not_found(root: Path, tmp_path: Path) -> None:
+    """`captions` names them: test_the_same_captions_are_the_same_whatever_their_file."""
+    copied = shutil.copytree(root, tmp_path / "out")
+    config = copied / "config.yaml"
+    config.write_text(config.read_text().replace("captions.parquet", "moved.parquet"))
     with pytest.raises(InputError, match="does not exist"):
-        export(root, tmp_path / "e")
-    (root / "config.yaml").unlink()
+        export(copied, tmp_path / "e")
+    config.unlink()
     with pytest.raises(InputError, match="name them with --captions"):
-        export(root, tmp_path / "e")
-    export(root, tmp_path / "e", captions=str(tmp_path / "moved.parquet"))
+        export(copied, tmp_path / "e")
 
 
 def test_refusals(
@@ -377,12 +377,3 @@ def test_patch_has_their_four_lines_at_most() -> None:
     lines = patch.read_text().partition("@@")[2].splitlines()[1:]
     assert sum(line.startswith((" ", "-")) for line in lines) == 4
     assert sum(line.startswith("+") for line in lines) == 2
-
-
-def test_the_drop_in_class_without_open_sora() -> None:
-    import embed_precompute.opensora.dataset as ours
-
-    with pytest.raises(InputError, match="needs Open-Sora v2"):
-        ours.PrecomputedVideoTextDataset  # noqa: B018
-    with pytest.raises(AttributeError, match="no attribute 'Precomputed'"):
-        ours.Precomputed  # noqa: B018
