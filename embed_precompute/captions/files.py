@@ -294,7 +294,7 @@ def read_footers(
     """
 
     def read(source: Source) -> T:
-        file, _, schema = _read_footer(source)  # a wide file's metadata is large: it goes here
+        file, _, schema = _read_footer(source)  # no metadata is kept: a wide file's is large
         return examine(file, schema)
 
     with ThreadPoolExecutor(min(FOOTER_THREADS, len(sources)), "footer") as pool:

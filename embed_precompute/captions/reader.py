@@ -121,7 +121,7 @@ class RowCursor:
         if self._row_bytes == 0:
             probe = self._next_of(self._stream_group(PROBE_ROWS))
             self._row_bytes = probe.nbytes / len(probe)
-        # By what was decoded: the footer's sizes count a repeated value once.
+        # Decoded bytes decide: the sizes in the footer count a repeated value once.
         fitting = int(BATCH_BYTES / max(1, self._row_bytes))
         self._stream = self._stream_group(max(1, min(self._batch_rows, fitting)))
 

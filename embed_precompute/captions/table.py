@@ -47,7 +47,7 @@ from embed_precompute.errors import InputError
 
 SCAN_ROWS = 16384
 SUSPECTS = 1 << 16
-"""Repeated hashes of ids that are looked at together."""
+"""Repeated hashes of ids that are compared in one pass, which bounds memory."""
 RECIPE = "captions.recipe"
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
@@ -261,8 +261,8 @@ def _holds_null(row_map: RowMap, column: str) -> bool:
 class IdCheck:
     """Every id is there, is UTF-8 and is unique. Feed every batch in row order, then `finish`.
 
-    A duplicate is found for certain (equal ids have equal hashes) and never alleged: rows whose
-    hashes are equal are compared by the stored id in a second pass.
+    Equal ids have equal hashes, so no duplicate is missed. Rows of equal hashes are read again and
+    their ids compared, so none is reported that is not there.
     """
 
     def __init__(self, row_map: RowMap, column: str, num_rows: int) -> None:
