@@ -21,7 +21,7 @@ class DistContext:
     local_rank: int = 0
     local_world_size: int = 1
     source: str = "alone"
-    """torchrun, slurm, alone or, of a training job, group: where the numbers come from."""
+    """Where the numbers come from: torchrun, slurm, alone, or group (torch's process group)."""
     run_id: str = ""
     restart_count: int = 0
     store_host: str | None = None
@@ -39,10 +39,10 @@ class DistContext:
 
     @classmethod
     def of_training(cls, environ: Mapping[str, str] | None = None) -> DistContext:
-        """This process in a training job: torch's process group, where there is one.
+        """This process in a training job: from torch's process group, where there is one.
 
-        Before that the launcher knows. The elements of a Slurm array are jobs of their own here: a
-        training whose ranks work together has them in one step.
+        Without a process group the launcher's environment is read. Each element of a Slurm array
+        counts as a training of its own: ranks that train together run in one `srun`.
         """
         from torch import distributed as group
 
@@ -74,8 +74,8 @@ class DistContext:
         count = _number(env, "SLURM_ARRAY_TASK_COUNT", 1)
         first = _number(env, "SLURM_ARRAY_TASK_MIN", 0)
         step = max(1, _number(env, "SLURM_ARRAY_TASK_STEP", 1))
-        # A list with gaps (--array=1,5,9) wraps around: two elements then start at the same unit,
-        # which costs order and nothing else.
+        # A list with gaps (--array=1,5,9) wraps around. Two elements may then get the same ranks:
+        # they choose the same units first, and share the rest.
         element = (_number(env, "SLURM_ARRAY_TASK_ID", first) - first) // step % count
         return cls(
             rank=element * tasks + _number(env, "SLURM_PROCID", 0),

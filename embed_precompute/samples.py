@@ -33,7 +33,7 @@ INPUT_FACTS = (Status.NULL_TEXT, Status.INVALID_TEXT, Status.EMPTY_LIST)
 
 
 def count_failed(status: Mapping[str, int]) -> int:
-    """Samples that failed, of a count by status label."""
+    """How many samples failed. `status`: status label -> number of samples."""
     return status[Status.NON_FINITE.label]
 
 

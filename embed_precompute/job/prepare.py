@@ -189,7 +189,7 @@ def check_first_captions(prepared: Prepared, units_left: Collection[int]) -> Non
 def _spec(
     config: Config, table: CaptionTable, encoders: tuple[ResolvedEncoder, ...]
 ) -> dict[str, Any]:
-    """What a caption becomes; its hash is the fingerprint."""
+    """The specification: all that decides what a caption becomes. Its hash is the fingerprint."""
     order = ("ftfy", "nfc", "whitespace")
     return {
         "format_version": FORMAT_VERSION,

@@ -3,8 +3,7 @@
 Guarantees: the bar counts committed samples of *all* ranks, so a restart shows what is really done.
 Off a terminal it is one line a minute. A failure to look never stops the job.
 Costs: a thread on rank 0 that lists the shard folders every few seconds and reads each new record
-once; what was committed before the start is counted by the plan, without reading; nothing on other
-ranks.
+once. What was committed before the start is not read: the plan says how many rows those units have.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ class Progress:
         )
 
     def _count_committed(self) -> None:
-        """What is there at the start: samples by the plan, in proportion where rows hold lists."""
+        """What is committed at the start: the units' rows, times the plan's samples per row."""
         plan = self._plan
         try:
             self._seen = {unit for unit in committed_units(self._root) if unit < plan.num_units}

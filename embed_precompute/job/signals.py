@@ -1,9 +1,10 @@
 """Being asked to stop: by a signal, or because the launcher of this process died.
 
 Guarantees: TERM, INT, USR1 and USR2 mean the same, and are noticed at once, even while the main
-thread is inside a long call. Who is `finishing` a unit has the grace to commit it; anything else is
-broken off. When the grace is over, or at a second signal, the process ends there and then: its
-temporary files go, what was committed stays. The exit code is 75.
+thread is inside a long call. Code within `StopRequest.finishing` has the grace
+(`runtime.grace_s`) to commit its unit; any other code is broken off. When the grace is over, or at
+a second signal, the process ends at once: its temporary files are removed, what was committed
+stays. The exit code is 75.
 Costs: one thread that sleeps; under torchrun it looks once a second whether the agent is alive.
 """
 
@@ -28,7 +29,8 @@ SAME_REQUEST_S = 0.5
 through torchrun's agent."""
 PARENT_POLL_S = 1.0
 ORPHAN_GRACE_S = 20.0
-"""Nobody waits for a worker whose agent died; this and the poll stay below 30 s."""
+"""Nobody waits for a worker whose agent died. With the poll it ends within 30 s, which is the time
+torchrun itself gives a worker."""
 
 
 class _Stopped(BaseException):
@@ -67,7 +69,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[None]:
-        """Within this block a request breaks nothing off: whoever is inside looks for it."""
+        """Within this block a request breaks nothing off: the code inside asks `is_set` itself."""
         self._finishing = True
         try:
             self._break_off()  # it came just before

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.1
 READER_JOIN_S = 2.0
 COMMIT_SHARE = 0.25
-"""Share of the grace that is kept for a commit, before one was timed."""
+"""Share of the grace that is kept for a commit until a commit has been timed."""
 
 IN_FLIGHT = 2
 """Forwards that are begun and not waited for: a GPU has the next one when it ends one."""
@@ -277,7 +277,8 @@ class Stages:
             self._log_metrics(message.unit, record, time.monotonic() - started)
 
     def _check_first_record(self) -> None:
-        """Ranks that start together see no record at first: compare with a peer's before we add."""
+        """Ranks that start together see no record at first. So this rank looks again before its
+        first commit: a peer may have committed in another environment."""
         if not self._record_checked and self._committed(NULL_UNIT):
             on_change = self._prepared.config.runtime.on_environment_change
             self._committed.check_environment(self._environment, on_change)

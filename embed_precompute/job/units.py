@@ -30,7 +30,7 @@ class Unit:
     swept: bool = False
     """Another rank may be at the same unit."""
     failures: dict[int, tuple[Status, str]] = field(default_factory=dict)
-    """Stored rows that must not be stored, and why."""
+    """Stored rows whose embedding holds inf or nan: their status and error. They are dropped."""
 
     @property
     def num_stored(self) -> int:

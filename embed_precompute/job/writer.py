@@ -3,7 +3,7 @@
 Guarantees: what is committed for a unit is a function of plan, unit and environment. The record is
 published last, so a unit without one is as if it had never been started. The first record stays:
 equal embeddings have one file name, so whoever comes later adds nothing.
-Costs: one sequential pass over the finished shard for its sha256.
+Costs: one pass over the finished shard for its sha256.
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ class UnitWriter:
 def is_finite(values: torch.Tensor) -> bool:
     """Whether no element is inf or nan; `values` is contiguous, on the CPU.
 
-    By numpy and from the bits: torch would start threads of its own here, in the writer's, next to
-    those of the encoder. Those wait for each other spinning, and a run took a tenth longer.
+    By numpy and from the bits. torch would start threads of its own for the writer's thread, next
+    to the encoder's. Such threads spin while they wait: a whole run took a tenth longer.
     """
     integers, exponent = EXPONENT_BITS[values.dtype]
     bits = values.reshape(-1).view(integers).numpy()
