@@ -12,8 +12,8 @@ from handmade import paths_of
 from jobs import call, write_captions, write_job
 
 from embed_precompute.audit.info import read_status
-from embed_precompute.encoders.batching import TokenBatch
 from embed_precompute.encoders.encoder import TextEncoder
+from embed_precompute.encoders.tokenizer import TokenBatch
 from embed_precompute.job.writer import UnitWriter
 from embed_precompute.store.plan import read_plan
 from embed_precompute.store.records import read_record

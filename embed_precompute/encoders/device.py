@@ -23,11 +23,10 @@ from typing import Literal
 import torch
 
 from embed_precompute import __version__
-from embed_precompute.encoders.batching import make_batch
 from embed_precompute.encoders.encoder import HfEncoder, TextEncoder, build
 from embed_precompute.encoders.loading import Source, num_parameters
 from embed_precompute.encoders.resolve import ResolvedEncoder
-from embed_precompute.encoders.tokenizer import Tokenized
+from embed_precompute.encoders.tokenizer import Tokenized, make_batch
 from embed_precompute.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,7 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from embed_precompute.encoders.encoder import TextEncoder
-from embed_precompute.encoders.transfers import Embeddings, PendingOutput
+from embed_precompute.encoders.encoder import Embeddings, PendingOutput, TextEncoder
 from embed_precompute.job.claims import Claims
 from embed_precompute.job.prepare import Prepared
 from embed_precompute.job.resume import FailureLimit, check_record

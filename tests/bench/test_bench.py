@@ -16,15 +16,20 @@ from jobs import PACKAGE_ROOT, call, write_captions, write_job
 import bench_table
 import peers
 from embed_precompute.bench import measure
-from embed_precompute.bench.measure import filled_shares, topped_up, useful_flops
-from embed_precompute.bench.report import EncoderBench, Measured, encoder_lines
+from embed_precompute.bench.compare import bench, encoder_lines
+from embed_precompute.bench.measure import (
+    EncoderBench,
+    Measured,
+    filled_shares,
+    topped_up,
+    useful_flops,
+)
 from embed_precompute.config.files import load_config
-from embed_precompute.encoders.batching import make_batches, pack
 from embed_precompute.encoders.device import compiler
 from embed_precompute.encoders.families.clip import ClipOptions
 from embed_precompute.encoders.families.t5 import T5Options
 from embed_precompute.encoders.resolve import open_encoder, resolve
-from embed_precompute.encoders.tokenizer import Tokenized
+from embed_precompute.encoders.tokenizer import Tokenized, make_batches, pack
 
 BENCHMARKS = PACKAGE_ROOT / "scripts" / "benchmarks"
 
@@ -79,7 +84,6 @@ def test_bfloat16_shows_its_distance_from_float32(job: Path) -> None:
 
 
 def measure_of(job: Path, words: list[str], variants: list[str]) -> list[EncoderBench]:
-    from embed_precompute.bench.compare import bench
 
     return bench(load_config(job, words), 8, 1, variants).encoders
 

@@ -192,7 +192,6 @@ def test_layers_after_the_hidden_state_are_not_loaded(qwen2: Path, dtype: str) -
         )
     }
     assert not any(name.startswith(("lm_head.", "model.layers.2.")) for name in read)
-    assert encoder.weight_bytes() <= sum(p.nbytes for p in encoder.model.parameters()) + 4096
     assert encode(encoder, ["a red fox"])[""][0].isfinite().all()
 
 

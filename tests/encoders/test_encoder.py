@@ -12,11 +12,11 @@ import pytest
 import torch
 import transformers
 
-from embed_precompute.encoders.batching import make_batches, pack
 from embed_precompute.encoders.encoder import TextEncoder, build
 from embed_precompute.encoders.families.clip import ClipOptions
 from embed_precompute.encoders.families.t5 import T5Options
 from embed_precompute.encoders.resolve import open_encoder, resolve
+from embed_precompute.encoders.tokenizer import make_batches, pack
 from embed_precompute.errors import InputError, InternalError
 
 if TYPE_CHECKING:

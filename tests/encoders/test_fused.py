@@ -20,8 +20,7 @@ from embed_precompute.encoders.encoder import FusedEncoder, TextEncoder, build
 from embed_precompute.encoders.families.base import EncoderConfig
 from embed_precompute.encoders.families.clip import ClipOptions
 from embed_precompute.encoders.families.t5 import T5Options
-from embed_precompute.encoders.fused import clip as fused_clip
-from embed_precompute.encoders.fused import graph, stream, t5
+from embed_precompute.encoders.fused import graph, layers, stream
 from embed_precompute.encoders.resolve import open_encoder, resolve
 from embed_precompute.errors import InputError
 from make_demo import write_t5
@@ -108,7 +107,7 @@ def test_several_products_and_attention_calls(
 
 def test_row_blocks_have_one_size_and_cover_all_rows() -> None:
     def blocks(num_tokens: int, weights: torch.Tensor, row_width: int = 1 << 30) -> list[slice]:
-        return stream.Workspace(weights, t5.PRODUCT_BYTES, row_width=row_width).row_blocks(
+        return stream.Workspace(weights, layers.PRODUCT_BYTES, row_width=row_width).row_blocks(
             num_tokens
         )
 
@@ -256,7 +255,7 @@ def test_pooled_rows_are_those_of_the_first_end_token(folders: dict[str, Path]) 
     tokenizer = encoder.resolved.opened.tokenizer
     assert tokenizer.eos_id is not None
     (batch,) = encoder.resolved.batches(tokenizer.encode(["a red fox", "x <|endoftext|> y", ""]))
-    rows = fused_clip.pooled_rows(batch, tokenizer.eos_id)
+    rows = layers.pooled_rows(batch, tokenizer.eos_id)
     assert (batch.input_ids.reshape(-1)[rows] == tokenizer.eos_id).all()
     assert ((rows >= batch.starts) & (rows < batch.starts + batch.lengths)).all()
     at_the_end = rows - batch.starts == batch.lengths - 1

@@ -19,14 +19,19 @@ from jobs import call, dataset_bytes, write_captions, write_job
 
 from embed_precompute.encoders import encoder as encoder_module
 from embed_precompute.encoders.device import check_numbers
-from embed_precompute.encoders.encoder import TextEncoder, build, forward_bytes
+from embed_precompute.encoders.encoder import (
+    TextEncoder,
+    build,
+    copy_engine,
+    download,
+    forward_bytes,
+)
 from embed_precompute.encoders.families.clip import ClipOptions
 from embed_precompute.encoders.families.t5 import T5Options
 from embed_precompute.encoders.fused import graph
-from embed_precompute.encoders.fused.stream import one_attention
-from embed_precompute.encoders.loading import Source, load_model, loaded_bytes
+from embed_precompute.encoders.fused.stream import one_attention, upload
+from embed_precompute.encoders.loading import Source, load_model, loaded_bytes, num_bytes
 from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, resolve
-from embed_precompute.encoders.transfers import Downloader, upload
 from embed_precompute.job.stages import IN_FLIGHT, in_order
 
 Encode = Callable[[TextEncoder, Sequence[str]], "list[torch.Tensor]"]
@@ -147,19 +152,21 @@ def test_a_download_does_not_wait_for_the_device() -> None:
     size = 4096
     left = torch.randn(size, size, device=GPU)
     product = torch.empty_like(left)
-    downloader = Downloader(GPU, torch.float32)
+    engine = copy_engine(GPU)
 
     def whole(suffix: str, values: torch.Tensor) -> torch.Tensor:
         return values
 
     torch.mm(left, left, out=product)
     expected = product.cpu()
-    downloader.start({"": product}, whole, reused=True).wait()  # page-locked memory is there now
+    download(
+        {"": product}, torch.float32, engine, whole, reused=True
+    ).wait()  # page-locked memory is there now
     gc.collect()
     product.zero_()
     for _ in range(60):
         torch.mm(left, left, out=product)
-    pending = downloader.start({"": product}, whole, reused=True)
+    pending = download({"": product}, torch.float32, engine, whole, reused=True)
     product.zero_()
     assert not pending.ready()
     found = pending.wait()[""]
@@ -194,13 +201,13 @@ def test_what_does_not_fit_stays_in_host_memory_and_changes_no_bit(
 ) -> None:
     resolved = resolved_of(mode, wide, implementation="hf", dtype="bfloat16")
     whole = build(resolved, "cuda", "float32")
-    expected, size = encode(whole, texts_of(corpus)), whole.weight_bytes()
+    expected, size = encode(whole, texts_of(corpus)), num_bytes(whole.model)
     source = Source(resolved.opened.checkpoint, resolved.family, resolved.options)
     free = loaded_bytes(source, torch.bfloat16) * 3 // 4
     monkeypatch.setattr(encoder_module, "forward_bytes", lambda resolved: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     parts = build(resolved, "cuda", "float32")
-    assert parts.weight_bytes() < size
+    assert num_bytes(parts.model) < size
     for ours, wanted in zip(encode(parts, texts_of(corpus)), expected, strict=True):
         assert torch.equal(ours, wanted)
 

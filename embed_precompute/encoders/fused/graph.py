@@ -22,11 +22,9 @@ import torch
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from embed_precompute.encoders.batching import TokenBatch
-from embed_precompute.encoders.fused.clip import pooled_rows
-from embed_precompute.encoders.fused.stream import EqualLengthRun
-from embed_precompute.encoders.fused.t5 import bias_rows
-from embed_precompute.encoders.transfers import upload
+from embed_precompute.encoders.fused.layers import bias_rows, pooled_rows
+from embed_precompute.encoders.fused.stream import EqualLengthRun, upload
+from embed_precompute.encoders.tokenizer import TokenBatch
 
 BLOCK = 128
 """Positions of flex_attention's blocks; a packed caption takes whole blocks."""
@@ -250,7 +248,7 @@ class StaticGraph:
 
 
 class T5Graph:
-    """T5's layers as a function to be traced for any shape; computes what `t5.T5Layers` does."""
+    """T5's layers as a function that is traced for any shape; computes what `T5Layers` does."""
 
     def __init__(self, model: Any, longest: int) -> None:
         config = model.config
@@ -315,7 +313,7 @@ class T5Graph:
 
 
 class ClipGraph:
-    """As `T5Graph`; computes what `clip.ClipLayers` does, for all rows."""
+    """As `T5Graph`; computes what `ClipLayers` does, for all rows."""
 
     def __init__(self, model: Any, longest: int, end_id: int) -> None:
         self._text, self._end_id = getattr(model, "text_model", model), end_id

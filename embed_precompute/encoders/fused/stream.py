@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from embed_precompute.encoders.batching import TokenBatch
+from embed_precompute.encoders.tokenizer import TokenBatch
 
 ATTENTION_TOKENS = 2048
 """Tokens of equally long captions that attend in one call: more leave the cache."""
@@ -70,6 +70,13 @@ def runs_of(batch: TokenBatch) -> list[EqualLengthRun]:
             runs.append(EqualLengthRun(start, 1, tokens))
         start += tokens
     return runs
+
+
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on `device`, without waiting for the work that the device has."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
