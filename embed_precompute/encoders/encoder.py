@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from embed_precompute.encoders.fused.stream import one_attention, runs_of, upload
+from embed_precompute.encoders.fused.stream import one_attention, upload
 from embed_precompute.encoders.loading import Source, load_on, out_of_memory
 from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.encoders.tokenizer import TokenBatch
@@ -181,10 +181,10 @@ class TextEncoder(abc.ABC):
             )
 
     def _too_large(self, batch: TokenBatch) -> str:
-        captions, length = batch.input_ids.shape
-        packed, resolved = batch.packed, self.resolved
-        field = "stream_tokens" if packed else resolved.family.batch_setting
-        what = f"{length} tokens" if packed else f"{captions} captions x {length} tokens"
+        resolved, (captions, length) = self.resolved, batch.input_ids.shape
+        field, what = resolved.family.batch_setting, f"{captions} captions x {length} tokens"
+        if batch.packed:
+            field, what = "stream_tokens", f"{length} tokens"
         return (
             f"{resolved.opened.where}.{field} is {getattr(resolved.options, field)}: a forward of "
             f"{what} does not fit in the memory of {self.device}. Lower it and give a new "
@@ -224,7 +224,7 @@ class FusedEncoder(TextEncoder):
     def forward(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
         ids = upload(torch.from_numpy(batch.input_ids).reshape(-1), self.device)
         with one_attention(self.device):
-            values = self.layers(ids, batch, runs_of(batch))
+            values = self.layers(ids, batch)
         (output,) = self.resolved.outputs
         if output.per == "token" and batch.packed:
             values = values[: int(batch.lengths.sum())]

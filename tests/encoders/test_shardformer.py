@@ -85,25 +85,6 @@ def test_dtypes_are_kept_and_wo_stays_in_float32(tiny_t5: Path) -> None:
 
 
 @needs_colossalai
-def test_policy_refuses_what_it_does_not_do(tiny_t5: Path) -> None:
-    from colossalai.shardformer import ShardConfig, ShardFormer
-
-    from embed_precompute.encoders.shardformer import T5EncoderPolicy
-
-    for name in (
-        "enable_tensor_parallelism",
-        "enable_sequence_parallelism",
-        "enable_flash_attention",
-        "enable_fused_normalization",
-        "pipeline_stage_manager",
-    ):
-        shard_config = ShardConfig(enable_tensor_parallelism=False, enable_jit_fused=True)
-        setattr(shard_config, name, True)
-        with pytest.raises(InputError, match=rf"ShardConfig.{name} is set, but there is no "):
-            ShardFormer(shard_config).optimize(model_of(tiny_t5), policy=T5EncoderPolicy())
-
-
-@needs_colossalai
 def test_embedder_by_argument_and_as_the_document_does_it(tiny_t5: Path) -> None:
     plain = HFEmbedder(str(tiny_t5), 32)
     texts = ["a red fox", ""]
@@ -155,8 +136,6 @@ def test_missing_colossalai_says_how_to_install(
         shardformer_t5(model_of(tiny_t5))
     with pytest.raises(InputError, match=words):
         HFEmbedder(str(tiny_t5), 16, shardformer=True)
-    with pytest.raises(InputError, match=words):
-        module.__getattr__("T5EncoderPolicy")
 
 
 @without_colossalai

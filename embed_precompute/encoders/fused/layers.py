@@ -22,6 +22,7 @@ from embed_precompute.encoders.fused.stream import (
     Kernels,
     Workspace,
     attend,
+    runs_of,
     upload,
 )
 from embed_precompute.encoders.tokenizer import TokenBatch
@@ -52,11 +53,9 @@ class T5Layers:
         # another in each forward: all of them at once would be larger than the weights.
         self._shared = self._bias_matrix(0, longest) if len(self._bias_rows) == 1 else None
 
-    def __call__(
-        self, ids: torch.Tensor, batch: TokenBatch, runs: list[EqualLengthRun]
-    ) -> torch.Tensor:
+    def __call__(self, ids: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
         """See `stream.FusedLayers`."""
-        space = self._workspace
+        space, runs = self._workspace, runs_of(batch)
         blocks = space.row_blocks(len(ids))
         table = self._encoder.embed_tokens.weight
         dtype = torch.float32 if space.dtype == torch.float16 else space.dtype
@@ -144,11 +143,9 @@ class ClipLayers:
         self._activation: str = config.hidden_act
         self._output_bias = [_output_bias(layer.self_attn) for layer in self._text.encoder.layers]
 
-    def __call__(
-        self, ids: torch.Tensor, batch: TokenBatch, runs: list[EqualLengthRun]
-    ) -> torch.Tensor:
+    def __call__(self, ids: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
         """See `stream.FusedLayers`."""
-        space, layers = self._workspace, self._text.encoder.layers
+        space, layers, runs = self._workspace, self._text.encoder.layers, runs_of(batch)
         pool_at = upload(torch.from_numpy(pooled_rows(batch, self._end_id)), space.device)
         blocks = space.row_blocks(len(ids))
         words = self._text.embeddings.token_embedding.weight

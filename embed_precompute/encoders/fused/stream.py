@@ -4,19 +4,20 @@ Guarantees: attention is strictly inside a caption, at the caption's own length.
 takes the same number of rows wherever in the batch they are, and every kernel works row by row. So
 neither a caption's neighbours nor its place change a bit of it. Compiled and uncompiled kernels
 differ in rounding only.
-Costs: one set of buffers, which every forward uses again. No tensor of a forward's size is
-allocated twice, so the C library does not map its pages each time. Compiled kernels cost seconds of
-torch.compile at the first call of each; all ranks and runs of a node share its cache.
+Costs: one set of buffers, which every forward uses again, so that the C library does not map their
+pages each time. Compiled kernels cost seconds of torch.compile at the first call of each; all ranks
+and runs of a node share its cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -39,17 +40,12 @@ class EqualLengthRun:
     length: int
 
 
-class FusedLayers(Protocol):
-    """The layers of one model over the token rows of a batch."""
+FusedLayers = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
+"""The layers of one model over a batch: its token rows, [T] ids -> [T, D] after the final norm, or
+per caption [C, D] where captions are pooled.
 
-    def __call__(
-        self, ids: torch.Tensor, batch: TokenBatch, runs: list[EqualLengthRun]
-    ) -> torch.Tensor:
-        """[T] ids -> [T, D] after the final norm; per caption [C, D] where captions are pooled.
-
-        Rows of no caption hold arbitrary numbers. The next forward may overwrite the tensor.
-        """
-        ...
+Rows of no caption hold arbitrary numbers. The next forward may overwrite the tensor.
+"""
 
 
 def runs_of(batch: TokenBatch) -> list[EqualLengthRun]:
@@ -62,13 +58,10 @@ def runs_of(batch: TokenBatch) -> list[EqualLengthRun]:
         return [EqualLengthRun(0, lines, length)]
     runs: list[EqualLengthRun] = []
     start = 0
-    for tokens in batch.lengths.tolist():
-        last = runs[-1] if runs else None
-        if last is not None and last.length == tokens:
-            runs[-1] = EqualLengthRun(last.start, last.count + 1, tokens)
-        else:
-            runs.append(EqualLengthRun(start, 1, tokens))
-        start += tokens
+    for tokens, captions in itertools.groupby(batch.lengths.tolist()):
+        count = len(list(captions))
+        runs.append(EqualLengthRun(start, count, tokens))
+        start += count * tokens
     return runs
 
 
@@ -250,7 +243,7 @@ class Kernels:
         if self._compiled:
             _compiled(kernel)(*rows, *rest)
             return
-        for part in _parts(rows[0].shape[0], self._rows):
+        for part in _parts(len(rows[0]), self._rows):
             kernel(*(tensor[part] for tensor in rows), *rest)
 
 
