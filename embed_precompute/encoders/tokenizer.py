@@ -154,7 +154,7 @@ class CaptionTokenizer:
         self.name = type(tokenizer).__name__
         self.eos_id, self._unk_id = tokenizer.eos_token_id, tokenizer.unk_token_id
         self.pad_id = tokenizer.pad_token_id if "pad_token" in special_tokens else None
-        # The Rust tokenizer behind transformers' object, which is dropped: its __call__ would
+        # The Rust tokenizer inside transformers' object, which is dropped: its __call__ would
         # set truncation and padding again.
         self._backend = tokenizer.backend_tokenizer
         self._backend.encode_special_tokens = bool(tokenizer.split_special_tokens)

@@ -9,7 +9,7 @@ for one forward; compiling at the first forward of a shape, cached on the node. 
 most one caption for every `TOKENS_PER_BLOCK` tokens of a packed stream; a stream with more is run
 in parts.
 
-Its authors had no GPU to run it on: tests compare its numbers on the CPU, compiled and not.
+Not run on a GPU yet: tests compare its numbers on the CPU, compiled and not.
 """
 
 from __future__ import annotations

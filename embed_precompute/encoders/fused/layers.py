@@ -150,7 +150,7 @@ class ClipLayers:
         blocks = space.row_blocks(len(ids))
         words = self._text.embeddings.token_embedding.weight
         places = self._text.embeddings.position_embedding.weight
-        position = upload(torch.from_numpy(positions(batch)), space.device)
+        position = upload(torch.from_numpy(_positions(batch)), space.device)
         residual = space.buffer("residual", blocks[-1].stop, words.shape[1])
         normed = space.buffer("normed", *residual.shape)
         self._kernels.embed(ids, words, residual)
@@ -234,7 +234,7 @@ def _output_bias(attention: Any) -> torch.Tensor:
     return through
 
 
-def positions(batch: TokenBatch) -> np.ndarray:
+def _positions(batch: TokenBatch) -> np.ndarray:
     """[T] each token's position in its caption; 0 after the last caption."""
     lines, length = batch.input_ids.shape
     if not batch.packed:
