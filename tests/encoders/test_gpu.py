@@ -29,7 +29,7 @@ from embed_precompute.encoders.encoder import (
 from embed_precompute.encoders.fused.stream import upload
 from embed_precompute.encoders.loading import Source, load_model, loaded_bytes, num_bytes
 from embed_precompute.encoders.resolve import ResolvedEncoder
-from embed_precompute.job.stages import IN_FLIGHT, in_order
+from embed_precompute.job.stages import IN_FLIGHT, overlapped
 
 Encode = Callable[[TextEncoder, Sequence[str]], "list[torch.Tensor]"]
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -125,7 +125,9 @@ def test_overlapped_forwards_are_those_one_by_one(
     batches = list(resolved.batches(captions))
     assert len(batches) > 2 * IN_FLIGHT
     alone = [encoder.encode(batch)[""] for batch in batches]
-    together = [pending.wait()[""] for pending in in_order(map(encoder.submit, batches))]
+    together = [
+        pending.wait()[""] for _, pending in overlapped((b, encoder.submit(b)) for b in batches)
+    ]
     for ours, expected in zip(together, alone, strict=True):
         lines = list(zip(ours, expected, strict=True))
         assert lines

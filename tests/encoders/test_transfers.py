@@ -14,7 +14,7 @@ from jobs import call, dataset_bytes, write_captions, write_job
 
 from embed_precompute.encoders import encoder as encoder_module
 from embed_precompute.encoders.encoder import download
-from embed_precompute.job.stages import IN_FLIGHT, in_order
+from embed_precompute.job.stages import IN_FLIGHT, overlapped
 
 SLOTS = 4
 """`runtime.write_queue_batches` of the jobs."""
@@ -106,12 +106,12 @@ def test_the_next_is_begun_before_one_is_waited_for(
 ) -> None:
     begun: list[int] = []
 
-    def forwards() -> Iterator[Begun]:
+    def forwards() -> Iterator[tuple[int, Any]]:
         for number in range(5):
             begun.append(number)
-            yield Begun(number, ready)
+            yield number, Begun(number, ready)
 
-    seen = [(each.number, len(begun)) for each in in_order(forwards())]
+    seen = [(number, len(begun)) for number, _ in overlapped(forwards())]
     assert seen == list(enumerate(begun_at_each))
 
 
