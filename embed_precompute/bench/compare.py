@@ -1,21 +1,29 @@
-"""The command: every encoder of a configuration, on captions of its table.
+"""The command: every encoder of a configuration, on captions of its table; as a table and as JSON.
 
-Nothing is written, no dataset touched.
+No dataset is written or read.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
+import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from embed_precompute.bench.measure import OURS, bench_encoder, maker
-from embed_precompute.bench.report import BenchReport
+from embed_precompute.bench.measure import (
+    GEMM_SIZE,
+    OURS,
+    EncoderBench,
+    Measured,
+    bench_encoder,
+    maker,
+)
 from embed_precompute.config.schema import Config
 from embed_precompute.encoders.device import environment, resolve_device
 from embed_precompute.errors import InputError
@@ -25,6 +33,65 @@ MAX_CORPUS = 10_000
 """Captions of the table from which those that are measured are taken, evenly."""
 NUM_CAPTIONS = 192
 ALLOCATOR = ("LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What `embed-precompute bench` found."""
+
+    environment: dict[str, str]
+    encoders: list[EncoderBench]
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, and each variant's figures."""
+        written = dataclasses.asdict(self)
+        for encoder, target in zip(self.encoders, written["encoders"], strict=True):
+            for measured, entry in zip(encoder.measured, target["measured"], strict=True):
+                entry["figures"] = encoder.figures(measured)
+        return written
+
+    def lines(self) -> list[str]:
+        lines = [", ".join(f"{name} {value}" for name, value in self.environment.items())]
+        for encoder in self.encoders:
+            lines += encoder_lines(encoder)
+        return lines
+
+
+def encoder_lines(bench: EncoderBench) -> list[str]:
+    """The table of one encoder."""
+    mean = bench.num_tokens / bench.num_captions
+    lines = [
+        "",
+        f"{bench.name}, {bench.dtype}: {bench.num_captions:,} captions, {bench.num_tokens:,} "
+        f"tokens (mean {mean:.1f})",
+    ]
+    if bench.measured:
+        rate = statistics.median(bench.gemm_flops)
+        lines.append(
+            f"  {len(bench.gemm_flops)} rounds, medians; a {GEMM_SIZE} x {GEMM_SIZE} product runs "
+            f"at {rate / 1e9:,.0f} GFLOP/s; differences are from transformers in float32, over "
+            f"{bench.num_compared} captions"
+        )
+        width = max(len(measured.variant) for measured in bench.measured)
+        lines.append(
+            f"  {'':<{width}} {'captions/s':>11} {'tokens/s':>10} {'of GEMM':>8} {'fused is':>9} "
+            f"{'peak memory':>13} {'relative':>9} {'rms':>8} {'start':>8}"
+        )
+        lines += [f"  {_row(bench, measured, width)}" for measured in bench.measured]
+    return lines + [f"  {name} left out: {reason}" for name, reason in bench.left_out.items()]
+
+
+def _row(bench: EncoderBench, measured: Measured, width: int) -> str:
+    figures = bench.figures(measured)
+    fused, peak = figures["fused_is"], measured.peak_bytes
+    relative, rms = ("-" if x is None else f"{x:.1e}" for x in (measured.relative, measured.rms))
+    return (
+        f"{measured.variant:<{width}} {figures['captions_per_s']:>11,.1f} "
+        f"{figures['tokens_per_s']:>10,.0f} {figures['of_gemm']:>8.2f} "
+        f"{'-' if fused is None else f'{fused:.2f}x':>9} "
+        f"{'unknown' if peak is None else f'{peak / 2**20:,.1f} MiB':>13} "
+        f"{relative:>9} {rms:>8} {measured.start_s:>6.1f} s"
+    )
 
 
 def bench(
@@ -92,8 +159,4 @@ def machine(device: str) -> dict[str, str]:
     kept["threads"] = str(torch.get_num_threads())
     chosen = [f"{name}={os.environ[name]}" for name in ALLOCATOR if os.environ.get(name)]
     kept["allocator"] = " ".join(chosen) or "default"
-    try:
-        kept["colossalai"] = importlib.metadata.version("colossalai")
-    except importlib.metadata.PackageNotFoundError:
-        kept["colossalai"] = "not installed"
     return kept

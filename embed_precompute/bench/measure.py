@@ -5,6 +5,9 @@ machine slows them alike. Each has the token batches of a job. A batch that too 
 left to fill counts by its filled part, for in a job that happens once in a unit of thousands.
 Differences are from the family's reference in float32. A variant that cannot run is left out, with
 the reason.
+
+Every figure is a median over rounds. Ratios are medians of the rounds' own ratios, in which what
+slowed a whole round cancels out.
 """
 
 from __future__ import annotations
@@ -15,21 +18,19 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from embed_precompute.bench.report import GEMM_SIZE, EncoderBench, Measured
-from embed_precompute.encoders.batching import TokenBatch
 from embed_precompute.encoders.checkpoint import quiet_transformers
 from embed_precompute.encoders.device import check_machine
 from embed_precompute.encoders.encoder import build
 from embed_precompute.encoders.fused.stream import compute_dtype
-from embed_precompute.encoders.loading import Source, num_parameters
+from embed_precompute.encoders.loading import Source, num_bytes, num_parameters
 from embed_precompute.encoders.resolve import ResolvedEncoder, resolve
-from embed_precompute.encoders.tokenizer import Tokenized
+from embed_precompute.encoders.tokenizer import TokenBatch, Tokenized
 from embed_precompute.errors import InputError
 
 OURS = {
@@ -41,6 +42,68 @@ OURS = {
 """Variant -> implementation, compiled."""
 NUM_COMPARED = 24
 """Captions that are encoded in float32 as well, from the shortest to the longest."""
+GEMM_SIZE = 2048
+"""Rows and columns of the square product whose rate is the peak."""
+STATUS = "/proc/self/status"
+BASE = "fused"
+"""The variant that the others are compared with."""
+
+
+@dataclass
+class Measured:
+    """One variant of one encoder."""
+
+    variant: str
+    weight_bytes: int
+    start_s: float
+    """Seconds of loading, compiling and the first turn."""
+    peak_bytes: int | None = None
+    """Memory at the height of the largest forward, weights included; None where it is not known."""
+    round_s: list[float] = field(default_factory=list)
+    """Seconds of each round over all captions."""
+    relative: float | None = None
+    """max |a - b| / max |b| from float32; None where there was no reference."""
+    rms: float | None = None
+    """Root mean square of a - b over that of b: steadier, where two roundings are compared."""
+
+
+@dataclass(frozen=True)
+class EncoderBench:
+    """The variants of one encoder over the same captions."""
+
+    name: str
+    dtype: str
+    num_captions: int
+    num_tokens: int
+    """Tokens that the captions need: real ones, and where pads are attended the pads too."""
+    flops: float
+    """Multiplications and additions these tokens need."""
+    gemm_flops: list[float]
+    """Per round, the rate of one square matrix product in the dtype the encoder computes in."""
+    num_compared: int
+    """Captions whose embeddings were compared with the reference's in float32."""
+    measured: list[Measured]
+    left_out: dict[str, str]
+    """Variant -> why it was not measured."""
+
+    def figures(self, measured: Measured) -> dict[str, float | None]:
+        """The columns of the table."""
+        seconds = statistics.median(measured.round_s)
+        base = next((each for each in self.measured if each.variant == BASE), None)
+        shares = [
+            self.flops / spent / rate
+            for spent, rate in zip(measured.round_s, self.gemm_flops, strict=True)
+        ]
+        fused_is = None
+        if base is not None:
+            pairs = zip(measured.round_s, base.round_s, strict=True)
+            fused_is = statistics.median(ours / fused for ours, fused in pairs)
+        return {
+            "captions_per_s": self.num_captions / seconds,
+            "tokens_per_s": self.num_tokens / seconds,
+            "of_gemm": statistics.median(shares),
+            "fused_is": fused_is,
+        }
 
 
 @dataclass(frozen=True)
@@ -48,7 +111,7 @@ class Contestant:
     """A variant that is ready for the rounds."""
 
     encoder: Any
-    """A TextEncoder, or what encodes and weighs like one."""
+    """A TextEncoder, or what has its `encode` and `model`."""
     batches: Sequence[TokenBatch]
     shares: Sequence[float]
     """How much of each batch's seconds counts."""
@@ -112,9 +175,8 @@ def maker(name: str) -> Maker:
             return Contestant(built, batches, filled_shares(batches))
         given = topped_up(captions, variant.decision.shapes[0][1])
         batches = list(variant.batches(given))
-        return Contestant(
-            built, batches, [sum(captions.num_ids) / sum(given.num_ids)] * len(batches)
-        )
+        share = sum(captions.num_ids) / sum(given.num_ids)
+        return Contestant(built, batches, [share] * len(batches))
 
     return make
 
@@ -172,11 +234,15 @@ def _prepare(
             for suffix, expected in exact.get(row, {}).items():
                 found = outputs[suffix][line].double()
                 pairs.setdefault(row, []).append((found, expected.double()))
-    measured = Measured(name, contestant.encoder.weight_bytes(), time.perf_counter() - began)
+    measured = Measured(name, num_bytes(contestant.encoder.model), time.perf_counter() - began)
     with contextlib.suppress(OSError):  # a container may forbid it: then the peak is not known
-        _forget_peak(device)
+        if on_gpu := device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            _memory(device)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
         contestant.encoder.encode(max(contestant.batches, key=lambda batch: batch.input_ids.size))
-        after = _peak(device)
+        after = torch.cuda.max_memory_allocated(device) if on_gpu else _kib(STATUS, "VmHWM")
         if before is not None and after is not None:
             measured.peak_bytes = max(0, after - before)
     if pairs:
@@ -256,22 +322,7 @@ def _memory(device: str) -> int | None:
         return torch.cuda.memory_allocated(device)
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # what the C library holds back
-    return _kib("/proc/self/status", "VmRSS")
-
-
-def _forget_peak(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    _memory(device)
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")  # the peak is now what is resident
-
-
-def _peak(device: str) -> int | None:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    return _kib("/proc/self/status", "VmHWM")
+    return _kib(STATUS, "VmRSS")
 
 
 def _kib(path: str, name: str) -> int | None:

@@ -164,9 +164,9 @@ def _looks_whole(folder: Path) -> bool:
     index = folder / WEIGHTS_INDEX
     if index.is_file():
         return all((folder / name).is_file() for name in _shards("", index))
+    if (folder / "config.json").is_file():
+        return (folder / WEIGHTS).is_file()
     names = (WEIGHTS, "tokenizer.json", "spiece.model", "vocab.json")
-    if (folder / "config.json").is_file() and not (folder / WEIGHTS).is_file():
-        return False
     return any((folder / name).is_file() for name in names)
 
 

@@ -8,26 +8,23 @@ second after the model is loaded.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import logging
 import math
 import os
 import platform
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
 from embed_precompute import __version__
-from embed_precompute.encoders.batching import make_batch
 from embed_precompute.encoders.encoder import HfEncoder, TextEncoder, build
 from embed_precompute.encoders.loading import Source, num_parameters
 from embed_precompute.encoders.resolve import ResolvedEncoder
-from embed_precompute.encoders.tokenizer import Tokenized
+from embed_precompute.encoders.tokenizer import Tokenized, make_batch
 from embed_precompute.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -133,8 +130,7 @@ def log_device(setting: str, device: str) -> None:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that torch.compile would call, for kernels on a CPU and around those on a
-    GPU; None where there is none."""
+    """The C++ compiler that torch.compile calls, on a GPU too; None where there is none."""
     return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
 
 
@@ -150,9 +146,8 @@ def start(
     always on a GPU. Raises InputError.
     """
     encoder = build(resolved, device, output_dtype)
-    with _one_compiles_first(resolved.decision.compiled):
-        for batch in resolved.every_shape():
-            encoder.encode(batch)
+    for batch in resolved.every_shape():
+        encoder.encode(batch)
     if self_check == "always" or (self_check == "auto" and encoder.device.type == "cuda"):
         began = time.monotonic()
         check_numbers(encoder)
@@ -161,22 +156,6 @@ def start(
             *(resolved.opened.where, device, time.monotonic() - began),
         )
     return encoder
-
-
-@contextlib.contextmanager
-def _one_compiles_first(compiled: bool) -> Iterator[None]:
-    """One process of this user on this node at a time: the first fills torch's cache, in which the
-    others then find everything, instead of all compiling the same at once."""
-    if not compiled:
-        yield
-        return
-    path = os.path.join(tempfile.gettempdir(), f"embed-precompute-{os.getuid()}.compile.lock")
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 def check_numbers(encoder: TextEncoder) -> None:

@@ -94,12 +94,21 @@ class HFEmbedder(nn.Module):
         multiple of `seq_align`. CLIP: [B, C]; InputError where seq_align would pad, for CLIP has no
         positions after its last.
         """
-        input_ids = self._padded([text] if isinstance(text, str) else list(text))
+        captions = [text] if isinstance(text, str) else list(text)
+        if not captions:
+            raise InputError("HFEmbedder: text is an empty list. Give at least one caption.")
         if added_tokens < 0 or seq_align < 1:
             raise InputError(
                 f"HFEmbedder: added_tokens is {added_tokens} and seq_align {seq_align}: expected 0 "
                 "or more and 1 or more."
             )
+        input_ids: torch.Tensor = self.tokenizer(
+            captions,
+            truncation=True,
+            max_length=self.max_length,
+            padding="max_length",
+            return_tensors="pt",
+        )["input_ids"]
         missing = -(added_tokens + input_ids.shape[1]) % seq_align
         if missing and not self._may_pad:
             raise InputError(
@@ -125,20 +134,6 @@ class HFEmbedder(nn.Module):
             f"tokenizer={type(self.tokenizer).__name__} ({fast}), max_length={self.max_length}, "
             f"output_key={self.output_key}"
         )
-
-    def _padded(self, captions: list[str]) -> torch.Tensor:
-        """[B, max_length] ids."""
-        if not captions:
-            raise InputError("HFEmbedder: text is an empty list. Give at least one caption.")
-        encoding = self.tokenizer(
-            captions,
-            truncation=True,
-            max_length=self.max_length,
-            padding="max_length",
-            return_tensors="pt",
-        )
-        input_ids: torch.Tensor = encoding["input_ids"]
-        return input_ids
 
 
 def _dtype_of(hf_kwargs: dict[str, Any]) -> Any:

@@ -2,30 +2,111 @@
 
 Guarantees: an embedding is bitwise a function of its caption and of the shape that the caption runs
 in; neighbours, place and order change no bit. Every forward has one of the decided shapes. Where a
-forward does not fit in memory, the error names the setting.
+forward does not fit in memory, the error names the setting. `submit` does not wait for a GPU, and
+what arrives is what the forward made, also when a later forward has overwritten it on the device.
 Costs: the weights once, mapped from the file where that has their dtype, and for `fused` one set of
-buffers for a forward.
+buffers for a forward. On a GPU also one copy within the device per output (some tens of
+microseconds), and page-locked memory for every output that is on its way or waits for the writer,
+rounded up to a power of two.
 """
 
 from __future__ import annotations
 
 import abc
 import contextlib
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from embed_precompute.encoders.batching import TokenBatch
-from embed_precompute.encoders.fused.stream import one_attention, runs_of
-from embed_precompute.encoders.loading import Source, load_on, num_bytes, out_of_memory
+from embed_precompute.encoders.fused.stream import one_attention, upload
+from embed_precompute.encoders.loading import Source, load_on, out_of_memory
 from embed_precompute.encoders.resolve import ResolvedEncoder
-from embed_precompute.encoders.transfers import Downloader, Embeddings, PendingOutput, upload
+from embed_precompute.encoders.tokenizer import TokenBatch
 from embed_precompute.errors import InternalError
 
 RESERVE_BYTES = 1 << 29
 """GPU memory for libraries' workspaces and what the allocator cannot use."""
+
+Embeddings = torch.Tensor | list[torch.Tensor]
+"""What a forward made of a batch; [i] is what is stored of its caption i."""
+
+
+class PendingOutput:
+    """The output of a forward that may still be on its way."""
+
+    def __init__(
+        self, outputs: Mapping[str, Embeddings], events: Sequence[torch.cuda.Event] = ()
+    ) -> None:
+        """`outputs` may be read when all `events` are over."""
+        self._outputs, self._events = outputs, events
+
+    def ready(self) -> bool:
+        """Whether `wait` would return at once."""
+        events: Any = self._events  # torch's events have untyped methods
+        return all(event.query() for event in events)
+
+    def wait(self) -> Mapping[str, Embeddings]:
+        """The embeddings on the CPU, by suffix. Raises what the device has found wrong since."""
+        for event in self._events:
+            event.synchronize()
+        return self._outputs
+
+
+class CopyEngine:
+    """Copies from one NVIDIA GPU while it computes, on a CUDA stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def host_buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """A host tensor of the shape and dtype of `like` that the GPU can write by itself.
+
+        torch's allocator of page-locked memory uses it again when nobody holds a view of it any
+        more: it knows the copies that are under way into it.
+        """
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> torch.cuda.Event:
+        """Copy after all work that the GPU was given before, and at the same time as what it is
+        given later. Gives the end of the copy. Nobody else writes `source`."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            event.record(self._stream)
+        source.record_stream(self._stream)  # its memory is not given away before
+        return event
+
+
+def copy_engine(device: torch.device) -> CopyEngine | None:
+    """None for a CPU, whose tensors are where they are needed."""
+    return CopyEngine(device) if device.type == "cuda" else None
+
+
+def download(
+    outputs: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    engine: CopyEngine | None,
+    cut: Callable[[str, torch.Tensor], Embeddings],
+    *,
+    reused: bool,
+) -> PendingOutput:
+    """Begin to copy every output to the host in `dtype`, and `cut` (suffix, copy) it.
+
+    `reused`: a later forward writes in these tensors again.
+    """
+    arrived: dict[str, Embeddings] = {}
+    events = []
+    for suffix, values in outputs.items():
+        # Copied within the device first, so that a later forward need not wait for the bus.
+        source = target = values.to(dtype, copy=reused).contiguous()
+        if engine is not None:
+            target = engine.host_buffer(source)
+            events.append(engine.copy(source, target))
+        arrived[suffix] = cut(suffix, target)
+    return PendingOutput(arrived, events)
 
 
 class TextEncoder(abc.ABC):
@@ -40,7 +121,8 @@ class TextEncoder(abc.ABC):
         """`model`: transformers', loaded on the device; `build` makes it."""
         self.resolved, self.model = resolved, model
         self.device = torch.device(device)
-        self._downloader = Downloader(self.device, getattr(torch, output_dtype))
+        self._output_dtype: torch.dtype = getattr(torch, output_dtype)
+        self._engine = copy_engine(self.device)
         self._outputs = {output.suffix: output for output in resolved.outputs}
 
     @abc.abstractmethod
@@ -57,17 +139,17 @@ class TextEncoder(abc.ABC):
         """
         self._require_decided(batch)
         with self.computing(batch):
-            outputs = self.forward(batch)
-            cut = functools.partial(self.cut, batch)
-            return self._downloader.start(outputs, cut, reused=self.reuses_buffers)
+            return download(
+                self.forward(batch),
+                self._output_dtype,
+                self._engine,
+                lambda suffix, values: self.cut(batch, suffix, values),
+                reused=self.reuses_buffers,
+            )
 
     def encode(self, batch: TokenBatch) -> Mapping[str, Embeddings]:
         """`submit` and wait."""
         return self.submit(batch).wait()
-
-    def weight_bytes(self) -> int:
-        """Bytes that the model's weights take on the device."""
-        return num_bytes(self.model)
 
     @contextlib.contextmanager
     def computing(self, batch: TokenBatch) -> Iterator[None]:
@@ -99,10 +181,10 @@ class TextEncoder(abc.ABC):
             )
 
     def _too_large(self, batch: TokenBatch) -> str:
-        captions, length = batch.input_ids.shape
-        packed, resolved = batch.packed, self.resolved
-        field = "stream_tokens" if packed else resolved.family.batch_setting
-        what = f"{length} tokens" if packed else f"{captions} captions x {length} tokens"
+        resolved, (captions, length) = self.resolved, batch.input_ids.shape
+        field, what = resolved.family.batch_setting, f"{captions} captions x {length} tokens"
+        if batch.packed:
+            field, what = "stream_tokens", f"{length} tokens"
         return (
             f"{resolved.opened.where}.{field} is {getattr(resolved.options, field)}: a forward of "
             f"{what} does not fit in the memory of {self.device}. Lower it and give a new "
@@ -142,7 +224,7 @@ class FusedEncoder(TextEncoder):
     def forward(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
         ids = upload(torch.from_numpy(batch.input_ids).reshape(-1), self.device)
         with one_attention(self.device):
-            values = self.layers(ids, batch, runs_of(batch))
+            values = self.layers(ids, batch)
         (output,) = self.resolved.outputs
         if output.per == "token" and batch.packed:
             values = values[: int(batch.lengths.sum())]

@@ -81,7 +81,7 @@ def loaded_bytes(source: Source, dtype: torch.dtype) -> int:
 
 
 def num_bytes(model: Any) -> int:
-    """Bytes of a model's weights and buffers, but for those that wait in host memory."""
+    """Bytes of a model's weights and buffers on its device: not of those in host memory."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors if t.device.type != "meta")
 
@@ -156,14 +156,14 @@ def load_on(
             return load_model(source, dtype, device_map={"": str(device)})
         if not may_split:
             raise torch.OutOfMemoryError
-        room = max(0, free - forward_bytes)
+        left = max(0, free - forward_bytes)
         log.warning(
             "%s: %.1f GB of weights, and %.1f GB are left on %s after a forward: the rest stays "
             "in host memory, and every forward copies it over the bus. A smaller dtype or another "
             "device avoids that.",
-            *(source.checkpoint.where, size / GB, room / GB, device),
+            *(source.checkpoint.where, size / GB, left / GB, device),
         )
-        memory = {torch.device(device).index or 0: room, "cpu": size}
+        memory = {torch.device(device).index or 0: left, "cpu": size}
         return load_model(source, dtype, device_map="auto", max_memory=memory)
 
 
@@ -176,30 +176,20 @@ def read_cast(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor] | N
     if all(source.target(name, stored, dtype) == stored for _, name, stored, _ in found):
         return None
     state = {}
-    for path, name, stored, _ in found:
+    for path, name, stored, shape in found:
         target = source.target(name, stored, dtype)
-        if target is None or target == stored:
+        if target is None or target == stored or not shape:
             with safe_open(path, "pt") as file:
-                state[name] = file.get_tensor(name)
-        else:
-            state[name] = _cast(path, name, target)
+                whole: torch.Tensor = file.get_tensor(name)
+            state[name] = whole if target is None else whole.to(target)
+            continue
+        state[name] = torch.empty(shape, dtype=target)
+        step = max(1, BLOCK_BYTES // max(1, 4 * math.prod(shape[1:])))
+        for start in range(0, shape[0], step):
+            with safe_open(path, "pt") as file:  # opened again: the last block's pages go with it
+                block: Any = file.get_slice(name)
+                state[name][start : start + step] = block[start : start + step]
     return state
-
-
-def _cast(path: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
-    with safe_open(path, "pt") as file:
-        shape: list[int] = file.get_slice(name).get_shape()
-        if not shape:
-            scalar: torch.Tensor = file.get_tensor(name)
-            return scalar.to(dtype)
-    target = torch.empty(shape, dtype=dtype)
-    row_bytes = max(1, 4 * target[:1].numel())
-    step = max(1, BLOCK_BYTES // row_bytes)
-    for start in range(0, shape[0], step):
-        with safe_open(path, "pt") as file:  # opened again, and with it the last block's pages go
-            part: Any = file.get_slice(name)
-            target[start : start + step] = part[start : start + step]
-    return target
 
 
 def _check_loading(source: Source, loading: dict[str, Any]) -> None:

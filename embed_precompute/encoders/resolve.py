@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from embed_precompute.documents import to_plain
-from embed_precompute.encoders.batching import TokenBatch, make_batches, pack
 from embed_precompute.encoders.checkpoint import locate, open_checkpoint
 from embed_precompute.encoders.families import FAMILIES
 from embed_precompute.encoders.families.base import (
@@ -23,7 +22,7 @@ from embed_precompute.encoders.families.base import (
     OpenEncoder,
     Output,
 )
-from embed_precompute.encoders.tokenizer import Tokenized
+from embed_precompute.encoders.tokenizer import TokenBatch, Tokenized, make_batches, pack
 from embed_precompute.errors import InputError
 
 

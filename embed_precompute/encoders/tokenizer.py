@@ -1,16 +1,19 @@
-"""Captions to token ids: the fast tokenizer of a checkpoint, and what it did to each caption.
+"""Captions to token ids by a checkpoint's fast tokenizer, and token ids to batches of fixed shapes.
 
 The ids are those of transformers' fast tokenizer with `truncation=True`, special tokens included,
 without pads. Where a template stands around the captions, its tokens are found by tokenising it.
-The digest is of the ids that a fixed probe set gets: it names what the tokenizer does, not its
-files.
+
+Every batch has one of a few shapes, and a caption's shape follows from its own number of tokens. So
+the shape of a caption's forward never depends on its neighbours, which is what makes an embedding
+bitwise a function of the caption. The last batch of a shape is filled up with the empty caption,
+whose embeddings are thrown away.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,9 +23,11 @@ from numpy.typing import NDArray
 
 from embed_precompute.documents import digest_of
 from embed_precompute.encoders.checkpoint import quiet_transformers
-from embed_precompute.errors import InputError
+from embed_precompute.errors import InputError, InternalError
 
 T = TypeVar("T")
+Shape = tuple[int, int]
+"""(B, L): captions of one forward, tokens of each."""
 
 PROBES = (
     "",
@@ -53,8 +58,6 @@ WHAT_IS_NEEDED = (
     "Expected tokenizer.json and tokenizer_config.json as transformers saves them; set the "
     "encoder's `tokenizer` when they are in another folder."
 )
-
-
 BEGINNINGS = ("a", "Red", "7", '"', "\u00e9", "\ube68", "\U0001f525", "(", "THE", "zq")
 """Captions that share no first token: what their ids have in common is the template's."""
 
@@ -86,15 +89,7 @@ class Tokenized:
         def chosen(column: list[T]) -> list[T]:
             return [column[row] for row in rows]
 
-        return Tokenized(
-            chosen(self.ids),
-            chosen(self.num_ids),
-            chosen(self.first),
-            chosen(self.stored),
-            chosen(self.tokens),
-            chosen(self.truncated),
-            chosen(self.unknown),
-        )
+        return Tokenized(*(chosen(getattr(self, column.name)) for column in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -115,18 +110,15 @@ class Template:
             parts = list(string.Formatter().parse(text))
         except ValueError as error:
             raise InputError(f"template {text!r} is not a format string: {error}.") from None
-        fields = [number for number, part in enumerate(parts) if part[1] is not None]
-        if len(fields) != 1 or parts[fields[0]][1:] != ("text", "", None):
+        named = [number for number, part in enumerate(parts) if part[1] is not None]
+        if len(named) != 1 or parts[named[0]][1:] != ("text", "", None):
             raise InputError(
                 f"template {text!r}: expected {{text}} in it once, and no other field. "
                 "Write {{ and }} for braces."
             )
         literals = [part[0] for part in parts]
-        split = fields[0] + 1
+        split = named[0] + 1
         return cls("".join(literals[:split]), "".join(literals[split:]), crop_start, crop_end)
-
-    def around(self, text: str) -> str:
-        return f"{self.before}{text}{self.after}"
 
 
 class CaptionTokenizer:
@@ -162,7 +154,7 @@ class CaptionTokenizer:
         self.name = type(tokenizer).__name__
         self.eos_id, self._unk_id = tokenizer.eos_token_id, tokenizer.unk_token_id
         self.pad_id = tokenizer.pad_token_id if "pad_token" in special_tokens else None
-        # The Rust tokenizer behind transformers' object, which is dropped: its __call__ would
+        # The Rust tokenizer inside transformers' object, which is dropped: its __call__ would
         # set truncation and padding again.
         self._backend = tokenizer.backend_tokenizer
         self._backend.encode_special_tokens = bool(tokenizer.split_special_tokens)
@@ -193,8 +185,7 @@ class CaptionTokenizer:
 
     def encode(self, texts: Sequence[str]) -> Tokenized:
         """Tokenise captions; safe to call from several threads."""
-        whole = [self._template.around(text) for text in texts]
-        encodings = self._backend.encode_batch_fast(whole) if whole else []
+        encodings = self._encode(texts)
         ids = [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
         num_ids = [len(each) for each in ids]
         truncated = [bool(encoding.overflowing) for encoding in encodings]
@@ -208,26 +199,23 @@ class CaptionTokenizer:
             stored=[max(0, count - cropped) for count in num_ids],
             tokens=[max(0, count - other) for count, other in zip(num_ids, others, strict=True)],
             truncated=truncated,
-            unknown=[self._count_unknown(each) for each in ids],
+            # CLIP's unknown token is its end token, which every caption has: what the empty caption
+            # has of it is not unknown.
+            unknown=[int((each == self._unk_id).sum()) - self._unknown_in_empty for each in ids],
         )
 
-    def _count_unknown(self, ids: NDArray[np.int32]) -> int:
-        # CLIP's unknown token is its end token, which every caption has: what the empty caption has
-        # of it is not unknown.
-        return int((ids == self._unk_id).sum()) - self._unknown_in_empty
-
-    def _encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        whole = [self._template.around(text) for text in texts]
-        encodings = self._backend.encode_batch_fast(whole)
-        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+    def _encode(self, texts: Sequence[str]) -> list[Any]:
+        whole = [f"{self._template.before}{text}{self._template.after}" for text in texts]
+        encodings: list[Any] = self._backend.encode_batch_fast(whole)
+        return encodings
 
     def _probe(self, direction: str) -> str:
         """Digest of the probes' ids, whole, and cut at a fixed length (max_length is not in it)."""
         empty, *whole = self._encode(["", *PROBES])
-        self._backend.enable_truncation(len(empty) + 7, direction=direction)
+        self._backend.enable_truncation(len(empty.ids) + 7, direction=direction)
         cut = self._encode(PROBES)
         self._backend.no_truncation()
-        return digest_of({"whole": [i.tolist() for i in whole], "cut": [i.tolist() for i in cut]})
+        return digest_of({"whole": [e.ids for e in whole], "cut": [e.ids for e in cut]})
 
     def _template_tokens(self, where: str) -> tuple[int, int]:
         """The template's tokens before a caption and after it.
@@ -235,22 +223,21 @@ class CaptionTokenizer:
         Raises InputError where captions change those before, so that no position divides the two,
         and where crop_start is another number.
         """
-        template = self._template
-        probes = self._encode(BEGINNINGS)
+        template, before, after = self._template, 0, 0
+        probes = [encoding.ids for encoding in self._encode(BEGINNINGS)]
         # Without a template, special tokens that the tokenizer adds count as the caption's own.
-        before = _num_common(probes) if template.before else 0
-        after = (
-            _num_common([ids[::-1] for ids in probes]) if template.before + template.after else 0
-        )
         if template.before:
+            before = _num_common(probes)
             alone = self._backend.encode(template.before)
             added_at_end = alone.special_tokens_mask[::-1].index(0)
-            if alone.ids[: len(alone.ids) - added_at_end] != probes[0][:before].tolist():
+            if alone.ids[: len(alone.ids) - added_at_end] != probes[0][:before]:
                 raise InputError(
                     f"{where}: the last token of the template's text before the caption "
                     f"({template.before[-20:]!r}) changes with the caption that follows, so no "
                     "position divides the two. End it with a special token or a line break."
                 )
+        if template.before or template.after:
+            after = _num_common([ids[::-1] for ids in probes])
         if template.crop_start not in ("template", 0, before):
             raise InputError(
                 f"{where}: crop_start is {template.crop_start}, and with this tokenizer the "
@@ -259,29 +246,23 @@ class CaptionTokenizer:
         return before, after
 
 
-def _num_common(rows: Sequence[NDArray[np.int32]]) -> int:
+def _num_common(rows: Sequence[Sequence[int]]) -> int:
     """How many ids at their beginning all rows have in common."""
-    shortest = min(map(len, rows))
-    same = (np.stack([row[:shortest] for row in rows]) == rows[0][:shortest]).all(0)
-    return shortest if same.all() else int(np.argmin(same))
+    same = [len(set(column)) == 1 for column in zip(*rows, strict=False)]
+    return [*same, False].index(False)
 
 
 def load_tokenizer(where: str, folder: Path, special_tokens: Sequence[str]) -> Any:
     """transformers' fast tokenizer of a folder, which has these special tokens (`pad_token`, say).
 
-    Raises InputError: none there, or an unfit one.
+    Raises InputError: none there, or one that would give other ids, or pads elsewhere, than this
+    program promises.
     """
-    tokenizer = _load(where, folder)
-    _check(where, folder, tokenizer, special_tokens)
-    return tokenizer
-
-
-def _load(where: str, folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     with quiet_transformers():
         try:
-            return AutoTokenizer.from_pretrained(
+            tokenizer: Any = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # the Rust side raises plain Exception for a damaged file
@@ -293,10 +274,6 @@ def _load(where: str, folder: Path) -> Any:
             raise InputError(
                 f"{where}: {folder} gives no tokenizer ({type(error).__name__}: {reason}). {advice}"
             ) from error
-
-
-def _check(where: str, folder: Path, tokenizer: Any, special_tokens: Sequence[str]) -> None:
-    """Refuse what would give other ids, or pads elsewhere, than this program promises."""
     if not tokenizer.is_fast:
         raise InputError(
             f"{where}: {folder} has only a slow tokenizer ({type(tokenizer).__name__}), whose ids "
@@ -315,4 +292,112 @@ def _check(where: str, folder: Path, tokenizer: Any, special_tokens: Sequence[st
         raise InputError(
             f"{where}: the tokenizer in {folder} pads on the {tokenizer.padding_side}: text "
             "encoders are padded on the right. Set padding_side in tokenizer_config.json."
+        )
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Input of one forward; captions past `len(rows)` only fill it up."""
+
+    input_ids: NDArray[np.int64]
+    """[B, L], a caption a line, padded on the right with the pad id. Packed: [1, T], captions end
+    to end, pads after the last."""
+    lengths: NDArray[np.int32]
+    """[C] real tokens of each caption, special tokens included; C is B unless packed."""
+    first: NDArray[np.int32]
+    """[C] the caption's first position that is stored, where only real ones are."""
+    stored: NDArray[np.int32]
+    """[C] how many positions are stored from there."""
+    rows: NDArray[np.int64]
+    """[n], n <= C: which captions (positions in the list that was batched) the first n are."""
+    packed: bool = False
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """[C] where each caption begins in `input_ids.reshape(-1)`."""
+        if self.packed:
+            ends: NDArray[np.int64] = np.cumsum(self.lengths, dtype=np.int64)
+            return ends - self.lengths
+        lines, length = self.input_ids.shape
+        every: NDArray[np.int64] = np.arange(lines, dtype=np.int64) * length
+        return every
+
+
+def shape_of(num_tokens: int, shapes: Sequence[Shape]) -> Shape:
+    """The shape a caption of `num_tokens` runs in: the shortest that holds it."""
+    fitting = [shape for shape in shapes if shape[1] >= num_tokens]
+    if not fitting:
+        raise InternalError(f"A caption has {num_tokens} tokens: no shape of {shapes} holds it.")
+    return min(fitting, key=lambda shape: shape[1])
+
+
+def make_batches(
+    captions: Tokenized, shapes: Sequence[Shape], pad_id: int, empty: Tokenized
+) -> Iterator[TokenBatch]:
+    """Batches of all captions: short shapes first, input order inside one.
+
+    `empty` is the empty caption, which fills the lines left over in a shape's last batch.
+    """
+    rows_of: dict[Shape, list[int]] = {}
+    for row, num_tokens in enumerate(captions.num_ids):
+        rows_of.setdefault(shape_of(num_tokens, shapes), []).append(row)
+    for shape in sorted(rows_of, key=lambda shape: shape[1]):
+        rows = rows_of[shape]
+        for start in range(0, len(rows), shape[0]):
+            yield make_batch(captions, rows[start : start + shape[0]], shape, pad_id, empty)
+
+
+def make_batch(
+    captions: Tokenized, rows: Sequence[int], shape: Shape, pad_id: int, empty: Tokenized
+) -> TokenBatch:
+    """A batch of the captions `rows`, at most B; `empty` is in the lines left over."""
+    left_over = shape[0] - len(rows)
+    lines = [captions.ids[row] for row in rows] + empty.ids * left_over
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    for line, tokens in enumerate(lines):
+        input_ids[line, : len(tokens)] = tokens
+
+    def column(of_captions: list[int], of_empty: list[int]) -> NDArray[np.int32]:
+        return np.array([of_captions[row] for row in rows] + of_empty * left_over, dtype=np.int32)
+
+    return TokenBatch(
+        input_ids,
+        column(captions.num_ids, empty.num_ids),
+        column(captions.first, empty.first),
+        column(captions.stored, empty.stored),
+        np.array(rows, dtype=np.int64),
+    )
+
+
+def pack(captions: Tokenized, num_tokens: int, pad_id: int) -> Iterator[TokenBatch]:
+    """Packed streams of `num_tokens` tokens that hold all captions, end to end.
+
+    Each stream takes the longest caption that still fits, again and again: the long ones come
+    first, short ones fill the gaps, and captions of one length lie next to each other.
+    """
+    rows_of: dict[int, list[int]] = {}
+    for row in range(len(captions) - 1, -1, -1):
+        rows_of.setdefault(captions.num_ids[row], []).append(row)  # popped from the end
+    if rows_of and max(rows_of) > num_tokens:
+        raise InternalError(f"A caption has {max(rows_of)} tokens: a stream has {num_tokens}.")
+    while rows_of:
+        rows: list[int] = []
+        left = num_tokens
+        for length in sorted(rows_of, reverse=True):
+            while left >= length and rows_of[length]:
+                rows.append(rows_of[length].pop())
+                left -= length
+            if not rows_of[length]:
+                del rows_of[length]
+        packed = captions.select(rows)
+        input_ids = np.full((1, num_tokens), pad_id, dtype=np.int64)
+        input_ids[0, : num_tokens - left] = np.concatenate(packed.ids)
+        yield TokenBatch(
+            input_ids,
+            np.array(packed.num_ids, dtype=np.int32),
+            np.array(packed.first, dtype=np.int32),
+            np.array(packed.stored, dtype=np.int32),
+            np.array(rows, dtype=np.int64),
+            packed=True,
         )

@@ -1,9 +1,8 @@
 """How many tokens a video bucket adds to the sequence: Open-Sora's bucket table as arithmetic.
 
-Guarantees: the pixel sizes are those Open-Sora's bucket sampler makes for a resolution name, and
-the token counts those of its latents after patching; a bucket that its trainer could not patch, or
-never draws from, is refused or left out.
-Costs: stdlib only; a table of 64 rows takes milliseconds.
+Guarantees: the pixel sizes are those that Open-Sora's bucket sampler makes for a resolution name,
+and the token counts those of its latents after patching. A bucket that its trainer cannot patch is
+refused, one that it never draws from is left out.
 
 Facts from hpcaitech/Open-Sora: opensora/datasets/aspect.py (sizes), datasets/bucket.py (what is
 drawn), utils/sampling.py (patches), and get_latent_size of its two autoencoders.
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from embed_precompute.errors import InputError, require
@@ -82,55 +80,41 @@ class VideoTokensConfig:
         self.by_tokens()
 
     def all_buckets(self) -> list[Bucket]:
-        """The buckets, in the order given."""
+        """The buckets, in the order given; of a table every one that a clip is ever put in."""
         if self.buckets is not None:
             return [Bucket(*bucket) for bucket in self.buckets]
-        size_multiple = self.spatial_compression_ratio * self.patch_size
-        return table_buckets(self.bucket_config or {}, size_multiple)
+        multiple = self.spatial_compression_ratio * self.patch_size
+        return [
+            Bucket(frames, height, width, resolution)
+            for resolution, by_frames in (self.bucket_config or {}).items()
+            for height, width in resolution_sizes(resolution, multiple)
+            for frames, draw in sorted(by_frames.items())
+            if _is_drawn(draw)
+        ]
 
     def by_tokens(self) -> dict[int, list[Bucket]]:
         """The buckets by the tokens they add, fewest first."""
         found: dict[int, list[Bucket]] = {}
         for bucket in self.all_buckets():
-            tokens = video_tokens(
-                bucket,
-                self.time_compression_ratio,
-                self.spatial_compression_ratio,
-                self.patch_size,
-            )
-            found.setdefault(tokens, []).append(bucket)
+            found.setdefault(self.tokens(bucket), []).append(bucket)
         return dict(sorted(found.items()))
 
+    def tokens(self, bucket: Bucket) -> int:
+        """Latent frames x (height / patch) x (width / patch).
 
-def video_tokens(bucket: Bucket, time_ratio: int, spatial_ratio: int, patch_size: int) -> int:
-    """Latent frames x (height / patch) x (width / patch) of `bucket`.
-
-    A side of n pixels, or n frames, makes ceil(n / ratio) latents. Raises InputError where the
-    latents do not divide into patches.
-    """
-    frames = -(-bucket.frames // time_ratio)
-    height, width = (-(-side // spatial_ratio) for side in (bucket.height, bucket.width))
-    if height % patch_size or width % patch_size:
-        raise InputError(
-            f"bucket {bucket} has latents of {height} x {width} with a spatial_compression_ratio "
-            f"of {spatial_ratio}: they do not divide into patches of {patch_size} x {patch_size}. "
-            f"Use sizes in pixels that are multiples of {spatial_ratio * patch_size}."
-        )
-    return frames * (height // patch_size) * (width // patch_size)
-
-
-def table_buckets(table: Mapping[str, Mapping[int, Draw]], size_multiple: int) -> list[Bucket]:
-    """Every bucket that a table like Open-Sora's `bucket_config` can give a clip to.
-
-    `size_multiple` is what heights and widths are multiples of: its ae_spatial_compression.
-    """
-    return [
-        Bucket(frames, height, width, resolution)
-        for resolution, by_frames in table.items()
-        for height, width in resolution_sizes(resolution, size_multiple)
-        for frames, draw in sorted(by_frames.items())
-        if _is_drawn(draw)
-    ]
+        A side of n pixels, or n frames, makes ceil(n / ratio) latents. Raises InputError where the
+        latents do not divide into patches.
+        """
+        ratio, patch = self.spatial_compression_ratio, self.patch_size
+        frames = -(-bucket.frames // self.time_compression_ratio)
+        height, width = -(-bucket.height // ratio), -(-bucket.width // ratio)
+        if height % patch or width % patch:
+            raise InputError(
+                f"bucket {bucket} has latents of {height} x {width} with a "
+                f"spatial_compression_ratio of {ratio}: they do not divide into patches of {patch} "
+                f"x {patch}. Use sizes in pixels that are multiples of {ratio * patch}."
+            )
+        return frames * (height // patch) * (width // patch)
 
 
 def resolution_sizes(resolution: str, size_multiple: int) -> list[Size]:
@@ -146,9 +130,9 @@ def resolution_sizes(resolution: str, size_multiple: int) -> list[Size]:
         )
     side = int(match[1])
     pixels = side * side if match[2] == "px" else int(side * side / 9 * 16)
-    by_ratio = dict(_sizes_by_ratio(pixels, size_multiple, resolution))
+    by_ratio = _sizes_by_ratio(pixels, size_multiple, resolution)
     if match[3]:
-        return [max(by_ratio.values(), key=_area)]
+        return [max(by_ratio.values(), key=math.prod)]
     if match[4]:
         ratio = (float(match[4]), float(match[5]))
         if ratio not in by_ratio:
@@ -161,12 +145,8 @@ def resolution_sizes(resolution: str, size_multiple: int) -> list[Size]:
     return sorted(set(by_ratio.values()))
 
 
-def _area(size: Size) -> int:
-    return size[0] * size[1]
-
-
-def _sizes_by_ratio(pixels: int, multiple: int, resolution: str) -> Iterator[tuple[Ratio, Size]]:
-    """(ratio, size) upright, then on the side; a later size of a ratio replaces an earlier one."""
+def _sizes_by_ratio(pixels: int, multiple: int, resolution: str) -> dict[Ratio, Size]:
+    """Upright, then on the side; a later size of a ratio replaces an earlier one."""
     upright: dict[Ratio, Size] = {}
     for ratio in ASPECT_RATIOS:
         size = _nearest_size(pixels, ratio, multiple)
@@ -177,9 +157,7 @@ def _sizes_by_ratio(pixels: int, multiple: int, resolution: str) -> Iterator[tup
             )
         if size not in upright.values():
             upright[ratio] = size
-    yield from upright.items()
-    for (across, down), (height, width) in upright.items():
-        yield (down, across), (width, height)
+    return upright | {(down, across): (w, h) for (across, down), (h, w) in upright.items()}
 
 
 def _nearest_size(pixels: int, ratio: Ratio, multiple: int) -> Size:
@@ -193,7 +171,7 @@ def _nearest_size(pixels: int, ratio: Ratio, multiple: int) -> Size:
     height = int((pixels / width) // multiple) * multiple
     steps = ((0, 0), (-multiple, 0), (multiple, 0), (0, -multiple), (0, multiple))
     sizes = [(height + down, width + across) for down, across in steps]
-    return min(sizes, key=lambda size: abs(_area(size) - pixels))
+    return min(sizes, key=lambda size: abs(math.prod(size) - pixels))
 
 
 def _is_drawn(draw: Draw) -> bool:

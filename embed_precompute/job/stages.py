@@ -21,8 +21,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from embed_precompute.encoders.encoder import TextEncoder
-from embed_precompute.encoders.transfers import Embeddings, PendingOutput
+from embed_precompute.encoders.encoder import Embeddings, PendingOutput, TextEncoder
 from embed_precompute.errors import IncompleteError
 from embed_precompute.job.claims import Claims, Committed
 from embed_precompute.job.prepare import Prepared

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from embed_precompute.bench.compare import machine, with_table
+from embed_precompute.bench.compare import BenchReport, machine, with_table
 from embed_precompute.bench.measure import (
     OURS,
     Contestant,
@@ -32,15 +32,13 @@ from embed_precompute.bench.measure import (
     bench_encoder,
     maker,
 )
-from embed_precompute.bench.report import BenchReport
 from embed_precompute.config.files import load_config
 from embed_precompute.config.schema import Config
-from embed_precompute.encoders.batching import TokenBatch, make_batch
 from embed_precompute.encoders.device import compiler, resolve_device
 from embed_precompute.encoders.encoder import HfEncoder
 from embed_precompute.encoders.loading import Source, load_model
 from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, resolve
-from embed_precompute.encoders.tokenizer import Tokenized
+from embed_precompute.encoders.tokenizer import TokenBatch, Tokenized, make_batch
 from embed_precompute.errors import InputError
 
 WINDOW = 32

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -62,13 +64,29 @@ def parameters() -> list[Any]:
     ]
 
 
+def resolved_of(kind: str, folder: Path, **fields: Any) -> ResolvedEncoder:
+    """An encoder in float32, with these options."""
+    fields = {"dtype": "float32", **fields}
+    options: EncoderConfig = FAMILIES[kind].options(kind=kind, pretrained=str(folder), **fields)
+    return resolve(open_encoder("enc", options))
+
+
+def encoder_of(kind: str, folder: Path, **fields: Any) -> TextEncoder:
+    return build(resolved_of(kind, folder, **fields), "cpu", "float32")
+
+
+def copied(folder: Path, target: Path, name: str = "config.json", **changes: Any) -> Path:
+    """A copy of a checkpoint, or itself, with other values in one of its JSON files."""
+    if folder != target:
+        shutil.copytree(folder, target)
+    value = json.loads((target / name).read_bytes())
+    (target / name).write_text(json.dumps({**value, **changes}), encoding="utf-8")
+    return target
+
+
 def resolved(case: Case, folder: Path, **changes: Any) -> ResolvedEncoder:
     """The case's encoder, from its options and `changes`."""
-    fields = {"dtype": "float32", **case.options, **changes}
-    options: EncoderConfig = FAMILIES[case.kind].options(
-        kind=case.kind, pretrained=str(folder), **fields
-    )
-    return resolve(open_encoder("enc", options))
+    return resolved_of(case.kind, folder, **{**case.options, **changes})
 
 
 def built(case: Case, folder: Path, output_dtype: str = "float32", **changes: Any) -> TextEncoder:

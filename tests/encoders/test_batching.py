@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embed_precompute.encoders.batching import Shape, make_batches, pack, shape_of
 from embed_precompute.encoders.fused.stream import EqualLengthRun, runs_of
-from embed_precompute.encoders.tokenizer import Tokenized
+from embed_precompute.encoders.tokenizer import Shape, Tokenized, make_batches, pack, shape_of
 from embed_precompute.errors import InternalError
 
 SHAPES: tuple[Shape, ...] = ((4, 4), (3, 8), (1, 12))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+from family_case import copied
 
 from embed_precompute.documents import canonical_json
 from embed_precompute.encoders.checkpoint import file_sha256
@@ -20,17 +20,9 @@ from embed_precompute.encoders.families.t5 import T5Options
 from embed_precompute.encoders.resolve import open_encoder
 from embed_precompute.errors import InputError
 
-Edit = Callable[[dict[str, Any]], object]
-
 
 def t5(folder: Path, **fields: Any) -> EncoderConfig:
     return T5Options(pretrained=str(folder), max_length=48, **fields)
-
-
-def edit_json(path: Path, edit: Edit) -> None:
-    value = json.loads(path.read_bytes())
-    edit(value)
-    path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def failure(options: EncoderConfig) -> str:
@@ -52,37 +44,30 @@ def identity(folder: Path, **fields: Any) -> tuple[str, str]:
 
 
 def test_digest_ignores_the_folder_and_how_it_was_saved(tmp_path: Path, tiny_t5: Path) -> None:
-    folder = shutil.copytree(tiny_t5, tmp_path / "renamed")
+    noise = {"_name_or_path": "x", "transformers_version": "9", "torch_dtype": "float16"}
+    folder = copied(tiny_t5, tmp_path / "renamed", **noise)
     (folder / "README.md").write_text("notes", encoding="utf-8")
     (folder / "model.fp16.safetensors").write_bytes(b"another file transformers does not load")
-    noise = {"_name_or_path": "x", "transformers_version": "9", "torch_dtype": "float16"}
-    edit_json(folder / "config.json", lambda c: c.update(noise))
     assert identity(folder) == identity(tiny_t5)
 
 
-def test_digest_changes_with_one_byte_of_the_weights(tmp_path: Path, tiny_t5: Path) -> None:
-    folder = shutil.copytree(tiny_t5, tmp_path / "t5")
-    with (folder / "model.safetensors").open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        last = file.read(1)[0]
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([last ^ 1]))
-    weights, tokenizer = identity(folder)
-    assert weights != identity(tiny_t5)[0]
-    assert tokenizer == identity(tiny_t5)[1]
-
-
-def test_digest_changes_with_the_config_and_with_what_the_tokenizer_does(
+def test_digest_changes_with_weights_config_and_what_the_tokenizer_does(
     tmp_path: Path, tiny_t5: Path
 ) -> None:
-    folder = shutil.copytree(tiny_t5, tmp_path / "t5")
-    edit_json(folder / "config.json", lambda c: c.update(layer_norm_epsilon=1e-5))
-    edit_json(folder / "tokenizer.json", lambda t: t.update(normalizer=None))
-    weights, tokenizer = identity(folder)
-    assert weights != identity(tiny_t5)[0]
-    assert tokenizer != identity(tiny_t5)[1]
+    weights, tokenizer = identity(tiny_t5)
     short = open_encoder("enc", T5Options(pretrained=str(tiny_t5), max_length=16))
-    assert short.tokenizer.digest == identity(tiny_t5)[1]  # max_length is in the spec by itself
+    assert short.tokenizer.digest == tokenizer  # max_length is in the spec by itself
+    folder = copied(tiny_t5, tmp_path / "config", layer_norm_epsilon=1e-5)
+    assert identity(folder)[0] != weights
+    copied(folder, folder, "tokenizer.json", normalizer=None)
+    assert identity(folder)[1] != tokenizer
+    folder = shutil.copytree(tiny_t5, tmp_path / "weights")
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert identity(folder)[0] != weights
+    assert identity(folder)[1] == tokenizer
 
 
 def test_file_digest_is_remembered_until_the_file_changes(
@@ -151,11 +136,9 @@ def test_hub_id_comes_from_the_cache_and_blobs_are_not_hashed_again(
     assert file_sha256(snapshot / "model.safetensors") == sha256
 
 
-def test_what_is_no_checkpoint(tmp_path: Path, tiny_t5: Path) -> None:
+def test_what_is_no_checkpoint(tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
     message = failure(t5(Path("/no/such/folder")))
-    assert "'/no/such/folder'" in message
-    assert "no such folder" in message
-    assert "hub id" in message
+    assert "'/no/such/folder': there is no such folder, and it is not a hub id" in message
     assert "no such folder" in failure(t5(Path("nobody/no-such-model")))
     assert "only a hub id has revisions" in failure(t5(tiny_t5, revision="main"))
     assert "is a file" in failure(t5(tiny_t5 / "model.safetensors"))
@@ -163,19 +146,9 @@ def test_what_is_no_checkpoint(tmp_path: Path, tiny_t5: Path) -> None:
     for content in (b"{", b"[]", b"\xff\xfe"):
         (tmp_path / "config.json").write_bytes(content)
         assert "config.json" in failure(t5(tmp_path))
-
-
-def test_another_kind_of_model(tiny_t5: Path, tiny_clip: Path) -> None:
-    message = failure(t5(tiny_clip))
-    assert "'clip_text_model'" in message
-    assert "t5, mt5, umt5" in message
+    assert "'clip_text_model': an encoder of kind t5 takes t5, mt5, umt5" in failure(t5(tiny_clip))
     assert "model_type 't5'" in failure(ClipOptions(pretrained=str(tiny_t5)))
-
-
-def test_a_config_that_transformers_cannot_read(tmp_path: Path, tiny_t5: Path) -> None:
-    folder = shutil.copytree(tiny_t5, tmp_path / "t5")
-    edit_json(folder / "config.json", lambda c: c.update(feed_forward_proj=3))
-    assert "cannot read" in failure(t5(folder))
+    assert "cannot read" in failure(t5(copied(tiny_t5, tmp_path / "t5", feed_forward_proj=3)))
 
 
 def test_pickles_are_never_loaded(tmp_path: Path, tiny_t5: Path) -> None:

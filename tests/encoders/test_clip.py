@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from family_case import Case, built, encode
+from family_case import Case, built, copied, encode, resolved_of
 from safetensors.torch import load_file, save_file
 
-from embed_precompute.encoders.families.clip import ClipOptions
-from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, resolve
 from embed_precompute.errors import InputError
 from make_demo import write_clip
 
@@ -25,10 +22,8 @@ def write_projected(folder: Path, corpus: list[str]) -> Path:
     path = folder / "model.safetensors"
     projection = torch.randn(48, 64, generator=torch.Generator().manual_seed(1)) / 8
     save_file({**load_file(path), "text_projection.weight": projection}, path, {"format": "pt"})
-    config = json.loads((folder / "config.json").read_bytes())
-    config |= {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": 48}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    names = ["CLIPTextModelWithProjection"]
+    return copied(folder, folder, architectures=names, projection_dim=48)
 
 
 FAST = {"batch_size": 4, "stream_tokens": 256}
@@ -42,19 +37,7 @@ CASES = [
 ]
 
 
-def resolved(folder: Path, **fields: Any) -> ResolvedEncoder:
-    settings = {"dtype": "float32", "batch_size": 4, "implementation": "hf"}
-    return resolve(
-        open_encoder("enc", ClipOptions(pretrained=str(folder), **{**settings, **fields}))
-    )
-
-
-def edited(folder: Path, target: Path, name: str, **changes: Any) -> Path:
-    """A copy of a checkpoint with other values in one of its JSON files."""
-    shutil.copytree(folder, target)
-    value = json.loads((target / name).read_bytes())
-    (target / name).write_text(json.dumps({**value, **changes}))
-    return target
+resolved = partial(resolved_of, "clip", batch_size=4, implementation="hf")
 
 
 def test_shapes(tiny_clip: Path) -> None:
@@ -90,7 +73,7 @@ def test_the_pooled_vector_is_of_the_first_end_of_text(tiny_clip: Path) -> None:
 
 
 def test_clip_must_pool_at_the_tokenizers_end_token(tmp_path: Path, tiny_clip: Path) -> None:
-    folder = edited(tiny_clip, tmp_path / "clip", "config.json", eos_token_id=7)
+    folder = copied(tiny_clip, tmp_path / "clip", eos_token_id=7)
     with pytest.raises(InputError, match=r"ends captions with id .*pools at eos_token_id, 7"):
         resolved(folder)
 
@@ -103,8 +86,7 @@ def test_the_old_rule_needs_the_highest_id(tmp_path: Path, corpus: list[str]) ->
     added = {**tokenizer["added_tokens"][0], "id": highest + 1, "content": "<sks>"}
     tokenizer["added_tokens"].append(added)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    config = json.loads((folder / "config.json").read_bytes())
-    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 2000}))
+    copied(folder, folder, vocab_size=2000)
     with pytest.raises(InputError, match="highest id"):
         resolved(folder)
 

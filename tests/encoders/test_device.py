@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,6 @@ from jobs import call, write_captions, write_job
 
 from embed_precompute.encoders import device
 from embed_precompute.encoders.device import (
-    _one_compiles_first,
     difference,
     distance,
     log_device,
@@ -129,24 +125,3 @@ def test_difference_and_distance() -> None:
     assert "shape [2], not [2, 2]" in str(difference(a[0], a, exact=False))
     assert "inf" in str(difference(a / 0, a, exact=True))
     assert difference(a[:0], a[:0], exact=True) is None
-
-
-def test_one_process_compiles_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = (
-        "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
-        "from embed_precompute.encoders.device import _one_compiles_first\n"
-        "print('ready', flush=True)\n"
-        "with _one_compiles_first(True): print('inside', flush=True)\n"
-    )
-    with _one_compiles_first(compiled=True):
-        other = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE
-        )
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"ready\n"
-        with _one_compiles_first(compiled=False):  # who compiles nothing does not wait
-            pass
-        with pytest.raises(subprocess.TimeoutExpired):
-            other.wait(timeout=1)
-    assert other.communicate(timeout=60)[0] == b"inside\n"

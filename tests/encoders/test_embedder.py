@@ -77,8 +77,9 @@ def test_attention_implementation_is_passed_on(tiny_t5: Path) -> None:
 
 
 def test_it_is_a_frozen_module_as_the_document_uses_it(tiny_t5: Path, tiny_clip: Path) -> None:
-    t5 = HFEmbedder(from_pretrained=str(tiny_t5), max_length=512, hf_module="T5EncoderModel")
-    clip = HFEmbedder(from_pretrained=str(tiny_clip), max_length=77, hf_module="CLIPTextModel")
+    t5 = HFEmbedder(from_pretrained=str(tiny_t5), hf_module="T5EncoderModel")
+    clip = HFEmbedder(from_pretrained=str(tiny_clip), hf_module="CLIPTextModel")
+    assert (t5.max_length, clip.max_length) == (512, 77)
     for embedder in (t5, clip):
         assert isinstance(embedder, nn.Module)
         assert not embedder.hf_module.training
@@ -96,35 +97,22 @@ def test_it_is_a_frozen_module_as_the_document_uses_it(tiny_t5: Path, tiny_clip:
     assert projection.weight.grad is not None
 
 
-def test_lengths_when_none_is_given(tiny_t5: Path, tiny_clip: Path) -> None:
-    assert HFEmbedder(str(tiny_t5)).max_length == 512
-    assert HFEmbedder(str(tiny_clip), hf_module="CLIPTextModel").max_length == 77
-
-
-@pytest.mark.parametrize("given", [{"torch_dtype": torch.bfloat16}, {"dtype": "bfloat16"}])
-def test_dtype_by_either_name(tiny_t5: Path, given: dict[str, Any]) -> None:
-    embedder = HFEmbedder(str(tiny_t5), 16, device_map=torch.device("cpu"), **given)
-    assert {parameter.dtype for parameter in embedder.parameters()} == {torch.bfloat16}
-    assert embedder(["x"]).dtype == torch.bfloat16
-
-
-def test_float32_unless_asked_whatever_the_checkpoint_has(
-    tmp_path: Path, corpus: list[str]
+@pytest.mark.parametrize("given", [{"torch_dtype": torch.bfloat16}, {"dtype": "bfloat16"}, {}])
+def test_float32_unless_asked_by_either_name(
+    tmp_path: Path, corpus: list[str], given: dict[str, Any]
 ) -> None:
     from make_demo import write_t5
 
-    folder = write_t5(tmp_path / "t5", corpus, dtype="bfloat16")
-    assert HFEmbedder(str(folder), 16)(["x"]).dtype == torch.float32
-
-
-def test_it_says_which_tokenizer_it_uses(tiny_t5: Path) -> None:
-    embedder = HFEmbedder(str(tiny_t5), 16)
-    assert embedder.tokenizer.is_fast
-    assert f"tokenizer={type(embedder.tokenizer).__name__} (fast), max_length=16" in repr(embedder)
+    folder = write_t5(tmp_path / "t5", corpus, dtype="float32" if given else "bfloat16")
+    embedder = HFEmbedder(str(folder), 16, device_map=torch.device("cpu"), **given)
+    expected = torch.bfloat16 if given else torch.float32
+    assert {parameter.dtype for parameter in embedder.parameters()} == {expected}
+    assert embedder(["x"]).dtype == expected
 
 
 def test_another_tokenizer_can_be_assigned(tiny_t5: Path) -> None:
     embedder = HFEmbedder(str(tiny_t5), 16)
+    assert f"tokenizer={type(embedder.tokenizer).__name__} (fast), max_length=16" in repr(embedder)
     words = embedder(["a red fox"])
 
     class Backwards:
@@ -173,14 +161,12 @@ def test_wrong_arguments_for_clip(tiny_clip: Path) -> None:
         HFEmbedder(str(tiny_clip), 77, "CLIPTextModel", shardformer=True)
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
+def test_wrong_calls(tiny_t5: Path) -> None:
+    embedder = HFEmbedder(str(tiny_t5), 16)
+    for arguments, words in (
         (([], 0, 1), "text is an empty list"),
         ((["x"], -1, 1), "added_tokens is -1"),
         ((["x"], 0, 0), "seq_align 0"),
-    ],
-)
-def test_wrong_calls(tiny_t5: Path, call: tuple[Any, ...], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        HFEmbedder(str(tiny_t5), 16)(*call)
+    ):
+        with pytest.raises(InputError, match=words):
+            embedder(*arguments)

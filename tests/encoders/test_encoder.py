@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
+from family_case import encoder_of
 
-from embed_precompute.encoders.batching import make_batches, pack
-from embed_precompute.encoders.encoder import TextEncoder, build
-from embed_precompute.encoders.families.clip import ClipOptions
-from embed_precompute.encoders.families.t5 import T5Options
-from embed_precompute.encoders.resolve import open_encoder, resolve
+from embed_precompute.encoders.encoder import build
+from embed_precompute.encoders.tokenizer import make_batches, pack
 from embed_precompute.errors import InputError, InternalError
 
 if TYPE_CHECKING:
     from conftest import Encode
 
 
-def t5(folder: Path, **fields: Any) -> TextEncoder:
-    settings = {"max_length": 48, "dtype": "float32", "batch_tokens": 192, "implementation": "hf"}
-    options = T5Options(pretrained=str(folder), **{**settings, **fields})
-    return build(resolve(open_encoder("enc", options)), "cpu", "float32")
-
-
-def clip(folder: Path, **fields: Any) -> TextEncoder:
-    settings = {"dtype": "float32", "batch_size": 4, "implementation": "hf"}
-    options = ClipOptions(pretrained=str(folder), **{**settings, **fields})
-    return build(resolve(open_encoder("enc", options)), "cpu", "float32")
+t5 = partial(encoder_of, "t5", max_length=48, batch_tokens=192, implementation="hf")
+clip = partial(encoder_of, "clip", batch_size=4, implementation="hf")
 
 
 def test_only_decided_shapes_are_run(corpus: list[str], tiny_t5: Path) -> None:
@@ -76,15 +66,6 @@ class Recorder:
         return self._model(**inputs)
 
 
-def test_padded_t5_and_clip_run_without_a_mask(
-    encode: Encode, tiny_t5: Path, tiny_clip: Path
-) -> None:
-    for encoder in (t5(tiny_t5), clip(tiny_clip)):
-        encoder.model = Recorder(encoder.model)
-        encode(encoder, ["a red fox", "", "x"])
-        assert set(encoder.model.masks) == {None}
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_batch_without_any_pad_is_no_special_case(
     encode: Encode, corpus: list[str], tiny_t5: Path, dtype: str
@@ -103,27 +84,26 @@ def test_a_batch_without_any_pad_is_no_special_case(
     assert masks[0].ndim == (2 if transformers.__version__.startswith("4.") else 4)
 
 
-@pytest.mark.parametrize(
-    ("error", "kind", "field"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), "t5", "batch_tokens is 192"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't"), "clip", "batch_size is 4"),
-    ],
-)
 def test_out_of_memory_names_the_setting(
-    encode: Encode, tiny_t5: Path, tiny_clip: Path, error: Exception, kind: str, field: str
+    encode: Encode, tiny_t5: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = t5(tiny_t5) if kind == "t5" else clip(tiny_clip)
+    def failing(error: Exception) -> Any:
+        def forward(batch: Any) -> Any:
+            raise error
 
-    def explode(batch: Any) -> Any:
-        raise error
+        return forward
 
-    encoder.forward = explode  # type: ignore[method-assign]
-    with pytest.raises(InputError, match=f"encoders.enc.{field}"):
-        encode(encoder, ["x"])
-    error = RuntimeError("a bug")
-    with pytest.raises(RuntimeError, match="a bug"):
-        encode(encoder, ["x"])
+    for encoder, setting in ((t5(tiny_t5), "batch_tokens is 192"), (clip(tiny_clip), "batch_size")):
+        for error in (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't"),
+        ):
+            monkeypatch.setattr(encoder, "forward", failing(error))
+            with pytest.raises(InputError, match=f"encoders.enc.{setting}"):
+                encode(encoder, ["x"])
+        monkeypatch.setattr(encoder, "forward", failing(RuntimeError("a bug")))
+        with pytest.raises(RuntimeError, match="a bug"):
+            encode(encoder, ["x"])
 
 
 @pytest.mark.parametrize("implementation", ["hf", "fused"])
@@ -147,16 +127,6 @@ def test_tf32_is_as_the_options_say(
             assert torch.backends.cuda.matmul.allow_tf32 is not wanted
         finally:
             torch.backends.cuda.matmul.allow_tf32 = False  # torch's default
-
-
-def test_captions_that_fill_up_a_batch_are_not_stored(tiny_t5: Path) -> None:
-    encoder = t5(tiny_t5, attention_mask="padding", buckets=(16,))
-    captions = encoder.resolved.opened.tokenizer.encode(["a red fox"])
-    (batch,) = encoder.resolved.batches(captions)
-    assert len(batch.rows) == 1
-    values = encoder.encode(batch)[""]
-    assert [len(each) for each in values] == [*captions.stored, *[1] * (len(batch.lengths) - 1)]
-    assert np.array_equal(batch.stored, batch.lengths)
 
 
 def test_configuration_needs_no_torch() -> None:

@@ -1,7 +1,6 @@
-"""What a GPU runs: the tests that need one, and what a CPU can say about the rest.
+"""The tests that need a GPU: `pytest tests/encoders/test_gpu.py`.
 
-With a GPU: `pytest tests/encoders/test_gpu.py`. The encoders have real widths, for small products
-have kernels of their own.
+The encoders have real widths, for small products have kernels of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import family_case
 import pytest
 import torch
 import transformers
@@ -19,18 +19,20 @@ from jobs import call, dataset_bytes, write_captions, write_job
 
 from embed_precompute.encoders import encoder as encoder_module
 from embed_precompute.encoders.device import check_numbers
-from embed_precompute.encoders.encoder import TextEncoder, build, forward_bytes
-from embed_precompute.encoders.families.clip import ClipOptions
-from embed_precompute.encoders.families.t5 import T5Options
-from embed_precompute.encoders.fused import graph
-from embed_precompute.encoders.fused.stream import one_attention
-from embed_precompute.encoders.loading import Source, load_model, loaded_bytes
-from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, resolve
-from embed_precompute.encoders.transfers import Downloader, upload
-from embed_precompute.job.stages import IN_FLIGHT, in_order
+from embed_precompute.encoders.encoder import (
+    TextEncoder,
+    build,
+    copy_engine,
+    download,
+    forward_bytes,
+)
+from embed_precompute.encoders.fused.stream import upload
+from embed_precompute.encoders.loading import Source, load_model, loaded_bytes, num_bytes
+from embed_precompute.encoders.resolve import ResolvedEncoder
+from embed_precompute.job.stages import IN_FLIGHT, overlapped
 
 Encode = Callable[[TextEncoder, Sequence[str]], "list[torch.Tensor]"]
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 MODES = ["t5-padded", "t5-masked", "umt5-masked", "clip"]
 DTYPES = ["float32", "bfloat16", "float16"]
 RELATIVE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}
@@ -64,20 +66,17 @@ def _dropped() -> Iterator[None]:
     """What a test leaves on the GPU would be missing in the next."""
     yield
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    torch._dynamo.reset()
 
 
 def resolved_of(mode: str, folders: dict[str, Path], **fields: Any) -> ResolvedEncoder:
     name, _, shape = mode.partition("-")
-    settings: dict[str, Any] = {"implementation": "fused", "pretrained": str(folders[name])}
-    settings |= {"stream_tokens": 1024, **fields}
-    if name == "clip":
-        return resolve(open_encoder("enc", ClipOptions(**settings)))
-    settings |= {"max_length": 200, "batch_tokens": 1600}
-    settings |= {"attention_mask": "none" if shape == "padded" else "padding"}
-    return resolve(open_encoder("enc", T5Options(**settings)))
+    fields = {"implementation": "fused", "stream_tokens": 1024, **fields}
+    if name != "clip":
+        fields |= {"max_length": 200, "batch_tokens": 1600}
+        fields |= {"attention_mask": "none" if shape == "padded" else "padding"}
+    return family_case.resolved_of("clip" if name == "clip" else "t5", folders[name], **fields)
 
 
 def texts_of(corpus: list[str]) -> list[str]:
@@ -85,10 +84,6 @@ def texts_of(corpus: list[str]) -> list[str]:
     return ["", "x", *corpus[:40], " ".join(corpus[:12]), " ".join(corpus[5:12]), "a red fox"]
 
 
-# --- with a GPU -----------------------------------------------------------------------------------
-
-
-@on_gpu
 @pytest.mark.parametrize("implementation", ["hf", "fused", "compiled"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
@@ -118,7 +113,6 @@ def test_numbers_and_bits(
         assert torch.equal(together[row], encode(encoder, [texts[row]])[0]), texts[row]
 
 
-@on_gpu
 @pytest.mark.parametrize("output_dtype", DTYPES)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("mode", ["t5-padded", "t5-masked", "clip"])
@@ -131,7 +125,9 @@ def test_overlapped_forwards_are_those_one_by_one(
     batches = list(resolved.batches(captions))
     assert len(batches) > 2 * IN_FLIGHT
     alone = [encoder.encode(batch)[""] for batch in batches]
-    together = [pending.wait()[""] for pending in in_order(map(encoder.submit, batches))]
+    together = [
+        pending.wait()[""] for _, pending in overlapped((b, encoder.submit(b)) for b in batches)
+    ]
     for ours, expected in zip(together, alone, strict=True):
         lines = list(zip(ours, expected, strict=True))
         assert lines
@@ -141,25 +137,26 @@ def test_overlapped_forwards_are_those_one_by_one(
             assert torch.equal(line, wanted)
 
 
-@on_gpu
 def test_a_download_does_not_wait_for_the_device() -> None:
     """Long products are under way when the copy is asked for; then their result is overwritten."""
     size = 4096
     left = torch.randn(size, size, device=GPU)
     product = torch.empty_like(left)
-    downloader = Downloader(GPU, torch.float32)
+    engine = copy_engine(GPU)
 
     def whole(suffix: str, values: torch.Tensor) -> torch.Tensor:
         return values
 
     torch.mm(left, left, out=product)
     expected = product.cpu()
-    downloader.start({"": product}, whole, reused=True).wait()  # page-locked memory is there now
+    download(
+        {"": product}, torch.float32, engine, whole, reused=True
+    ).wait()  # page-locked memory is there now
     gc.collect()
     product.zero_()
     for _ in range(60):
         torch.mm(left, left, out=product)
-    pending = downloader.start({"": product}, whole, reused=True)
+    pending = download({"": product}, torch.float32, engine, whole, reused=True)
     product.zero_()
     assert not pending.ready()
     found = pending.wait()[""]
@@ -169,7 +166,6 @@ def test_a_download_does_not_wait_for_the_device() -> None:
     assert torch.equal(upload(host, GPU).cpu(), host)
 
 
-@on_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["t5-masked", "clip"])
 def test_weights_go_straight_to_the_gpu(wide: dict[str, Path], mode: str, dtype: str) -> None:
@@ -183,7 +179,6 @@ def test_weights_go_straight_to_the_gpu(wide: dict[str, Path], mode: str, dtype:
         assert torch.equal(parameter.cpu(), expected[key])
 
 
-@on_gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_what_does_not_fit_stays_in_host_memory_and_changes_no_bit(
     encode: Encode,
@@ -194,18 +189,17 @@ def test_what_does_not_fit_stays_in_host_memory_and_changes_no_bit(
 ) -> None:
     resolved = resolved_of(mode, wide, implementation="hf", dtype="bfloat16")
     whole = build(resolved, "cuda", "float32")
-    expected, size = encode(whole, texts_of(corpus)), whole.weight_bytes()
+    expected, size = encode(whole, texts_of(corpus)), num_bytes(whole.model)
     source = Source(resolved.opened.checkpoint, resolved.family, resolved.options)
     free = loaded_bytes(source, torch.bfloat16) * 3 // 4
     monkeypatch.setattr(encoder_module, "forward_bytes", lambda resolved: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     parts = build(resolved, "cuda", "float32")
-    assert parts.weight_bytes() < size
+    assert num_bytes(parts.model) < size
     for ours, wanted in zip(encode(parts, texts_of(corpus)), expected, strict=True):
         assert torch.equal(ours, wanted)
 
 
-@on_gpu
 def test_the_estimate_of_a_forward_holds(
     encode: Encode, corpus: list[str], wide: dict[str, Path]
 ) -> None:
@@ -222,7 +216,6 @@ def test_the_estimate_of_a_forward_holds(
             gc.collect()
 
 
-@on_gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_job_gives_the_same_bytes_twice(
     tmp_path: Path, tiny_t5: Path, tiny_clip: Path, corpus: list[str], compiled: bool
@@ -242,54 +235,3 @@ def test_a_job_gives_the_same_bytes_twice(
     assert found[0] == found[1]
     code, said, _ = call("verify", str(tmp_path / "out"), "--level", "deep", "--sample", "60")
     assert code == 0, said
-
-
-# --- without --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_the_layers_are_one_graph_for_the_compiler(
-    encode: Encode,
-    corpus: list[str],
-    tiny_t5: Path,
-    tiny_umt5: Path,
-    tiny_clip: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    mode: str,
-) -> None:
-    """torch traces them whole, also in versions that make no code of flex_attention for a CPU."""
-    folders = {"t5": tiny_t5, "umt5": tiny_umt5, "clip": tiny_clip}
-    texts = ["", "x", *corpus[:8]]
-    exact = resolved_of(mode, folders, implementation="hf", dtype="float32")
-    expected = encode(build(exact, "cpu", "float32"), texts)
-    encoder: Any = build(resolved_of(mode, folders, dtype="float32"), "cpu", "float32")
-    tokenizer = encoder.resolved.opened.tokenizer
-    longest = encoder.resolved.decision.padded_length or tokenizer.longest
-    model = (
-        graph.ClipGraph(encoder.model, longest, tokenizer.eos_id)
-        if mode == "clip"
-        else graph.T5Graph(encoder.model, longest)
-    )
-    encoder.layers = graph.GraphLayers(model)
-    original, traced = torch.compile, []
-
-    def compile_eagerly(function: Any, **settings: Any) -> Any:
-        traced.append(settings)
-        return original(function, **settings, backend="aot_eager")
-
-    monkeypatch.setattr(torch, "compile", compile_eagerly)
-    ours = encode(encoder, texts)
-    assert traced == [{"fullgraph": True, "dynamic": False}]
-    for found, wanted in zip(ours, expected, strict=True):
-        assert (found - wanted).abs().max() / wanted.abs().max() <= RELATIVE["float32"]
-
-
-def test_a_gpu_has_one_kernel_for_attention_and_a_cpu_its_own() -> None:
-    before = torch.backends.cuda.flash_sdp_enabled()
-    with one_attention(torch.device("cpu")):
-        assert torch.backends.cuda.flash_sdp_enabled() is before
-    with one_attention(GPU):
-        assert not torch.backends.cuda.flash_sdp_enabled()
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-        assert torch.backends.cuda.mem_efficient_sdp_enabled()
-    assert torch.backends.cuda.flash_sdp_enabled() is before

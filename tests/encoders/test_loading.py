@@ -16,17 +16,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
+from family_case import copied, encoder_of, resolved_of
 from jobs import PACKAGE_ROOT, clean_environment
 from safetensors.torch import load_file, save_file
 
 from embed_precompute.encoders import loading
 from embed_precompute.encoders.checkpoint import open_checkpoint
-from embed_precompute.encoders.encoder import TextEncoder, build, forward_bytes
+from embed_precompute.encoders.encoder import forward_bytes
 from embed_precompute.encoders.families import FAMILIES
-from embed_precompute.encoders.families.clip import ClipOptions
-from embed_precompute.encoders.families.t5 import T5Options
 from embed_precompute.encoders.loading import BLOCK_BYTES, Source, load_model, load_on, loaded_bytes
-from embed_precompute.encoders.resolve import open_encoder, resolve
 from embed_precompute.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,27 +41,14 @@ def source_of(folder: Path, kind: str = "t5") -> Source:
     return Source(open_checkpoint("here", str(folder), None, kind, family.models), family, options)
 
 
-def encoder_of(folder: Path, kind: str = "t5", **fields: Any) -> TextEncoder:
-    options: Any = {"t5": T5Options, "clip": ClipOptions}[kind]
-    settings = {"dtype": "float32", "implementation": "hf", **fields}
-    opened = open_encoder("enc", options(pretrained=str(folder), **settings))
-    return build(resolve(opened), "cpu", "float32")
-
-
 def failure(folder: Path, kind: str = "t5") -> str:
     """The one clear line that loading ends with."""
     with pytest.raises(InputError) as caught:
-        encoder_of(folder, kind)
+        encoder_of(kind, folder, implementation="hf")
     message = str(caught.value)
     assert message.startswith("encoders.enc.pretrained")
     assert "\n" not in message
     return message
-
-
-def edit_config(folder: Path, edit: Any) -> None:
-    value = json.loads((folder / "config.json").read_bytes())
-    edit(value)
-    (folder / "config.json").write_text(json.dumps(value), encoding="utf-8")
 
 
 def edit_weights(folder: Path, edit: Any) -> None:
@@ -116,7 +101,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_takes_the_weights_and_a_tenth(large: Path, dtype: str) -> None:
     paths = [str(Path(__file__).parent), str(PACKAGE_ROOT / "tests"), str(PACKAGE_ROOT / "scripts")]
     environment = clean_environment()
@@ -153,8 +138,10 @@ def sharded(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["t5", "clip"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("t5", torch.float32), ("t5", torch.float16), ("clip", torch.bfloat16)],
+)
 def test_cast_block_by_block_from_several_files(
     request: pytest.FixtureRequest,
     tmp_path: Path,
@@ -176,22 +163,13 @@ def test_cast_block_by_block_from_several_files(
 # --- damage ---------------------------------------------------------------------------------------
 
 
-def test_missing_weights_are_named(tmp_path: Path, tiny_t5: Path) -> None:
-    folder = shutil.copytree(tiny_t5, tmp_path / "t5")
-    name = "encoder.block.1.layer.0.SelfAttention.q.weight"
-    edit_weights(folder, lambda tensors: tensors.pop(name))
-    message = failure(folder)
-    assert name in message
-    assert "lacks weights" in message
-
-
 def test_the_shared_embedding_under_either_name(
     encode: Encode, tmp_path: Path, tiny_t5: Path
 ) -> None:
     folder = shutil.copytree(tiny_t5, tmp_path / "t5")
     name = "encoder.embed_tokens.weight"
     edit_weights(folder, lambda tensors: tensors.update({name: tensors.pop("shared.weight")}))
-    expected, found = (encode(encoder_of(f), ["a red fox"])[0] for f in (tiny_t5, folder))
+    expected, found = (encode(encoder_of("t5", f), ["a red fox"])[0] for f in (tiny_t5, folder))
     assert torch.equal(found, expected)
     edit_weights(folder, lambda tensors: tensors.pop(name))
     assert "shared.weight" in failure(folder)
@@ -200,6 +178,7 @@ def test_the_shared_embedding_under_either_name(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"num_layers": 3}, ["encoder.block.2.layer.0", "lacks weights"]),
         ({"num_layers": 1}, ["encoder.block.1", "does not know"]),
         ({"d_ff": 96}, ["wi_0", "other shapes"]),
     ],
@@ -207,8 +186,7 @@ def test_the_shared_embedding_under_either_name(
 def test_weights_of_another_config(
     tmp_path: Path, tiny_t5: Path, changes: dict[str, int], words: list[str]
 ) -> None:
-    folder = shutil.copytree(tiny_t5, tmp_path / "t5")
-    edit_config(folder, lambda config: config.update(changes))
+    folder = copied(tiny_t5, tmp_path / "t5", **changes)
     message = failure(folder)
     assert all(word in message for word in words)
 
@@ -219,7 +197,7 @@ def test_truncated_weights(tmp_path: Path, tiny_t5: Path, dtype: str) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match="cannot be loaded as T5EncoderModel"):
-        encoder_of(folder, dtype=dtype)
+        encoder_of("t5", folder, dtype=dtype)
 
 
 # --- a whole model --------------------------------------------------------------------------------
@@ -266,7 +244,9 @@ def test_the_encoder_of_a_whole_model_loads_in_silence(
     full_clip(whole_clip)
     capfd.readouterr()
     for kind, part, whole in (("t5", tiny_t5, whole_t5), ("clip", tiny_clip, whole_clip)):
-        encoders = [encoder_of(folder, kind, dtype=dtype) for folder in (part, whole)]
+        # hf: where a file has its weights, aligned or not, may show in the last bits of fused.
+        fields = {"dtype": dtype, "implementation": "hf"}
+        encoders = [encoder_of(kind, folder, **fields) for folder in (part, whole)]
         expected, found = (encode(encoder, ["a red fox"])[0] for encoder in encoders)
         assert torch.equal(found, expected)
     captured = capfd.readouterr()
@@ -281,7 +261,8 @@ def test_a_damaged_whole_clip_is_not_silent(tmp_path: Path, tiny_clip: Path) -> 
     message = failure(folder, "clip")
     assert "lacks weights" in message
     assert "encoder.layers.1.mlp.fc1.weight" in message
-    edit_config(folder, lambda c: c["text_config"].update(num_hidden_layers=1))
+    text_config = json.loads((folder / "config.json").read_bytes())["text_config"]
+    copied(folder, folder, text_config={**text_config, "num_hidden_layers": 1})
     assert "does not know" in failure(folder, "clip")
 
 
@@ -319,10 +300,7 @@ def test_the_estimate_of_a_forward(tiny_t5: Path) -> None:
     config = transformers.T5Config.from_pretrained(str(tiny_t5))
     estimates = {}
     for implementation in ("fused", "hf"):
-        options = T5Options(
-            pretrained=str(tiny_t5), max_length=32, dtype="float32", implementation=implementation
-        )
-        resolved = resolve(open_encoder("enc", options))
+        resolved = resolved_of("t5", tiny_t5, max_length=32, implementation=implementation)
         estimates[implementation] = forward_bytes(resolved)
     lines, length = resolved.decision.shapes[0]
     inner = config.num_heads * config.d_kv

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from family_case import copied
 
+from embed_precompute.encoders.families.t5 import T5Options
+from embed_precompute.encoders.resolve import open_encoder, resolve
 from embed_precompute.encoders.tokenizer import CaptionTokenizer
 from embed_precompute.errors import InputError
 
@@ -26,21 +29,7 @@ def test_unknown_tokens_are_counted(tiny_t5: Path, tiny_clip: Path) -> None:
     assert tokenizer(tiny_clip).encode(texts).unknown == [0, 0, 0]
 
 
-def test_columns_are_chosen_together(tiny_t5: Path) -> None:
-    captions = tokenizer(tiny_t5).encode(["a red fox", "", "two cats"])
-    chosen = captions.select([2, 2, 0])
-    assert chosen.num_ids == [captions.num_ids[2], captions.num_ids[2], captions.num_ids[0]]
-    assert [each.tolist() for each in chosen.ids[1:]] == [
-        captions.ids[2].tolist(),
-        captions.ids[0].tolist(),
-    ]
-    assert len(tokenizer(tiny_t5).encode([])) == 0
-
-
 def test_a_tokenizer_from_another_folder(tmp_path: Path, tiny_t5: Path) -> None:
-    from embed_precompute.encoders.families.t5 import T5Options
-    from embed_precompute.encoders.resolve import open_encoder, resolve
-
     folder, bare = tmp_path / "tokenizer", tmp_path / "bare"
     folder.mkdir()
     shutil.copytree(tiny_t5, bare)
@@ -68,10 +57,7 @@ def test_unfit_tokenizer_config(
     tmp_path: Path, tiny_t5: Path, changes: dict[str, Any], words: str
 ) -> None:
     """Only where pads can be attended: test_decoder has a tokenizer without pad token."""
-    folder = tmp_path / "t5"
-    shutil.copytree(tiny_t5, folder)
-    config = json.loads((folder / "tokenizer_config.json").read_bytes()) | changes
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    folder = copied(tiny_t5, tmp_path / "t5", "tokenizer_config.json", **changes)
     with pytest.raises(InputError, match=words):
         tokenizer(folder)
 

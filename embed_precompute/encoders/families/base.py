@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-from embed_precompute.encoders.batching import Shape, shape_of
 from embed_precompute.encoders.checkpoint import Checkpoint
-from embed_precompute.encoders.tokenizer import CaptionTokenizer
+from embed_precompute.encoders.tokenizer import CaptionTokenizer, Shape, shape_of
 from embed_precompute.errors import InputError, require
 
 if TYPE_CHECKING:

@@ -197,12 +197,12 @@ class Clip(Family[ClipOptions]):
     def fused_layers(
         self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
     ) -> FusedLayers:
-        from embed_precompute.encoders.fused import clip, graph
+        from embed_precompute.encoders.fused import graph, layers
 
         assert tokenizer.eos_id is not None
         if compiled and model.device.type == "cuda":
             return graph.GraphLayers(graph.ClipGraph(model, longest, tokenizer.eos_id))
-        return clip.ClipLayers(model, tokenizer.eos_id, compiled=compiled)
+        return layers.ClipLayers(model, tokenizer.eos_id, compiled=compiled)
 
     def reference(
         self, checkpoint: Path, tokenizer: Path, options: ClipOptions, device: str

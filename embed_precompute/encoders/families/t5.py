@@ -12,7 +12,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from embed_precompute.encoders.batching import Shape
 from embed_precompute.encoders.checkpoint import Checkpoint
 from embed_precompute.encoders.families.base import (
     Decision,
@@ -28,7 +27,7 @@ from embed_precompute.encoders.families.base import (
     in_dtype,
     mask_of_pads,
 )
-from embed_precompute.encoders.tokenizer import CaptionTokenizer
+from embed_precompute.encoders.tokenizer import CaptionTokenizer, Shape
 from embed_precompute.encoders.video_buckets import Bucket, VideoTokensConfig
 from embed_precompute.errors import InputError, InternalError, require
 
@@ -184,11 +183,11 @@ class T5(Family[T5Options]):
     def fused_layers(
         self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
     ) -> FusedLayers:
-        from embed_precompute.encoders.fused import graph, t5
+        from embed_precompute.encoders.fused import graph, layers
 
         if compiled and model.device.type == "cuda":
             return graph.GraphLayers(graph.T5Graph(model, longest))
-        return t5.T5Layers(model, longest, compiled=compiled)
+        return layers.T5Layers(model, longest, compiled=compiled)
 
     def reference(
         self, checkpoint: Path, tokenizer: Path, options: T5Options, device: str

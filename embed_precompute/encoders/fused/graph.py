@@ -9,7 +9,7 @@ for one forward; compiling at the first forward of a shape, cached on the node. 
 most one caption for every `TOKENS_PER_BLOCK` tokens of a packed stream; a stream with more is run
 in parts.
 
-Not run on a GPU by its authors: tests compare its numbers on the CPU, compiled and not.
+Not run on a GPU yet: tests compare its numbers on the CPU, compiled and not.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ import torch
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from embed_precompute.encoders.batching import TokenBatch
-from embed_precompute.encoders.fused.clip import pooled_rows
-from embed_precompute.encoders.fused.stream import EqualLengthRun
-from embed_precompute.encoders.fused.t5 import bias_rows
-from embed_precompute.encoders.transfers import upload
+from embed_precompute.encoders.fused.layers import bias_rows, pooled_rows
+from embed_precompute.encoders.fused.stream import upload
+from embed_precompute.encoders.tokenizer import TokenBatch
 
 BLOCK = 128
 """Positions of flex_attention's blocks; a packed caption takes whole blocks."""
@@ -38,9 +36,9 @@ CAPTURE_WARM_UP = 3
 KERNEL_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
 """The same kernel below 128 positions too: the one that torch has for short queries splits the keys
 by the number of the GPU's processors, and with it their sums."""
-
 SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 32}
-"""Queries and keys of one step of the kernel."""
+"""Queries and keys of one step of the kernel, in float32: torch 2.5's larger tiles take 115 KB of
+shared memory with a bias, and GPUs of compute capability 8.6 and 8.9 have 101."""
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """q, k, v [B, H, L, dk] -> [B, H, L, dk]."""
@@ -59,15 +57,15 @@ class Packing:
         self._longest = longest
         self.num_blocks = max(num_tokens // TOKENS_PER_BLOCK, -(-longest // BLOCK))
         size = self.num_blocks * BLOCK
-        self.source = torch.zeros(size, dtype=torch.int64, device=device)
-        self.slot = torch.zeros(num_tokens, dtype=torch.int64, device=device)
-        self.caption = torch.full((size,), -1, dtype=torch.int64, device=device)
-        self.slot_position = torch.zeros(size, dtype=torch.int64, device=device)
-        self.position = torch.zeros(num_tokens, dtype=torch.int64, device=device)
-        self.counts = torch.zeros(1, 1, self.num_blocks, dtype=torch.int32, device=device)
-        self.blocks = torch.zeros(
-            1, 1, self.num_blocks, self.num_blocks, dtype=torch.int32, device=device
-        )
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.source, self.slot_position = zeros(size), zeros(size)
+        self.slot, self.position = zeros(num_tokens), zeros(num_tokens)
+        self.caption = zeros(size) - 1
+        self.counts = zeros(1, 1, self.num_blocks, dtype=torch.int32)
+        self.blocks = zeros(1, 1, self.num_blocks, self.num_blocks, dtype=torch.int32)
 
     def parts(self, lengths: list[int]) -> Iterator[tuple[int, int]]:
         """(first, last + 1) of runs of captions that fit into the blocks together."""
@@ -102,15 +100,10 @@ class Packing:
             blocks[block : block + num_blocks, :num_blocks] = block + np.arange(num_blocks)
             start, block = start + length, block + num_blocks
         slot_position = np.minimum(slot_position, self._longest - 1)  # past a caption's last token
-        for tensor, values in (
-            (self.source, source),
-            (self.caption, caption),
-            (self.slot_position, slot_position),
-            (self.slot, slot),
-            (self.position, position),
-            (self.counts, counts),
-            (self.blocks, blocks),
-        ):
+        fields: dict[str, Any] = {"source": source, "caption": caption, "slot": slot}
+        fields |= {"slot_position": slot_position, "position": position}
+        for name, values in {**fields, "counts": counts, "blocks": blocks}.items():
+            tensor: torch.Tensor = getattr(self, name)
             tensor.copy_(upload(torch.from_numpy(values), tensor.device).view(tensor.shape))
 
     def block_mask(self, *, causal: bool) -> BlockMask:
@@ -130,19 +123,9 @@ class Packing:
 
 def _biased(bias: torch.Tensor, position: torch.Tensor | None) -> Callable[..., torch.Tensor]:
     """A score_mod that adds bias [H, L, L] by the places of query and key in their caption."""
-
-    def padded(
-        score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
-    ) -> torch.Tensor:
-        return score + bias[h, q, kv]
-
-    def packed(
-        score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
-    ) -> torch.Tensor:
-        assert position is not None
-        return score + bias[h, position[q], position[kv]]
-
-    return padded if position is None else packed
+    if position is None:
+        return lambda score, b, h, q, kv: score + bias[h, q, kv]
+    return lambda score, b, h, q, kv: score + bias[h, position[q], position[kv]]
 
 
 class GraphLayers:
@@ -151,22 +134,18 @@ class GraphLayers:
     def __init__(self, model: T5Graph | ClipGraph, *, compiled: bool = True) -> None:
         """Rearranges the model's weights."""
         self._model, self._compiled = model, compiled
-        self._graphs: dict[tuple[int, ...], StaticGraph] = {}
+        self._graphs: dict[tuple[int, int], StaticGraph] = {}
 
-    def __call__(
-        self, ids: torch.Tensor, batch: TokenBatch, runs: list[EqualLengthRun]
-    ) -> torch.Tensor:
+    def __call__(self, ids: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
         """See `stream.FusedLayers`."""
         pool_at = self._model.pool_at(batch)
         rows = None if pool_at is None else upload(torch.from_numpy(pool_at), ids.device)
-        lines, length = batch.input_ids.shape
-        graph = self._graphs.get((lines, length))
-        if graph is None:
-            graph = StaticGraph(
-                self._model, (lines, length), packed=batch.packed, compiled=self._compiled
+        shape = (batch.input_ids.shape[0], batch.input_ids.shape[1])
+        if shape not in self._graphs:
+            self._graphs[shape] = StaticGraph(
+                self._model, shape, packed=batch.packed, compiled=self._compiled
             )
-            self._graphs[lines, length] = graph
-        output = graph(ids, batch)
+        output = self._graphs[shape](ids, batch)
         return output if rows is None else output[rows]
 
 
@@ -250,7 +229,7 @@ class StaticGraph:
 
 
 class T5Graph:
-    """T5's layers as a function to be traced for any shape; computes what `t5.T5Layers` does."""
+    """T5's layers as a function that is traced for any shape; computes what `T5Layers` does."""
 
     def __init__(self, model: Any, longest: int) -> None:
         config = model.config
@@ -315,7 +294,7 @@ class T5Graph:
 
 
 class ClipGraph:
-    """As `T5Graph`; computes what `clip.ClipLayers` does, for all rows."""
+    """As `T5Graph`; computes what `ClipLayers` does, for all rows."""
 
     def __init__(self, model: Any, longest: int, end_id: int) -> None:
         self._text, self._end_id = getattr(model, "text_model", model), end_id
@@ -356,18 +335,13 @@ class ClipGraph:
         return output
 
 
-def _options(dtype: torch.dtype) -> Any:
-    """In float32 smaller tiles than torch 2.5's, which with a bias take 115 KB of shared memory:
-    GPUs of compute capability 8.6 and 8.9 have 101."""
-    return KERNEL_OPTIONS | SMALL_TILES if dtype == torch.float32 else KERNEL_OPTIONS
-
-
 def _flex(
     score_mod: Callable[..., torch.Tensor] | None, mask: BlockMask | None, scale: float
 ) -> Attend:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        options = KERNEL_OPTIONS | SMALL_TILES if q.dtype == torch.float32 else KERNEL_OPTIONS
         mixed = flex_attention(
-            q, k, v, score_mod, block_mask=mask, scale=scale, kernel_options=_options(q.dtype)
+            q, k, v, score_mod, block_mask=mask, scale=scale, kernel_options=options
         )
         assert isinstance(mixed, torch.Tensor)
         return mixed

@@ -4,25 +4,26 @@ Guarantees: attention is strictly inside a caption, at the caption's own length.
 takes the same number of rows wherever in the batch they are, and every kernel works row by row. So
 neither a caption's neighbours nor its place change a bit of it. Compiled and uncompiled kernels
 differ in rounding only.
-Costs: one set of buffers, which every forward uses again. No tensor of a forward's size is
-allocated twice, so the C library does not map its pages each time. Compiled kernels cost seconds of
-torch.compile at the first call of each; all ranks and runs of a node share its cache.
+Costs: one set of buffers, which every forward uses again, so that the C library does not map their
+pages each time. Compiled kernels cost seconds of torch.compile at the first call of each; all ranks
+and runs of a node share its cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from embed_precompute.encoders.batching import TokenBatch
+from embed_precompute.encoders.tokenizer import TokenBatch
 
 ATTENTION_TOKENS = 2048
 """Tokens of equally long captions that attend in one call: more leave the cache."""
@@ -39,17 +40,12 @@ class EqualLengthRun:
     length: int
 
 
-class FusedLayers(Protocol):
-    """The layers of one model over the token rows of a batch."""
+FusedLayers = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
+"""The layers of one model over a batch: its token rows, [T] ids -> [T, D] after the final norm, or
+per caption [C, D] where captions are pooled.
 
-    def __call__(
-        self, ids: torch.Tensor, batch: TokenBatch, runs: list[EqualLengthRun]
-    ) -> torch.Tensor:
-        """[T] ids -> [T, D] after the final norm; per caption [C, D] where captions are pooled.
-
-        Rows of no caption hold arbitrary numbers. The next forward may overwrite the tensor.
-        """
-        ...
+Rows of no caption hold arbitrary numbers. The next forward may overwrite the tensor.
+"""
 
 
 def runs_of(batch: TokenBatch) -> list[EqualLengthRun]:
@@ -62,14 +58,18 @@ def runs_of(batch: TokenBatch) -> list[EqualLengthRun]:
         return [EqualLengthRun(0, lines, length)]
     runs: list[EqualLengthRun] = []
     start = 0
-    for tokens in batch.lengths.tolist():
-        last = runs[-1] if runs else None
-        if last is not None and last.length == tokens:
-            runs[-1] = EqualLengthRun(last.start, last.count + 1, tokens)
-        else:
-            runs.append(EqualLengthRun(start, 1, tokens))
-        start += tokens
+    for tokens, captions in itertools.groupby(batch.lengths.tolist()):
+        count = len(list(captions))
+        runs.append(EqualLengthRun(start, count, tokens))
+        start += count * tokens
     return runs
+
+
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on `device`, without waiting for the work that the device has."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -243,7 +243,7 @@ class Kernels:
         if self._compiled:
             _compiled(kernel)(*rows, *rest)
             return
-        for part in _parts(rows[0].shape[0], self._rows):
+        for part in _parts(len(rows[0]), self._rows):
             kernel(*(tensor[part] for tensor in rows), *rest)
 
 
