@@ -9,10 +9,11 @@ shard twice. `in_order` uses all cores: hashing and pyarrow let other Python thr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embed_precompute.errors import VerificationError
+from embed_precompute.errors import EmbedPrecomputeError, VerificationError
 from embed_precompute.samples import INPUT_FACTS, Status
 from embed_precompute.store.commit import NAME_DIGITS, StoredFile, digest_file, read_file
 from embed_precompute.store.index import Array, UnitColumns, id_hash
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import (
+    FileEntry,
     NullRecord,
     Record,
     TokenCounts,
@@ -63,6 +65,28 @@ class CheckedUnit:
     """The rows part without text."""
     columns: UnitColumns
     """What it adds to the index."""
+
+
+class Problems(list[str]):
+    """What is wrong with a dataset, a line each: the file, what was found, what was expected."""
+
+    def add(self, path: Path, found: object, expected: object) -> None:
+        self.append(f"{path}: found {found}, expected {expected}")
+
+    @contextlib.contextmanager
+    def checking(self, path: Path) -> Iterator[None]:
+        """Whatever goes wrong inside is a problem with `path`: damage can surface as any error."""
+        try:
+            yield
+        except Exception as error:
+            self.append(describe(path, error))
+
+
+def describe(path: Path, error: Exception) -> str:
+    """A problem line for what went wrong with `path`."""
+    if isinstance(error, EmbedPrecomputeError):
+        return str(error)
+    return f"{path}: found {type(error).__name__}: {error}, expected a file that can be checked"
 
 
 def check_unit(root: Path, plan: Plan, unit: int, *, full: bool = False) -> CheckedUnit:
@@ -155,7 +179,7 @@ def _open_shard(root: Path, plan: Plan, record: Record, num_rows: int) -> ShardR
     return shard
 
 
-def check_size(path: Path, file: StoredFile) -> None:
+def check_size(path: Path, file: StoredFile | FileEntry) -> None:
     """VerificationError unless a file has the size stated."""
     try:
         size = os.stat(path).st_size
@@ -164,7 +188,7 @@ def check_size(path: Path, file: StoredFile) -> None:
     _require_same(path, "bytes", size, file.bytes)
 
 
-def check_digest(path: Path, file: StoredFile) -> None:
+def check_digest(path: Path, file: StoredFile | FileEntry) -> None:
     """VerificationError unless a file has the size and sha256 stated."""
     check_size(path, file)
     try:
