@@ -33,13 +33,13 @@ from embed_precompute.store.check import (
     in_order,
 )
 from embed_precompute.store.commit import QUARANTINE, TEMP_PREFIX
+from embed_precompute.store.index import index_dtypes
 from embed_precompute.store.manifest import MANIFEST, TABLE, DerivedCheck
 from embed_precompute.store.plan import PLAN_FILE, Plan, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
     UnitRecord,
     committed_units,
-    index_dtypes,
     list_folder,
     read_null_record,
     read_record,
@@ -232,8 +232,7 @@ def _note_strays(report: Report, plan: Plan | None) -> None:
     names = index_dtypes(tensor.name for tensor in plan.tensors) if plan is not None else {}
     known = {root / name for name in (*ours, *(f"index/{name}.npy" for name in names))}
     with report.problems.checking(root / "shards"):
-        sound = report.null_sound and not (report.rejected_units or report.num_missing)
-        unnamed = set(unnamed_files(root, checked=sound))
+        unnamed = set(unnamed_files(root))
         folders = [root, *([root / "index"] if names else []), *sorted(root.glob("shards/*"))]
         for folder in folders:
             for name in list_folder(folder):

@@ -36,7 +36,7 @@ from embed_precompute.errors import (
 
 if TYPE_CHECKING:
     from embed_precompute.config.schema import Config
-    from embed_precompute.store.records import Manifest
+    from embed_precompute.store.index import Manifest
 
 IO_ERRORS = frozenset(
     getattr(errno, name)

@@ -35,8 +35,9 @@ from embed_precompute.job.signals import StopRequest, stop_on_signals
 from embed_precompute.job.stages import Stages
 from embed_precompute.samples import count_failed
 from embed_precompute.store.commit import remove_dead, replace_bytes
+from embed_precompute.store.index import Manifest
 from embed_precompute.store.manifest import finalize
-from embed_precompute.store.records import Manifest, UnitRecord
+from embed_precompute.store.records import UnitRecord
 
 log = logging.getLogger(__name__)
 

@@ -44,23 +44,29 @@ from embed_precompute.store.commit import (
     remove_leftovers,
     replace_bytes,
 )
-from embed_precompute.store.index import Array, DatasetIndex, IndexBuilder, IndexWriter, id_hash
+from embed_precompute.store.index import (
+    Array,
+    Counts,
+    DatasetIndex,
+    EnvironmentCount,
+    FileEntry,
+    IndexBuilder,
+    IndexWriter,
+    Manifest,
+    id_hash,
+    read_manifest,
+    tensor_entries,
+)
 from embed_precompute.store.plan import PLAN_FILE, Plan, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
-    Counts,
-    EnvironmentCount,
-    FileEntry,
-    Manifest,
     TokenCounts,
     UnitRecord,
     committed_units,
     document_bytes,
-    read_manifest,
     read_record,
     record_path,
     refuse_linked_folders,
-    tensor_entries,
     unit_folders,
     unnamed_files,
 )
@@ -112,7 +118,7 @@ def finalize(root: Path) -> Finalized:
         ) from error
     remove_leftovers(root, root / "index", *unit_folders(root))
     num_files = num_bytes = 0
-    for path in unnamed_files(root, checked=True):
+    for path in unnamed_files(root):
         with contextlib.suppress(FileNotFoundError):
             num_bytes += path.stat().st_size
             num_files += 1

@@ -26,14 +26,9 @@ from embed_precompute.errors import (
     VerificationError,
 )
 from embed_precompute.store.commit import replace_bytes
+from embed_precompute.store.index import TensorEntry, read_manifest
 from embed_precompute.store.manifest import finalize
-from embed_precompute.store.records import (
-    TensorEntry,
-    document_bytes,
-    read_json,
-    read_manifest,
-    read_null_record,
-)
+from embed_precompute.store.records import document_bytes, read_json, read_null_record
 from embed_precompute.train.dataset import EmbeddingDataset, SampleLookupError, collate_embeddings
 
 # s1 is null, s3 is not finite, s0, s4 and s7 are equal (s4 and s7 are in other shards).
