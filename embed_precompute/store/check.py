@@ -72,7 +72,7 @@ class Problems(list[str]):
 
     @contextlib.contextmanager
     def checking(self, path: Path) -> Iterator[None]:
-        """Whatever goes wrong inside is a problem with `path`: damage can surface as any error."""
+        """Any error inside becomes a problem with `path`: damage can surface as any error."""
         try:
             yield
         except Exception as error:

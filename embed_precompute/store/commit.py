@@ -284,8 +284,8 @@ class StagedFile:
     def publish_by_content(self) -> StoredFile:
         """Gives the file the `content_name` of its target; returns it under that name.
 
-        The name stands for these bytes. So a file that has it is equal and stays, or it is damaged
-        and is replaced.
+        The name stands for these bytes. A file that has the name already is equal and stays, or is
+        damaged and is replaced.
         """
         stored = self.digest()
         self.target = self.target.with_name(content_name(self.target.name, stored.sha256))
@@ -376,7 +376,7 @@ def replace_bytes(target: Path, payload: bytes) -> bool:
 
 
 def move_aside(root: Path, path: Path) -> bool:
-    """Takes a file out of the dataset, into `_quarantine/` of `root`; False when it is gone."""
+    """Moves a file to `_quarantine/` of `root`; False when the file is gone."""
     folder = root / QUARANTINE
     make_folder(folder)
     try:
@@ -404,8 +404,7 @@ def remove_file(path: Path) -> None:
 def remove_leftovers(*folders: Path) -> None:
     """Removes all temporary files from the folders of a dataset that is complete.
 
-    A living process may lose one too, of a file that another process has published: it finds that
-    file when it comes to publish its own.
+    A process that still writes one finds the file that another process published in its place.
     """
     for path in _temporaries(*folders):
         with contextlib.suppress(OSError):

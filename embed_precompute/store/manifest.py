@@ -307,7 +307,7 @@ class DerivedCheck:
                 self._rows = schema.empty_table()
 
     def stop(self) -> None:
-        """From here on there is nothing to compare with."""
+        """Compares none of the units that follow, nor any sums."""
         self._complete, self._index, self._rows = False, None, None
 
     def add(self, unit: CheckedUnit) -> None:

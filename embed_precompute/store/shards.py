@@ -108,7 +108,7 @@ class _Layout:
         self.file_bytes = len(self.header) + position
 
     def begin(self, key: str) -> int:
-        """Where a tensor begins in the file."""
+        """Offset of a tensor in the file."""
         return len(self.header) + self.spans[key].begin
 
 
@@ -183,8 +183,6 @@ class ShardWriter:
 
     def reject(self, row: int) -> None:
         """Leaves row `row` out of the shard; it need not be written for the other tensors."""
-        if not 0 <= row < self._num_rows:
-            raise InternalError(f"{self._staged.target}: there is no row {row} to reject.")
         self._rejected.add(row)
 
     def publish(self) -> tuple[StoredFile, list[int]]:
@@ -206,7 +204,7 @@ class ShardWriter:
         return self._staged.publish_by_content(), kept
 
     def _stage(self, target: Path) -> None:
-        """A temporary file, laid out for the present rows."""
+        """A temporary file with the layout of the present rows."""
         totals = {name: int(starts[-1]) for name, starts in self._starts.items()}
         tensors = list(self._tensors.values())
         self._layout = _Layout(self._fingerprint, self._unit, tensors, self._num_rows, totals)
