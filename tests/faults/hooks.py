@@ -218,10 +218,10 @@ def _clock(offset: float) -> None:
 
 def _late(root: str, seconds: float, seed: int) -> None:
     """A network file system: new records are seen late, and link reports failure after success."""
-    from embed_precompute.job import resume
+    from embed_precompute.job import claims
 
     rng = random.Random(seed)
-    real_exists, real_listing = Path.exists, resume.committed_units
+    real_exists, real_listing = Path.exists, claims.committed_units
     real_link = os.link
 
     def young(path: Path) -> bool:
@@ -235,7 +235,7 @@ def _late(root: str, seconds: float, seed: int) -> None:
         return seen and not ("shard-" in self.name and young(self))
 
     def listing(folder: Path) -> set[int]:
-        return {u for u in real_listing(folder) if exists(resume.record_path(folder, u))}
+        return {u for u in real_listing(folder) if exists(claims.record_path(folder, u))}
 
     def link(*args: Any, **kwargs: Any) -> None:
         real_link(*args, **kwargs)
@@ -243,7 +243,7 @@ def _late(root: str, seconds: float, seed: int) -> None:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(args[1]))
 
     Path.exists = exists  # type: ignore[method-assign,assignment]
-    resume.committed_units = listing
+    claims.committed_units = listing
     os.link = link
 
 

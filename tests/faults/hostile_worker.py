@@ -180,8 +180,7 @@ def _finalize(root: Path, captions: Path) -> None:
 
 
 def _read_captions(root: Path, captions: Path) -> None:
-    from embed_precompute.captions.recipes import OpenSoraRecipe
-    from embed_precompute.captions.settings import CaptionsConfig
+    from embed_precompute.captions.recipes import CaptionsConfig, OpenSoraRecipe
     from embed_precompute.captions.table import CaptionTable
 
     recipe = OpenSoraRecipe()  # asks whether the integer fps column holds a null

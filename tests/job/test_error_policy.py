@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from handmade import paths_of
 from jobs import call, write_captions, write_job
 
 from embed_precompute.audit.info import read_status
-from embed_precompute.encoders.batching import TokenBatch
 from embed_precompute.encoders.encoder import TextEncoder
 from embed_precompute.job.writer import UnitWriter
 from embed_precompute.store.plan import read_plan
@@ -22,12 +20,10 @@ from embed_precompute.store.rows import read_samples
 TEXTS = [f"scene {i} with {'many ' * (i % 5)}people" for i in range(20)]
 
 
-@pytest.fixture(params=["fused", "hf"])
-def job(tiny_clip: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+@pytest.fixture
+def job(tiny_clip: Path, tmp_path: Path) -> Path:
     captions = write_captions(tmp_path / "captions.parquet", TEXTS)
-    return write_job(
-        tmp_path, captions, None, tiny_clip, samples_per_shard=10, implementation=request.param
-    )
+    return write_job(tmp_path, captions, None, tiny_clip, samples_per_shard=10)
 
 
 def spoil(patch: pytest.MonkeyPatch, texts: list[str]) -> None:
@@ -42,18 +38,6 @@ def spoil(patch: pytest.MonkeyPatch, texts: list[str]) -> None:
         original(self, name, rows, spoiled, *more)
 
     patch.setattr(UnitWriter, "write", write)
-
-
-def before_each_forward(
-    patch: pytest.MonkeyPatch, check: Callable[[TextEncoder, TokenBatch], None]
-) -> None:
-    original = TextEncoder.submit
-
-    def submit(self: Any, batch: Any) -> Any:
-        check(self, batch)
-        return original(self, batch)
-
-    patch.setattr(TextEncoder, "submit", submit)
 
 
 def test_a_failed_sample_gets_a_status_and_its_neighbours_their_bytes(
@@ -91,14 +75,15 @@ def test_too_many_failed_samples_stop_the_run(
 def test_an_encoder_that_always_fails_blames_no_sample(
     job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count = [0]
+    original, count = TextEncoder.submit, [0]
 
-    def check(encoder: TextEncoder, batch: TokenBatch) -> None:
+    def submit(self: Any, batch: Any) -> Any:
         count[0] += 1
-        if count[0] > len(list(encoder.resolved.every_shape())) + 2:
+        if count[0] > len(list(self.resolved.every_shape())) + 2:
             raise RuntimeError("the device is gone")
+        return original(self, batch)
 
-    before_each_forward(monkeypatch, check)
+    monkeypatch.setattr(TextEncoder, "submit", submit)
     code, _, said = call("run", str(job))
     assert code == 1
     assert "the device is gone" in said
@@ -125,9 +110,6 @@ def test_nothing_is_written_through_a_link(job: Path, tmp_path: Path) -> None:
         assert "is a link" in said
         link.unlink()
     assert list(elsewhere.iterdir()) == []
-
-
-# --- hostile files --------------------------------------------------------------------------------
 
 
 def test_a_caption_of_absurd_length_is_a_fact_of_the_input(tiny_clip: Path, tmp_path: Path) -> None:
