@@ -42,9 +42,8 @@ Count = Annotated[int, AtLeast(0)]
 class ByKind:
     """Marks an `Annotated` base class whose mapping says by its `kind` which class it is.
 
-    `classes` gives the class of every kind; it is called late, so that a registry can be filled by
-    modules that import the base class. Give the `Annotated` type a name of its own at the top of a
-    module: a lambda written inside a field's annotation does not see that module's names.
+    `classes` gives the class of every kind. It is called late: a registry may be filled by modules
+    that import the base class.
     """
 
     classes: Callable[[], Mapping[str, type]]
@@ -98,12 +97,16 @@ def from_plain(declared: type[T] | Any, value: Any, where: str = "") -> T:
 def _from_plain(declared: Any, value: Any, where: str) -> Any:
     origin, inner = typing.get_origin(declared), typing.get_args(declared)
     if origin is Annotated:
-        for mark in inner[1:]:
-            if isinstance(mark, ByKind):
-                return _from_plain(class_by_kind(mark, value, where), value, where)
-        made = _from_plain(inner[0], value, where)
-        for mark in inner[1:]:
-            _check_mark(mark, made, declared, where)
+        base, mark = inner
+        if isinstance(mark, ByKind):
+            return _from_plain(class_by_kind(mark, value, where), value, where)
+        made = _from_plain(base, value, where)
+        if isinstance(mark, re.Pattern):
+            good = mark.fullmatch(made) is not None
+        else:
+            good = made >= mark.least
+        if not good:
+            raise _mismatch(value, declared, where)
         return made
     if dataclasses.is_dataclass(declared):
         return _dataclass(declared, value, where)
@@ -114,7 +117,11 @@ def _from_plain(declared: Any, value: Any, where: str) -> Any:
             return value
         raise _mismatch(value, declared, where, nearest_of(value, inner))
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
-        return _sequence(declared, origin, inner, value, where)
+        types = inner if origin is tuple and inner[-1] is not Ellipsis else inner[:1] * len(value)
+        if len(value) != len(types):
+            raise _mismatch(value, declared, where)
+        pairs = zip(types, value, strict=True)
+        return origin([_from_plain(t, v, f"{where}[{i}]") for i, (t, v) in enumerate(pairs)])
     if origin in (dict, Mapping) and isinstance(value, Mapping):
         return {
             _from_plain(inner[0], key, f"{_dotted(where, key)} (the key)"): _from_plain(
@@ -197,7 +204,10 @@ def _union(declared: Any, choices: tuple[Any, ...], value: Any, where: str) -> A
             errors.append(error.with_traceback(None))
     # A mapping or a list was meant for the choice that takes one, so its error is the one to show.
     for choice, problem in zip(choices, errors, strict=True):
-        if takes_mapping(choice) if isinstance(value, Mapping) else _takes_list(choice, value):
+        takes_list = typing.get_origin(choice) in (list, tuple)
+        if isinstance(value, Mapping) and takes_mapping(choice):
+            raise problem
+        if isinstance(value, (list, tuple)) and takes_list:
             raise problem
     raise _mismatch(value, declared, where)
 
@@ -210,31 +220,6 @@ def takes_mapping(declared: Any) -> bool:
     if origin is Annotated:
         return takes_mapping(inner[0])
     return dataclasses.is_dataclass(declared) or origin in (dict, Mapping)
-
-
-def _takes_list(declared: Any, value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and typing.get_origin(declared) in (list, tuple)
-
-
-def _sequence(declared: Any, origin: Any, inner: tuple[Any, ...], value: Any, where: str) -> Any:
-    if origin is list or inner[-1] is Ellipsis:
-        entries = [_from_plain(inner[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
-        return origin(entries)
-    if len(value) != len(inner):
-        raise _mismatch(value, declared, where)
-    pairs = zip(inner, value, strict=True)
-    return tuple(_from_plain(each, v, f"{where}[{i}]") for i, (each, v) in enumerate(pairs))
-
-
-def _check_mark(mark: Any, value: Any, declared: Any, where: str) -> None:
-    if isinstance(mark, re.Pattern):
-        good = mark.fullmatch(value) is not None
-    elif isinstance(mark, AtLeast):
-        good = value >= mark.least
-    else:
-        return
-    if not good:
-        raise _mismatch(value, declared, where)
 
 
 def _mismatch(value: Any, declared: Any, where: str, hint: str = "") -> MismatchError:
@@ -251,24 +236,22 @@ def nearest_of(value: Any, known: Any) -> str:
     names = [str(name) for name in known]
     lowered = {name.lower(): name for name in reversed(names)}
     close = difflib.get_close_matches(str(value).lower(), lowered, n=1, cutoff=0.6)
-    meant = f"did you mean {lowered[close[0]]}?" if close else ""
-    if meant and len(names) > 12:
-        return meant
-    return f"{meant} Expected {' or '.join(names)}." if meant else f"expected {' or '.join(names)}."
+    if not close:
+        return f"expected {' or '.join(names)}."
+    meant = f"did you mean {lowered[close[0]]}?"
+    return meant if len(names) > 12 else f"{meant} Expected {' or '.join(names)}."
 
 
 def type_name(declared: Any) -> str:
     """A declared type in a person's words."""
     origin, inner = typing.get_origin(declared), typing.get_args(declared)
     if origin is Annotated:
-        for mark in inner[1:]:
-            if isinstance(mark, re.Pattern):
-                return f"text of the form {mark.pattern}"
-            if isinstance(mark, AtLeast):
-                return f"a whole number of at least {mark.least}"
-            if isinstance(mark, ByKind):
-                return "a mapping with a kind"
-        return type_name(inner[0])
+        mark = inner[1]
+        if isinstance(mark, re.Pattern):
+            return f"text of the form {mark.pattern}"
+        if isinstance(mark, AtLeast):
+            return f"a whole number of at least {mark.least}"
+        return "a mapping with a kind"
     if origin is Literal:
         return " or ".join(str(choice) for choice in inner)
     if origin in UNIONS:
@@ -282,11 +265,7 @@ def type_name(declared: Any) -> str:
     if origin in (list, tuple):
         return f"a list, each entry {type_name(inner[0])}"
     plain = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-    if declared in plain:
-        return plain[declared]
-    if declared in (None, type(None)):
-        return "null"
-    return str(getattr(declared, "__name__", declared))
+    return plain.get(declared, "null")
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -299,27 +278,20 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value}
 
 
-MAX_NAMED_DIFFERENCES = 8
-
-
 def differing_fields(stored: Any, wanted: Any) -> list[str]:
     """`field: stored -> wanted` for every field that differs, in order of the fields' names."""
     old, new = flatten(stored), flatten(wanted)
-    return [
-        f"{name}: {_short(old.get(name, 'absent'))} -> {_short(new.get(name, 'absent'))}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name, "absent") != new.get(name, "absent")
-    ]
-
-
-def listed(lines: list[str]) -> str:
-    """The first differences, a line each, and how many more there are."""
-    named = lines[:MAX_NAMED_DIFFERENCES]
-    if len(lines) > len(named):
-        named.append(f"and {len(lines) - len(named)} more")
-    return "\n  ".join(named)
+    names = sorted(old.keys() | new.keys())
+    pairs = ((name, old.get(name, "absent"), new.get(name, "absent")) for name in names)
+    return [f"{name}: {_short(was)} -> {_short(now)}" for name, was, now in pairs if was != now]
 
 
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def listed(lines: list[str]) -> str:
+    """The first eight lines, and how many more there are."""
+    more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
+    return "\n  ".join(lines[:8] + more)

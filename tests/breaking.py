@@ -1,4 +1,4 @@
-"""Ways to break files and system calls."""
+"""Faults: files and system calls that break."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-def leftovers(folder: Path) -> list[str]:
-    return [path.name for path in folder.rglob(".tmp-*")]
 
 
 def flip(path: Path, offset: int = -1) -> None:
@@ -51,12 +47,3 @@ def fail_at(patch: pytest.MonkeyPatch, name: str, n: int) -> list[int]:
 
     patch.setattr(os, name, call)
     return left
-
-
-def tree(root: Path) -> dict[str, tuple[int, bytes]]:
-    """Inode and bytes of every file, by relative path."""
-    return {
-        str(path.relative_to(root)): (path.stat().st_ino, path.read_bytes())
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +16,12 @@ from embed_precompute.job.units import Unit
 from embed_precompute.job.writer import UnitWriter
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.commit import digest_file, publish_bytes, publish_bytes_by_content
+from embed_precompute.store.index import Manifest
 from embed_precompute.store.manifest import finalize
 from embed_precompute.store.plan import InputFile, Inputs, Plan, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
     ROWS,
-    Manifest,
     NullRecord,
     UnitRecord,
     document_bytes,
@@ -121,20 +122,25 @@ def samples_of(texts: Sequence[str | None], first: int = 0) -> list[Sample]:
     ]
 
 
+def write_samples(root: Path, plan: Plan, *units: Sequence[Sample]) -> None:
+    """Plan, null embedding and the first units, with these samples."""
+    write_plan(root, plan)
+    write_null(root, plan)
+    for number, samples in enumerate(units):
+        write_unit(root, plan, number, samples)
+
+
 def write_units(
     root: Path, texts: Sequence[str | None], samples_per_shard: int = 3, first: int = 0, **spec: Any
 ) -> Plan:
     """Plan, null embedding and every unit of a dataset that is not finalised; ids from s`first`."""
     plan = make_plan(len(texts), samples_per_shard, **spec)
-    write_plan(root, plan)
-    write_null(root, plan)
-    for unit in range(plan.num_units):
-        begin, count = plan.unit_rows(unit)
-        samples = [
-            Sample(f"s{first + begin + i}", s.row, s.text, s.status, s.error)
-            for i, s in enumerate(samples_of(texts[begin : begin + count], begin))
-        ]
-        write_unit(root, plan, unit, samples)
+    samples = [
+        dataclasses.replace(sample, sample_id=f"s{first + sample.row}")
+        for sample in samples_of(texts)
+    ]
+    units = [plan.unit_rows(unit) for unit in range(plan.num_units)]
+    write_samples(root, plan, *(samples[begin : begin + count] for begin, count in units))
     return plan
 
 
@@ -202,3 +208,8 @@ def restate_derived(root: Path, name: str) -> None:
 def files_of(root: Path) -> list[str]:
     """Every file of a dataset, by relative path."""
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Temporary files."""
+    return [path.name for path in folder.rglob(".tmp-*")]

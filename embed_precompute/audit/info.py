@@ -1,7 +1,6 @@
 """Status and info: what a dataset holds, how far it is, and all about one sample.
 
-Guarantees: nothing is written; an unfinished dataset is described as far as it goes; every figure
-comes from the plan, the records or the stored rows, none is guessed.
+Nothing is written, and an unfinished dataset is described as far as it goes.
 Costs: status lists the folders, and of an unfinished dataset reads every record; a sample is a
 look-up and one rows part, or a search through the rows parts where there is no index.
 """
@@ -17,14 +16,12 @@ import torch
 
 from embed_precompute.errors import IncompleteError, InputError
 from embed_precompute.samples import Status, count_failed
-from embed_precompute.store.index import DatasetIndex
+from embed_precompute.store.index import DatasetIndex, read_manifest
 from embed_precompute.store.plan import Plan, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
-    Manifest,
     UnitRecord,
     committed_units,
-    read_manifest,
     read_record,
     record_path,
 )
@@ -139,28 +136,24 @@ def dataset_lines(root: Path) -> list[str]:
         lines.append(f"  encoder {name}")
         lines += [f"    {key}: {value}" for key, value in sorted(encoder.items())]
     if status.finalised:
-        lines += _counted_lines(read_manifest(status.root))
+        manifest = read_manifest(status.root)
+        counts = manifest.counts
+        lines.append(
+            f"  {counts.stored:,} embeddings stored for {counts.samples:,} samples of "
+            f"{counts.rows:,} rows (equal captions of a shard share one)"
+        )
+        for name, sums in sorted(counts.encoders.items()):
+            lines.append(f"  {name}: {sums.tokens:,} tokens, {sums.truncated:,} captions truncated")
+        for name, vectors in sorted(counts.tensors.items()):
+            lines.append(f"  text_{name}: {vectors:,} vectors stored")
+        for made in manifest.environments:
+            what = ", ".join(f"{key} {value}" for key, value in sorted(made.environment.items()))
+            lines.append(f"  {made.units:,} units made with {what}")
     size = 0
     for path in status.root.glob("shards/*/shard-*"):
         with contextlib.suppress(OSError):  # a job that runs may just have removed it
             size += path.stat().st_size
     return [*lines, f"  shards: {size:,} bytes, with their rows parts and records"]
-
-
-def _counted_lines(manifest: Manifest) -> list[str]:
-    counts = manifest.counts
-    lines = [
-        f"  {counts.stored:,} embeddings stored for {counts.samples:,} samples of "
-        f"{counts.rows:,} rows (equal captions of a shard share one)"
-    ]
-    for name, sums in sorted(counts.encoders.items()):
-        lines.append(f"  {name}: {sums.tokens:,} tokens, {sums.truncated:,} captions truncated")
-    for name, vectors in sorted(counts.tensors.items()):
-        lines.append(f"  text_{name}: {vectors:,} vectors stored")
-    for made in manifest.environments:
-        what = ", ".join(f"{key} {value}" for key, value in sorted(made.environment.items()))
-        lines.append(f"  {made.units:,} units made with {what}")
-    return lines
 
 
 def sample_lines(root: Path, sample_id: str) -> list[str]:
@@ -179,14 +172,19 @@ def sample_lines(root: Path, sample_id: str) -> list[str]:
         record = read_record(root, unit)
         for sample in read_samples(record.rows_path(root), plan.tensors, record.num_samples):
             if sample.sample_id == sample_id:
-                return _describe(root, plan, record, sample)
+                return _sample_lines(root, plan, record, sample)
     raise InputError(f"sample {sample_id!r} is not in {where}. Give an id of the id column.")
 
 
-def _describe(root: Path, plan: Plan, record: UnitRecord, sample: StoredSample) -> list[str]:
+def _sample_lines(root: Path, plan: Plan, record: UnitRecord, sample: StoredSample) -> list[str]:
+    first, place = 0, f"row {sample.row}, which no file of the plan has"
+    for file in plan.inputs.files:
+        if first <= sample.row < first + file.rows:
+            place = f"{file.path}, row {sample.row - first} (row {sample.row} of the dataset)"
+        first += file.rows
     lines = [
         f"id: {sample.sample_id}",
-        f"input: {_input_place(plan, sample.row)}",
+        f"input: {place}",
         f"status: {sample.status.label}" + (f" ({sample.error})" if sample.error else ""),
         f"encoded text: {sample.text!r}" if sample.text is not None else "encoded text: none",
     ]
@@ -219,13 +217,3 @@ def _norms(values: torch.Tensor) -> str:
         f"L2 norm per token mean {norms.mean():.4f}, min {norms.min():.4f}, max {norms.max():.4f}, "
         f"{finite}"
     )
-
-
-def _input_place(plan: Plan, row: int) -> str:
-    """Which file holds input row `row`, and which row of that file it is."""
-    first = 0
-    for file in plan.inputs.files:
-        if row < first + file.rows:
-            return f"{file.path}, row {row - first} (row {row} of the dataset)"
-        first += file.rows
-    return f"row {row}, which no file of the plan has"

@@ -1,7 +1,7 @@
 """Repair: what verify rejects goes to quarantine, and just those units are open again.
 
 Guarantees: nothing is deleted but files that `finalize` makes again. The root manifest goes first,
-so a reader never finds a dataset that is being taken apart; a unit's record goes before its damaged
+so a reader never finds a dataset that is being taken apart. A unit's record goes before its damaged
 files, so a unit is committed or open at every moment. A shard or rows part whose bytes are what its
 name says stays: a job that runs meanwhile, or the next one, uses it again. Repairing twice is
 harmless, and so is a crash in between. `run` makes open units again, byte for byte in the same
@@ -16,11 +16,10 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from embed_precompute.audit.derived import MANIFEST, TABLE
 from embed_precompute.audit.verify import verify
 from embed_precompute.errors import EmbedPrecomputeError
 from embed_precompute.store.commit import content_name, digest_file, move_aside, remove_file
-from embed_precompute.store.manifest import finalize
+from embed_precompute.store.manifest import MANIFEST, TABLE, finalize
 from embed_precompute.store.plan import PLAN_FILE, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
@@ -49,12 +48,8 @@ class Repaired:
     """Units that are to be made again."""
     null_opened: bool = False
     plan_opened: bool = False
-    finalised: bool = False
-
-    @property
-    def complete(self) -> bool:
-        """Nothing is left to be made: the dataset can be read."""
-        return self.finalised
+    complete: bool = False
+    """Nothing is left to be made: the dataset is finalised and can be read."""
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -72,7 +67,7 @@ class Repaired:
             )
         elif self.opened or self.null_opened:
             lines.append("  run the job again: it makes just these")
-        elif self.finalised:
+        elif self.complete:
             lines.append("  no unit is open; manifest and index are as the units say")
         else:
             lines.append("  not finished: run the job again to go on")
@@ -92,9 +87,8 @@ def repair(root: Path, *, failed: bool = False) -> Repaired:
         _open(done, [root / PLAN_FILE])
     report = verify(root)
     done.problems += report.problems
-    done.plan_opened = report.plan_rejected
+    done.plan_opened, done.null_opened = report.plan_rejected, report.null_rejected
     done.opened = sorted(report.rejected_units | (report.failed_units if failed else set()))
-    done.null_opened = report.null_rejected
     # What has a derived file's name but is no file could not be replaced.
     index = root / "index"
     derived = [root / MANIFEST, root / TABLE, *(index / name for name in list_folder(index))]
@@ -103,13 +97,13 @@ def repair(root: Path, *, failed: bool = False) -> Repaired:
         blocked.append(index)
     if done.plan_opened:
         blocked.append(root / PLAN_FILE)
-    complete = not report.num_missing and not report.null_missing
+    is_whole = not report.num_missing and not report.null_missing
     # A finalised dataset whose records are gone must not be taken for a whole one.
-    if done.opened or done.null_opened or blocked or (report.finalised and not complete):
+    if done.opened or done.null_opened or blocked or (report.finalised and not is_whole):
         _open(done, blocked)
-    if complete and not done.opened and not done.null_opened and not done.plan_opened:
+    if is_whole and not done.opened and not done.null_opened and not done.plan_opened:
         finalize(root)
-        done.finalised = True
+        done.complete = True
     return done
 
 
@@ -136,7 +130,7 @@ def _foreign_plan(root: Path) -> str:
 
 
 def _open(done: Repaired, blocked: list[Path]) -> None:
-    """The root manifest, then unit by unit its record before its damaged files, then the others."""
+    """The root manifest, then unit by unit its record before its damaged files, then `blocked`."""
     manifest = done.root / MANIFEST
     if manifest not in blocked:
         remove_file(manifest)
@@ -144,13 +138,14 @@ def _open(done: Repaired, blocked: list[Path]) -> None:
         record = record_path(done.root, unit)
         _move(done, record)
         for name in list_folder(record.parent):
-            path = record.with_name(name)
             if unit_of(done.root, record.parent, name) != unit or name.endswith(RECORD):
                 continue
-            before = _identity(path)
-            # A job that runs meanwhile may have replaced the file, by a sound one.
-            if not _is_sound(path) and _identity(path) == before:
-                _move(done, path)
+            path = record.with_name(name)
+            with contextlib.suppress(FileNotFoundError):
+                inode = os.lstat(path).st_ino
+                # A job that runs meanwhile may have put a sound file in its place.
+                if not _is_sound(path) and os.lstat(path).st_ino == inode:
+                    _move(done, path)
     for path in blocked:
         _move(done, path)
 
@@ -168,12 +163,3 @@ def _is_sound(path: Path) -> bool:
         return content_name(f"{name}.{ending}", digest_file(path).sha256) == path.name
     except OSError:
         return False
-
-
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """Which file has this name now."""
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -19,7 +19,6 @@ from embed_precompute.errors import InputError
 from embed_precompute.train.dataset import EmbeddingDataset
 
 PROMPTS_PER_FORWARD = 8
-MAX_LINE_TEXT = 160
 
 
 class Embedder(Protocol):
@@ -110,7 +109,7 @@ def _samples(dataset: EmbeddingDataset) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def _vectors(sample: dict[str, Any], tokens: dict[str, int]) -> dict[str, Tensor]:
-    """By tensor, [1, D]."""
+    """By tensor, float32 [1, D]."""
     return {name: mean_vector(sample[f"text_{name}"], n)[None] for name, n in tokens.items()}
 
 
@@ -121,8 +120,7 @@ def similar_lines(root: Path, sample_id: str, top: int) -> list[str]:
         lines.append(f"nearest to {sample_id} by text_{name} (cosine similarity):")
         for near in neighbours:
             others = (f", {n} {value:.4f}" for n, value in near.similarity.items() if n != name)
-            text = near.text
-            shown = text if len(text) <= MAX_LINE_TEXT else f"{text[:MAX_LINE_TEXT]}..."
+            shown = near.text if len(near.text) <= 160 else f"{near.text[:160]}..."
             values = f"{near.similarity[name]:.4f}{''.join(others)}"
             lines.append(f"  {values}  {near.sample_id}: {shown!r}")
         if not neighbours:

@@ -1,12 +1,12 @@
 """Verify: is every stored byte what the records say, and is every input row accounted for?
 
 Guarantees: `full` finds every changed, missing, cut or swapped file under the digests, and every
-disagreement between plan, records, shards, rows parts, manifest and index; damage is a problem
+disagreement between plan, records, shards, rows parts, manifest and index. Damage is a problem
 line that names the file, never a crash. Nothing is written. An unfinished dataset is checked as far
 as it goes.
 Costs: `quick` reads the small files and the shards' headers; `full` reads every shard twice (its
 sha256, then each row's checksum), on all cores. Memory grows by 24 bytes per sample. `deep` is
-`full`, then encodes some samples again.
+`full`, then some samples are encoded again.
 """
 
 from __future__ import annotations
@@ -17,26 +17,29 @@ import itertools
 import os
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from embed_precompute.audit.derived import MANIFEST, TABLE, Derived
-from embed_precompute.audit.findings import Level, Report, describe
 from embed_precompute.errors import InputError
 from embed_precompute.samples import Status, count_failed
 from embed_precompute.store.check import (
     CheckedUnit,
+    Problems,
     check_files,
     check_null,
     check_unit,
+    describe,
     in_order,
 )
 from embed_precompute.store.commit import QUARANTINE, TEMP_PREFIX
+from embed_precompute.store.index import index_dtypes
+from embed_precompute.store.manifest import MANIFEST, TABLE, DerivedCheck
 from embed_precompute.store.plan import PLAN_FILE, Plan, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
     UnitRecord,
     committed_units,
-    index_dtypes,
     list_folder,
     read_null_record,
     read_record,
@@ -46,9 +49,64 @@ from embed_precompute.store.records import (
     unnamed_files,
 )
 
-SMALL_FILES = (PLAN_FILE, "null.json", MANIFEST)
-PROVENANCE = ("config.yaml", "run.json", "logs", QUARANTINE)
-MAX_NAMED_MISSING = 20
+Level = Literal["quick", "full", "deep"]
+"""deep: as full, and random samples are encoded again."""
+MAX_NAMED_MISSING = MAX_NOTES = 20
+
+
+@dataclass
+class Report:
+    """What verify found."""
+
+    root: Path
+    level: Level
+    problems: Problems = field(default_factory=Problems)
+    """One line each: the file, what was found, what was expected."""
+    notes: list[str] = field(default_factory=list)
+    """Files that are not of the dataset; they do no harm."""
+    finalised: bool = False
+    num_units: int = 0
+    num_missing: int = 0
+    """Units without a record."""
+    null_missing: bool = False
+    """The null embedding is not made yet."""
+    num_samples: int = 0
+    num_bytes: int = 0
+    """Bytes whose sha256 was compared."""
+    deep: str = ""
+    """The outcome of encoding samples again."""
+    plan_rejected: bool = False
+    null_rejected: bool = False
+    rejected_units: set[int] = field(default_factory=set)
+    """Units with a record, and a problem in one of their files."""
+    failed_units: set[int] = field(default_factory=set)
+    """Sound units that hold a sample whose status is a failure of ours."""
+    num_ok: dict[int, int] = field(default_factory=dict)
+    """Sound units and their samples whose status is ok."""
+
+    @property
+    def null_sound(self) -> bool:
+        return not self.null_missing and not self.null_rejected
+
+    def summary(self) -> str:
+        """What was checked and the outcome, then notes; several lines."""
+        checked = self.num_units - self.num_missing
+        state = "finalised" if self.finalised else "not finalised"
+        lines = [
+            f"{self.root}: {self.level} check, {checked:,} of {self.num_units:,} units, "
+            f"{self.num_samples:,} samples, {state}, sha256 of {self.num_bytes:,} bytes"
+        ]
+        if self.num_missing or self.null_missing:
+            null = ", and so does the null embedding" if self.null_missing else ""
+            lines.append(f"  {self.num_missing:,} units lack a record{null}: run the job again")
+        if self.deep:
+            lines.append(f"  {self.deep}")
+        lines += [f"  note: {note}" for note in self.notes[:MAX_NOTES]]
+        if len(self.notes) > MAX_NOTES:
+            lines.append(f"  note: and {len(self.notes) - MAX_NOTES:,} more files like these")
+        count = len(self.problems)
+        lines.append(f"  {count:,} problem{'s' * (count != 1)}" if count else "  no problems")
+        return "\n".join(lines)
 
 
 def verify(
@@ -72,26 +130,28 @@ def verify(
         raise InputError(f"{root} holds no dataset: no {PLAN_FILE}, {MANIFEST} or shards.")
     report = Report(root, level, finalised=os.path.lexists(root / MANIFEST))
     plan: Plan | None = None
-    with report.checking(root / PLAN_FILE):
+    with report.problems.checking(root / PLAN_FILE):
         plan = read_plan(root)
     report.plan_rejected = plan is None
-    encode_again: Callable[[], None] | None = None
+    encode_again: Callable[..., str] | None = None
     if level == "deep" and plan is not None:
         # Not above: the encoders bring torch's whole weight, and transformers.
         from embed_precompute.audit.deep import compare_samples, open_references
 
         # That a checkpoint is missing must be said now, not after hours in place of the report.
         references = open_references(root, plan, device)
-        encode_again = functools.partial(
-            compare_samples, report, plan, references,
-            num_samples=num_samples, seed=secrets.randbits(32) if seed is None else seed,
-        )  # fmt: skip
+        encode_again = functools.partial(compare_samples, root, plan, references)
     _check_null(report, plan)
-    with contextlib.ExitStack() as stack:
-        _check_units(report, plan, Derived(report, plan, stack))
+    _check_units(report, plan)
     _note_strays(report, plan)
     if encode_again is not None:
-        encode_again()
+        report.deep = encode_again(
+            report.num_ok,
+            null=report.null_sound,
+            num_samples=num_samples,
+            seed=secrets.randbits(32) if seed is None else seed,
+            problem=report.problems.add,
+        )
     return report
 
 
@@ -101,7 +161,7 @@ def _check_null(report: Report, plan: Plan | None) -> None:
         report.null_missing = True
         return
     report.null_rejected = True
-    with report.checking(path):
+    with report.problems.checking(path):
         if plan is None:
             check_files(report.root, read_null_record(report.root), full=True)
         else:
@@ -109,35 +169,47 @@ def _check_null(report: Report, plan: Plan | None) -> None:
         report.null_rejected = False
 
 
-def _check_units(report: Report, plan: Plan | None, derived: Derived) -> None:
-    """Checks every committed unit, and what is derived of them all."""
-    root = report.root
+def _check_units(report: Report, plan: Plan | None) -> None:
+    """Checks every committed unit, and what finalize made of them all."""
+    root, problems, full = report.root, report.problems, report.level != "quick"
+    derived = DerivedCheck(root, plan, problems, full=full)
     committed: list[int] = []
-    with report.checking(root / "shards"):
+    with problems.checking(root / "shards"):
         committed = sorted(committed_units(root))
     report.num_units = len(committed) if plan is None else plan.num_units
     units = [unit for unit in committed if unit < report.num_units or plan is None]
     for unit in committed[len(units) :]:
-        path = record_path(root, unit)
-        report.problem(path, f"unit {unit}", f"only units below {report.num_units}")
+        expected = f"only units below {report.num_units}"
+        problems.add(record_path(root, unit), f"unit {unit}", expected)
         report.rejected_units.add(unit)
     report.num_missing = report.num_units - len(units)
     if report.num_missing or report.rejected_units or plan is None:
         derived.stop()
     if report.num_missing and report.finalised:
-        _name_missing(report, set(units))
-    check = functools.partial(_check, root, plan, report.level != "quick")
+        sound = set(units)
+        missing = (unit for unit in range(report.num_units) if unit not in sound)
+        for unit in itertools.islice(missing, MAX_NAMED_MISSING):
+            problems.add(record_path(root, unit), "no file", "a record: the dataset is finalised")
+        if (more := report.num_missing - MAX_NAMED_MISSING) > 0:
+            problems.add(root / "shards", f"no record for {more} more units", "one for each")
+    check = functools.partial(_check, root, plan, full)
     with contextlib.closing(in_order(check, units)) as checked:
         for unit, found in zip(units, checked, strict=True):
             if isinstance(found, str):
-                report.problems.append(found)
+                problems.append(found)
                 report.rejected_units.add(unit)
                 derived.stop()
                 continue
-            _count(report, found.record if isinstance(found, CheckedUnit) else found)
+            record = found.record if isinstance(found, CheckedUnit) else found
+            report.num_samples += record.num_samples
+            report.num_bytes += record.files.rows.bytes + record.files.shard.bytes * full
+            report.num_ok[unit] = record.status[Status.OK.label]
+            if count_failed(record.status):
+                report.failed_units.add(unit)
             if isinstance(found, CheckedUnit):
                 derived.add(found)
     derived.finish(units)
+    report.num_bytes += derived.num_bytes
 
 
 def _check(root: Path, plan: Plan | None, full: bool, unit: int) -> CheckedUnit | UnitRecord | str:
@@ -152,35 +224,15 @@ def _check(root: Path, plan: Plan | None, full: bool, unit: int) -> CheckedUnit 
         return describe(record_path(root, unit), error)
 
 
-def _count(report: Report, record: UnitRecord) -> None:
-    report.num_samples += record.num_samples
-    report.num_bytes += record.files.rows.bytes
-    if report.level != "quick":
-        report.num_bytes += record.files.shard.bytes
-    report.num_ok[record.unit] = record.status[Status.OK.label]
-    if count_failed(record.status):
-        report.failed_units.add(record.unit)
-
-
-def _name_missing(report: Report, committed: set[int]) -> None:
-    missing = (unit for unit in range(report.num_units) if unit not in committed)
-    for unit in itertools.islice(missing, MAX_NAMED_MISSING):
-        path = record_path(report.root, unit)
-        report.problem(path, "no file", "a record: the dataset is finalised")
-    if report.num_missing > MAX_NAMED_MISSING:
-        more = report.num_missing - MAX_NAMED_MISSING
-        report.problem(report.root / "shards", f"no record for {more} more units", "one for each")
-
-
 def _note_strays(report: Report, plan: Plan | None) -> None:
     """Notes for files that nobody reads: leftovers, other names, data that no record names."""
     root = report.root
-    known = {root / name for name in (*SMALL_FILES, TABLE, "shards", "index", *PROVENANCE)}
+    provenance = ("config.yaml", "run.json", "logs", QUARANTINE)
+    ours = (PLAN_FILE, "null.json", MANIFEST, TABLE, "shards", "index", *provenance)
     names = index_dtypes(tensor.name for tensor in plan.tensors) if plan is not None else {}
-    known |= {root / "index" / f"{name}.npy" for name in names}
-    with report.checking(root / "shards"):
-        sound = report.null_sound and not (report.rejected_units or report.num_missing)
-        unnamed = set(unnamed_files(root, checked=sound))
+    known = {root / name for name in (*ours, *(f"index/{name}.npy" for name in names))}
+    with report.problems.checking(root / "shards"):
+        unnamed = set(unnamed_files(root))
         folders = [root, *([root / "index"] if names else []), *sorted(root.glob("shards/*"))]
         for folder in folders:
             for name in list_folder(folder):

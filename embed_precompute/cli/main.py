@@ -37,7 +37,7 @@ from embed_precompute.samples import count_failed
 
 if TYPE_CHECKING:
     from embed_precompute.config.schema import Config
-    from embed_precompute.store.records import Manifest
+    from embed_precompute.store.index import Manifest
 
 IO_ERRORS = frozenset(
     getattr(errno, name)

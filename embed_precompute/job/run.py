@@ -25,8 +25,9 @@ from embed_precompute.job.prepare import check_first_captions, prepare, publish
 from embed_precompute.job.progress import Progress, write_provenance
 from embed_precompute.job.signals import StopRequest, stop_on_signals
 from embed_precompute.job.stages import Stages
+from embed_precompute.store.index import Manifest
 from embed_precompute.store.manifest import finalize
-from embed_precompute.store.records import Manifest, UnitRecord
+from embed_precompute.store.records import UnitRecord
 
 log = logging.getLogger(__name__)
 

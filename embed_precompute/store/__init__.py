@@ -1,1 +1,1 @@
-"""The bytes on disk. No other room writes a dataset."""
+"""The bytes of a dataset on disk. Only modules of this folder write them."""

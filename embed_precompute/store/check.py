@@ -1,7 +1,7 @@
-"""The check of committed units, which finalize, verify, repair and export share.
+"""The check of committed units, which finalize and verify share.
 
-Guarantees: a unit that comes out is consistent: plan, record, rows part and shard agree. Otherwise
-a VerificationError names the first file that does not. `full` also reads every stored byte: the
+Guarantees: plan, record, rows part and shard of a unit that comes out agree. Otherwise a
+VerificationError names the first file that does not. `full` also reads every stored byte: the
 sha256 of the shard, the checksum of each row, the digests of the texts.
 Costs: per unit its record, its rows part (in memory) and the header of its shard; `full` reads the
 shard twice. `in_order` uses all cores: hashing and pyarrow let other Python threads run.
@@ -9,10 +9,11 @@ shard twice. `in_order` uses all cores: hashing and pyarrow let other Python thr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embed_precompute.errors import VerificationError
+from embed_precompute.errors import EmbedPrecomputeError, VerificationError
 from embed_precompute.samples import INPUT_FACTS, Status
 from embed_precompute.store.commit import NAME_DIGITS, StoredFile, digest_file, read_file
-from embed_precompute.store.index import Array, UnitColumns, id_hash
+from embed_precompute.store.index import Array, FileEntry, UnitColumns, id_hash
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import (
     NullRecord,
@@ -47,8 +48,7 @@ from embed_precompute.store.rows import (
 from embed_precompute.store.shards import ShardReader
 
 MAX_THREADS = 16
-_LABELS = pa.array([status.label for status in Status])
-_VALUES = np.array([status.value for status in Status], np.uint8)
+_LABELS = pa.array([status.label for status in sorted(Status)])
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -58,26 +58,53 @@ class CheckedUnit:
     """A committed unit whose files agree."""
 
     record: UnitRecord
-    shard: ShardReader
     rows: pa.RecordBatch
     """The rows part without text."""
     columns: UnitColumns
     """What it adds to the index."""
 
 
+class Problems(list[str]):
+    """What is wrong with a dataset, a line each: the file, what was found, what was expected."""
+
+    def add(self, path: Path, found: object, expected: object) -> None:
+        self.append(f"{path}: found {found}, expected {expected}")
+
+    @contextlib.contextmanager
+    def checking(self, path: Path) -> Iterator[None]:
+        """Any error inside becomes a problem with `path`: damage can surface as any error."""
+        try:
+            yield
+        except Exception as error:
+            self.append(describe(path, error))
+
+
+def describe(path: Path, error: Exception) -> str:
+    """A problem line for what went wrong with `path`."""
+    if isinstance(error, EmbedPrecomputeError):
+        return str(error)
+    return f"{path}: found {type(error).__name__}: {error}, expected a file that can be checked"
+
+
 def check_unit(root: Path, plan: Plan, unit: int, *, full: bool = False) -> CheckedUnit:
     """Opens a unit; IncompleteError where it has no record, VerificationError for what differs."""
     record = read_record(root, unit)
     _check_plan(root, plan, record)
-    payload = _read_rows(record.rows_path(root), record.files.rows)
+    path, file = record.rows_path(root), record.files.rows
+    check_size(path, file)
+    try:
+        payload = read_file(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    _require_same(path, "sha256", hashlib.sha256(payload).hexdigest(), file.sha256)
     if full:  # first, so that a damaged shard is named and not the rows that do not fit it
         check_digest(record.shard_path(root), record.files.shard)
     shard = _open_shard(root, plan, record, num_rows=record.num_stored)
-    rows, columns = _Rows(root, plan, record, shard, payload).checked()
+    rows, columns = _check_rows(path, plan.tensors, record, shard, payload)
     if full:
         _check_checksums(shard, plan.tensors)
-        _check_texts(record.rows_path(root), plan.tensors, record, payload)
-    return CheckedUnit(record, shard, rows, columns)
+        _check_texts(path, plan.tensors, record, payload)
+    return CheckedUnit(record, rows, columns)
 
 
 def check_null(root: Path, plan: Plan) -> NullRecord:
@@ -91,17 +118,14 @@ def check_null(root: Path, plan: Plan) -> NullRecord:
 
 def check_files(root: Path, record: Record, *, full: bool) -> None:
     """Sizes, with `full` digests, of the files that a record names: the check without a plan."""
-    folder = record_path(root, record.number).parent
-    check = check_digest if full else check_size
     for file in vars(record.files).values():
-        check(folder / file.name, file)
+        path = record_path(root, record.number).with_name(file.name)
+        (check_digest if full else check_size)(path, file)
 
 
-def in_order(
-    function: Callable[[_T], _R], arguments: Iterable[_T], threads: int | None = None
-) -> Generator[_R, None, None]:
+def in_order(function: Callable[[_T], _R], arguments: Iterable[_T]) -> Generator[_R, None, None]:
     """`function` of each argument, in order; threads work ahead. Close the iterator to end them."""
-    threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     waiting: deque[Future[_R]] = deque()
     pool = ThreadPoolExecutor(threads, "check")
     try:
@@ -116,7 +140,6 @@ def in_order(
 
 
 def _check_plan(root: Path, plan: Plan, record: Record) -> None:
-    """That a record is of this plan."""
     expected: dict[str, Any] = {
         "fingerprint": plan.fingerprint,
         "plan_id": plan.plan_id,
@@ -133,17 +156,6 @@ def _check_plan(root: Path, plan: Plan, record: Record) -> None:
         _require_same(path, key, sorted(found) if isinstance(found, dict) else found, value)
 
 
-def _read_rows(path: Path, file: StoredFile) -> bytes:
-    """A rows part as its record describes it."""
-    check_size(path, file)
-    try:
-        payload = read_file(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    _require_same(path, "sha256", hashlib.sha256(payload).hexdigest(), file.sha256)
-    return payload
-
-
 def _open_shard(root: Path, plan: Plan, record: Record, num_rows: int) -> ShardReader:
     """A shard with the size, the rows and the vectors that its record states."""
     path = record.shard_path(root)
@@ -155,8 +167,7 @@ def _open_shard(root: Path, plan: Plan, record: Record, num_rows: int) -> ShardR
     return shard
 
 
-def check_size(path: Path, file: StoredFile) -> None:
-    """VerificationError unless a file has the size stated."""
+def check_size(path: Path, file: StoredFile | FileEntry) -> None:
     try:
         size = os.stat(path).st_size
     except OSError as error:
@@ -164,8 +175,8 @@ def check_size(path: Path, file: StoredFile) -> None:
     _require_same(path, "bytes", size, file.bytes)
 
 
-def check_digest(path: Path, file: StoredFile) -> None:
-    """VerificationError unless a file has the size and sha256 stated."""
+def check_digest(path: Path, file: StoredFile | FileEntry) -> None:
+    """Size, then sha256."""
     check_size(path, file)
     try:
         found = digest_file(path)
@@ -175,7 +186,6 @@ def check_digest(path: Path, file: StoredFile) -> None:
 
 
 def _check_checksums(shard: ShardReader, tensors: Tensors) -> None:
-    """VerificationError unless every stored row has its checksum."""
     for tensor in tensors:
         for row in range(shard.num_rows):
             if not shard.check_row(tensor.name, row):
@@ -210,86 +220,66 @@ def _check_texts(path: Path, tensors: Tensors, record: UnitRecord, payload: byte
     _require_same(path, "rows_sha256", sha.hexdigest(), record.rows_sha256)
 
 
-class _Rows:
-    """The rows of a unit against its record and its shard."""
+def _check_rows(
+    path: Path, tensors: Tensors, record: UnitRecord, shard: ShardReader, payload: bytes
+) -> tuple[pa.RecordBatch, UnitColumns]:
+    """The rows without text, checked against record and shard, and what they add to the index."""
+    batches = iter_batches(path, tensors, text=False, num_rows=record.num_samples, payload=payload)
+    table = pa.Table.from_batches(batches, rows_schema(tensors, text=False))
+    rows: pa.RecordBatch = table.combine_chunks().to_batches()[0]
 
-    def __init__(
-        self, root: Path, plan: Plan, record: UnitRecord, shard: ShardReader, payload: bytes
-    ) -> None:
-        self._path, self._tensors = record.rows_path(root), plan.tensors
-        self._record, self._shard = record, shard
-        batches = list(
-            iter_batches(
-                self._path, plan.tensors, text=False, num_rows=record.num_samples, payload=payload
-            )
-        )
-        table = pa.Table.from_batches(batches, rows_schema(plan.tensors, text=False))
-        self._rows: pa.RecordBatch = table.combine_chunks().to_batches()[0]
+    def require(good: Any, problem: str) -> None:
+        if not np.all(good):
+            raise VerificationError(f"{path} has {problem}.")
 
-    def checked(self) -> tuple[pa.RecordBatch, UnitColumns]:
-        """The rows, and what they add to the index."""
-        record, shard = self._record, self._shard
-        codes = pc.index_in(self._rows.column("status"), value_set=_LABELS)
-        self._require(codes.null_count == 0, "an unknown status")
-        status: Array = _VALUES[codes.to_numpy()]
-        ok = status == Status.OK
-        units = self._rows.column("shard").to_numpy()
-        self._require(units == record.unit, "samples of another shard")
-        self._check_order()
-        index = self._filled("index", ok, -1)
-        self._require(
-            ~ok | ((index >= 0) & (index < shard.num_rows)), "an index that is not in the shard"
-        )
-        lengths, checksums = {}, {}
-        for tensor in self._tensors:
-            name = tensor.name
-            expected, sums = np.zeros(ok.size, np.int64), np.zeros(ok.size, np.uint64)
-            expected[ok] = shard.lengths(name)[index[ok]]
-            sums[ok] = shard.checksums(name)[index[ok]]
-            lengths[name] = self._filled(f"{name}_length", ok, 0)
-            self._require(lengths[name] == expected, f"{name}_length unlike the shard's")
-            checksums[name] = sums
-        found = {each.label: int((status == each).sum()) for each in Status}
-        _require_same(self._path, "status", found, record.status)
-        encoders = {
-            name: TokenCounts(
-                int(self._filled(f"{name}_tokens", ok, 0).sum(dtype=np.int64)),
-                int(self._filled(f"{name}_truncated", ok, False).sum()),
-            )
-            for name in encoder_names(self._tensors)
-        }
-        _require_same(self._path, "encoders", encoders, record.encoders)
-        ids = self._rows.column("sample_id").cast(pa.binary()).to_pylist()
-        hashes = np.fromiter(map(id_hash, ids), np.uint64, len(ids))
-        digest = int(record.files.shard.sha256[:NAME_DIGITS], 16)
-        columns = UnitColumns(
-            record.unit, shard.num_rows, digest, ids, hashes, status, index, lengths, checksums
-        )
-        return self._rows, columns
+    codes = pc.index_in(rows.column("status"), value_set=_LABELS)
+    require(codes.null_count == 0, "an unknown status")
+    status: Array = codes.to_numpy().astype(np.uint8)  # the statuses are numbered from 0 on
+    ok = status == Status.OK
 
-    def _check_order(self) -> None:
-        """A row has one sample or several, one after another, and none is left out."""
-        record, rows = self._record, self._rows.column("row").to_numpy()
-        before = np.concatenate(([record.first_row - 1], rows[:-1]))
-        ordered = (rows == before) | (rows == before + 1)
-        self._require(ordered & (rows >= record.first_row), "rows out of order")
-        last = record.first_row + record.num_rows - 1
-        _require_same(self._path, "last row", int(rows[-1]), last)
-
-    def _filled(self, name: str, ok: Array, missing: Any) -> Array:
+    def filled(name: str, missing: Any) -> Array:
         """A column that is null exactly where the status is not ok, with `missing` there."""
-        column = self._rows.column(name)
-        if column.null_count == 0 and ok.all():  # nearly always
-            plain: Array = column.to_numpy(zero_copy_only=False)
-            return plain
-        valid = column.is_valid().to_numpy(zero_copy_only=False)
-        self._require(valid == ok, f"{name} null where status is ok, or not elsewhere")
-        values: Array = pc.fill_null(column, missing).to_numpy(zero_copy_only=False)
+        column = rows.column(name)
+        if column.null_count or not ok.all():  # seldom
+            valid = column.is_valid().to_numpy(zero_copy_only=False)
+            require(valid == ok, f"{name} null where status is ok, or not elsewhere")
+            column = pc.fill_null(column, missing)
+        values: Array = column.to_numpy(zero_copy_only=False)
         return values
 
-    def _require(self, good: Any, problem: str) -> None:
-        if not np.all(good):
-            raise VerificationError(f"{self._path} has {problem}.")
+    require(rows.column("shard").to_numpy() == record.unit, "samples of another shard")
+    # A row has one sample or several, one after another, and none is left out.
+    numbers = rows.column("row").to_numpy()
+    before = np.concatenate(([record.first_row - 1], numbers[:-1]))
+    ordered = (numbers == before) | (numbers == before + 1)
+    require(ordered & (numbers >= record.first_row), "rows out of order")
+    _require_same(path, "last row", int(numbers[-1]), record.first_row + record.num_rows - 1)
+    index = filled("index", -1)
+    require(~ok | ((index >= 0) & (index < shard.num_rows)), "an index that is not in the shard")
+    lengths, checksums = {}, {}
+    for name in (tensor.name for tensor in tensors):
+        expected, sums = np.zeros(ok.size, np.int64), np.zeros(ok.size, np.uint64)
+        expected[ok] = shard.lengths(name)[index[ok]]
+        sums[ok] = shard.checksums(name)[index[ok]]
+        lengths[name], checksums[name] = filled(f"{name}_length", 0), sums
+        require(lengths[name] == expected, f"{name}_length unlike the shard's")
+    found = {each.label: int((status == each).sum()) for each in Status}
+    _require_same(path, "status", found, record.status)
+    encoders = {
+        name: TokenCounts(
+            int(filled(f"{name}_tokens", 0).sum(dtype=np.int64)),
+            int(filled(f"{name}_truncated", False).sum()),
+        )
+        for name in encoder_names(tensors)
+    }
+    _require_same(path, "encoders", encoders, record.encoders)
+    ids = rows.column("sample_id").cast(pa.binary()).to_pylist()
+    hashes = np.fromiter(map(id_hash, ids), np.uint64, len(ids))
+    digest = int(record.files.shard.sha256[:NAME_DIGITS], 16)
+    columns = UnitColumns(
+        record.unit, shard.num_rows, digest, ids, hashes, status, index, lengths, checksums
+    )
+    return rows, columns
 
 
 def _require_same(path: Path, what: str, found: object, expected: object) -> None:

@@ -2,8 +2,7 @@
 
 Guarantees: under a final name there is either nothing or a whole file that was fsynced before it
 got the name. The order is: bytes, sha256, fsync(file), close, link or rename, fsync(folder). A
-process that dies leaves at most a `.tmp-*` file. Nothing is deleted but derived files, temporary
-files and files that no record names.
+process that dies leaves at most a `.tmp-*` file.
 Costs: one fsync of the file and one of its folder; the digest reads the file back once, in pieces
 of 8 MiB, from the page cache. No locks, no clocks.
 """
@@ -66,9 +65,6 @@ def content_name(name: str, digest: str) -> str:
     return f"{stem}-{digest[:NAME_DIGITS]}.{ending}"
 
 
-# --- reading --------------------------------------------------------------------------------------
-
-
 def open_file(path: Path) -> int:
     """A descriptor to read a regular file; OSError for anything else.
 
@@ -123,10 +119,7 @@ def drop_staged_files() -> None:
 def this_host() -> str:
     """The machine, and the pid namespace on it, within which a pid names one process."""
     host = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:64]
-    try:
-        return f"{host}.{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return host
+    return f"{host}.{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def make_folder(folder: Path) -> None:
@@ -172,28 +165,26 @@ def storage_error(path: Path, action: str, error: OSError, needed: int = 0) -> S
 
 
 class StagedFile:
-    """A file without a final name. `publish`, `replace` or `publish_by_content` gives it one, and
-    leaving the `with` block without one of them drops it.
+    """A file without a final name, for one thread.
 
-    The temporary file is `.tmp-<name>-<host>-<pid>-<random>` in the target's folder. The host
-    contains the number of its pid namespace, so that `remove_dead` can tell whether the writer is
-    alive. The mode is 0666 less the umask (and default ACLs): the kernel applies it at creation, so
-    no thread's umask is touched. Not for use by several threads at once.
+    `publish`, `replace` or `publish_by_content` gives it its name; leaving the `with` block without
+    one of them drops it. The temporary file is `.tmp-<name>-<host>-<pid>-<random>` in the target's
+    folder, so that `remove_dead` can tell whether its writer is alive.
     """
 
     def __init__(self, target: Path, expected_bytes: int = 0) -> None:
+        """`expected_bytes` is named when there is no space for the file."""
         self.target = target
         self._expected_bytes = expected_bytes
         self._position = 0
         self._digest: StoredFile | None = None
-        self._identity: tuple[int, int] | None = None
         make_folder(target.parent)
         tag = f"{this_host()}-{os.getpid()}-{secrets.token_hex(6)}"
         self._temp = target.parent / f"{TEMP_PREFIX}{target.name}-{tag}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         _staged.add(self._temp)
         try:
-            self._fd = os.open(self._temp, flags, 0o666)
+            self._fd = os.open(self._temp, flags, 0o666)  # the kernel takes off the umask
         except OSError as error:
             _staged.discard(self._temp)
             raise self._error("creating its temporary file", error) from error
@@ -221,15 +212,10 @@ class StagedFile:
         size = view.nbytes
         if size == 0:  # a view with a zero in its shape cannot be cast
             return 0
-        view = view.cast("B")
-        self._digest = None
-        done = 0
+        view, done, self._digest = view.cast("B"), 0, None
         try:
             while done < size:
-                count = os.pwrite(self._fd, view[done:], offset + done)
-                if count == 0:
-                    raise OSError(errno.EIO, "nothing was written")
-                done += count
+                done += os.pwrite(self._fd, view[done:], offset + done)
         except OSError as error:
             raise self._error(f"writing at byte {offset + done}", error, offset + size) from error
         return size
@@ -259,15 +245,20 @@ class StagedFile:
         Returns whether the file of that name has our content.
         """
         stored = self._finish()
+        ours = True
         try:
-            ours = True
             try:
-                self._give_name()
+                os.link(self._temp, self.target)
             except OSError as error:
-                if not os.path.lexists(self.target):
-                    raise self._error("linking into place", error) from error
-                # A network file system may report a failure after it did what was asked.
-                ours = self._has_our_inode() or self._target_is(stored)
+                if error.errno not in _NO_LINK or os.path.lexists(self.target):
+                    raise
+                # Without links: who comes between this look and the rename loses the name to us.
+                os.rename(self._temp, self.target)
+        except OSError as error:
+            if not os.path.lexists(self.target):
+                raise self._error("linking into place", error) from error
+            # A network file system may report a failure after it did what was asked.
+            ours = self._target_is(stored)
         finally:
             self.discard()
         self._sync_parent()  # also for a winner that may have died before it did
@@ -279,14 +270,12 @@ class StagedFile:
         try:
             changed = not self._target_is(stored)
             if changed:
-                try:
-                    os.replace(self._temp, self.target)
-                except OSError as error:
-                    # Another process that finished the same dataset may have removed our temporary.
-                    if not self._has_our_inode():
-                        if not self._target_is(stored):
-                            raise self._error("renaming into place", error) from error
-                        changed = False
+                os.replace(self._temp, self.target)
+        except OSError as error:
+            # Another process that finished the same dataset may have removed our temporary.
+            changed = False
+            if not self._target_is(stored):
+                raise self._error("renaming into place", error) from error
         finally:
             self.discard()
         self._sync_parent()
@@ -295,8 +284,8 @@ class StagedFile:
     def publish_by_content(self) -> StoredFile:
         """Gives the file the `content_name` of its target; returns it under that name.
 
-        The name stands for these bytes. So a file that has it is equal and stays, or it is damaged
-        and is replaced.
+        The name stands for these bytes. A file that has the name already is equal and stays, or is
+        damaged and is replaced.
         """
         stored = self.digest()
         self.target = self.target.with_name(content_name(self.target.name, stored.sha256))
@@ -316,36 +305,15 @@ class StagedFile:
         stored = self.digest()
         try:
             os.fsync(self._fd)
-        except OSError as error:
-            raise self._error("fsync", error) from error
-        status = os.fstat(self._fd)
-        self._identity = (status.st_dev, status.st_ino)
-        try:
             self._close()
         except OSError as error:
-            raise self._error("closing", error) from error
+            raise self._error("fsync and close", error) from error
         return stored
 
     def _close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def _give_name(self) -> None:
-        try:
-            os.link(self._temp, self.target)
-        except OSError as error:
-            if error.errno not in _NO_LINK or os.path.lexists(self.target):
-                raise
-            # Without links: who comes between this look and the rename loses the name to us.
-            os.rename(self._temp, self.target)
-
-    def _has_our_inode(self) -> bool:
-        try:
-            status = os.stat(self.target)
-        except OSError:
-            return False
-        return self._identity == (status.st_dev, status.st_ino)
 
     def _target_is(self, stored: StoredFile) -> bool:
         try:
@@ -408,7 +376,7 @@ def replace_bytes(target: Path, payload: bytes) -> bool:
 
 
 def move_aside(root: Path, path: Path) -> bool:
-    """Takes a file out of the dataset, into `_quarantine/` of `root`; False when it is gone."""
+    """Moves a file to `_quarantine/` of `root`; False when the file is gone."""
     folder = root / QUARANTINE
     make_folder(folder)
     try:
@@ -436,8 +404,7 @@ def remove_file(path: Path) -> None:
 def remove_leftovers(*folders: Path) -> None:
     """Removes all temporary files from the folders of a dataset that is complete.
 
-    A living process may lose one too, of a file that another process has published: it finds that
-    file when it comes to publish its own.
+    A process that still writes one finds the file that another process published in its place.
     """
     for path in _temporaries(*folders):
         with contextlib.suppress(OSError):

@@ -1,31 +1,143 @@
-"""index/*.npy: the columns a reader needs for every sample, each a flat array it can map.
+"""What a reader of a finished dataset opens: manifest.json, and index/*.npy, arrays it can map.
 
-Guarantees: the arrays are a function of the units' rows and records alone; a look-up by id compares
+Guarantees: the arrays are a function of the units' rows and records alone. A look-up by id compares
 the stored id, so two ids with one hash are not confused.
-Costs: making the index keeps 24 bytes per sample in memory, to sort the hashes of ids. Reading maps
-the arrays; a look-up by id is a binary search and loads no table.
+Costs: making the index keeps 24 bytes per sample in memory, to sort the hashes of ids. A look-up by
+id is a binary search in the mapped arrays.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
 
+from embed_precompute.documents import Count, Hex64, MismatchError
 from embed_precompute.errors import IncompleteError, VerificationError
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import NAME_DIGITS, StagedFile, content_name, open_file
-from embed_precompute.store.records import SHARD, index_dtypes, read_manifest, unit_path
+from embed_precompute.store.records import (
+    SHARD,
+    Document,
+    Per,
+    StoredDType,
+    StoredTensor,
+    TokenCounts,
+    check_status,
+    read_document,
+    stored_tensors,
+    unit_path,
+)
 
 NPY_HEADER_BYTES = 128
-
+_NULL_NAME = re.compile(r"null-[0-9a-f]{16}\.safetensors")
 Array = np.ndarray[Any, np.dtype[Any]]
+
+# --- manifest.json --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor `text_<name>` as the manifest describes it."""
+
+    encoder: str
+    per: Per
+    width: int
+    dtype: StoredDType
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sums over all units."""
+
+    rows: Count
+    """Input rows."""
+    samples: Count
+    units: Count
+    stored: Count
+    """Stored rows: equal texts of a unit share one."""
+    status: dict[str, Count]
+    encoders: dict[str, TokenCounts]
+    tensors: dict[str, Count]
+
+
+@dataclass(frozen=True)
+class EnvironmentCount:
+    environment: dict[str, str]
+    units: Count
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    bytes: Count
+    sha256: Hex64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Document):
+    """manifest.json: with it, and only with it, a dataset is finished."""
+
+    kind: Literal["dataset"] = "dataset"
+    fingerprint: Hex64
+    plan_id: Hex64
+    spec: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+    counts: Counts
+    environments: list[EnvironmentCount]
+    records_sha256: Hex64
+    files: dict[str, FileEntry]
+    """By path below the root: everything but the files of units."""
+
+    def __post_init__(self) -> None:
+        check_status(self.counts.status, self.counts.samples)
+        if self.tensors != tensor_entries(stored_tensors(self.spec)):
+            raise MismatchError("tensors are not those of its spec.")
+        names = {"plan.json", "null.json", "manifest.parquet"}
+        names |= {f"index/{name}.npy" for name in index_dtypes(self.tensors)}
+        null = [name for name in self.files.keys() - names if _NULL_NAME.fullmatch(name)]
+        if len(null) != 1 or self.files.keys() != {*names, *null}:
+            raise MismatchError(f"files has keys {sorted(self.files)}: expected other names.")
+
+
+def index_dtypes(tensors: Iterable[str]) -> dict[str, str]:
+    """Every array of the index and its dtype; the file is index/<name>.npy."""
+    dtypes = {"status": "|u1", "shard": "<i4", "index": "<i4"}
+    for name in sorted(tensors):
+        dtypes |= {f"length_{name}": "<i4", f"xxh3_{name}": "<u8"}
+    return dtypes | {
+        "ids": "|u1",
+        "id_offsets": "<i8",
+        "id_hash": "<u8",
+        "id_order": "<i8",
+        "ok": "<i8",
+        "shards": "<i8",
+        "shard_digest": "<u8",
+    }
+
+
+def tensor_entries(tensors: Sequence[StoredTensor]) -> dict[str, TensorEntry]:
+    """The tensors as the manifest describes them."""
+    return {t.name: TensorEntry(t.encoder, t.per, t.width, t.dtype) for t in tensors}
+
+
+def read_manifest(root: Path) -> Manifest:
+    """manifest.json; FileNotFoundError while the dataset is not finalised."""
+    try:
+        return read_document(root / "manifest.json", Manifest)
+    except VerificationError as error:
+        raise VerificationError(
+            f"{error} `embed-precompute finalize {root}` makes it again."
+        ) from error
+
+
+# --- writing the index ----------------------------------------------------------------------------
 
 
 def id_hash(sample_id: bytes) -> int:
@@ -60,10 +172,6 @@ class IndexBuilder:
     def __init__(self) -> None:
         self._num_samples = self._id_bytes = 0
         self._id_hashes: list[Array] = []
-
-    def first(self) -> dict[str, Array]:
-        """What comes before the first unit."""
-        return {"id_offsets": np.zeros(1, np.int64)}
 
     def add(self, unit: UnitColumns) -> dict[str, Array]:
         """What the next unit adds to each array."""
@@ -103,16 +211,18 @@ class IndexWriter:
         try:
             for name in self._dtypes:
                 self._files[name] = StagedFile(folder / f"{name}.npy")
-            self._append(self._builder.first())
+            self._append({"id_offsets": np.zeros(1, np.int64)})
         except BaseException:
-            self.discard()
+            self.__exit__()
             raise
 
     def __enter__(self) -> IndexWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.discard()
+        """Drops every array that was not given its name."""
+        for file in self._files.values():
+            file.discard()
 
     def add(self, unit: UnitColumns) -> None:
         self._append(self._builder.add(unit))
@@ -125,11 +235,6 @@ class IndexWriter:
             shape = (size // 3, 3) if name == "shards" else (size,)
             file.pwrite(_npy_header(self._dtypes[name], shape), 0)
         return self._files
-
-    def discard(self) -> None:
-        """Drops every array that was not given its name."""
-        for file in self._files.values():
-            file.discard()
 
     def _append(self, pieces: Mapping[str, Array]) -> None:
         for name, piece in pieces.items():
@@ -144,6 +249,9 @@ def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
     text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}"
     text = text.ljust(NPY_HEADER_BYTES - 11) + "\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
+# --- reading the index ----------------------------------------------------------------------------
 
 
 class DatasetIndex:
@@ -165,16 +273,16 @@ class DatasetIndex:
             ) from None
         counts = self.manifest.counts
         self.tensors = tuple(sorted(self.manifest.tensors))
-        self.num_samples, self.num_units = counts.samples, counts.units
-        n, units = self.num_samples, self.num_units
-        shapes: dict[str, tuple[int, ...]] = {
+        self.num_samples, self.num_units = n, units = counts.samples, counts.units
+        shapes: dict[str, tuple[int, ...] | None] = {
             "id_offsets": (n + 1,),
+            "ids": None,
             "ok": (counts.status[Status.OK.label],),
             "shards": (units, 3),
             "shard_digest": (units,),
         }
         self.arrays = {
-            name: self._open(name, dtype, shapes.get(name, (n,)) if name != "ids" else None)
+            name: self._open(name, dtype, shapes.get(name, (n,)))
             for name, dtype in index_dtypes(self.tensors).items()
         }
         """Every array by name; some of them again:"""
@@ -191,7 +299,6 @@ class DatasetIndex:
         return self.num_samples
 
     def shard_path(self, unit: int) -> Path:
-        """The shard of a unit."""
         if not 0 <= unit < self.num_units:
             where = self.root / "index" / "shard.npy"
             raise VerificationError(f"{where} holds unit {unit}: there are {self.num_units}.")
@@ -200,7 +307,6 @@ class DatasetIndex:
         return path.with_name(content_name(path.name, digest))
 
     def sample_id(self, sample: int) -> str:
-        """The id of sample number `sample`."""
         try:
             return self._id_bytes(sample).decode()
         except UnicodeDecodeError as error:

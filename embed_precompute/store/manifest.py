@@ -1,31 +1,41 @@
-"""The dataset as a whole: finalize turns committed units into manifest, index and root manifest.
+"""What is made of all units: finalize writes manifest, index and root manifest; and their check.
 
-Guarantees: finalize is idempotent and a function of the committed files; it checks every unit
+Guarantees: finalize is idempotent and a function of the committed files. It checks every unit
 against its record before it counts it. manifest.json is written last, and never stands next to
-files it does not describe. What no record names is removed.
-Costs: one pass over all records, rows parts (without their text), and shard headers; memory holds a
+files that it does not describe. What no record names is removed.
+Costs: one pass over all records, rows parts (without their text) and shard headers; memory holds a
 row group of manifest.parquet and 24 bytes per sample.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
-from embed_precompute.documents import canonical_json
+from embed_precompute.documents import canonical_json, flatten, to_plain
 from embed_precompute.errors import IncompleteError, StorageError, VerificationError
 from embed_precompute.samples import Status
-from embed_precompute.store.check import check_null, check_unit, in_order
+from embed_precompute.store.check import (
+    CheckedUnit,
+    Problems,
+    check_digest,
+    check_null,
+    check_size,
+    check_unit,
+    in_order,
+)
 from embed_precompute.store.commit import (
     Sink,
     StagedFile,
@@ -34,27 +44,43 @@ from embed_precompute.store.commit import (
     remove_leftovers,
     replace_bytes,
 )
-from embed_precompute.store.index import IndexWriter
+from embed_precompute.store.index import (
+    Array,
+    Counts,
+    DatasetIndex,
+    EnvironmentCount,
+    FileEntry,
+    IndexBuilder,
+    IndexWriter,
+    Manifest,
+    id_hash,
+    read_manifest,
+    tensor_entries,
+)
 from embed_precompute.store.plan import PLAN_FILE, Plan, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
-    Counts,
-    EnvironmentCount,
-    FileEntry,
-    Manifest,
     TokenCounts,
     UnitRecord,
     committed_units,
     document_bytes,
+    read_record,
     record_path,
     refuse_linked_folders,
-    tensor_entries,
     unit_folders,
     unnamed_files,
 )
-from embed_precompute.store.rows import Tensors, parquet_writer, rows_schema
+from embed_precompute.store.rows import (
+    READ_ROWS,
+    Tensors,
+    iter_batches,
+    open_parquet,
+    parquet_writer,
+    rows_schema,
+)
 
 log = logging.getLogger(__name__)
+MANIFEST, TABLE = "manifest.json", "manifest.parquet"
 MANIFEST_ROW_GROUP = 1 << 16
 
 
@@ -76,7 +102,13 @@ def finalize(root: Path) -> Finalized:
     """
     plan = read_plan(root)
     refuse_linked_folders(root)
-    _require_complete(root, plan.num_units)
+    missing = plan.num_units - sum(unit < plan.num_units for unit in committed_units(root))
+    null = "" if record_path(root, NULL_UNIT).exists() else " The null embedding is missing too."
+    if missing or null:
+        raise IncompleteError(
+            f"{root}: {missing} of {plan.num_units} units have no record.{null} Run the job again: "
+            "it goes on with these."
+        )
     try:
         manifest = _write_derived(root, plan)
     except VerificationError as error:
@@ -85,23 +117,15 @@ def finalize(root: Path) -> Finalized:
             "opens its unit again."
         ) from error
     remove_leftovers(root, root / "index", *unit_folders(root))
-    finalized = Finalized(manifest, *_remove_unnamed(root))
-    if finalized.removed_files:
-        log.info(
-            "%s: removed %d files (%d bytes) that no record names",
-            root, finalized.removed_files, finalized.removed_bytes,
-        )  # fmt: skip
-    return finalized
-
-
-def _require_complete(root: Path, num_units: int) -> None:
-    missing = num_units - sum(unit < num_units for unit in committed_units(root))
-    null = "" if record_path(root, NULL_UNIT).exists() else " The null embedding is missing too."
-    if missing or null:
-        raise IncompleteError(
-            f"{root}: {missing} of {num_units} units have no record.{null} Run the job again: it "
-            "goes on with these."
-        )
+    num_files = num_bytes = 0
+    for path in unnamed_files(root):
+        with contextlib.suppress(FileNotFoundError):
+            num_bytes += path.stat().st_size
+            num_files += 1
+        remove_file(path)
+    if num_files:
+        log.info("%s: removed %d files (%d bytes) that no record names", root, num_files, num_bytes)
+    return Finalized(manifest, num_files, num_bytes)
 
 
 def _write_derived(root: Path, plan: Plan) -> Manifest:
@@ -113,7 +137,7 @@ def _write_derived(root: Path, plan: Plan) -> Manifest:
     with (
         contextlib.closing(in_order(check, range(plan.num_units))) as units,
         IndexWriter(root / "index", [tensor.name for tensor in plan.tensors]) as index,
-        _SampleTable(root / "manifest.parquet", plan.tensors) as table,
+        _SampleTable(root / TABLE, plan.tensors) as table,
     ):
         for unit in units:
             totals.add(unit.record)
@@ -124,12 +148,22 @@ def _write_derived(root: Path, plan: Plan) -> Manifest:
                 f"{root}: the units hold {totals.samples} samples, plan.json says "
                 f"{plan.num_samples}."
             )
-        derived = {"manifest.parquet": table.finish()}
+        derived = {TABLE: table.finish()}
         derived |= {f"index/{name}.npy": staged for name, staged in index.finish().items()}
         files |= {name: staged.digest() for name, staged in derived.items()}
         entries = {name: FileEntry(file.bytes, file.sha256) for name, file in files.items()}
         manifest = totals.manifest(plan, entries)
-        _replace_derived(root, list(derived.values()), document_bytes(manifest))
+        payload, path = document_bytes(manifest), root / MANIFEST
+        try:
+            # What is no file may be a pipe, which nobody writes to.
+            stale = os.path.lexists(path) and not (path.is_file() and path.read_bytes() == payload)
+        except OSError as error:
+            raise StorageError(f"{path}: reading failed: {error.strerror}.") from error
+        if stale:
+            remove_file(path)
+        for staged in derived.values():
+            staged.replace()
+        replace_bytes(path, payload)
     return manifest
 
 
@@ -158,7 +192,6 @@ class Totals:
 
     def manifest(self, plan: Plan, files: Mapping[str, FileEntry]) -> Manifest:
         """manifest.json of these units; `files` by path below the root."""
-        encoders = {name: TokenCounts(n, self.truncated[name]) for name, n in self.tokens.items()}
         return Manifest(
             fingerprint=plan.fingerprint,
             plan_id=plan.plan_id,
@@ -170,7 +203,7 @@ class Totals:
                 units=self.units,
                 stored=self.stored,
                 status=dict(self.status),
-                encoders=encoders,
+                encoders={n: TokenCounts(k, self.truncated[n]) for n, k in self.tokens.items()},
                 tensors=dict(self.vectors),
             ),
             environments=[
@@ -180,32 +213,6 @@ class Totals:
             records_sha256=self._records.hexdigest(),
             files=dict(files),
         )
-
-
-def _replace_derived(root: Path, derived: Sequence[StagedFile], payload: bytes) -> None:
-    """The derived files, then manifest.json: it never stands next to files it does not describe."""
-    path = root / "manifest.json"
-    try:
-        # What is no file may be a pipe, which nobody writes to.
-        stale = os.path.lexists(path) and not (path.is_file() and path.read_bytes() == payload)
-    except OSError as error:
-        raise StorageError(f"{path}: reading failed: {error.strerror}.") from error
-    if stale:
-        remove_file(path)
-    for staged in derived:
-        staged.replace()
-    replace_bytes(path, payload)
-
-
-def _remove_unnamed(root: Path) -> tuple[int, int]:
-    """Removes shards and rows parts that no record names; (files, bytes)."""
-    files = size = 0
-    for path in unnamed_files(root, checked=True):
-        with contextlib.suppress(FileNotFoundError):
-            size += path.stat().st_size
-            files += 1
-        remove_file(path)
-    return files, size
 
 
 class _SampleTable:
@@ -248,3 +255,132 @@ class _SampleTable:
         self._writer.write_table(table.slice(0, num_rows).combine_chunks(), num_rows)
         self._waiting = table.slice(num_rows).to_batches()
         self._num_waiting -= num_rows
+
+
+# --- checking -------------------------------------------------------------------------------------
+
+
+class DerivedCheck:
+    """Compares manifest.json, manifest.parquet and the index with what the units hold.
+
+    `add` the units in order. Where one is missing or damaged, `stop`: repair makes the derived
+    files again after it. Costs: the files are read once, in step with the units; 24 bytes per
+    sample in memory.
+    """
+
+    def __init__(self, root: Path, plan: Plan | None, problems: Problems, *, full: bool) -> None:
+        self.num_bytes = 0
+        """Bytes whose sha256 was compared."""
+        self._root, self._plan, self._problems = root, plan, problems
+        self._totals, self._builder = Totals(), IndexBuilder()
+        self._manifest: Manifest | None = None
+        self._index: DatasetIndex | None = None
+        self._positions = {"id_offsets": 1}
+        self._batches: Iterator[pa.RecordBatch] | None = None
+        self._rows: pa.Table | None = None
+        """Rows of manifest.parquet that are read and not compared yet."""
+        self._complete = True
+        if os.path.lexists(root / MANIFEST):
+            with problems.checking(root / MANIFEST):
+                self._manifest = read_manifest(root)
+                self._open(self._manifest, full)
+
+    def _open(self, manifest: Manifest, full: bool) -> None:
+        before = len(self._problems)
+        for name, entry in sorted(manifest.files.items()):
+            with self._problems.checking(self._root / name):
+                if (name.startswith("index/") or name == TABLE) and not full:
+                    check_size(self._root / name, entry)
+                else:
+                    check_digest(self._root / name, entry)
+                    self.num_bytes += entry.bytes
+        plan = self._plan
+        if plan is None or manifest.plan_id != plan.plan_id or len(self._problems) > before:
+            return
+        with self._problems.checking(self._root / "index"):
+            self._index = DatasetIndex(self._root)
+        if full:
+            path, schema = self._root / TABLE, rows_schema(plan.tensors, text=False)
+            with self._problems.checking(path):
+                file = open_parquet(path, pa.OSFile(str(path)), schema, plan.num_samples)
+                self._batches = file.iter_batches(READ_ROWS, use_threads=False)
+                self._rows = schema.empty_table()
+
+    def stop(self) -> None:
+        """Compares none of the units that follow, nor any sums."""
+        self._complete, self._index, self._rows = False, None, None
+
+    def add(self, unit: CheckedUnit) -> None:
+        """Compares what the next unit adds."""
+        first = self._totals.samples
+        self._totals.add(unit.record)
+        self._compare_index(self._builder.add(unit.columns), f"of unit {unit.record.unit}")
+        if self._rows is None or self._batches is None:
+            return
+        path, count = self._root / TABLE, unit.rows.num_rows
+        with self._problems.checking(path):
+            while self._rows.num_rows < count:
+                more = pa.Table.from_batches([next(self._batches)])
+                self._rows = pa.concat_tables([self._rows, more])
+            stored, self._rows = self._rows.slice(0, count), self._rows.slice(count)
+            for name in stored.column_names:
+                if not stored.column(name).equals(pa.chunked_array([unit.rows.column(name)])):
+                    found = f"other values of {name} in rows {first} to {first + count - 1}"
+                    expected = f"those of {unit.record.rows_path(self._root)}"
+                    self._problems.add(path, found, expected)
+
+    def finish(self, units: Sequence[int]) -> None:
+        """Compares what all `units` add up to, and names ids that occur twice in them."""
+        pieces = self._builder.last()
+        self._compare_index(pieces, "of all ids")
+        if self._plan is not None:
+            self._name_repeated(self._plan, units, pieces["id_hash"])
+            self._compare_sums(self._plan)
+
+    def _compare_index(self, pieces: Mapping[str, Array], whose: str) -> None:
+        if self._index is None:
+            return
+        for name, piece in pieces.items():
+            begin = self._positions.get(name, 0)
+            self._positions[name] = begin + piece.size
+            stored = self._index.arrays[name].reshape(-1)[begin : begin + piece.size]
+            if not np.array_equal(stored, piece):
+                path = self._root / "index" / f"{name}.npy"
+                self._problems.add(path, f"other values {whose}", "those of its files")
+
+    def _name_repeated(self, plan: Plan, units: Sequence[int], hashes: Array) -> None:
+        """The rows parts are read again only where two hashes are equal."""
+        suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+        seen: dict[str, int] = {}
+        for unit in units if suspects else ():
+            with self._problems.checking(self._root / "shards"):
+                path = read_record(self._root, unit).rows_path(self._root)
+                for batch in iter_batches(path, plan.tensors, text=False):
+                    for sample_id in batch.column("sample_id").to_pylist():
+                        if id_hash(sample_id.encode()) not in suspects:
+                            continue
+                        if sample_id in seen:
+                            found = f"sample id {sample_id!r}, which unit {seen[sample_id]} has too"
+                            self._problems.add(path, found, "ids that differ")
+                        seen[sample_id] = unit
+
+    def _compare_sums(self, plan: Plan) -> None:
+        """plan.json and manifest.json against the sums over all records."""
+        manifest = self._manifest
+        if self._complete and self._totals.samples != plan.num_samples:
+            found = f"num_samples {plan.num_samples}"
+            self._problems.add(self._root / PLAN_FILE, found, self._totals.samples)
+        if manifest is None:
+            return
+        if self._complete:
+            expected = self._totals.manifest(plan, manifest.files)
+        else:
+            expected = dataclasses.replace(
+                manifest, fingerprint=plan.fingerprint, plan_id=plan.plan_id
+            )
+        stored, wanted = (flatten(to_plain(each)) for each in (manifest, expected))
+        for name in sorted((stored.keys() | wanted.keys()) - {"digest"}):
+            is_now, should_be = (str(each.get(name, "absent")) for each in (stored, wanted))
+            if is_now != should_be:
+                path = self._root / MANIFEST
+                self._problems.add(path, f"{name} {is_now:.80}", f"{should_be:.80}")

@@ -1,16 +1,14 @@
 """The plan: which input rows are in which shard, and under which fingerprint.
 
 Guarantees: a plan is a pure function of the resolved spec, the input files and the shard size; it
-names no rank, and whoever makes it makes the same bytes. A plan that is read does not contradict
-itself. Comparing two plans names every field or file that differs.
-Costs: O(files) in memory and on disk.
+names no rank. A plan that is read does not contradict itself. Comparing two plans names every field
+or file that differs.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -97,9 +95,10 @@ class Plan(Document):
         num_samples: int,
         last_row_samples: int | None = None,
     ) -> Plan:
-        """The plan of these; InputError when the spec's names of tensors clash."""
+        """InputError when the spec's names of tensors clash."""
         fingerprint = digest_of(spec)
-        rows = rows_per_unit(samples_per_shard, num_rows, num_samples)
+        # Rows that hold about `samples_per_shard` samples: a row with a list is never split.
+        rows = max(1, samples_per_shard * num_rows // max(1, num_samples))
         try:
             return cls(
                 fingerprint=fingerprint,
@@ -163,27 +162,9 @@ def read_plan(root: Path) -> Plan:
         raise InputError(f"{root} is not a dataset of embed-precompute: no {PLAN_FILE}.") from None
 
 
-def rows_per_unit(samples_per_shard: int, num_rows: int, num_samples: int) -> int:
-    """Rows that hold about `samples_per_shard` samples: a row with a list is never split."""
-    return max(1, samples_per_shard * num_rows // max(1, num_samples))
-
-
 def auto_samples_per_shard(bytes_per_sample: float) -> int:
     """1 GiB over the estimated bytes of a sample, at most 4,096."""
     return max(1, min(AUTO_MAX_SAMPLES, int(AUTO_SHARD_BYTES / max(1.0, bytes_per_sample))))
-
-
-def changed_files(stored: Sequence[InputFile], found: Sequence[InputFile]) -> list[str]:
-    """One line for every input file that was added, removed or changed."""
-    old = {file.path: file for file in stored}
-    new = {file.path: file for file in found}
-    lines = [f"{path}: removed" for path in old if path not in new]
-    lines += [f"{path}: added" for path in new if path not in old]
-    for path in old.keys() & new.keys():
-        fields = differing_fields(to_plain(old[path]), to_plain(new[path]))
-        if fields:
-            lines.append(f"{path}: changed ({'; '.join(fields)})")
-    return sorted(lines)
 
 
 def check_same(
@@ -195,8 +176,16 @@ def check_same(
     """
     same = stored.fingerprint == digest_of(spec)
     lines = [] if same else differing_fields(stored.spec, spec)
-    lines += changed_files(stored.inputs.files, inputs.files)
-    lines += differing_fields(*(_without_files(each) for each in (stored.inputs, inputs)))
+    old, new = to_plain(stored.inputs), to_plain(inputs)
+    old_files, new_files = ({f["path"]: f for f in each.pop("files")} for each in (old, new))
+    for path in sorted(old_files.keys() | new_files.keys()):
+        if path not in new_files:
+            lines.append(f"{path}: removed")
+        elif path not in old_files:
+            lines.append(f"{path}: added")
+        elif fields := differing_fields(old_files[path], new_files[path]):
+            lines.append(f"{path}: changed ({'; '.join(fields)})")
+    lines += differing_fields(old, new)
     if samples_per_shard not in (None, stored.samples_per_shard):
         lines.append(f"samples_per_shard: {stored.samples_per_shard} -> {samples_per_shard}")
     if not lines:
@@ -206,7 +195,3 @@ def check_same(
         + listed(lines)
         + "\nGive the old value back, or write to a new output.path."
     )
-
-
-def _without_files(inputs: Inputs) -> dict[str, Any]:
-    return to_plain(dataclasses.replace(inputs, files=()))  # type: ignore[no-any-return]

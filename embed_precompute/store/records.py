@@ -1,19 +1,19 @@
-"""The small JSON files of a dataset, the documents: their keys, their bytes, and where files are.
+"""The JSON files of a dataset, called documents: their keys, their bytes, and where files are.
 
 Guarantees: a document that is returned has exactly the keys and types of the format, and its file
 is byte for byte what `document_bytes` makes of it. The names of files follow from unit numbers and
-digests: no name in a file is ever opened. Which units are committed is a folder listing; no file is
-opened for it.
-Costs: a listing is O(files); a document is one small file, parsed and written once to compare.
+digests, so no path that stands in a file is followed. Which units are committed is a folder
+listing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -39,7 +39,6 @@ from embed_precompute.store.commit import QUARANTINE, StoredFile, content_name, 
 
 FORMAT_VERSION = 1
 MAX_JSON_BYTES = 16 << 20
-MAX_RECORD_BYTES = 1 << 20
 UNITS_PER_FOLDER = 1000
 NULL_UNIT = -1
 """The number of the null embedding where units are counted; it is claimed like one, first."""
@@ -53,7 +52,6 @@ _FILE_NAME = re.compile(
     r"(?:null|shard-(?P<unit>[0-9]{6,18}))"
     r"(?:\.json|-[0-9a-f]{16}\.(?:safetensors|rows\.parquet))"
 )
-_NULL_NAME = re.compile(r"null-[0-9a-f]{16}\.safetensors")
 
 # --- documents ------------------------------------------------------------------------------------
 
@@ -86,15 +84,14 @@ def read_json(path: Path, kind: str | None = None) -> dict[str, Any]:
     those of `document_bytes` (a flipped bit, a torn write), another version and another kind are
     VerificationError.
     """
-    limit = MAX_RECORD_BYTES if kind in ("unit", "null") else MAX_JSON_BYTES
     try:
-        payload = read_file(path, limit + 1)
+        payload = read_file(path, MAX_JSON_BYTES + 1)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise StorageError(f"{path}: reading failed: {error.strerror}.") from error
-    if len(payload) > limit:
-        raise VerificationError(f"{path} is over {limit} bytes: not one of our files.")
+    if len(payload) > MAX_JSON_BYTES:
+        raise VerificationError(f"{path} is over {MAX_JSON_BYTES} bytes: not one of our files.")
     problem = "its content does not have the digest it states"
     try:
         content = json.loads(payload)
@@ -251,6 +248,9 @@ class Record(Document):
         return record_path(root, self.number).with_name(self.files.shard.name)
 
 
+R = TypeVar("R", bound=Record)
+
+
 @dataclass(frozen=True, kw_only=True)
 class UnitRecord(Record):
     """The record of a unit: with it, and only with it, the unit is committed."""
@@ -291,90 +291,6 @@ def check_status(status: Mapping[str, int], num_samples: int) -> None:
         raise MismatchError(f"status has keys {sorted(status)}: expected one for each status.")
     if sum(status.values()) != num_samples:
         raise MismatchError(f"status does not add up to {num_samples} samples.")
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """A tensor `text_<name>` as the manifest describes it."""
-
-    encoder: str
-    per: Per
-    width: int
-    dtype: StoredDType
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Sums over all units."""
-
-    rows: Count
-    """Input rows."""
-    samples: Count
-    units: Count
-    stored: Count
-    """Stored rows: equal texts of a unit share one."""
-    status: dict[str, Count]
-    encoders: dict[str, TokenCounts]
-    tensors: dict[str, Count]
-
-
-@dataclass(frozen=True)
-class EnvironmentCount:
-    environment: dict[str, str]
-    units: Count
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    bytes: Count
-    sha256: Hex64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest(Document):
-    """manifest.json: with it, and only with it, a dataset is finished."""
-
-    kind: Literal["dataset"] = "dataset"
-    fingerprint: Hex64
-    plan_id: Hex64
-    spec: dict[str, Any]
-    tensors: dict[str, TensorEntry]
-    counts: Counts
-    environments: list[EnvironmentCount]
-    records_sha256: Hex64
-    files: dict[str, FileEntry]
-    """By path below the root: everything but the files of units."""
-
-    def __post_init__(self) -> None:
-        check_status(self.counts.status, self.counts.samples)
-        if self.tensors != tensor_entries(stored_tensors(self.spec)):
-            raise MismatchError("tensors are not those of its spec.")
-        names = {"plan.json", "null.json", "manifest.parquet"}
-        names |= {f"index/{name}.npy" for name in index_dtypes(self.tensors)}
-        null = [name for name in self.files.keys() - names if _NULL_NAME.fullmatch(name)]
-        if self.files.keys() != {*names, *null} or len(null) != 1:
-            raise MismatchError(f"files has keys {sorted(self.files)}: expected other names.")
-
-
-def index_dtypes(tensors: Iterable[str]) -> dict[str, str]:
-    """Every array of the index and its dtype; the file is index/<name>.npy."""
-    dtypes = {"status": "|u1", "shard": "<i4", "index": "<i4"}
-    for name in sorted(tensors):
-        dtypes |= {f"length_{name}": "<i4", f"xxh3_{name}": "<u8"}
-    return dtypes | {
-        "ids": "|u1",
-        "id_offsets": "<i8",
-        "id_hash": "<u8",
-        "id_order": "<i8",
-        "ok": "<i8",
-        "shards": "<i8",
-        "shard_digest": "<u8",
-    }
-
-
-def tensor_entries(tensors: Sequence[StoredTensor]) -> dict[str, TensorEntry]:
-    """The tensors as the manifest describes them."""
-    return {t.name: TensorEntry(t.encoder, t.per, t.width, t.dtype) for t in tensors}
 
 
 # --- where files are ------------------------------------------------------------------------------
@@ -421,12 +337,12 @@ def unit_folders(root: Path) -> list[Path]:
     return [root / "shards" / name for name in names if _FOLDER_NAME.fullmatch(name)]
 
 
-def unnamed_files(root: Path, *, checked: bool = False) -> Iterator[Path]:
-    """Shards and rows parts that no record names: of writers that died, or that were not the first.
+def unnamed_files(root: Path) -> Iterator[Path]:
+    """More shards and rows parts of committed units than their records name.
 
-    None of a unit whose record is damaged: any file may be what it names. `checked` says that all
-    units were just found sound. Then only records of units with too many files are read again, and
-    the files of a unit without a record are left out: a writer may be about to publish one.
+    They are of writers that died, or that were not the first. The files of a unit without a record
+    are left out: a writer may be about to publish it. So are those of a unit whose record is
+    damaged: any file may be what it named. Only records of units with too many files are read.
     """
     for folder in (root, *unit_folders(root)):
         found: dict[int, list[str]] = {}
@@ -435,15 +351,11 @@ def unnamed_files(root: Path, *, checked: bool = False) -> Iterator[Path]:
             if unit is not None and not name.endswith(RECORD):
                 found.setdefault(unit, []).append(name)
         for unit, names in found.items():
-            if checked and len(names) == (1 if unit == NULL_UNIT else 2):
-                continue
-            try:
-                named = {file.name for file in vars(read_any_record(root, unit).files).values()}
-            except IncompleteError:
-                named = set(names if checked else ())
-            except (VerificationError, StorageError):
-                continue
-            yield from (folder / name for name in names if name not in named)
+            if len(names) > (1 if unit == NULL_UNIT else 2):
+                with contextlib.suppress(IncompleteError, VerificationError, StorageError):
+                    files = vars(read_any_record(root, unit).files).values()
+                    unnamed = set(names) - {file.name for file in files}
+                    yield from (folder / name for name in sorted(unnamed))
 
 
 def list_folder(folder: Path) -> list[str]:
@@ -477,23 +389,12 @@ def require_folder(root: Path) -> None:
 
 def read_record(root: Path, unit: int) -> UnitRecord:
     """The record of a unit; IncompleteError when it has none."""
-    path = record_path(root, unit)
-    try:
-        record = read_document(path, UnitRecord)
-    except FileNotFoundError:
-        raise _no_record(path) from None
-    if record.unit != unit:
-        raise VerificationError(f"{path}: unit is {record.unit}, expected {unit}.")
-    return record
+    return _read_record(root, unit, UnitRecord)
 
 
 def read_null_record(root: Path) -> NullRecord:
     """The record of the null embedding; IncompleteError when it has none."""
-    path = record_path(root, NULL_UNIT)
-    try:
-        return read_document(path, NullRecord)
-    except FileNotFoundError:
-        raise _no_record(path) from None
+    return _read_record(root, NULL_UNIT, NullRecord)
 
 
 def read_any_record(root: Path, unit: int) -> Record:
@@ -501,15 +402,14 @@ def read_any_record(root: Path, unit: int) -> Record:
     return read_null_record(root) if unit == NULL_UNIT else read_record(root, unit)
 
 
-def _no_record(path: Path) -> IncompleteError:
-    return IncompleteError(f"{path} is missing: not committed yet. Run the same command again.")
-
-
-def read_manifest(root: Path) -> Manifest:
-    """manifest.json; FileNotFoundError while the dataset is not finalised."""
+def _read_record(root: Path, unit: int, declared: type[R]) -> R:
+    path = record_path(root, unit)
     try:
-        return read_document(root / "manifest.json", Manifest)
-    except VerificationError as error:
-        raise VerificationError(
-            f"{error} `embed-precompute finalize {root}` makes it again."
-        ) from error
+        record = read_document(path, declared)
+    except FileNotFoundError:
+        raise IncompleteError(
+            f"{path} is missing: not committed yet. Run the same command again."
+        ) from None
+    if record.number != unit:
+        raise VerificationError(f"{path}: unit is {record.number}, expected {unit}.")
+    return record

@@ -1,8 +1,8 @@
 """Rows parts: what became of each sample of a unit, with the text that was encoded.
 
-Guarantees: every sample of a unit is one row, in input order; equal samples give equal bytes (one
-version of pyarrow). Page checksums are written and checked, but they leave out page headers and the
-footer: only the sha256 in the unit's record covers the whole part.
+Guarantees: every sample of a unit is one row, in input order. Equal samples give equal bytes within
+one version of pyarrow. Page checksums are written and checked, but they leave out page headers and
+the footer: only the sha256 in the unit's record covers the whole part.
 Costs: a part is made in memory (a unit's texts, compressed); reading holds one batch of rows.
 """
 
@@ -107,8 +107,7 @@ def rows_part_bytes(unit: int, tensors: Tensors, samples: Sequence[StoredSample]
     with parquet_writer(sink, schema) as writer:
         for group in _row_groups(samples):
             columns = _columns(unit, tensors, group)
-            arrays = [pa.array(columns[field.name], field.type) for field in schema]
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema))
     return bytes(sink.getvalue())
 
 
@@ -132,11 +131,12 @@ def _row_groups(samples: Sequence[StoredSample]) -> Iterator[Sequence[StoredSamp
     """Runs of samples with bounded rows and text: an Arrow string array ends at 2 GiB."""
     first = text_bytes = 0
     for i, sample in enumerate(samples):
-        text_bytes += len(sample.text or "") * 4
-        if i - first == ROW_GROUP_ROWS or (text_bytes > ROW_GROUP_TEXT_BYTES and i > first):
+        size = len(sample.text or "") * 4
+        if i - first == ROW_GROUP_ROWS or (text_bytes + size > ROW_GROUP_TEXT_BYTES and i > first):
             yield samples[first:i]
-            first, text_bytes = i, len(sample.text or "") * 4
-    if first < len(samples):
+            first, text_bytes = i, 0
+        text_bytes += size
+    if samples:
         yield samples[first:]
 
 
@@ -217,8 +217,7 @@ def read_samples(
     path: Path, tensors: Tensors, num_rows: int | None = None
 ) -> Iterator[StoredSample]:
     """The samples of a rows part, in order; `num_rows` and errors as `iter_batches`."""
-    statuses = {status.label: status for status in Status}
-    encoders = encoder_names(tensors)
+    statuses, encoders = {status.label: status for status in Status}, encoder_names(tensors)
     for batch in iter_batches(path, tensors, num_rows=num_rows):
         try:
             entries = batch.to_pylist()

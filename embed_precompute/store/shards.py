@@ -1,8 +1,8 @@
 """Shards: safetensors files that hold the stored rows of one unit in a few packed tensors.
 
-Guarantees: a shard's bytes are a function of its fingerprint, unit and rows alone; rows may come in
-any order; a rejected row leaves no trace. A reader accepts exactly the header that the writer makes
-for this fingerprint, unit and set of tensors, and a file of exactly the size it implies.
+Guarantees: a shard's bytes are a function of its fingerprint, unit and rows alone. Rows may come in
+any order, and a rejected row leaves no trace. A reader accepts exactly the header that the writer
+makes for this fingerprint, unit and set of tensors, and a file of exactly the size it implies.
 Costs: writing holds no row, only 17 bytes per stored row and tensor; a reject rewrites the file
 once. Reading maps the file (no copy, no file descriptor kept); opening reads header and offsets.
 
@@ -12,10 +12,10 @@ Every number is little-endian, as on every machine torch runs on.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import xxhash
 
 from embed_precompute.documents import canonical_json
 from embed_precompute.errors import InternalError, VerificationError
-from embed_precompute.store.commit import PIECE_BYTES, StagedFile, StoredFile
+from embed_precompute.store.commit import StagedFile, StoredFile
 from embed_precompute.store.records import FORMAT_VERSION, NULL_UNIT, StoredTensor
 
 METADATA_KEY = "embed_precompute"
@@ -61,6 +61,11 @@ class _Span:
     end: int
 
 
+def _identity(fingerprint: str, unit: int) -> dict[str, Any]:
+    number = None if unit == NULL_UNIT else unit
+    return {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "unit": number}
+
+
 class _Layout:
     """Header and spans of a shard: a pure function, so a shard has exactly one right header."""
 
@@ -85,20 +90,11 @@ class _Layout:
         self.spans: dict[str, _Span] = {}
         position = 0
         for key, dtype, shape in parts:
-            size = _CODES[dtype][1]
-            for extent in shape:
-                size *= extent
+            size = _CODES[dtype][1] * math.prod(shape)
             self.spans[key] = _Span(dtype, shape, position, position + size)
             position += size
-        self.header = self._header(fingerprint, None if unit == NULL_UNIT else unit)
-        """Length prefix and JSON, padded with spaces: the data begins at a multiple of 64."""
-        self.file_bytes = len(self.header) + position
-
-    def _header(self, fingerprint: str, unit: int | None) -> bytes:
-        identity = {"fingerprint": fingerprint, "format_version": FORMAT_VERSION, "unit": unit}
-        entries: dict[str, Any] = {
-            "__metadata__": {METADATA_KEY: canonical_json(identity).decode()}
-        }
+        identity = canonical_json(_identity(fingerprint, unit)).decode()
+        entries: dict[str, Any] = {"__metadata__": {METADATA_KEY: identity}}
         for key, span in self.spans.items():
             entries[key] = {
                 "dtype": _CODES[span.dtype][0],
@@ -107,10 +103,12 @@ class _Layout:
             }
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
-        return struct.pack("<Q", len(text)) + text
+        self.header = struct.pack("<Q", len(text)) + text
+        """Length prefix and JSON, padded with spaces: the data begins at a multiple of 64."""
+        self.file_bytes = len(self.header) + position
 
     def begin(self, key: str) -> int:
-        """Where a tensor begins in the file."""
+        """Offset of a tensor in the file."""
         return len(self.header) + self.spans[key].begin
 
 
@@ -154,8 +152,7 @@ class ShardWriter:
             self._checksums[name] = np.zeros(num_rows, np.uint64)
             self._missing[name] = np.ones(num_rows, np.bool_)
         self._rejected: set[int] = set()
-        self._layout = self._make_layout()
-        self._staged = StagedFile(target, self._layout.file_bytes)
+        self._stage(target)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -186,8 +183,6 @@ class ShardWriter:
 
     def reject(self, row: int) -> None:
         """Leaves row `row` out of the shard; it need not be written for the other tensors."""
-        if not 0 <= row < self._num_rows:
-            raise InternalError(f"{self._staged.target}: there is no row {row} to reject.")
         self._rejected.add(row)
 
     def publish(self) -> tuple[StoredFile, list[int]]:
@@ -201,51 +196,41 @@ class ShardWriter:
             self._rewrite(kept)
         self._staged.pwrite(self._layout.header, 0)
         for name, tensor in self._tensors.items():
+            arrays = {f"text_{name}_xxh3": self._checksums[name]}
             if not tensor.per_caption:
-                self._put(f"text_{name}_offsets", self._starts[name].astype("<i8"))
-            self._put(f"text_{name}_xxh3", self._checksums[name].astype("<u8"))
+                arrays[f"text_{name}_offsets"] = self._starts[name]
+            for key, values in arrays.items():
+                self._staged.pwrite(values.data, self._layout.begin(key))
         return self._staged.publish_by_content(), kept
 
-    def _make_layout(self) -> _Layout:
-        """For the present rows."""
+    def _stage(self, target: Path) -> None:
+        """A temporary file with the layout of the present rows."""
         totals = {name: int(starts[-1]) for name, starts in self._starts.items()}
         tensors = list(self._tensors.values())
-        return _Layout(self._fingerprint, self._unit, tensors, self._num_rows, totals)
+        self._layout = _Layout(self._fingerprint, self._unit, tensors, self._num_rows, totals)
+        self._staged = StagedFile(target, self._layout.file_bytes)
 
     def _position(self, name: str, row: int) -> int:
         tensor = self._tensors[name]
         row_bytes = tensor.width * _CODES[tensor.dtype][1]
         return self._layout.begin(f"text_{name}") + int(self._starts[name][row]) * row_bytes
 
-    def _put(self, key: str, values: Array) -> None:
-        self._staged.pwrite(values.data, self._layout.begin(key))
-
     def _rewrite(self, kept: list[int]) -> None:
-        """A new temporary file with only the `kept` rows, copied in pieces; the old one goes."""
-        # Consecutive rows are consecutive bytes: each run is one copy.
-        runs = [
-            [row for _, row in run] for _, run in groupby(enumerate(kept), lambda p: p[1] - p[0])
-        ]
+        """A new temporary file with only the `kept` rows, copied row by row; the old one goes."""
         sources = {
-            name: [
-                (self._position(name, run[0]), self._position(name, run[-1] + 1)) for run in runs
-            ]
+            name: [(self._position(name, row), self._position(name, row + 1)) for row in kept]
             for name in self._tensors
         }
         for name, starts in self._starts.items():
             self._starts[name] = np.concatenate(([0], np.cumsum(np.diff(starts)[kept])))
             self._checksums[name] = self._checksums[name][kept]
         self._num_rows = len(kept)
-        self._layout = self._make_layout()
-        old = self._staged
-        with old:
-            self._staged = StagedFile(old.target, self._layout.file_bytes)
+        with self._staged as old:
+            self._stage(old.target)
             for name, spans in sources.items():
                 position = self._position(name, 0)
                 for begin, end in spans:
-                    for offset in range(begin, end, PIECE_BYTES):
-                        piece = old.pread(min(PIECE_BYTES, end - offset), offset)
-                        position += self._staged.pwrite(piece, position)
+                    position += self._staged.pwrite(old.pread(end - begin, begin), position)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -293,7 +278,9 @@ class ShardReader:
         It shares the mapping. Writing to it never reaches the file, but is seen by whoever reads
         the row from this reader later: clone it first.
         """
-        self._check_index(name, i)
+        if not 0 <= i < self.num_rows:
+            # Rows are asked for as an index or a rows part says: then one of the two is damaged.
+            raise self._damaged(f"row {i} of {name} is asked for, and it has {self.num_rows}")
         values = self._values[name]
         if self._tensors[name].per_caption:
             return values[i]
@@ -301,11 +288,9 @@ class ShardReader:
         return values[int(starts[i]) : int(starts[i + 1])]
 
     def length(self, name: str, i: int) -> int:
-        """Vectors in stored row `i` of tensor `name`; 1 per caption."""
-        self._check_index(name, i)
-        if self._tensors[name].per_caption:
-            return 1
-        return int(self._starts[name][i + 1] - self._starts[name][i])
+        """Vectors in stored row `i`, which there must be, of tensor `name`; 1 per caption."""
+        starts = self._starts.get(name)
+        return 1 if starts is None else int(starts[i + 1] - starts[i])
 
     def lengths(self, name: str) -> Array:
         """Lengths of all stored rows of tensor `name`, int64 [n]."""
@@ -321,11 +306,6 @@ class ShardReader:
         """Whether the bytes of row `i` have its stored checksum; reads the row."""
         digest: int = xxhash.xxh3_64_intdigest(_byte_view(self.row(name, i)))
         return digest == int(self._checksums[name][i])
-
-    def _check_index(self, name: str, i: int) -> None:
-        if not 0 <= i < self.num_rows:
-            # Rows are asked for as an index or a rows part says: then one of the two is damaged.
-            raise self._damaged(f"row {i} of {name} is asked for, and it has {self.num_rows}")
 
     def _map(self) -> torch.Tensor:
         """The file as uint8, mapped copy-on-write.
@@ -355,16 +335,11 @@ class ShardReader:
             }
             num_rows = _extent(entries[f"text_{next(iter(self._tensors))}_xxh3"])
             identity = json.loads(entries["__metadata__"][METADATA_KEY])
-            found = {key: identity[key] for key in ("format_version", "fingerprint", "unit")}
+            found = {key: identity[key] for key in _identity(fingerprint, unit)}
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             reason = f"its header is not that of a shard of {sorted(self._tensors)} ({error!r})"
             raise self._damaged(reason) from error
-        wanted = {
-            "format_version": FORMAT_VERSION,
-            "fingerprint": fingerprint,
-            "unit": None if unit == NULL_UNIT else unit,
-        }
-        for key, value in wanted.items():
+        for key, value in _identity(fingerprint, unit).items():
             if found[key] != value:
                 raise self._damaged(f"it has {key} {found[key]!r}, expected {value!r}")
         layout = _Layout(fingerprint, unit, list(self._tensors.values()), num_rows, totals)

@@ -30,16 +30,8 @@ from torch.utils.data import Dataset
 from embed_precompute.documents import differing_fields, digest_of, listed
 from embed_precompute.errors import ConflictError, IncompleteError, InputError, VerificationError
 from embed_precompute.samples import Status
-from embed_precompute.store.index import DatasetIndex
-from embed_precompute.store.records import (
-    NULL_UNIT,
-    Manifest,
-    TensorEntry,
-    read_manifest,
-    read_null_record,
-    read_record,
-    stored_tensors,
-)
+from embed_precompute.store.index import DatasetIndex, Manifest, TensorEntry, read_manifest
+from embed_precompute.store.records import NULL_UNIT, read_null_record, read_record, stored_tensors
 from embed_precompute.store.shards import ShardReader
 
 AnyPath = str | os.PathLike[str]

@@ -1,4 +1,4 @@
-"""A finished dataset with its job, for tests that damage copies of it."""
+"""A finished dataset with its job; every test damages a copy of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jobs import call, dataset_bytes, write_captions, write_job
 TEXTS = [f"a video of scene {i} with {'many ' * (i % 9)}people" for i in range(30)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(
     tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path, tiny_clip: Path
 ) -> tuple[Path, dict[str, bytes]]:

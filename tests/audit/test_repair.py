@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,16 +27,20 @@ from embed_precompute.store.records import (
     record_path,
 )
 
-
-def rerun(finished: tuple[Path, dict[str, bytes]], root: Path) -> dict[str, bytes]:
-    """Run the job on `root`; give the bytes, without the quarantine."""
-    code, _, said = call("run", str(finished[0] / "job.yaml"), "--output.path", str(root))
-    assert code == 0, said
-    shutil.rmtree(root / QUARANTINE, ignore_errors=True)
-    return dataset_bytes(root)
+Again = Callable[[Path], bool]
 
 
-# --- repair ---------------------------------------------------------------------------------------
+@pytest.fixture
+def again(finished: tuple[Path, dict[str, bytes]]) -> Again:
+    """Runs the job on a folder: whether that gives the bytes of the sound dataset."""
+
+    def run(root: Path) -> bool:
+        code, _, said = call("run", str(finished[0] / "job.yaml"), "--output.path", str(root))
+        assert code == 0, said
+        shutil.rmtree(root / QUARANTINE, ignore_errors=True)
+        return dataset_bytes(root) == finished[1]
+
+    return run
 
 
 def test_nothing_to_repair(root: Path, finished: tuple[Path, dict[str, bytes]]) -> None:
@@ -45,129 +50,61 @@ def test_nothing_to_repair(root: Path, finished: tuple[Path, dict[str, bytes]]) 
     assert dataset_bytes(root) == finished[1]
 
 
+# --- units ----------------------------------------------------------------------------------------
+
+
+def swap(root: Path) -> None:
+    first, second = (paths_of(root, unit).shard for unit in (0, 1))
+    payload = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(payload)
+
+
+# what is done, and what repair says
 DAMAGE = {
-    "shard": lambda root: flip(paths_of(root, 1).shard),
-    "shard offsets": lambda root: flip(paths_of(root, 1).shard, 1000),
-    "shard missing": lambda root: paths_of(root, 1).shard.unlink(),
-    "rows": lambda root: flip(paths_of(root, 1).rows, 40),
-    "record": lambda root: flip(record_path(root, 1), 40),
-    "record cut": lambda root: os.truncate(record_path(root, 1), 100),
-    "record a folder": lambda root: (
-        record_path(root, 1).unlink(),
-        record_path(root, 1).mkdir(),
+    "shard": (lambda root: flip(paths_of(root, 1).shard), "1 units (1)"),
+    "shard offsets": (lambda root: flip(paths_of(root, 1).shard, 1000), "1 units (1)"),
+    "shard missing": (lambda root: paths_of(root, 1).shard.unlink(), "1 units (1)"),
+    "rows": (lambda root: flip(paths_of(root, 1).rows, 40), "1 units (1)"),
+    "record": (lambda root: flip(record_path(root, 1), 40), "1 units (1)"),
+    "record cut": (lambda root: os.truncate(record_path(root, 1), 100), "1 units (1)"),
+    "record a folder": (
+        lambda root: (record_path(root, 1).unlink(), record_path(root, 1).mkdir()),
+        "1 units (1)",
     ),
+    "two swapped": (swap, "2 units (0, 1)"),
+    "null": (lambda root: flip(read_null_record(root).shard_path(root)), "the null embedding"),
+    # Training must not take it for a whole one.
+    "all of a unit": (lambda root: [path.unlink() for path in paths_of(root, 1)], "not finished"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_unit_is_made_again(
-    name: str, root: Path, finished: tuple[Path, dict[str, bytes]]
-) -> None:
-    DAMAGE[name](root)
-    others = {u: paths_of(root, u).shard.stat().st_mtime_ns for u in (0, 2)}
+def test_what_is_damaged_is_made_again(name: str, root: Path, again: Again) -> None:
+    damage, message = DAMAGE[name]
+    sound = paths_of(root, 2).shard
+    before = sound.stat().st_mtime_ns
+    damage(root)
     code, said, _ = call("repair", str(root))
     assert code == 5, said
-    assert "open again: 1 units (1)" in said
+    assert message in said
     assert "run the job again" in said
     assert not (root / "manifest.json").exists()
     assert call("status", str(root))[0] == 5
     assert call("verify", str(root))[0] == 0
     assert call("repair", str(root))[0] == 5  # twice is harmless
-    assert rerun(finished, root) == finished[1]
-    assert {u: paths_of(root, u).shard.stat().st_mtime_ns for u in (0, 2)} == others
+    assert again(root)
+    assert sound.stat().st_mtime_ns == before
 
 
-def test_two_shards_swapped_are_both_made_again(
-    root: Path, finished: tuple[Path, dict[str, bytes]]
-) -> None:
-    first, second = (paths_of(root, unit).shard for unit in (0, 1))
-    payload = first.read_bytes()
-    first.write_bytes(second.read_bytes())
-    second.write_bytes(payload)
-    assert "2 units (0, 1)" in call("repair", str(root))[1]
-    assert rerun(finished, root) == finished[1]
-
-
-def test_a_damaged_null_embedding_is_made_again(
-    root: Path, finished: tuple[Path, dict[str, bytes]]
-) -> None:
-    flip(read_null_record(root).shard_path(root))
+def test_only_what_is_damaged_is_moved(root: Path) -> None:
+    """A job that makes the unit again meanwhile may rely on a sound file."""
+    paths = paths_of(root, 1)
+    flip(paths.rows)
     code, said, _ = call("repair", str(root))
-    assert code == 5, said
-    assert "the null embedding" in said
-    assert rerun(finished, root) == finished[1]
-
-
-@pytest.mark.parametrize("change", ["flip", "missing", "folder", "fifo"])
-@pytest.mark.parametrize("name", ["manifest.json", "manifest.parquet", "index/ok.npy"])
-def test_derived_files_are_made_again_at_once(
-    name: str, change: str, root: Path, finished: tuple[Path, dict[str, bytes]]
-) -> None:
-    path = root / name
-    if change == "flip":
-        flip(path)
-    else:
-        path.unlink()
-        {"missing": lambda: None, "folder": path.mkdir, "fifo": lambda: os.mkfifo(path)}[change]()
-    code, said, _ = call("repair", str(root))
-    assert code == 0, said
-    shutil.rmtree(root / QUARANTINE, ignore_errors=True)
-    assert dataset_bytes(root) == finished[1]
-    assert call("verify", str(root))[0] == 0
-
-
-def test_a_damaged_plan_is_made_again(root: Path, finished: tuple[Path, dict[str, bytes]]) -> None:
-    flip(root / "plan.json", 30)
-    code, said, _ = call("repair", str(root))
-    assert code == 5, said
-    assert "plan CONFIG --write" in said
-    assert not (root / "plan.json").exists()
-    assert rerun(finished, root) == finished[1]
-
-
-def test_plan_and_record_damaged_at_once(
-    root: Path, finished: tuple[Path, dict[str, bytes]]
-) -> None:
-    """plan.json is made again only beside records that can be read."""
-    flip(root / "plan.json", 30)
-    flip(record_path(root, 0), 40)
-    flip(paths_of(root, 1).shard)
-    code, said, _ = call("repair", str(root))
-    assert code == 5, said
-    assert "2 units (0, 1)" in said
-    job = [str(finished[0] / "job.yaml"), "--output.path", str(root)]
-    code, _, said = call("plan", *job, "--write")
-    assert code == 0, said
-    assert call("repair", str(root))[0] == 5
-    assert rerun(finished, root) == finished[1]
-
-
-def test_the_plan_of_another_dataset_costs_no_unit(
-    root: Path, finished: tuple[Path, dict[str, bytes]], tmp_path: Path
-) -> None:
-    """It is sound, and every unit contradicts it."""
-    other = tmp_path / "other"
-    job = [str(finished[0] / "job.yaml"), "--output.path", str(other)]
-    assert call("plan", *job, "--output.samples_per_shard", "5", "--write")[0] == 0
-    shutil.copy(other / "plan.json", root / "plan.json")
-    code, said, _ = call("repair", str(root))
-    assert code == 5, said
-    assert "expected that of its records" in said
-    assert "1 files moved" in said
-    assert not (root / "plan.json").exists()
-    assert rerun(finished, root) == finished[1]
-
-
-def test_a_finalised_dataset_that_lost_a_record_is_open_again(
-    root: Path, finished: tuple[Path, dict[str, bytes]]
-) -> None:
-    """Training must not take it for a whole one."""
-    for path in paths_of(root, 1):
-        path.unlink()
-    assert call("repair", str(root))[0] == 5
-    assert not (root / "manifest.json").exists()
-    assert call("verify", str(root))[0] == 0
-    assert rerun(finished, root) == finished[1]
+    assert code == 5
+    assert "2 files moved" in said
+    assert [path.exists() for path in paths] == [True, False, False]
 
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
@@ -175,6 +112,7 @@ def test_a_job_that_makes_the_units_while_repair_opens_them(
     after: int,
     root: Path,
     finished: tuple[Path, dict[str, bytes]],
+    again: Again,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After each of repair's moves the job comes to its end: what it made is not taken away."""
@@ -195,101 +133,12 @@ def test_a_job_that_makes_the_units_while_repair_opens_them(
         repair_module.repair(root)
     for unit in committed_units(root):
         assert all(path.exists() for path in paths_of(root, unit))
-    assert rerun(finished, root) == finished[1]
-
-
-@pytest.mark.parametrize("command", ["repair", "finalize"])
-def test_nothing_is_moved_or_removed_through_a_link(
-    command: str, root: Path, tmp_path: Path
-) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    mine = elsewhere / ".tmp-of-mine"
-    mine.touch()
-    (root / "shards" / "zzz").symlink_to(elsewhere)
-    code, _, said = call(command, str(root))
-    assert code == 2, said
-    assert "is a link" in said
-    assert mine.exists()
-
-
-@pytest.mark.parametrize("name", ["plan.json", "null.json", "record", "rows", "manifest.json"])
-def test_what_is_no_file_is_named_and_never_waited_for(name: str, tmp_path: Path) -> None:
-    """A pipe makes whoever opens it wait; a link to itself and a folder are other errors."""
-    whole = tmp_path / "whole"
-    write_dataset(whole, ["a", "b", "c"])
-    commands = [["status"], ["info"], ["info", "--id", "s1"], ["finalize"], ["repair"]]
-    for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path)):
-        for number, words in enumerate(commands):
-            root = shutil.copytree(whole, tmp_path / f"{make} {number}")
-            paths = paths_of(root, 0)
-            path = getattr(paths, name, root / name)
-            path.unlink()
-            make(path)
-            code, _, said = call(words[0], str(root), *words[1:])
-            assert code in (0, 2, 4, 5, 74), said
-            assert "Traceback" not in said
-
-
-def test_status_of_a_dataset_that_lost_its_null_embedding(root: Path) -> None:
-    record_path(root, NULL_UNIT).unlink()
-    code, said, _ = call("status", str(root))
-    assert code == 5, said
-    assert "incomplete" in said
-
-
-def test_records_of_another_plan_are_refused(
-    root: Path, finished: tuple[Path, dict[str, bytes]]
-) -> None:
-    """After the loss of plan.json a run with another configuration would make another plan."""
-    (root / "plan.json").unlink()
-    job = str(finished[0] / "job.yaml")
-    more = ["--output.path", str(root), "--output.samples_per_shard", "7"]
-    code, _, said = call("run", job, *more)
-    assert code == 3, said
-    assert "another plan" in said
-    assert not (root / "plan.json").exists()
-
-
-def test_failed_samples_are_made_again(
-    finished: tuple[Path, dict[str, bytes]], root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A forward that gives nan once; `repair --failed` opens that unit only."""
-    job = str(finished[0] / "job.yaml")
-    out = root.with_name("again")
-    with monkeypatch.context() as patch:
-        calls = itertools.count()
-        patch.setattr(writer, "is_finite", lambda values: next(calls) != 25)
-        code, _, said = call("run", job, "--output.path", str(out))
-        assert code == 6, said
-    (out / "manifest.json").unlink()
-    assert call("finalize", str(out))[0] == 6  # as run and status say
-    failed = [u for u in range(3) if read_record(out, u).status[Status.NON_FINITE.label]]
-    assert len(failed) == 1
-    assert call("repair", str(out))[0] == 0  # nothing is damaged
-    code, said, _ = call("repair", str(out), "--failed")
-    assert code == 5, said
-    assert f"1 units ({failed[0]})" in said
-    assert "1 files moved" in said  # the record: the shard is garbage, which the run removes
-    assert rerun(finished, out) == finished[1]
-
-
-def test_only_what_is_damaged_is_moved(root: Path) -> None:
-    """A job that makes the unit again meanwhile may rely on a sound file."""
-    paths = paths_of(root, 1)
-    flip(paths.rows)
-    code, said, _ = call("repair", str(root))
-    assert code == 5
-    assert "2 files moved" in said
-    assert [path.exists() for path in paths] == [True, False, False]
+    assert again(root)
 
 
 @pytest.mark.parametrize("num_moves", [0, 1])
 def test_repair_that_dies_half_way(
-    num_moves: int,
-    root: Path,
-    finished: tuple[Path, dict[str, bytes]],
-    monkeypatch: pytest.MonkeyPatch,
+    num_moves: int, root: Path, again: Again, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After each single move the rest is still found, or harmless."""
     flip(paths_of(root, 1).shard)
@@ -305,7 +154,133 @@ def test_repair_that_dies_half_way(
             repair_module.repair(root)
     assert not (root / "manifest.json").exists()
     repair_module.repair(root)
-    assert rerun(finished, root) == finished[1]
+    assert again(root)
+
+
+def test_failed_samples_are_made_again(
+    finished: tuple[Path, dict[str, bytes]],
+    tmp_path: Path,
+    again: Again,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A forward that gives nan once; `repair --failed` opens that unit only."""
+    out = tmp_path / "again"
+    with monkeypatch.context() as patch:
+        calls = itertools.count()
+        patch.setattr(writer, "is_finite", lambda values: next(calls) != 25)
+        code, _, said = call("run", str(finished[0] / "job.yaml"), "--output.path", str(out))
+        assert code == 6, said
+    (out / "manifest.json").unlink()
+    assert call("finalize", str(out))[0] == 6  # as run and status say
+    (failed,) = [u for u in range(3) if read_record(out, u).status[Status.NON_FINITE.label]]
+    assert call("repair", str(out))[0] == 0  # nothing is damaged
+    code, said, _ = call("repair", str(out), "--failed")
+    assert code == 5, said
+    assert f"1 units ({failed})" in said
+    assert "1 files moved" in said  # the record: the shard is garbage, which the run removes
+    assert again(out)
+
+
+# --- the plan, and what is derived ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["flip", "missing", "folder", "fifo"])
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.parquet", "index/ok.npy"])
+def test_derived_files_are_made_again_at_once(
+    name: str, change: str, root: Path, finished: tuple[Path, dict[str, bytes]]
+) -> None:
+    path = root / name
+    if change == "flip":
+        flip(path)
+    else:
+        path.unlink()
+        {"missing": lambda: None, "folder": path.mkdir, "fifo": lambda: os.mkfifo(path)}[change]()
+    code, said, _ = call("repair", str(root))
+    assert code == 0, said
+    shutil.rmtree(root / QUARANTINE, ignore_errors=True)
+    assert dataset_bytes(root) == finished[1]
+
+
+def test_a_damaged_plan_is_made_again(root: Path, again: Again) -> None:
+    flip(root / "plan.json", 30)
+    code, said, _ = call("repair", str(root))
+    assert code == 5, said
+    assert "plan CONFIG --write" in said
+    assert not (root / "plan.json").exists()
+    assert again(root)
+
+
+def test_plan_and_record_damaged_at_once(
+    root: Path, finished: tuple[Path, dict[str, bytes]], again: Again
+) -> None:
+    """plan.json is made again only beside records that can be read."""
+    flip(root / "plan.json", 30)
+    flip(record_path(root, 0), 40)
+    flip(paths_of(root, 1).shard)
+    code, said, _ = call("repair", str(root))
+    assert code == 5, said
+    assert "2 units (0, 1)" in said
+    job = [str(finished[0] / "job.yaml"), "--output.path", str(root)]
+    code, _, said = call("plan", *job, "--write")
+    assert code == 0, said
+    assert call("repair", str(root))[0] == 5
+    assert again(root)
+
+
+def test_the_plan_of_another_dataset_costs_no_unit(
+    root: Path, finished: tuple[Path, dict[str, bytes]], tmp_path: Path, again: Again
+) -> None:
+    """It is sound, and every unit contradicts it."""
+    other = tmp_path / "other"
+    job = [str(finished[0] / "job.yaml"), "--output.path", str(other)]
+    assert call("plan", *job, "--output.samples_per_shard", "5", "--write")[0] == 0
+    shutil.copy(other / "plan.json", root / "plan.json")
+    code, said, _ = call("repair", str(root))
+    assert code == 5, said
+    assert "expected that of its records" in said
+    assert "1 files moved" in said
+    assert not (root / "plan.json").exists()
+    # Nor does a run with another configuration, which would make another plan.
+    more = ["--output.path", str(root), "--output.samples_per_shard", "7"]
+    code, _, said = call("run", str(finished[0] / "job.yaml"), *more)
+    assert code == 3, said
+    assert "another plan" in said
+    assert not (root / "plan.json").exists()
+    assert again(root)
+
+
+# --- what is in the way ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["repair", "finalize"])
+def test_nothing_is_moved_or_removed_through_a_link(
+    command: str, root: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "elsewhere" / ".tmp-of-mine"
+    mine.parent.mkdir()
+    mine.touch()
+    (root / "shards" / "zzz").symlink_to(mine.parent)
+    code, _, said = call(command, str(root))
+    assert code == 2, said
+    assert "is a link" in said
+    assert mine.exists()
+
+
+@pytest.mark.parametrize("name", ["plan.json", "null.json", "record", "rows", "manifest.json"])
+def test_what_is_no_file_is_named_and_never_waited_for(name: str, tmp_path: Path) -> None:
+    """A pipe makes whoever opens it wait; a link to itself and a folder are other errors."""
+    whole = tmp_path / "whole"
+    write_dataset(whole, ["a", "b", "c"])
+    commands = [["status"], ["info"], ["info", "--id", "s1"], ["finalize"], ["repair"]]
+    for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path)):
+        for number, words in enumerate(commands):
+            root = shutil.copytree(whole, tmp_path / f"{make} {number}")
+            path = getattr(paths_of(root, 0), name, root / name)
+            path.unlink()
+            make(path)
+            code, _, said = call(words[0], str(root), *words[1:])
+            assert code in (0, 2, 4, 5, 74), said
+            assert "Traceback" not in said
 
 
 def test_a_plan_of_absurd_size_is_checked_in_no_time(tmp_path: Path) -> None:
@@ -327,3 +302,7 @@ def test_unfinished_and_sound(tmp_path: Path) -> None:
     assert code == 5, said
     assert "0 files moved" in said
     assert record_path(tmp_path, 1).exists()
+    record_path(tmp_path, NULL_UNIT).unlink()
+    code, said, _ = call("status", str(tmp_path))
+    assert code == 5, said
+    assert "the null embedding is not made yet" in said

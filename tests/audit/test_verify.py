@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from breaking import flip, tree
+from breaking import flip
 from handmade import (
     embedding,
     files_of,
@@ -25,6 +25,7 @@ from handmade import (
     write_dataset,
     write_null,
     write_plan,
+    write_samples,
     write_unit,
     write_units,
 )
@@ -39,10 +40,10 @@ from embed_precompute.store.manifest import finalize
 from embed_precompute.store.records import document_bytes, read_json, record_path
 
 TEXTS = ["a b c", None, "", "nan", "a b c", "d e", "f é", "a b c"]
-FIELD_STRIDE = 5
-"""Of all changes of a JSON field every fifth is tried (12 for each field); 1 takes minutes."""
-STRIDE = 17
-"""Of each file every 17th byte, its first and its last are changed; 1 takes minutes."""
+FIELD_STRIDE = 13
+"""Of all changes of a JSON field every 13th is tried (12 for each field); 1 takes minutes."""
+STRIDE = 41
+"""Of each file every 41st byte, its first and its last are changed; 1 takes minutes."""
 
 
 @pytest.fixture
@@ -68,32 +69,25 @@ def problems(root: Path, level: Any = "full") -> list[str]:
 
 @pytest.mark.parametrize("level", ["quick", "full"])
 def test_sound_dataset(root: Path, level: Any) -> None:
+    before = dataset_bytes(root)
     report = verify(root, level)
     assert (report.problems, report.notes) == ([], [])
     assert (report.num_units, report.num_missing, report.num_samples) == (3, 0, 8)
     assert "3 of 3 units, 8 samples, finalised" in report.summary()
     assert report.summary().endswith("no problems")
+    assert dataset_bytes(root) == before
 
 
-def test_verify_changes_nothing(root: Path) -> None:
-    before = tree(root)
-    verify(root)
-    assert tree(root) == before
-
-
-@pytest.mark.parametrize("level", ["quick", "full"])
-def test_captions_in_lists(tmp_path: Path, level: Any) -> None:
+def test_captions_in_lists(tmp_path: Path) -> None:
     plan = make_plan(num_rows=3, samples_per_shard=4, num_samples=5)
     assert plan.rows_per_unit == 2
-    write_plan(tmp_path, plan)
-    write_null(tmp_path, plan)
     rows = [("0#0", 0), ("0#1", 0), ("1#0", 1)]
-    write_unit(tmp_path, plan, 0, [Sample(name, row, f"text {name}") for name, row in rows])
     empty = Sample("2#0", 2, None, Status.EMPTY_LIST, "no captions")
-    write_unit(tmp_path, plan, 1, [empty, Sample("2#1", 2, "x")])
-    assert problems(tmp_path, level) == []
+    first = [Sample(name, row, f"text {name}") for name, row in rows]
+    write_samples(tmp_path, plan, first, [empty, Sample("2#1", 2, "x")])
+    assert problems(tmp_path) == problems(tmp_path, "quick") == []
     finalize(tmp_path)
-    assert problems(tmp_path, level) == []
+    assert problems(tmp_path) == problems(tmp_path, "quick") == []
 
 
 def test_unfinished_dataset(tmp_path: Path) -> None:
@@ -102,10 +96,8 @@ def test_unfinished_dataset(tmp_path: Path) -> None:
     record_path(tmp_path, 1).unlink()
     (tmp_path / "null.json").unlink()
     report = verify(tmp_path)
-    assert report.problems == []
-    assert report.num_missing == 1
+    assert (report.problems, report.notes, report.num_missing) == ([], [], 1)
     assert "1 units lack a record, and so does the null embedding" in report.summary()
-    assert sum("shard-000001" in note and "no record" in note for note in report.notes) == 2
     path = paths_of(tmp_path, 2).shard
     flip(path)
     assert f"{path}: sha256 is" in problems(tmp_path)[0]
@@ -123,18 +115,13 @@ def test_stray_files_are_notes(root: Path) -> None:
     strays += ["shards/001/shard-000002.json", "shards/000/shard-000000.safetensors"]
     strays += ["shards/000/shard-000002-0123456789abcdef.safetensors", "shards/x/y"]
     strays += ["null-0123456789abcdef.safetensors", "shards/001/shard-000002-0123.safetensors"]
-    for name in strays:
+    for name in (*strays, "logs/x", "_quarantine/x"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"x")
-    for name in ("logs", "_quarantine"):
-        (root / name).mkdir()
-        (root / name / "x").write_bytes(b"x")
     report = verify(root)
     assert report.problems == []
-    assert len(report.notes) == len(strays)
-    for name in strays:
-        assert any(note.startswith(f"{root / name} ") for note in report.notes)
-        assert str(root / name) in report.summary()
+    assert {note.split(" ")[0] for note in report.notes} == {str(root / name) for name in strays}
+    assert all(note in report.summary() for note in report.notes)
 
 
 def test_no_dataset(tmp_path: Path) -> None:
@@ -155,20 +142,16 @@ def test_no_dataset(tmp_path: Path) -> None:
 
 
 def test_every_changed_byte_is_found(small: Path) -> None:
-    flips = 0
     for name in files_of(small):
         path = small / name
         sound = path.read_bytes()
-        offsets = {*range(0, len(sound), STRIDE), len(sound) - 1}
-        for offset in sorted(offsets):
+        for offset in sorted({*range(0, len(sound), STRIDE), len(sound) - 1}):
             damaged = bytearray(sound)
             damaged[offset] ^= 1 << (offset % 8)
             path.write_bytes(damaged)
             found = problems(small)
             assert any(path.name in line for line in found), f"{name} byte {offset}: {found}"
-            flips += 1
         path.write_bytes(sound)
-    assert flips > 12_000 // STRIDE
     assert problems(small) == []
 
 
@@ -202,21 +185,17 @@ def test_every_file_matters(small: Path, level: Any, change: str) -> None:
 # --- digests made right: only the meaning is wrong ------------------------------------------------
 
 
-INDEX = ("status", "shard", "index", "ok", "ids", "id_offsets", "id_hash", "id_order")
-INDEX += ("shards", "shard_digest")
-PER_TENSOR = ("length_t5", "length_clip", "xxh3_t5", "xxh3_clip")
-
-
-@pytest.mark.parametrize("name", [*INDEX, *PER_TENSOR])
-def test_index_of_other_values(root: Path, name: str) -> None:
-    path = root / "index" / f"{name}.npy"
-    array = np.load(path)
-    array.reshape(-1)[-1] ^= 1
-    np.save(path, array)
-    restate_derived(root, f"index/{name}.npy")
-    found = problems(root)
-    assert len(found) == 1
-    assert f"{name}.npy: found other values" in found[0]
+def test_index_of_other_values(root: Path) -> None:
+    for path in sorted((root / "index").iterdir()):
+        sound, manifest = path.read_bytes(), (root / "manifest.json").read_bytes()
+        array = np.load(path)
+        array.reshape(-1)[-1] ^= 1
+        np.save(path, array)
+        restate_derived(root, f"index/{path.name}")
+        (found,) = problems(root)
+        assert f"{path.name}: found other values" in found
+        path.write_bytes(sound)
+        (root / "manifest.json").write_bytes(manifest)
 
 
 @pytest.mark.parametrize("column", ["sample_id", "row", "status", "t5_tokens", "text_sha256"])
@@ -229,17 +208,8 @@ def test_manifest_table_of_other_values(root: Path, column: str) -> None:
     changed = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.types[at]))
     pq.write_table(changed, path, store_schema=False)
     restate_derived(root, "manifest.parquet")
-    found = problems(root)
-    assert len(found) == 1
-    assert f"manifest.parquet: found other values of {column} in rows 6 to 7" in found[0]
-
-
-def write_one(root: Path, samples: Sequence[Sample]) -> None:
-    """A dataset that is not finalised: one unit of three rows with these samples."""
-    plan = make_plan(num_rows=3, samples_per_shard=3)
-    write_plan(root, plan)
-    write_null(root, plan)
-    write_unit(root, plan, 0, samples)
+    (found,) = problems(root)
+    assert f"manifest.parquet: found other values of {column} in rows 6 to 7" in found
 
 
 @pytest.mark.parametrize(
@@ -252,18 +222,16 @@ def write_one(root: Path, samples: Sequence[Sample]) -> None:
     ],
 )
 def test_rows_that_are_not_covered_once(tmp_path: Path, rows: Sequence[int], finding: str) -> None:
-    write_one(tmp_path, [Sample(f"s{k}", row, "x") for k, row in enumerate(rows)])
+    samples = [Sample(f"s{k}", row, "x") for k, row in enumerate(rows)]
+    write_samples(tmp_path, make_plan(num_rows=3, samples_per_shard=3), samples)
     found = problems(tmp_path)
     assert any(finding in line and "shard-000000" in line for line in found), found
 
 
 def test_equal_ids(tmp_path: Path) -> None:
     """Finalised or not, in one unit or in two."""
-    plan = make_plan(num_rows=4, samples_per_shard=3)
-    write_plan(tmp_path, plan)
-    write_null(tmp_path, plan)
-    write_unit(tmp_path, plan, 0, [*samples_of(["a", "b"]), Sample("s0", 2, "c")])
-    write_unit(tmp_path, plan, 1, [Sample("s1", 3, "b")])
+    first = [*samples_of(["a", "b"]), Sample("s0", 2, "c")]
+    write_samples(tmp_path, make_plan(4, 3), first, [Sample("s1", 3, "b")])
     for finish in (False, True):
         if finish:
             finalize(tmp_path)
@@ -277,13 +245,9 @@ def mutations(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, .
     """Every value in a JSON object replaced by each of some others, or (Ellipsis) taken out."""
     others = [None, -1, 10**17, 1.5, "", "../../x", [], {}, [[1]], {"a": {}}, True, ...]
     found = [(path, other) for other in others] if path else []
-    inner = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value[:1])
-        if isinstance(value, list)
-        else ()
-    )
+    inner: Any = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list):
+        inner = enumerate(value[:1])
     for key, child in inner:
         found += mutations(child, (*path, key))
     return found
@@ -331,18 +295,15 @@ def test_any_field_changed_with_digests_made_right(tmp_path: Path, name: str) ->
 
 
 def test_status_while_a_dataset_is_made(tmp_path: Path) -> None:
-    plan = make_plan(num_rows=len(TEXTS), samples_per_shard=3)
+    plan, samples = make_plan(len(TEXTS), samples_per_shard=3), samples_of(TEXTS)
     write_plan(tmp_path, plan)
     status = read_status(tmp_path)
-    assert (status.complete, sum(status.samples.values())) == (False, 0)
-    assert not status.null_committed
+    assert (status.complete, status.null_committed, sum(status.samples.values())) == (0, 0, 0)
     assert "none yet" in "\n".join(status.lines())
-    samples = samples_of(TEXTS)
     write_unit(tmp_path, plan, 1, samples[3:6])
     status = read_status(tmp_path)
     assert (status.units_committed, sum(status.samples.values())) == (1, 3)
-    assert status.failed_samples == 1
-    assert not status.complete
+    assert (status.failed_samples, status.complete) == (1, False)
     write_null(tmp_path, plan)
     write_unit(tmp_path, plan, 0, samples[:3])
     write_unit(tmp_path, plan, 2, samples[6:])
@@ -352,12 +313,9 @@ def test_status_while_a_dataset_is_made(tmp_path: Path) -> None:
     before = status.to_json()
     finalize(tmp_path)
     status = read_status(tmp_path)
-    assert status.complete
     assert status.to_json() == {**before, "complete": True, "finalised": True}
-    assert status.to_json()["status"] == {
-        **{"ok": 6, "null_text": 1, "non_finite": 1},
-        **{"invalid_text": 0, "empty_list": 0},
-    }
+    counts = {"ok": 6, "null_text": 1, "non_finite": 1}
+    assert status.to_json()["status"] == {each.label: counts.get(each.label, 0) for each in Status}
     assert "complete, 3 of 3 units committed" in status.lines()[0]
 
 
@@ -388,14 +346,13 @@ def test_sample_lines(root: Path, finalised: bool) -> None:
     if not finalised:
         (root / "manifest.json").unlink()
     text = "\n".join(sample_lines(root, "s6"))
-    norm = float(embedding("clip", "f é").double().norm())
     for part in (
         "a.parquet, row 6",
         "status: ok",
         "encoded text: 'f é'",
         f"{paths_of(root, 2).shard.relative_to(root)}, row 0",
         "text_t5: 3 tokens, stored [3, 4] bfloat16",
-        f"L2 norm {norm:.4f}, finite",
+        f"L2 norm {float(embedding('clip', 'f é').double().norm()):.4f}, finite",
     ):
         assert part in text
     assert "status: null_text (text is null)" in sample_lines(root, "s1")
@@ -403,9 +360,6 @@ def test_sample_lines(root: Path, finalised: bool) -> None:
     assert any("non_finite (text_" in line for line in sample_lines(root, "s3"))
     with pytest.raises(InputError, match=r"'s99' is not in .*any of its 3 units"):
         sample_lines(root, "s99")
-
-
-def test_sample_lines_show_damage(root: Path) -> None:
     flip(paths_of(root, 2).shard)
     assert any("DAMAGED" in line for line in sample_lines(root, "s7"))
     assert not any("DAMAGED" in line for line in sample_lines(root, "s6"))

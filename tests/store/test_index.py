@@ -71,24 +71,17 @@ def test_damaged_index(tmp_path: Path) -> None:
     with pytest.raises(IncompleteError, match="not finished"):
         DatasetIndex(tmp_path)
     write_dataset(tmp_path, TEXTS)
-    path = tmp_path / "index/length_t5.npy"
-    before = path.read_bytes()
-    for payload in (before[:-1], before.replace(b"<i4", b"<f4"), b"", b"\x80" * len(before)):
-        path.write_bytes(payload)
-        with pytest.raises(VerificationError, match="length_t5"):
-            DatasetIndex(tmp_path)
-    path.unlink()
-    with pytest.raises(VerificationError, match="finalize"):
-        DatasetIndex(tmp_path)
-
-
-def test_arrays_of_another_header_are_refused(tmp_path: Path) -> None:
-    write_dataset(tmp_path, ["a b c", None, "nan", "d e"])
-    for path in sorted((tmp_path / "index").iterdir()):
+    for number, path in enumerate(sorted((tmp_path / "index").iterdir())):
         sound = path.read_bytes()
-        for offset in range(128):
-            path.write_bytes(sound[:offset] + bytes([sound[offset] ^ 1]) + sound[offset + 1 :])
+        payloads = [sound[:-1], b"", b"\x80" * len(sound)]
+        for offset in range(number, 128, 7):  # the header
+            payloads.append(sound[:offset] + bytes([sound[offset] ^ 1]) + sound[offset + 1 :])
+        for payload in payloads:
+            path.write_bytes(payload)
             with pytest.raises(VerificationError, match=path.name):
                 DatasetIndex(tmp_path)
+        path.unlink()
+        with pytest.raises(VerificationError, match="finalize"):
+            DatasetIndex(tmp_path)
         path.write_bytes(sound)
     assert DatasetIndex(tmp_path).status.dtype == np.uint8

@@ -26,12 +26,9 @@ from embed_precompute.errors import (
     InputError,
     VerificationError,
 )
+from embed_precompute.store.index import TensorEntry, read_manifest
 from embed_precompute.store.manifest import finalize
-from embed_precompute.store.records import (
-    TensorEntry,
-    read_manifest,
-    read_null_record,
-)
+from embed_precompute.store.records import read_null_record
 from embed_precompute.train.dataset import EmbeddingDataset, SampleLookupError, collate_embeddings
 
 # s1 is null, s3 is not finite, s0, s4 and s7 are equal (s4 and s7 are in other shards).
