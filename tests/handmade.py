@@ -124,11 +124,17 @@ def samples_of(texts: Sequence[str | None], first: int = 0) -> list[Sample]:
 def write_units(
     root: Path, texts: Sequence[str | None], samples_per_shard: int = 3, first: int = 0, **spec: Any
 ) -> Plan:
-    """Plan, null embedding and every unit of a dataset that is not finalised; ids from s`first`."""
+    """Plan, null embedding and every unit of a dataset that is not finalised; ids from s`first`.
+
+    As in a run, units that have a record stay as they are.
+    """
     plan = make_plan(len(texts), samples_per_shard, **spec)
     write_plan(root, plan)
-    write_null(root, plan)
+    if not record_path(root, NULL_UNIT).exists():
+        write_null(root, plan)
     for unit in range(plan.num_units):
+        if record_path(root, unit).exists():
+            continue
         begin, count = plan.unit_rows(unit)
         samples = [
             Sample(f"s{first + begin + i}", s.row, s.text, s.status, s.error)
