@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.lab import Bench, Lab
+from faults.lab import Lab, Undisturbed
 
 RAM_BYTES = 1 << 29
 
@@ -26,13 +26,13 @@ def ram(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def bench(ram: Path, tiny_t5: Path, tiny_clip: Path) -> Bench:
-    return Bench(ram, tiny_t5, tiny_clip)
+def undisturbed_runs(ram: Path, tiny_t5: Path, tiny_clip: Path) -> Undisturbed:
+    return Undisturbed(ram, tiny_t5, tiny_clip)
 
 
 @pytest.fixture
-def lab(bench: Bench, request: pytest.FixtureRequest) -> Iterator[Lab]:
+def lab(undisturbed_runs: Undisturbed, request: pytest.FixtureRequest) -> Iterator[Lab]:
     seed = f"{request.config.getoption('seed')}:{request.node.name}"
-    folder = Path(tempfile.mkdtemp(dir=bench.folder))
-    yield Lab(folder, bench, random.Random(seed), request.config.getoption("long"))
+    folder = Path(tempfile.mkdtemp(dir=undisturbed_runs.folder))
+    yield Lab(folder, undisturbed_runs, random.Random(seed), request.config.getoption("long"))
     shutil.rmtree(folder, ignore_errors=True)

@@ -140,11 +140,6 @@ def _guarded(action: Callable[[], object]) -> str | None:
     return None
 
 
-def _verify(root: Path, captions: Path) -> None:
-    verify(root, "quick")
-    verify(root, "full")
-
-
 def _read(root: Path, captions: Path) -> None:
     for action in (
         lambda: read_status(root).lines(),
@@ -168,7 +163,11 @@ def _read_captions(root: Path, captions: Path) -> None:
     reader.read(0, min(scan.num_rows, 1000))
 
 
-READERS = (_verify, _read, lambda root, captions: finalize(root))
+READERS = (
+    lambda root, captions: verify(root, "full"),
+    _read,
+    lambda root, captions: finalize(root),
+)
 
 
 # --- mutations: each changes one file, and says what it did ---------------------------------------

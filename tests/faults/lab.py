@@ -96,13 +96,13 @@ def assert_same(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
 
 
 @dataclass
-class Bench:
+class Undisturbed:
     """Captions and undisturbed runs, made once a session."""
 
     folder: Path
     t5: Path
     clip: Path
-    undisturbed: dict[tuple[int, int], dict[str, bytes]] = field(default_factory=dict)
+    made: dict[tuple[int, int], dict[str, bytes]] = field(default_factory=dict)
 
     def write_job(self, folder: Path, rows: int, per_shard: int) -> Path:
         folder.mkdir(parents=True)
@@ -113,14 +113,14 @@ class Bench:
 
     def bytes_of(self, rows: int, per_shard: int) -> dict[str, bytes]:
         """The bytes of a run that nothing disturbs."""
-        if (rows, per_shard) not in self.undisturbed:
+        if (rows, per_shard) not in self.made:
             path = self.write_job(self.folder / f"{rows}-{per_shard}", rows, per_shard)
             code, _, said = call("run", str(path))
             assert code == 0, said
             ids = pq.read_table(path.parent / "out/manifest.parquet", columns=["sample_id"])
             assert ids.column(0).to_pylist() == [f"s{i}" for i in range(rows)]
-            self.undisturbed[rows, per_shard] = dataset_bytes(path.parent / "out")
-        return self.undisturbed[rows, per_shard]
+            self.made[rows, per_shard] = dataset_bytes(path.parent / "out")
+        return self.made[rows, per_shard]
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Lab:
     one, for fsync costs nothing there."""
 
     folder: Path
-    bench: Bench
+    runs: Undisturbed
     rng: random.Random
     long: bool
     _made: int = 0
@@ -152,7 +152,7 @@ class Lab:
 
     def job(self, rows: int = 120, per_shard: int = 3, **runtime: Any) -> Job:
         """A job of its own over the first `rows` captions."""
-        path = self.bench.write_job(self.new(), rows, per_shard)
+        path = self.runs.write_job(self.new(), rows, per_shard)
         if runtime:
             edit(path, "runtime", **runtime)
-        return Job(path, -(-rows // per_shard) + 1, self.bench.bytes_of(rows, per_shard))
+        return Job(path, -(-rows // per_shard) + 1, self.runs.bytes_of(rows, per_shard))

@@ -13,13 +13,13 @@ import multiprocessing
 from faults.hostile_worker import attack
 from faults.lab import Lab
 
-BATCH = 250
+BATCH = 150
 
 
 def test_f15_hostile_files(lab: Lab) -> None:
     """In processes that import no transformers."""
     spawn = multiprocessing.get_context("spawn")
-    for _ in range(lab.size(1, 40)):
+    for _ in range(lab.size(1, 67)):
         folder, report = lab.new(), lab.new()
         folder.mkdir()
         seed = lab.rng.getrandbits(32)
