@@ -45,8 +45,9 @@ def test_f3_every_rank_of_a_gang_is_asked(lab: Lab) -> None:
     wait_for(lambda: len(job.records()) > 2)
     for pid in gang.ranks():
         signal_to(pid, signal.SIGTERM)
-    assert wait_for(lambda: not gang.all_ranks(), 60), "a rank did not end"
+    ended = wait_for(lambda: not gang.all_ranks(), 60)
     gang.kill()
+    assert ended, "a rank did not end"
     job.assert_nothing_left()
     job.assert_resumes()
 
@@ -132,8 +133,9 @@ def test_f19_workers_end_when_their_agent_died(lab: Lab) -> None:
     gang = job.gang(2, pace(600.0))
     wait_for(lambda: len(gang.ranks()) == 2 and (job.root / "plan.json").exists())
     signal_to(gang.group, signal.SIGKILL)
-    assert gang.ended(), "workers go on without an agent"
-    gang.agent.join()
+    ended = gang.ended()
+    gang.kill()
+    assert ended, "workers go on without an agent"
     job.assert_resumes()
 
 
