@@ -130,8 +130,9 @@ def test_f3_the_unit_at_hand_is_committed_if_that_fits_the_grace(
 
 def test_f19_workers_end_when_their_agent_died(lab: Lab) -> None:
     job = lab.job(grace_s=1.0)
-    gang = job.gang(2, pace(600.0))
-    wait_for(lambda: len(gang.ranks()) == 2 and (job.root / "plan.json").exists())
+    begun = job.folder / "begun"
+    gang = job.gang(2, pace(600.0, log=str(begun)))
+    wait_for(lambda: begun.exists() and len(begun.read_text().splitlines()) == 2)
     signal_to(gang.group, signal.SIGKILL)
     ended = gang.ended()
     gang.kill()
