@@ -1,9 +1,7 @@
 """Every failure a user can cause or meet, and the exit code it ends the program with.
 
-Guarantees: an `EmbedPrecomputeError` carries one message that says what was found, what was
-expected and what to do; the CLI prints it without a traceback. Anything else that escapes is a bug
-(exit 1).
-Costs: nothing; stdlib only.
+An `EmbedPrecomputeError` has one message that says what was found, what was expected and what to
+do; the CLI prints it without a traceback. Any other exception that escapes is a bug (exit 1).
 """
 
 from __future__ import annotations

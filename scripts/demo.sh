@@ -5,6 +5,7 @@
 #   scripts/demo.sh [VENV]          VENV: folder of the virtual environment (default .venv)
 #
 # PYTHON=python3.12   another interpreter        DEMO=demo   where the demo is written
+# ROWS=3000           captions
 # TORCH_SPEC=torch==2.13.0   the torch to install (pip's own index settings apply, so a CPU-only
 #                            wheel is used where your pip finds one)
 set -euo pipefail
@@ -23,7 +24,7 @@ bin=$(cd "$venv/bin" && pwd)
 export PATH="$bin:$PATH" TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 step "captions and tiny encoders with random weights in $demo"
-python scripts/make_demo.py "$demo"
+python scripts/make_demo.py "$demo" --rows "${ROWS:-3000}"
 
 step "torchrun, two processes, a dozen shards"
 torchrun --standalone --nproc-per-node 2 -m embed_precompute run configs/demo.yaml \

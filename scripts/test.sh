@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up a virtual environment and run all checks: lint, format, types, layers, tests.
+# Set up a virtual environment and run all checks: lint, format, types, layers, docs, tests.
 #
 #   scripts/test.sh [VENV]                      the current stack (default .venv-test)
 #   STACK=colossalai scripts/test.sh [VENV]     torch 2.5.1 with transformers 4.51.3, which ColossalAI
@@ -16,7 +16,7 @@ case $stack in
     current)
         venv=${1:-.venv-test}
         pins=("${TORCH_SPEC:-torch==2.13.0}")
-        extras=dev
+        extras=dev,docs
         ;;
     colossalai)
         venv=${1:-.venv-colossalai}
@@ -49,6 +49,12 @@ if [ "$stack" = current ]; then
     mypy
     step "lint-imports"
     lint-imports
+    step "docs, to site/"
+    if [ -x "$bin/zensical" ]; then
+        zensical build --strict -f mkdocs.yml
+    else
+        echo "NOT BUILT: the docs' builder needs Python 3.11." >&2
+    fi
 fi
 step "pytest"
 # shellcheck disable=SC2086  # PYTEST_ARGS is a list of words

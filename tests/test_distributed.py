@@ -50,6 +50,8 @@ def test_a_slurm_array_of_steps_is_one_row_of_ranks() -> None:
     }
     dist = DistContext.detect({**SRUN, **array})
     assert (dist.rank, dist.world_size) == (2 * 4 + 2, 20)
+    alone = DistContext.of_training({**SRUN, **array})  # a training is one element's
+    assert (alone.rank, alone.world_size) == (2, 4)
 
 
 def test_a_batch_script_without_srun_is_alone() -> None:

@@ -14,7 +14,7 @@ from jobs import call, clean_environment, execute
 
 import embed_precompute
 from embed_precompute import errors
-from embed_precompute.captions import recipes, settings
+from embed_precompute.captions import recipes
 from embed_precompute.cli.main import main
 from embed_precompute.config import schema as config
 from embed_precompute.encoders import video_buckets
@@ -56,7 +56,7 @@ PUBLIC = {
 }
 ENCODER = "kind pretrained revision tokenizer max_length dtype implementation compile tf32"
 SECTIONS = {
-    settings.CaptionsConfig: "path text_column id_column recipe normalize on_bad_text",
+    recipes.CaptionsConfig: "path text_column id_column recipe normalize on_bad_text",
     recipes.PlainRecipe: "kind",
     recipes.TemplateRecipe: "kind template",
     recipes.OpenSoraRecipe: "kind fps_column fps_max fps_format motion_column",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +32,6 @@ from embed_precompute.errors import ConflictError, InputError
 log = logging.getLogger(__name__)
 DATA_EXTENSIONS = (".parquet", ".pq", ".parq")
 FOOTER_THREADS = 16
-TAIL_BYTES = 64 * 1024
 CONTENT_PIECE = 4 << 20
 MAGIC = b"PAR1"
 ARROW_SCHEMA = b"ARROW:schema"
@@ -67,26 +67,13 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Footer:
-    """A parsed footer; `metadata` is large for wide files, so keep it no longer than needed."""
+class CaptionFile:
+    """A file of the caption table: 8 bytes per row group, nothing per row."""
 
     source: Source
     input: InputFile
-    metadata: Any
-    schema: Any
-    """The Arrow types that rows are read with: text is plain `string`, never a dictionary."""
-
-    def group_starts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """[groups + 1] first row of each row group within the file."""
-        groups = range(self.metadata.num_row_groups)
-        num_rows = [self.metadata.row_group(i).num_rows for i in groups]
-        starts = np.cumsum([0, *num_rows], dtype=np.int64)
-        if int(starts[-1]) != self.input.rows or min(num_rows, default=0) < 0:
-            raise InputError(
-                f"{self.source} has a damaged parquet footer: its row groups have {starts[-1]} "
-                f"rows, the file {self.input.rows}. Copy or write it again."
-            )
-        return starts
+    group_starts: np.ndarray[Any, np.dtype[np.int64]]
+    """[groups + 1] first row of each row group within the file."""
 
 
 # --- finding files -----------------------------------------------------------------------------
@@ -119,12 +106,9 @@ class _Search:
 
     def enters(self, parts: Sequence[str]) -> bool:
         """Whether this folder, or a folder below it, may hold files that are asked for."""
-        for part, wanted in zip(parts, self.pattern, strict=False):
-            if wanted == "**":
-                break
-            if not fnmatch.fnmatchcase(part, wanted):
-                return False
-        return not self._skips(parts)
+        fixed = itertools.takewhile(lambda wanted: wanted != "**", self.pattern)
+        fits = all(map(fnmatch.fnmatchcase, parts, fixed))
+        return fits and not self._skips(parts)
 
     def _skips(self, parts: Sequence[str]) -> bool:
         """Spark, Hive and pyarrow all mark what is not data by a leading `.` or `_`."""
@@ -236,7 +220,7 @@ def _remote_search(path: str) -> _Search | Source:
         filesystem, root = pyarrow.fs.FileSystem.from_uri(plain + question + query)
         kind = filesystem.get_file_info(root).type
     except Exception as error:  # a library's own errors: hf:// raises those of its HTTP client
-        raise _cannot_list(path, error) from error
+        _cannot_list(path, error)
     if kind == pyarrow.fs.FileType.File and not pattern:
         return Source(filesystem, root, root.rsplit("/", 1)[-1])
     if kind != pyarrow.fs.FileType.Directory:
@@ -244,12 +228,12 @@ def _remote_search(path: str) -> _Search | Source:
     return _Search(path, filesystem, root, pattern, is_local=False)
 
 
-def _cannot_list(path: str, error: Exception) -> InputError:
-    return InputError(
+def _cannot_list(path: str, error: Exception) -> NoReturn:
+    raise InputError(
         f"captions.path {path!r} cannot be listed: {one_line(error)}. Expected a URI that pyarrow "
         "reads, such as s3://bucket/folder or hf://datasets/owner/name; check the name, the "
         "credentials and the network, or copy the files to a folder."
-    )
+    ) from error
 
 
 def _walk(search: _Search) -> Iterator[tuple[str, ...]]:
@@ -293,7 +277,7 @@ def _listed(search: _Search, location: str) -> tuple[list[str], list[str]]:
     except OSError as error:
         raise InputError(f"captions.path {search.path!r}: cannot list a folder: {error}.") from None
     except Exception as error:  # as in `_remote_search`
-        raise _cannot_list(search.path, error) from error
+        _cannot_list(search.path, error)
     folders = [name for name, is_folder in found if is_folder]
     return folders, [name for name, is_folder in found if not is_folder]
 
@@ -301,22 +285,30 @@ def _listed(search: _Search, location: str) -> tuple[list[str], list[str]]:
 # --- reading files -----------------------------------------------------------------------------
 
 
-def read_footers(sources: Sequence[Source], examine: Callable[[Footer], T]) -> list[T]:
-    """`examine(footer)` of every file, in order; of several bad files the first one is raised."""
-    pool = ThreadPoolExecutor(min(FOOTER_THREADS, len(sources)), "footer")
-    try:
-        return list(pool.map(lambda source: examine(_read_footer(source)), sources))
-    finally:
-        pool.shutdown(cancel_futures=True)
+def read_footers(
+    sources: Sequence[Source], examine: Callable[[CaptionFile, pa.Schema], T]
+) -> list[T]:
+    """`examine(file, schema)` of every file, in order; of several bad files the first is raised.
+
+    In the schema text is plain `string`, never a dictionary.
+    """
+
+    def read(source: Source) -> T:
+        file, _, schema = _read_footer(source)  # no metadata is kept: a wide file's is large
+        return examine(file, schema)
+
+    with ThreadPoolExecutor(min(FOOTER_THREADS, len(sources)), "footer") as pool:
+        return list(pool.map(read, sources))
 
 
-def open_parquet(source: Source, expected: InputFile) -> Any:
-    """The file as a `ParquetFile` that streams pages; ConflictError if it changed."""
-    footer = _read_footer(source, expected.content_xxh3)
-    if footer.input != expected:
+def open_parquet(file: CaptionFile) -> pq.ParquetFile:
+    """The file for streaming its pages; ConflictError if it changed."""
+    source, expected = file.source, file.input
+    found, metadata, _ = _read_footer(source, expected.content_xxh3)
+    if found.input != expected:
         raise ConflictError(
-            f"{source} changed since it was planned: {footer.input.bytes} bytes and "
-            f"{footer.input.rows} rows now, {expected.bytes} and {expected.rows} then. Put the "
+            f"{source} changed since it was planned: {found.input.bytes} bytes and "
+            f"{found.input.rows} rows now, {expected.bytes} and {expected.rows} then. Put the "
             "old file back, or start a new output folder."
         )
     # Without pre_buffer and with a buffer the reader holds a window of each column chunk, not the
@@ -324,7 +316,7 @@ def open_parquet(source: Source, expected: InputFile) -> Any:
     try:
         return pq.ParquetFile(
             source.filesystem.open_input_file(source.location),
-            metadata=footer.metadata,
+            metadata=metadata,
             pre_buffer=False,
             buffer_size=1 << 20,
             page_checksum_verification=True,
@@ -333,8 +325,8 @@ def open_parquet(source: Source, expected: InputFile) -> Any:
         raise InputError(f"{source} cannot be opened: {one_line(error)}.") from error
 
 
-def _read_footer(source: Source, content_xxh3: str | None = None) -> Footer:
-    """A file's size, digests and footer; InputError when it is no whole parquet file.
+def _read_footer(source: Source, content_xxh3: str | None = None) -> tuple[CaptionFile, Any, Any]:
+    """(file, metadata, schema); InputError when it is no whole parquet file.
 
     The whole file is read for its digest, unless `content_xxh3` is given.
     """
@@ -342,7 +334,11 @@ def _read_footer(source: Source, content_xxh3: str | None = None) -> Footer:
         with source.filesystem.open_input_file(source.location) as file:
             size = file.size()
             thrift = _footer_bytes(source, file, size)
-            content = _content_xxh3(file, size) if content_xxh3 is None else content_xxh3
+            if content_xxh3 is None:
+                digest = xxhash.xxh3_128()
+                for offset in range(0, size, CONTENT_PIECE):
+                    digest.update(file.read_at(min(CONTENT_PIECE, size - offset), offset))
+                content_xxh3 = digest.hexdigest()
     except InputError:
         raise
     except Exception as error:  # as in `_remote_search`
@@ -355,25 +351,20 @@ def _read_footer(source: Source, content_xxh3: str | None = None) -> Footer:
         parsed = pq.ParquetFile(pa.BufferReader(whole))
         metadata, schema = parsed.metadata, parsed.schema_arrow
         schema.to_string(show_schema_metadata=False)  # raises where a name is not UTF-8
+        groups = range(metadata.num_row_groups)
+        starts = np.cumsum([0, *(metadata.row_group(i).num_rows for i in groups)], dtype=np.int64)
+        if starts[-1] != metadata.num_rows or (np.diff(starts) < 0).any():
+            raise pa.ArrowInvalid(f"row groups of {starts[-1]} rows, not {metadata.num_rows}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{source} has a damaged parquet footer ({one_line(error)}). Copy or write it again."
-        ) from error
-    digest = hashlib.sha256(thrift).hexdigest()
-    found = InputFile(source.path, size, metadata.num_rows, digest, content)
-    return Footer(source, found, metadata, schema)
-
-
-def _content_xxh3(file: Any, size: int) -> str:
-    digest = xxhash.xxh3_128()
-    for offset in range(0, size, CONTENT_PIECE):
-        digest.update(file.read_at(min(CONTENT_PIECE, size - offset), offset))
-    return digest.hexdigest()
+        raise _damaged_footer(source, one_line(error)) from error
+    sha256 = hashlib.sha256(thrift).hexdigest()
+    found = InputFile(source.path, size, metadata.num_rows, sha256, content_xxh3)
+    return CaptionFile(source, found, starts), metadata, schema
 
 
 def _footer_bytes(source: Source, file: Any, size: int) -> bytes:
     """Layout: PAR1, pages, thrift footer, its length (4 bytes, little endian), PAR1."""
-    tail: bytes = file.read_at(min(size, TAIL_BYTES), max(0, size - TAIL_BYTES))
+    tail = file.read_at(min(size, 8), max(0, size - 8))
     if size < 12 or tail[-4:] != MAGIC:
         head = file.read_at(min(size, 4), 0)
         if head == MAGIC:
@@ -385,15 +376,15 @@ def _footer_bytes(source: Source, file: Any, size: int) -> bytes:
             f"{source} is not a parquet file ({size} bytes, which start with {head!r}; "
             f"expected {MAGIC!r}). Convert it to parquet, or move it out of captions.path."
         )
-    num_bytes = int.from_bytes(tail[-8:-4], "little")
+    num_bytes = int.from_bytes(tail[:4], "little")
     if num_bytes > size - 12:
-        raise InputError(
-            f"{source} has a damaged parquet footer: it claims {num_bytes} bytes in a file of "
-            f"{size}. Copy or write it again."
-        )
-    if num_bytes + 8 > len(tail):
-        tail = file.read_at(num_bytes + 8, size - num_bytes - 8)
-    return tail[-8 - num_bytes : -8]
+        raise _damaged_footer(source, f"it claims {num_bytes} bytes in a file of {size}")
+    thrift: bytes = file.read_at(num_bytes, size - num_bytes - 8)
+    return thrift
+
+
+def _damaged_footer(source: Source, reason: str) -> InputError:
+    return InputError(f"{source} has a damaged parquet footer ({reason}). Copy or write it again.")
 
 
 def one_line(error: BaseException) -> str:

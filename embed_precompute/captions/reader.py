@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embed_precompute.captions.files import InputFile, Source, one_line, open_parquet
+from embed_precompute.captions.files import CaptionFile, one_line, open_parquet
 from embed_precompute.captions.recipes import (
     BOOLEAN,
     DECIMAL,
@@ -28,12 +27,11 @@ from embed_precompute.captions.recipes import (
     INTEGER,
     STRING,
     STRINGS,
-    PlainRecipe,
+    CaptionsConfig,
     Problem,
     Recipe,
     make_normalizer,
 )
-from embed_precompute.captions.settings import CaptionsConfig
 from embed_precompute.errors import InputError
 from embed_precompute.samples import Sample, Status
 
@@ -48,16 +46,6 @@ text's memory."""
 
 
 # --- rows --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CaptionFile:
-    """A file of the table: 8 bytes per row group, nothing per row."""
-
-    source: Source
-    input: InputFile
-    group_starts: np.ndarray[Any, np.dtype[np.int64]]
-    """[groups + 1] first row of each row group within the file."""
 
 
 class RowMap:
@@ -125,7 +113,7 @@ class RowCursor:
         file = self._map.files[index]
         if index != self._file_index:
             self.close()
-            self._parquet, self._file_index = open_parquet(file.source, file.input), index
+            self._parquet, self._file_index = open_parquet(file), index
         self._group = int(np.searchsorted(file.group_starts, local, side="right")) - 1
         start, end = (int(n) for n in file.group_starts[self._group : self._group + 2])
         self._next_row, self._stream_end = row - local + start, row - local + end
@@ -133,17 +121,13 @@ class RowCursor:
         if self._row_bytes == 0:
             probe = self._next_of(self._stream_group(PROBE_ROWS))
             self._row_bytes = probe.nbytes / len(probe)
-        # By what was decoded: the footer's sizes count a repeated value once.
+        # Decoded bytes decide: the sizes in the footer count a repeated value once.
         fitting = int(BATCH_BYTES / max(1, self._row_bytes))
         self._stream = self._stream_group(max(1, min(self._batch_rows, fitting)))
 
     def _stream_group(self, batch_rows: int) -> Iterator[Any]:
-        batches: Iterator[Any] = self._parquet.iter_batches(
-            batch_size=batch_rows,
-            row_groups=[self._group],
-            columns=self._columns,
-            use_threads=False,
-        )
+        options = {"row_groups": [self._group], "columns": self._columns, "use_threads": False}
+        batches: Iterator[Any] = self._parquet.iter_batches(batch_rows, **options)
         return batches
 
     def _next_of(self, stream: Iterator[Any]) -> Any:
@@ -183,12 +167,14 @@ def column_type(arrow_type: Any) -> str:
     return next((name for test, name in known if test(arrow_type)), str(arrow_type))
 
 
-def strings(array: Any, column: str) -> list[str | Problem | None]:
-    """Values of a string array; None is null, a Problem says where its UTF-8 breaks."""
+def values(array: Any, column: str) -> list[Any]:
+    """Values as Python objects; None is null, a Problem says where a string's UTF-8 breaks."""
+    if pa.types.is_float16(array.type):
+        array = array.cast(pa.float32())
     try:
-        texts: list[str | Problem | None] = array.to_numpy(zero_copy_only=False).tolist()
-        return texts
-    except (pa.ArrowException, UnicodeDecodeError):
+        found: list[Any] = array.to_pylist()
+        return found
+    except UnicodeDecodeError:
         return [_decoded(value, column) for value in array.cast(pa.binary()).to_pylist()]
 
 
@@ -198,19 +184,6 @@ def _decoded(value: bytes | None, column: str) -> str | Problem | None:
     except UnicodeDecodeError as error:
         where = f"column {column!r} is not UTF-8 at byte {error.start} ({error.reason})"
         return Problem(Status.INVALID_TEXT, where)
-
-
-def _values(array: Any, column: str) -> list[Any]:
-    """Values of a scalar column as Python objects, for a recipe; null is None."""
-    if pa.types.is_float16(array.type):
-        array = array.cast(pa.float32())
-    if pa.types.is_string(array.type):
-        return strings(array, column)
-    if array.null_count == 0 and column_type(array.type) in (INTEGER, FLOAT):
-        numbers: list[Any] = array.to_numpy(zero_copy_only=False).tolist()
-        return numbers
-    objects: list[Any] = array.to_pylist()
-    return objects
 
 
 def entries_per_row(array: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -227,16 +200,14 @@ def ids_of(array: Any, column: str, row_map: RowMap, first_row: int) -> list[str
             "row needs an id. Fill it in, drop the row, or set captions.id_column to null to use "
             "row numbers."
         )
-    if pa.types.is_integer(array.type):
-        return list(map(str, array.to_numpy(zero_copy_only=False).tolist()))
-    ids = strings(array, column)
+    ids = values(array, column)
     for i, value in enumerate(ids):
         if isinstance(value, Problem):
             raise InputError(
                 f"{row_map.place(first_row + i)}: {value.error}: ids must be UTF-8. Repair the "
                 "id, or set captions.id_column to another column."
             )
-    return cast("list[str]", ids)
+    return list(map(str, ids))
 
 
 def first_null(array: Any) -> int:
@@ -261,8 +232,8 @@ class CaptionReader:
         last_row_samples: int | None,
     ) -> None:
         self.noted: Counter[str] = Counter()
-        """What was read and is `ok`, but may surprise: captions that are empty (`empty_text`), and
-        rows where a column of the recipe is null."""
+        """What was read and may surprise: captions that are empty, and rows where a column of the
+        recipe is null."""
         self._config = config
         self._map = row_map
         self._recipe = recipe
@@ -272,7 +243,6 @@ class CaptionReader:
         names = [config.text_column, config.id_column, *recipe.columns]
         columns = dict.fromkeys(name for name in names if name is not None)
         self._cursor = RowCursor(row_map, list(columns), READ_ROWS)
-        self._as_it_is = isinstance(recipe, PlainRecipe) and self._normalize is None
         self._convert: Callable[[int, Any], Iterator[Sample]]
         self._convert = self._list_samples if is_list else self._text_samples
 
@@ -284,7 +254,13 @@ class CaptionReader:
         for first, batch in self._cursor.batches(first_row, num_rows):
             samples.extend(self._convert(first, batch))
         if self._config.on_bad_text == "fail":
-            self._refuse_bad(samples)
+            for sample in samples:
+                if sample.status is not Status.OK:
+                    raise InputError(
+                        f"{self._map.place(sample.row)}: {sample.error} (sample "
+                        f"{sample.sample_id!r}). Repair the row, or set captions.on_bad_text to "
+                        "record to give such samples a status and go on."
+                    )
         return samples
 
     def close(self) -> None:
@@ -292,12 +268,8 @@ class CaptionReader:
 
     def _text_samples(self, first: int, batch: Any) -> Iterator[Sample]:
         column = self._config.text_column
-        captions = strings(batch.column(column), column)
+        captions = values(batch.column(column), column)
         ids, rows = self._ids(first, batch), range(first, first + len(batch))
-        if self._as_it_is and set(map(type, captions)) == {str}:
-            whole = cast("list[str]", captions)
-            if max(map(len, whole)) <= MAX_CAPTION_CHARS and "" not in whole:
-                return map(Sample, ids, rows, whole)
         return map(self._sample, ids, rows, captions, self._recipe_rows(batch))
 
     def _list_samples(self, first: int, batch: Any) -> Iterator[Sample]:
@@ -305,7 +277,7 @@ class CaptionReader:
         column = batch.column(name)
         lengths = entries_per_row(column).tolist()
         nulls = column.is_null().to_pylist()
-        captions = iter(strings(column.flatten(), name))
+        captions = iter(values(column.flatten(), name))
         fields = zip(self._ids(first, batch), self._recipe_rows(batch), strict=True)
         for i, (row_id, row_values) in enumerate(fields):
             row = first + i
@@ -320,11 +292,7 @@ class CaptionReader:
                 yield self._sample(f"{row_id}#{k}", row, caption, row_values)
 
     def _sample(
-        self,
-        sample_id: str,
-        row: int,
-        caption: str | Problem | None,
-        row_values: Sequence[Any],
+        self, sample_id: str, row: int, caption: str | Problem | None, row_values: Sequence[Any]
     ) -> Sample:
         text = self._text(caption, row_values)
         if isinstance(text, Problem):
@@ -340,7 +308,7 @@ class CaptionReader:
         if self._normalize is not None:
             caption = self._normalize(caption)
         if not caption:
-            self.noted["empty_text"] += 1
+            self.noted["empty captions"] += 1
             if self._config.on_bad_text == "fail":
                 return Problem(Status.INVALID_TEXT, f"column {column!r} is empty")
         text = self._recipe.render(caption, row_values)
@@ -358,15 +326,6 @@ class CaptionReader:
     def _recipe_rows(self, batch: Any) -> Sequence[Sequence[Any]]:
         for name in self._recipe.columns:
             if num_nulls := batch.column(name).null_count:
-                self.noted[f"{name} is null"] += num_nulls
-        columns = [_values(batch.column(name), name) for name in self._recipe.columns]
+                self.noted[f"rows where {name} is null"] += num_nulls
+        columns = [values(batch.column(name), name) for name in self._recipe.columns]
         return list(zip(*columns, strict=True)) if columns else [()] * len(batch)
-
-    def _refuse_bad(self, samples: Sequence[Sample]) -> None:
-        for sample in samples:
-            if sample.status is not Status.OK:
-                raise InputError(
-                    f"{self._map.place(sample.row)}: {sample.error} (sample "
-                    f"{sample.sample_id!r}). Repair the row, or set captions.on_bad_text to record "
-                    "to give such samples a status and go on."
-                )

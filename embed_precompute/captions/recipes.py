@@ -1,6 +1,8 @@
-"""How an input row becomes the text that is encoded: normalisation, then the recipe.
+"""What the configuration says of captions: where they are, and how a row becomes text.
 
-A recipe is one class in `RECIPES`: its fields are its settings, their docstrings the help.
+A caption is normalised, then the recipe makes the text that is encoded. A recipe is one class in
+`RECIPES`: its fields are its settings, their docstrings the help.
+
 Guarantees: a recipe is a pure function of the row; `OpenSoraRecipe` gives, character for character,
 what Open-Sora v2's `TextDataset` gives for the same table read by pandas.
 Costs: about a microsecond per caption. Imports no pyarrow: a training job renders captions, too.
@@ -19,7 +21,7 @@ import string
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
@@ -320,33 +322,48 @@ def recipe_of(resolved: Any) -> Recipe:
         raise InputError(f"the dataset's {error} Use the release that made it.") from error
 
 
+Normalization = Literal["ftfy", "nfc", "whitespace"]
+
+
+@dataclass(frozen=True)
+class CaptionsConfig:
+    """The caption table: where it is and how its rows become samples."""
+
+    path: str
+    """A parquet file, a folder of them (nested), a glob, or a URI (s3://, gs://, hf://)."""
+    text_column: str = "text"
+    """Column with the caption: string, or a list of strings (one sample per caption)."""
+    id_column: str | None = "id"
+    """Column with a unique id, string or integer; null: the row number in file order."""
+    recipe: Recipes = field(default_factory=PlainRecipe)
+    """How a row becomes the text that is encoded: one recipe, or a list of recipes that follow one
+    another (the text of one is the caption of the next)."""
+    normalize: tuple[Normalization, ...] = ()
+    """Applied to the caption before the recipe, always in the order ftfy, nfc, whitespace."""
+    on_bad_text: Literal["record", "fail"] = "record"
+    """Null text or invalid UTF-8: record it as the sample's status. fail: end with exit 2, also for
+    an empty caption, which record encodes and counts."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "path is empty: expected a parquet file or folder.")
+        require(self.recipe != (), "recipe is an empty list: expected a recipe, or kind none.")
+
+
 def make_normalizer(names: Sequence[str]) -> Callable[[str], str] | None:
     """`captions.normalize` as one function, in the order ftfy, nfc, whitespace; None if empty."""
-    chosen = [_NORMALIZATIONS[name]() for name in _NORMALIZATIONS if name in names]
-    if not chosen:
+    changes: list[Callable[[str], str]] = []
+    if "ftfy" in names:
+        try:
+            changes.append(importlib.import_module("ftfy").fix_text)
+        except ImportError:
+            raise InputError(
+                "captions.normalize asks for ftfy, which is not installed. Run `pip install "
+                "ftfy`, or remove ftfy from captions.normalize."
+            ) from None
+    if "nfc" in names:
+        changes.append(functools.partial(unicodedata.normalize, "NFC"))
+    if "whitespace" in names:
+        changes.append(lambda text: " ".join(text.split()))
+    if not changes:
         return None
-
-    def normalize(text: str) -> str:
-        for change in chosen:
-            text = change(text)
-        return text
-
-    return normalize
-
-
-def _ftfy() -> Callable[[str], str]:
-    try:
-        fix_text: Callable[[str], str] = importlib.import_module("ftfy").fix_text
-    except ImportError:
-        raise InputError(
-            "captions.normalize asks for ftfy, which is not installed. Run `pip install ftfy`, or "
-            "remove ftfy from captions.normalize."
-        ) from None
-    return fix_text
-
-
-_NORMALIZATIONS: dict[str, Callable[[], Callable[[str], str]]] = {
-    "ftfy": _ftfy,
-    "nfc": lambda: lambda text: unicodedata.normalize("NFC", text),
-    "whitespace": lambda: lambda text: " ".join(text.split()),
-}
+    return lambda text: functools.reduce(lambda changed, change: change(changed), changes, text)

@@ -9,7 +9,6 @@ Costs: `open` reads every file once for its digest, and an integer FPS column to
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ import pyarrow as pa
 import xxhash
 
 from embed_precompute.captions.files import (
-    Footer,
+    CaptionFile,
     InputFile,
     find_files,
     open_parquet,
@@ -27,7 +26,6 @@ from embed_precompute.captions.files import (
 )
 from embed_precompute.captions.reader import (
     READ_ROWS,
-    CaptionFile,
     CaptionReader,
     RowCursor,
     RowMap,
@@ -40,18 +38,16 @@ from embed_precompute.captions.recipes import (
     INTEGER,
     STRING,
     STRINGS,
+    CaptionsConfig,
     Recipe,
     RequiredColumn,
     as_one,
 )
-from embed_precompute.captions.settings import CaptionsConfig
 from embed_precompute.errors import InputError
 
 SCAN_ROWS = 16384
-MAX_ADDED_TOKENS = 1 << 16
-"""Distinct values of an added_tokens column; buckets are few, so more means the wrong column."""
 SUSPECTS = 1 << 16
-"""Repeated hashes of ids that are looked at together."""
+"""Repeated hashes of ids that are compared in one pass, which bounds memory."""
 RECIPE = "captions.recipe"
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
@@ -101,15 +97,24 @@ class CaptionTable:
         needs += recipe.needs(RECIPE)
         integers = tuple(dict.fromkeys(integer_columns))
         needs += [RequiredColumn(c, "an encoder's added_tokens", (INTEGER,)) for c in integers]
-        found = read_footers(find_files(config.path), lambda footer: _examine(footer, needs))
-        row_map = RowMap([file for file, _ in found])
-        _check_agreement(row_map.files, [types for _, types in found], needs)
+        found = read_footers(
+            find_files(config.path), lambda file, schema: (file, _types(file, schema, needs))
+        )
+        row_map, types = RowMap([file for file, _ in found]), found[0][1]
+        for file, others in found:
+            for need in needs:
+                if others[need.name] != types[need.name]:
+                    raise InputError(
+                        f"{file.source}: column {need.name!r} ({need.setting}) is "
+                        f"{others[need.name]}, but it is {types[need.name]} in "
+                        f"{row_map.files[0].source}: the files' schemas disagree. Convert one of "
+                        "them, or point captions.path at files that agree."
+                    )
         if row_map.num_rows == 0:
             raise InputError(
                 f"captions.path {config.path!r} has no rows: {len(found)} parquet file(s), all "
                 "empty. Expected at least one caption."
             )
-        types = found[0][1]
         bound = recipe.bind(RECIPE, types, lambda column: _holds_null(row_map, column))
         return cls(config, row_map, bound, types[config.text_column] == STRINGS, integers)
 
@@ -169,31 +174,20 @@ class CaptionTable:
             )
         for value, count in zip(*np.unique(numbers, return_counts=True), strict=True):
             counts[int(value)] = counts.get(int(value), 0) + int(count)
-        if len(counts) > MAX_ADDED_TOKENS:
-            raise InputError(
-                f"column {column!r} (added_tokens) has more than {MAX_ADDED_TOKENS} different "
-                f"values by {self.row_map.place(first)}: expected the tokens of a few video "
-                "buckets. Name the column that holds them."
-            )
 
     def schema(self) -> pa.Schema:
         """All columns of all files, in the order they are first met, with types that fit all."""
         schemas = []
         for file in self.row_map.files:
-            parquet = open_parquet(file.source, file.input)
+            parquet = open_parquet(file)
             schemas.append(parquet.schema_arrow.remove_metadata())
             parquet.close(force=True)
-            repeated = [name for name, n in Counter(schemas[-1].names).items() if n > 1]
-            if repeated:
-                raise InputError(
-                    f"{file.source} has several columns named {repeated}: rename them."
-                )
         try:
             unified = pa.unify_schemas(schemas, promote_options="permissive")
         except pa.ArrowException as error:
             raise InputError(
-                f"the files of {self.config.path} disagree on a column's type: {error}. Convert "
-                "one of them, or drop the column."
+                f"the columns of {self.config.path} do not make one table: {error} Rename, "
+                "convert or drop the column."
             ) from error
         return pa.schema([pa.field(field.name, field.type) for field in unified])
 
@@ -205,15 +199,12 @@ class CaptionTable:
         self, num_rows: int | None = None, last_row_samples: int | None = None
     ) -> CaptionReader:
         """A new reader of the first `num_rows` rows, as `scan` cut them."""
-        rows = self.num_rows if num_rows is None else num_rows
-        if not 0 <= rows <= self.num_rows:
-            raise ValueError(f"{rows} rows of a table of {self.num_rows}")
         return CaptionReader(
             self.config,
             self.row_map,
             self.recipe,
             is_list=self.is_list,
-            num_rows=rows,
+            num_rows=self.num_rows if num_rows is None else num_rows,
             last_row_samples=last_row_samples,
         )
 
@@ -221,56 +212,38 @@ class CaptionTable:
 # --- columns -----------------------------------------------------------------------------------
 
 
-def _examine(footer: Footer, needs: Sequence[RequiredColumn]) -> tuple[CaptionFile, dict[str, str]]:
-    """The part of a footer that the table needs, and the type of each required column. Raises
-    InputError naming file, column and setting."""
+def _types(file: CaptionFile, schema: pa.Schema, needs: Sequence[RequiredColumn]) -> dict[str, str]:
+    """The type of each required column. Raises InputError naming file, column and setting."""
     types: dict[str, str] = {}
     for need in needs:
-        positions = footer.schema.get_all_field_indices(need.name)
+        positions = schema.get_all_field_indices(need.name)
         if not positions:
-            raise _missing(footer, need)
+            raise _missing(file, schema.names, need)
         if len(positions) > 1:
             raise InputError(
-                f"{footer.source} has {len(positions)} columns named {need.name!r} "
+                f"{file.source} has {len(positions)} columns named {need.name!r} "
                 f"({need.setting}): expected one. Rename the others."
             )
-        arrow_type = footer.schema.field(positions[0]).type
-        found = column_type(arrow_type)
-        if found not in need.types:
+        arrow_type = schema.field(positions[0]).type
+        types[need.name] = column_type(arrow_type)
+        if types[need.name] not in need.types:
             raise InputError(
-                f"{footer.source}: column {need.name!r} ({need.setting}) has type {arrow_type}: "
+                f"{file.source}: column {need.name!r} ({need.setting}) has type {arrow_type}: "
                 f"expected {' or '.join(need.types)}. Convert the column, or name another in "
                 f"{need.setting}.{need.advice}"
             )
-        types[need.name] = found
-    return CaptionFile(footer.source, footer.input, footer.group_starts()), types
+    return types
 
 
-def _missing(footer: Footer, need: RequiredColumn) -> InputError:
-    names = list(footer.schema.names)
+def _missing(file: CaptionFile, names: Sequence[str], need: RequiredColumn) -> InputError:
     lowered = {name.lower(): name for name in reversed(names)}
     near = difflib.get_close_matches(need.name.lower(), lowered, n=1)
     hint = f" Did you mean {lowered[near[0]]!r}?" if near else ""
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     return InputError(
-        f"{footer.source} has no column {need.name!r} ({need.setting}).{hint} Its columns: "
+        f"{file.source} has no column {need.name!r} ({need.setting}).{hint} Its columns: "
         f"{shown}. Set {need.setting} to one of them.{need.advice}"
     )
-
-
-def _check_agreement(
-    files: Sequence[CaptionFile], types: Sequence[dict[str, str]], needs: Sequence[RequiredColumn]
-) -> None:
-    """Every file must agree with the first on the type of every needed column."""
-    for file, found in zip(files, types, strict=True):
-        for need in needs:
-            first, other = types[0][need.name], found[need.name]
-            if first != other:
-                raise InputError(
-                    f"{file.source}: column {need.name!r} ({need.setting}) is {other}, but it is "
-                    f"{first} in {files[0].source}: the files' schemas disagree. Convert one of "
-                    "them, or point captions.path at files that agree."
-                )
 
 
 def _holds_null(row_map: RowMap, column: str) -> bool:
@@ -288,8 +261,8 @@ def _holds_null(row_map: RowMap, column: str) -> bool:
 class IdCheck:
     """Every id is there, is UTF-8 and is unique. Feed every batch in row order, then `finish`.
 
-    A duplicate is found for certain (equal ids have equal hashes) and never alleged: rows whose
-    hashes are equal are compared by the stored id in a second pass.
+    Equal ids have equal hashes, so no duplicate is missed. Rows of equal hashes are read again and
+    their ids compared, so none is reported that is not there.
     """
 
     def __init__(self, row_map: RowMap, column: str, num_rows: int) -> None:

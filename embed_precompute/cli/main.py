@@ -33,6 +33,7 @@ from embed_precompute.errors import (
     EmbedPrecomputeError,
     StorageError,
 )
+from embed_precompute.samples import count_failed
 
 if TYPE_CHECKING:
     from embed_precompute.config.schema import Config
@@ -156,7 +157,7 @@ def _run(config: Config, arguments: Any) -> int:
             f"{result.load_seconds:.1f} s, encoders {result.encode_seconds:.1f} s, the rest "
             f"{result.seconds - result.load_seconds - result.encode_seconds:.1f} s"
         )
-    return EXIT_FAILED_SAMPLES if result.num_failed else EXIT_COMPLETE
+    return _exit_code(result.manifest)
 
 
 def _summary(root: Path, manifest: Manifest) -> list[str]:
@@ -172,6 +173,11 @@ def _summary(root: Path, manifest: Manifest) -> list[str]:
     if len(manifest.environments) > 1:
         lines.append(f"  made in {len(manifest.environments)} environments, see manifest.json")
     return lines
+
+
+def _exit_code(manifest: Manifest) -> int:
+    failed = count_failed(manifest.counts.status)
+    return EXIT_FAILED_SAMPLES if failed else EXIT_COMPLETE
 
 
 def _plan(config: Config, arguments: Any) -> int:
@@ -248,7 +254,6 @@ def _repair(arguments: Any) -> int:
 
 
 def _finalize(arguments: Any) -> int:
-    from embed_precompute.samples import count_failed
     from embed_precompute.store.manifest import finalize
 
     done = finalize(arguments.folder)
@@ -259,7 +264,7 @@ def _finalize(arguments: Any) -> int:
             f"  removed {done.removed_files:,} files ({done.removed_bytes:,} bytes) that no record "
             "names"
         )
-    return EXIT_FAILED_SAMPLES if count_failed(done.manifest.counts.status) else EXIT_COMPLETE
+    return _exit_code(done.manifest)
 
 
 def _info(arguments: Any) -> int:

@@ -6,6 +6,7 @@ found, what was expected and the nearest known name. YAML is loaded safely.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -43,7 +44,11 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     try:
         return _changed(in_file, given)
     except MismatchError as error:
-        complaint = _complaint(in_file) or ""
+        complaint = ""  # about the file by itself
+        try:
+            _changed(in_file, ())
+        except MismatchError as alone:
+            complaint = str(alone)
         if complaint.startswith("there is no key"):  # no flag can mend that
             raise InputError(f"{path}: {complaint}") from None
         keys = [key for key, _ in given]
@@ -70,15 +75,6 @@ def _changed(in_file: dict[str, Any], given: Sequence[tuple[str, str]]) -> Confi
     return from_plain(Config, plain)
 
 
-def _complaint(in_file: dict[str, Any]) -> str | None:
-    """What is wrong with the file by itself."""
-    try:
-        _changed(in_file, ())
-    except MismatchError as error:
-        return str(error)
-    return None
-
-
 def _concerns(wrong: str, given: str) -> bool:
     """Whether the wrong key lies below the given one, or is a mapping that holds it."""
     mapping = given.removesuffix(".kind")  # a kind decides which keys its mapping may have
@@ -99,10 +95,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
-        raise InputError(
-            f"{path} holds {type(loaded).__name__}: expected the keys "
-            f"{', '.join(field_types(Config))}."
-        )
+        keys = ", ".join(field_types(Config))
+        raise InputError(f"{path} holds {type(loaded).__name__}: expected the keys {keys}.")
     return loaded
 
 
@@ -172,19 +166,15 @@ def _from_text(declared: Any, text: str) -> Any:
         return text
     try:
         loaded = yaml.safe_load(text)
-        if str not in choices or any(_fits(c, loaded) for c in choices if c is not str):
-            return loaded
     except yaml.YAMLError:
-        if str not in choices:
-            raise MismatchError(f"{text!r} is not valid YAML.") from None
+        if str in choices:
+            return text
+        raise MismatchError(f"{text!r} is not valid YAML.") from None
+    if str not in choices or (isinstance(loaded, Mapping) and takes_mapping(declared)):
+        return loaded  # if something in a mapping is wrong, the error is raised later
+    for choice in choices:
+        if choice is not str:
+            with contextlib.suppress(MismatchError):
+                from_plain(choice, loaded)
+                return loaded
     return text
-
-
-def _fits(declared: Any, value: Any) -> bool:
-    if isinstance(value, Mapping) and takes_mapping(declared):
-        return True  # if something in it is wrong, the error is raised later
-    try:
-        from_plain(declared, value)
-    except MismatchError:
-        return False
-    return True

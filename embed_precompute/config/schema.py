@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from embed_precompute.captions.settings import CaptionsConfig
+from embed_precompute.captions.recipes import CaptionsConfig
 from embed_precompute.documents import ByKind
 from embed_precompute.encoders.families import FAMILIES
 from embed_precompute.encoders.families.base import DType, EncoderConfig

@@ -1,25 +1,107 @@
-"""How units are dealt out to the ranks of a job. Correctness rests on the unit records alone.
+"""Which units are committed, and how the others are dealt out to the ranks of a job.
 
-Guarantees: whatever torchrun's store answers, or if it is gone, a rank ends only when every unit
-has a record. A unit that two ranks compute is published once.
-Costs: one round trip to torchrun's store per unit. No collective, no lock, no clock.
+Guarantees: correctness rests on the unit records alone. Whatever torchrun's store answers, or if it
+is gone, a rank ends only when every unit has a record. A unit that two ranks compute is published
+once. Nobody adds to the units of another plan.
+Costs: a listing of the shard folders at the start, and a `stat` and a round trip to torchrun's
+store per unit. No collective, no lock, no clock.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from pathlib import Path
+from typing import Literal, Protocol
 
 from embed_precompute.distributed import DistContext
-from embed_precompute.store.records import NULL_UNIT
+from embed_precompute.documents import differing_fields
+from embed_precompute.errors import ConflictError
+from embed_precompute.store.plan import Plan
+from embed_precompute.store.records import (
+    NULL_UNIT,
+    committed_units,
+    read_any_record,
+    record_path,
+)
+
+log = logging.getLogger(__name__)
 
 MOST_BLOCK_UNITS = 32
 """Units are dealt in blocks of neighbours: a row group of captions is then read by few ranks."""
 LEAST_BLOCKS = 64
 """A job with few units has smaller blocks, so that two jobs on one output rarely meet in one."""
+
+
+class Committed:
+    """Which units have a record: a listing at the start, then one `stat` per question."""
+
+    def __init__(self, root: Path, plan: Plan) -> None:
+        self._root, self._plan = root, plan
+        self._all = {NULL_UNIT, *range(plan.num_units)}
+        self._units: set[int] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Lists again, which is cheaper than to ask for many units one by one."""
+        self._units = committed_units(self._root) & self._all
+        if record_path(self._root, NULL_UNIT).exists():
+            self._units.add(NULL_UNIT)
+
+    @property
+    def units(self) -> int:
+        """How many units are committed; the null embedding is not counted."""
+        return len(self._units - {NULL_UNIT})
+
+    def left(self) -> set[int]:
+        """The units without a record; the null embedding is not among them."""
+        return self._all - self._units - {NULL_UNIT}
+
+    def everything(self) -> bool:
+        return self._units == self._all
+
+    def __call__(self, unit: int) -> bool:
+        """Whether a unit is committed by now."""
+        if unit in self._units:
+            return True
+        if record_path(self._root, unit).exists():
+            self._units.add(unit)
+        return unit in self._units
+
+    def check_environment(
+        self, environment: dict[str, str], on_change: Literal["warn", "refuse"]
+    ) -> None:
+        """Compare plan and environment with those of a committed unit, if there is one.
+
+        Raises ConflictError where the unit is of another plan, or of another environment and
+        `on_change` is refuse.
+        """
+        unit = min(self._units, default=None)
+        if unit is None:
+            return
+        earlier = read_any_record(self._root, unit)
+        if earlier.plan_id != self._plan.plan_id:
+            raise ConflictError(
+                f"{self._root} holds units of another plan ({earlier.plan_id[:16]}; plan.json has "
+                f"{self._plan.plan_id[:16]}): plan.json was removed or replaced. Put it back, or "
+                "write to a new output.path."
+            )
+        differing = differing_fields(earlier.environment, environment)
+        if not differing:
+            return
+        message = (
+            f"{self._root} was begun in another environment ({'; '.join(differing)}). Equal bytes "
+            "are promised within one environment only; the manifest lists all of them."
+        )
+        if on_change == "refuse":
+            raise ConflictError(
+                f"{message} Give the old environment back, or set runtime.on_environment_change "
+                "warn."
+            )
+        log.warning("%s", message)
 
 
 class CounterStore(Protocol):

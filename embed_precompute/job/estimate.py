@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from embed_precompute.captions.reader import CaptionReader
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.samples import Sample, Status
@@ -56,6 +57,8 @@ class Figures:
     status: Counter[str] = field(default_factory=Counter)
     text_bytes: int = 0
     distinct: int = 0
+    noted: Counter[str] = field(default_factory=Counter)
+    """Empty captions, and rows where a column of the recipe is null."""
     encoders: dict[str, TokenFigures] = field(default_factory=dict)
 
     @property
@@ -92,9 +95,11 @@ class FirstCaptions:
 
     def measure(self, max_samples: int | None) -> Figures:
         """Of the first `max_samples` samples (None: all)."""
-        figures = Figures(encoders={encoder.name: TokenFigures() for encoder in self.encoders})
+        reader = self._table.reader(self._num_rows, self._last_row_samples)
+        sums = {encoder.name: TokenFigures() for encoder in self.encoders}
+        figures = Figures(noted=reader.noted, encoders=sums)
         hashes: list[np.ndarray] = []
-        for samples in self._pieces(max_samples):
+        for samples in self._pieces(reader, max_samples):
             texts = [sample.text for sample in samples if sample.text is not None]
             figures.samples += len(samples)
             figures.status.update(sample.status.label for sample in samples)
@@ -106,8 +111,7 @@ class FirstCaptions:
         figures.distinct = len(np.unique(np.concatenate(hashes))) if hashes else 0
         return figures
 
-    def _pieces(self, max_samples: int | None) -> Iterator[list[Sample]]:
-        reader = self._table.reader(self._num_rows, self._last_row_samples)
+    def _pieces(self, reader: CaptionReader, max_samples: int | None) -> Iterator[list[Sample]]:
         left = max_samples
         for first in range(0, self._num_rows, PIECE_ROWS):
             rows = min(PIECE_ROWS, self._num_rows - first)
@@ -173,6 +177,7 @@ def estimate_lines(
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(figures.status.items()))
     duplicates = figures.encoded - figures.distinct
     lines.append(f"captions   of {basis} samples: {status}; {duplicates:,} repeat an earlier text")
+    lines += [f"{'':<10} {count:,} {what}" for what, count in sorted(figures.noted.items())]
     for encoder in first.encoders:
         lines += _encoder_lines(encoder, figures)
     embeddings = figures.embedding_bytes(first.encoders, dtype)

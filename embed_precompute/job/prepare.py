@@ -32,7 +32,7 @@ from embed_precompute.job.estimate import (
     free_space,
     tokenizer_line,
 )
-from embed_precompute.store.commit import publish_bytes
+from embed_precompute.store.commit import publish_bytes, remove_dead
 from embed_precompute.store.plan import (
     PLAN_FILE,
     InputFile,
@@ -60,6 +60,7 @@ class Prepared:
     """A job that is ready to run (or, before `publish`, to be looked at)."""
 
     config: Config
+    dist: DistContext
     root: Path
     table: CaptionTable
     encoders: tuple[ResolvedEncoder, ...]
@@ -99,7 +100,7 @@ def prepare(config: Config, limit: int | None = None, dist: DistContext | None =
         spec, wanted = _spec(config, table, encoders), config.output.samples_per_shard
         inputs = _inputs(config, table, limit)
         check_same(stored, spec, inputs, None if wanted == "auto" else wanted)
-    return Prepared(config, root, table, encoders, plan, first)
+    return Prepared(config, dist, root, table, encoders, plan, first)
 
 
 def output_folder(config: Config) -> Path:
@@ -111,8 +112,13 @@ def output_folder(config: Config) -> Path:
 
 
 def publish(prepared: Prepared) -> Prepared:
-    """Write plan.json unless it is there; the stored plan, whoever wrote it, is in force."""
+    """Write plan.json unless it is there; the stored plan, whoever wrote it, is in force.
+
+    Temporary files of dead writers go, so that the space of a killed job's shards is free again.
+    """
     refuse_linked_folders(prepared.root)
+    if prepared.dist.local_rank == 0 and (leftovers := remove_dead(prepared.root)):
+        log.info("%d temporary files of writers that died here are removed", leftovers)
     if _stored_plan(prepared.root) is None:
         _refuse_foreign_units(prepared)
         payload = document_bytes(prepared.plan)

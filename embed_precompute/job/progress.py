@@ -1,4 +1,4 @@
-"""How far the whole job is, shown by rank 0.
+"""What rank 0 tells people: how far the whole job is, and how the dataset was made.
 
 Guarantees: the bar counts committed samples of *all* ranks, so a restart shows what is really done.
 Off a terminal it is one line a minute. A failure to look never stops the job.
@@ -9,6 +9,7 @@ ranks.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import threading
@@ -18,9 +19,12 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from embed_precompute.config.files import to_yaml
 from embed_precompute.config.schema import RuntimeConfig
 from embed_precompute.distributed import DistContext
-from embed_precompute.errors import EmbedPrecomputeError
+from embed_precompute.errors import EmbedPrecomputeError, StorageError
+from embed_precompute.job.prepare import Prepared
+from embed_precompute.store.commit import replace_bytes
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import committed_units, read_record
 
@@ -114,3 +118,25 @@ class Progress:
                 self._seen.add(unit)
         except (OSError, EmbedPrecomputeError) as error:
             log.debug("progress not read: %s", error)
+
+
+def write_provenance(prepared: Prepared, environment: dict[str, str]) -> None:
+    """config.yaml and run.json: for people, outside every digest."""
+    facts = {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "world_size": prepared.dist.world_size,
+        "launched_by": prepared.dist.source,
+        "python": sys.version.split()[0],
+        "environment": environment,
+        "checkpoints": {
+            e.name: str(e.opened.checkpoint.folder.absolute()) for e in prepared.encoders
+        },
+    }
+    payload = json.dumps(facts, indent=2).encode() + b"\n"
+    try:
+        yaml = to_yaml(prepared.config).encode(errors="backslashreplace")
+        replace_bytes(prepared.root / "config.yaml", yaml)
+        replace_bytes(prepared.root / "run.json", payload)
+    except StorageError as error:  # for people only: no reason to stop
+        log.warning("provenance is not written: %s", error)

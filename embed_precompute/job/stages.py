@@ -1,10 +1,9 @@
 """The three stages of one rank: read and tokenise, encode, write; overlapped by bounded queues.
 
 Guarantees: an error in any stage ends all three and is raised by `Stages.run`. A unit is written
-whole or dropped. A stop request is met within the grace.
+whole or dropped. After a stop request the rank ends within the grace (`runtime.grace_s`).
 Costs: one reader thread, one writer thread. Memory holds the token ids of `prefetch_units` + 3
-units and `write_queue_batches` encoded batches, on a GPU up to `IN_FLIGHT` more. Between two units
-a GPU is idle until the first batch of the next one is made.
+units and `write_queue_batches` encoded batches, on a GPU up to `IN_FLIGHT` more.
 """
 
 from __future__ import annotations
@@ -17,19 +16,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from embed_precompute.encoders.encoder import TextEncoder
 from embed_precompute.encoders.transfers import Embeddings, PendingOutput
-from embed_precompute.job.claims import Claims
+from embed_precompute.errors import IncompleteError
+from embed_precompute.job.claims import Claims, Committed
 from embed_precompute.job.prepare import Prepared
-from embed_precompute.job.resume import FailureLimit, check_record
 from embed_precompute.job.signals import StopRequest
 from embed_precompute.job.units import Unit, read_unit
 from embed_precompute.job.writer import UnitWriter
-from embed_precompute.store.records import NULL_UNIT, Record
+from embed_precompute.samples import count_failed
+from embed_precompute.store.records import NULL_UNIT, Record, committed_units, read_record
 
 log = logging.getLogger(__name__)
 POLL_S = 0.1
@@ -86,35 +87,51 @@ class _Encoded:
     abandoned: bool = False
 
 
-@dataclass(frozen=True)
-class _Forward:
-    """A forward that is begun."""
-
-    rows: np.ndarray
-    pending: PendingOutput
-
-    def ready(self) -> bool:
-        return self.pending.ready()
-
-
-class _Begun(Protocol):
-    def ready(self) -> bool: ...
-
-
-F = TypeVar("F", bound=_Begun)
-
-
-def in_order(forwards: Iterable[F]) -> Iterator[F]:
+def overlapped(
+    forwards: Iterable[tuple[T, PendingOutput]],
+) -> Iterator[tuple[T, PendingOutput]]:
     """`forwards` one by one, each when it is ready or `IN_FLIGHT` of them are begun.
 
-    Taking the next one begins it, so it runs on a GPU while the one before is handed on.
+    Asking `forwards` for the next one begins it. So a GPU runs it while the one before is handed
+    to the writer.
     """
-    begun: deque[F] = deque()
+    begun: deque[tuple[T, PendingOutput]] = deque()
     for forward in forwards:
         begun.append(forward)
-        while begun and (begun[0].ready() or len(begun) >= IN_FLIGHT):
+        while begun and (begun[0][1].ready() or len(begun) >= IN_FLIGHT):
             yield begun.popleft()
     yield from begun
+
+
+class FailureLimit:
+    """How many samples may fail, in all units of all ranks and runs."""
+
+    def __init__(self, root: Path, max_failed: int) -> None:
+        self._root, self._max_failed = root, max_failed
+        self._failed_of: dict[int, int] = {}
+
+    def check(self, unit: Unit) -> None:
+        """Raises IncompleteError when `unit`, not yet committed, makes them too many.
+
+        The records are read only when a unit has failures, each of them once.
+        """
+        failed = sum(row in unit.failures for row in unit.stored_row)
+        if not failed:
+            return
+        for number in committed_units(self._root) - self._failed_of.keys():
+            status = read_record(self._root, number).status
+            self._failed_of[number] = count_failed(status)
+        total = failed + sum(self._failed_of.values())
+        if total > self._max_failed:
+            row = min(unit.failures)
+            _, reason = unit.failures[row]
+            sample = unit.samples[unit.stored_row.index(row)]
+            raise IncompleteError(
+                f"{total} samples failed, more than runtime.max_failed_samples "
+                f"({self._max_failed}); the last unit was dropped. First of it: sample "
+                f"{sample.sample_id!r}, row {sample.row}: {reason}. Mend the cause, or raise the "
+                "limit, and run again."
+            )
 
 
 class Stages:
@@ -125,14 +142,13 @@ class Stages:
         prepared: Prepared,
         text_encoders: list[TextEncoder],
         claims: Claims,
-        is_committed: Callable[[int], bool],
+        committed: Committed,
         environment: dict[str, str],
         stop: StopRequest,
-        rank: int,
     ) -> None:
         self._prepared, self._encoders, self._claims = prepared, text_encoders, claims
         self._plan = prepared.plan
-        self._is_committed, self._environment, self._stop = is_committed, environment, stop
+        self._committed, self._environment, self._stop = committed, environment, stop
         runtime = prepared.config.runtime
         self._failures = FailureLimit(prepared.root, runtime.max_failed_samples)
         self._record_checked = False
@@ -145,7 +161,7 @@ class Stages:
         """Spent in the encoders; the rest of a run's time the device waits."""
         self._unit_s = 0.0
         self._commit_s = COMMIT_SHARE * runtime.grace_s
-        self._metrics = prepared.root / "logs" / f"metrics-{rank:05d}.jsonl"
+        self._metrics = prepared.root / "logs" / f"metrics-{prepared.dist.rank:05d}.jsonl"
 
     def run(self) -> list[Record]:
         """Run until nothing is left to claim; give the records this rank committed."""
@@ -190,7 +206,7 @@ class Stages:
         for unit in self._units:
             if self._stop.is_set():
                 continue  # it was only read ahead
-            if self._is_committed(unit.number):
+            if self._committed(unit.number):
                 continue  # by another job meanwhile
             began = time.monotonic()
             for encoded in self._encoded_batches(unit):
@@ -199,7 +215,7 @@ class Stages:
                 if self._stop.is_set() and not self._fits_grace(began):
                     self._halted.set()
                     return
-                if unit.swept and self._is_committed(unit.number):
+                if unit.swept and self._committed(unit.number):
                     break
             else:
                 self._batches.put(_Encoded(unit))
@@ -217,23 +233,25 @@ class Stages:
         for encoder in self._encoders:
             name = encoder.resolved.name
             try:
-                for forward in in_order(self._forwards(encoder, unit)):
+                for rows, pending in overlapped(self._forwards(encoder, unit)):
                     began = time.monotonic()
-                    outputs = forward.pending.wait()
+                    outputs = pending.wait()
                     self.encode_seconds += time.monotonic() - began
                     named = {name + suffix: values for suffix, values in outputs.items()}
-                    yield _Encoded(unit, forward.rows, named)
+                    yield _Encoded(unit, rows, named)
             except Exception:
                 log.error("unit %d, encoder %s: a forward failed", unit.number, name)
                 raise
 
-    def _forwards(self, encoder: TextEncoder, unit: Unit) -> Iterator[_Forward]:
+    def _forwards(
+        self, encoder: TextEncoder, unit: Unit
+    ) -> Iterator[tuple[np.ndarray, PendingOutput]]:
         resolved = encoder.resolved
         for batch in resolved.batches(unit.tokens[resolved.name], null=unit.is_null):
             began = time.monotonic()
             pending = encoder.submit(batch)
             self.encode_seconds += time.monotonic() - began
-            yield _Forward(batch.rows, pending)
+            yield batch.rows, pending
 
     def _write(self) -> None:
         messages = iter(self._batches)
@@ -260,8 +278,9 @@ class Stages:
 
     def _check_first_record(self) -> None:
         """Ranks that start together see no record at first: compare with a peer's before we add."""
-        if not self._record_checked and self._is_committed(NULL_UNIT):
-            check_record(self._prepared, NULL_UNIT, self._environment)
+        if not self._record_checked and self._committed(NULL_UNIT):
+            on_change = self._prepared.config.runtime.on_environment_change
+            self._committed.check_environment(self._environment, on_change)
             self._record_checked = True
 
     def _log_metrics(self, unit: Unit, record: Record, seconds: float) -> None:

@@ -24,7 +24,6 @@ import hashlib
 import importlib
 import logging
 import numbers
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -157,7 +156,7 @@ class PrecomputedText:
         super().__init__(**opensora)
         self._embeddings = EmbeddingDataset(embeddings, verify)
         self._pair = TextPair(self._embeddings, t5, clip, pad_masked)
-        plans = [read_plan(Path(folder)) for folder in _folders(embeddings)]
+        plans = [read_plan(root) for root in self._embeddings.roots]
         column = id_column or _id_column(self.data, str(opensora.get("data_path")), plans)
         kept, samples = self._join(column, on_missing)
         self._samples = np.array(samples, np.int64)
@@ -173,7 +172,13 @@ class PrecomputedText:
         ids: Iterator[str] = map(str, range(len(self.data)))
         if column is not None:
             _require_column(self.data, column, "it names the samples")
-            ids = (_id_text(value, column) for value in self.data[column].tolist())
+            ids = map(str, self.data[column].tolist())
+            for value in self.data[column].tolist():  # pandas reads integers with a gap as floats
+                if not isinstance(value, (str, numbers.Integral)):  # numpy's integers too
+                    raise InputError(
+                        f"column {column!r} holds {value!r} ({type(value).__name__}): expected "
+                        "strings or integers without a null."
+                    )
         kept, samples, why = [], [], ""
         for row, sample_id in enumerate(ids):
             try:
@@ -202,7 +207,14 @@ class PrecomputedText:
             d for part in self._embeddings.columns("text_sha256") for d in part["text_sha256"]
         )
         stored = np.fromiter((int(d[:16], 16) for d in digests), np.uint64, len(self._embeddings))
-        found = np.fromiter(map(_text_key, self._texts(compare, plan)), np.uint64, len(kept))
+        found = np.fromiter(
+            (
+                int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
+                for text in self._texts(compare, plan)
+            ),
+            np.uint64,
+            len(kept),
+        )
         wrong = np.flatnonzero(stored[self._samples] != found)
         if not len(wrong):
             return
@@ -279,10 +291,6 @@ class PrecomputedText:
         return sample
 
 
-def _folders(embeddings: AnyPath | Sequence[AnyPath]) -> list[AnyPath]:
-    return [embeddings] if isinstance(embeddings, (str, os.PathLike)) else list(embeddings)
-
-
 def _id_column(data: Any, data_path: str, plans: Sequence[Plan]) -> str | None:
     """The column that names the samples, None: they are row numbers."""
     if SAMPLE_ID in data.columns and (Path(data_path).parent / DONE_FILE).is_file():
@@ -310,20 +318,6 @@ def _require_column(data: Any, column: str, why: str) -> None:
             f"{', '.join(map(str, data.columns))}. Set dataset.id_column or dataset.compare, or "
             "write a table with `embed-precompute export DIR OUT --format opensora --table-only`."
         )
-
-
-def _id_text(value: Any, column: str) -> str:
-    """An id of the table as a sample id; pandas reads integers with a gap as floats."""
-    if isinstance(value, (str, numbers.Integral)):  # numpy's integers too
-        return str(value)
-    raise InputError(
-        f"column {column!r} holds {value!r} ({type(value).__name__}): expected strings or integers "
-        "without a null."
-    )
-
-
-def _text_key(text: str) -> int:
-    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
 
 
 def opensora_class() -> Any:

@@ -54,9 +54,29 @@ PT_BYTES = 2048
 """At most what torch.save adds to a tensor's own bytes."""
 SPARE_BYTES = 64 << 20
 """Left free for the table."""
-UPSTREAM_NULLS = "/mnt/ddn/sora/tmp_load"
-"""Where scripts/diffusion/train.py has its null embeddings hard-coded."""
-PATCH = "scripts/opensora/null_embeddings.patch"
+FROM_SHARDS = """\
+Read the shards directly: in Open-Sora's configuration set
+  custom_imports = dict(imports=["embed_precompute.opensora.dataset"], allow_failed_imports=False)
+  dataset = dict(type="precomputed_video_text", embeddings="{root}", data_path="{table}", ...)
+  cached_text = True"""
+FROM_FILES = """\
+Switch cached text on, in Open-Sora's configuration and with the table
+  dataset = dict(type="cached_video_text", cached_text=True, ...)
+  cached_text = True
+or on the command line of scripts/diffusion/train.py
+  --dataset.type cached_video_text --dataset.cached_text True --cached_text True \
+--dataset.data_path {table}"""
+FOREIGN_RECIPE = """\
+The captions were encoded without Open-Sora's FPS and motion score, with which
+its own configurations train (captions.recipe.kind opensora)."""
+NULL_FILES = """\
+patch_size must be 2: with cached text, train.py makes patches of 2 x 2 only.
+
+The trainer loads its null embeddings from paths hard-coded in train.py. Either put
+  {t5}  at  /mnt/ddn/sora/tmp_load/null_t5.pt
+  {clip}  at  /mnt/ddn/sora/tmp_load/null_clip.pt
+or apply scripts/opensora/null_embeddings.patch (git apply, in a clone of Open-Sora) and add
+  --null_t5_path {t5} --null_clip_path {clip}"""
 
 
 @dataclass(frozen=True)
@@ -106,7 +126,9 @@ class Export:
         self.counts = {"rows": 0, "files": 0, "written": 0}
 
     def _path(self, tensor: str, entry: Entry) -> str:
-        return str(self.out / tensor_path(tensor, entry))
+        """The path of a sample's file; a folder has at most 1,000."""
+        folder, number = divmod(entry.number // FILES_PER_FOLDER, 1000)
+        return str(self.out / tensor / f"{folder:03d}/{number:03d}/{entry.number:09d}.pt")
 
     def _one_length(self) -> int:
         """The vectors of each exported text_t5; InputError where samples differ."""
@@ -140,11 +162,10 @@ class Export:
                     "Choose a new folder."
                 )
         make_folder(out)
-        identity = self._identity()
-        publish_bytes(path, document_bytes(identity))
+        publish_bytes(path, document_bytes(self._identity()))
         found = read_json(path, "export_source")
         found.pop("digest")
-        if lines := differing_fields(found, identity):
+        if lines := differing_fields(found, self._identity()):
             raise ConflictError(
                 f"{out} is another export; it differs in\n  "
                 + "\n  ".join(lines)
@@ -237,9 +258,10 @@ class Export:
 
     def lines(self) -> list[str]:
         """The outcome, then what to change in Open-Sora so that it trains from the export."""
-        return [*self._outcome(), *self._notes(), "", *self._settings(), "", *self._null_paths()]
+        return [*self._outcome(), "", *self._settings()]
 
     def _outcome(self) -> Iterator[str]:
+        table, names = self.table, self.table.schema.names
         yield f"{self.out}: complete, {self.counts['rows']:,} rows in {self.out / TABLE}"
         if self.options.table_only:
             yield "  no tensor files: for the class in embed_precompute.opensora.dataset"
@@ -251,9 +273,6 @@ class Export:
         if self.captions.not_ok:
             total = sum(self.captions.not_ok.values())
             yield f"  {total:,} samples without an embedding left out: {self._not_ok()}"
-
-    def _notes(self) -> Iterator[str]:
-        table, names = self.table, self.table.schema.names
         if table.replaced:
             yield f"  note: replaced columns of the captions: {', '.join(table.replaced)}"
         if table.filled_latents:
@@ -276,50 +295,20 @@ class Export:
                 "Open-Sora's own embedder up to rounding; only hf gives its bits"
             )
 
-    def _settings(self) -> Iterator[str]:
-        table = self.out / TABLE
-        if self.options.table_only:
-            yield "Read the shards directly: in Open-Sora's configuration set"
-            yield (
-                '  custom_imports = dict(imports=["embed_precompute.opensora.dataset"], '
-                "allow_failed_imports=False)"
-            )
-            yield (
-                f'  dataset = dict(type="precomputed_video_text", embeddings="{self.root}", '
-                f'data_path="{table}", ...)'
-            )
-            yield "  cached_text = True"
-        else:
-            yield "Switch cached text on, in Open-Sora's configuration and with the table"
-            yield '  dataset = dict(type="cached_video_text", cached_text=True, ...)'
-            yield "  cached_text = True"
-            yield "or on the command line of scripts/diffusion/train.py"
-            yield (
-                "  --dataset.type cached_video_text --dataset.cached_text True --cached_text True "
-                f"--dataset.data_path {table}"
-            )
-        settings = self.captions.recipe.trainer_settings()
+    def _settings(self) -> list[str]:
+        settings = ", ".join(self.captions.recipe.trainer_settings())
+        table, t5, clip = (self.out / name for name in (TABLE, "null_t5.pt", "null_clip.pt"))
         if settings:
-            yield f"The captions were encoded with {', '.join(settings)}: keep them in dataset."
+            recipe = f"The captions were encoded with {settings}: keep them in dataset."
         else:
-            yield "The captions were encoded without Open-Sora's FPS and motion score, with which"
-            yield "its own configurations train (captions.recipe.kind opensora)."
-        yield "patch_size must be 2: with cached text, train.py makes patches of 2 x 2 only."
-
-    def _null_paths(self) -> Iterator[str]:
-        t5, clip = self.out / "null_t5.pt", self.out / "null_clip.pt"
-        yield "The trainer loads its null embeddings from paths hard-coded in train.py. Either put"
-        yield f"  {t5}  at  {UPSTREAM_NULLS}/null_t5.pt"
-        yield f"  {clip}  at  {UPSTREAM_NULLS}/null_clip.pt"
-        yield f"or apply {PATCH} (git apply, in a clone of Open-Sora) and add"
-        yield f"  --null_t5_path {t5} --null_clip_path {clip}"
-
-
-def tensor_path(tensor: str, entry: Entry) -> str:
-    """Relative path of a sample's file; a folder has at most 1,000."""
-    thousands = entry.number // FILES_PER_FOLDER
-    folder = f"{thousands // 1000:03d}/{thousands % 1000:03d}"
-    return f"{tensor}/{folder}/{entry.number:09d}.pt"
+            recipe = FOREIGN_RECIPE
+        reading = FROM_SHARDS if self.options.table_only else FROM_FILES
+        nulls = NULL_FILES.format(t5=t5, clip=clip)
+        return [
+            *reading.format(root=self.root, table=table).splitlines(),
+            recipe,
+            *nulls.splitlines(),
+        ]
 
 
 def write_pt(path: Path, values: torch.Tensor) -> bool:
@@ -350,9 +339,5 @@ def holds(path: Path, expected: torch.Tensor) -> bool:
         and found.dtype == expected.dtype
         and found.shape == expected.shape
         and found.untyped_storage().nbytes() == expected.nbytes
-        and torch.equal(_as_bytes(found), _as_bytes(expected))
+        and torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (found, expected)))
     )
-
-
-def _as_bytes(values: torch.Tensor) -> torch.Tensor:
-    return values.contiguous().reshape(-1).view(torch.uint8)

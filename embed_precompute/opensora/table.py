@@ -28,8 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from embed_precompute.captions.recipes import PlainRecipe, recipe_of
-from embed_precompute.captions.settings import CaptionsConfig
+from embed_precompute.captions.recipes import CaptionsConfig, PlainRecipe, recipe_of
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.errors import ConflictError, InputError, StorageError, VerificationError
 from embed_precompute.opensora.dataset import SAMPLE_ID, TEXT
@@ -85,10 +84,10 @@ class CaptionRows:
                 f"{plan.num_rows:,}. Name the captions that were encoded with --captions."
             )
         self._num_rows = plan.num_rows
-        reader_of = (plan.num_rows, plan.last_row_samples)
-        self._encoded = table.reader(*reader_of)
         plain = CaptionTable(config, table.row_map, PlainRecipe(), table.is_list, ())
-        self._captions = plain.reader(*reader_of)
+        self._encoded, self._captions = (
+            each.reader(plan.num_rows, plan.last_row_samples) for each in (table, plain)
+        )
         self.schema = table.schema()
         self.place = table.row_map.place
         """How messages name an input row."""

@@ -125,8 +125,17 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         if not paths:
             raise InputError("no folder is given: expected at least one dataset.")
         # Absolute, so that a worker that is started elsewhere finds the same files.
-        self._folders = [_Folder(Path(each).absolute()) for each in paths]
-        _check_one_fingerprint(self._folders)
+        self.roots = [Path(each).absolute() for each in paths]
+        self._folders = [_Folder(root) for root in self.roots]
+        first = self._folders[0]
+        for other in self._folders[1:]:
+            if other.fingerprint != first.fingerprint:
+                lines = differing_fields(first.manifest.spec, other.manifest.spec)
+                raise ConflictError(
+                    f"{first.root} and {other.root} hold different embeddings; they differ in\n  "
+                    + listed(lines)
+                    + "\nOnly folders of one fingerprint are one dataset: open these apart."
+                )
         self._ends = list(accumulate(folder.num_ok for folder in self._folders))
         self._verify_rows, self._copy = verify == "rows", copy
         self._max_open_shards = max_open_shards
@@ -180,10 +189,6 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for i in range(len(self)):
-            yield self[i]
-
     def __getitem__(self, i: int) -> dict[str, Any]:
         """Sample `i`: {"id": str, "text_<name>": Tensor [L, D], or [C] when pooled, ...}."""
         return self._sample(*self._locate(i))
@@ -212,8 +217,15 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
                 if at >= folder.num_ok or index.ok[at] != sample:
                     raise folder.damaged(f"ok.npy lacks sample {sample} ({sample_id!r})")
                 return self._start(number) + at
-            failed = failed or _why_failed(folder, sample, sample_id)
-        where = ", ".join(str(folder.root) for folder in self._folders)
+            try:
+                label = Status(int(index.status[sample])).label
+            except ValueError as error:
+                raise folder.damaged(f"status.npy: {error}, sample {sample}") from None
+            failed = failed or (
+                f"sample {sample_id!r} has no embedding: its status is {label}. "
+                f"`embed-precompute info {folder.root} --id {sample_id}` says why."
+            )
+        where = ", ".join(map(str, self.roots))
         raise SampleLookupError(failed or f"sample {sample_id!r} is not in {where}.")
 
     def encoded_text(self, i: int) -> str:
@@ -276,25 +288,27 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
             raise VerificationError(f"sample {sample_id!r}: {error}") from error
         found: dict[str, Any] = {"id": sample_id}
         for tensor in folder.tensors:
+            name, wrong = tensor.name, ""
             # Not an IndexError: to whoever iterates by index, that would be the dataset's end.
             if not 0 <= row < reader.num_rows:
-                what = f"no row {row}, it has {reader.num_rows}"
-                raise _row_damaged(folder, reader, sample_id, what)
-            length = reader.length(tensor.name, row)
-            if length != index.lengths[tensor.name][sample]:
-                what = f"{length} vectors in row {row} of text_{tensor.name}"
-                expected = f": the index says {index.lengths[tensor.name][sample]}"
-                raise _row_damaged(folder, reader, sample_id, what + expected)
-            values = reader.row(tensor.name, row)
-            if self._copy:
-                values = values.clone()
-            if self._verify_rows:
-                digest = xxhash.xxh3_64_intdigest(values.reshape(-1).view(torch.uint8).numpy().data)
-                if digest != (expected_digest := int(index.checksums[tensor.name][sample])):
-                    what = f"checksum {digest:016x} of row {row} of text_{tensor.name}"
-                    expected = f": the index says {expected_digest:016x}"
-                    raise _row_damaged(folder, reader, sample_id, what + expected)
-            found[f"text_{tensor.name}"] = values
+                wrong = f"no row {row}, it has {reader.num_rows}"
+            elif (length := reader.length(name, row)) != (said := index.lengths[name][sample]):
+                wrong = f"{length} vectors in row {row} of text_{name}: the index says {said}"
+            else:
+                values = reader.row(name, row)
+                values = values.clone() if self._copy else values
+                found[f"text_{name}"] = values
+                if self._verify_rows:
+                    raw = values.reshape(-1).view(torch.uint8).numpy().data
+                    digest, stored = xxhash.xxh3_64_intdigest(raw), index.checksums[name][sample]
+                    if digest != int(stored):
+                        wrong = f"checksum {digest:016x} of row {row} of text_{name}: the index "
+                        wrong += f"says {int(stored):016x}"
+            if wrong:
+                raise VerificationError(
+                    f"{reader.path} is damaged at sample {sample_id!r}: found {wrong}. "
+                    f"`embed-precompute verify {folder.root}` checks all of it."
+                )
         return found
 
     def _shard(self, number: int, unit: int) -> ShardReader:
@@ -316,47 +330,14 @@ def _read_manifest(root: Path) -> Manifest:
     try:
         return read_manifest(root)
     except FileNotFoundError:
-        pass
-    if (root / "plan.json").is_file():
-        raise IncompleteError(
-            f"{root} is not finished: no manifest.json. Run the job again, or `embed-precompute "
-            f"finalize {root}` when `embed-precompute status {root}` shows no unit left."
-        )
+        if (root / "plan.json").is_file():
+            raise IncompleteError(
+                f"{root} is not finished: no manifest.json. Run the job again, or "
+                f"`embed-precompute finalize {root}` when `embed-precompute status {root}` shows "
+                "no unit left."
+            ) from None
     what = "holds no dataset: no manifest.json" if root.is_dir() else "is not a folder"
     raise InputError(f"{root} {what}. Expected the output.path of a finished run.")
-
-
-def _check_one_fingerprint(folders: Sequence[_Folder]) -> None:
-    first = folders[0]
-    for other in folders[1:]:
-        if other.fingerprint != first.fingerprint:
-            lines = differing_fields(first.manifest.spec, other.manifest.spec)
-            raise ConflictError(
-                f"{first.root} and {other.root} hold different embeddings; they differ in\n  "
-                + listed(lines)
-                + "\nOnly folders of one fingerprint are one dataset: open these apart."
-            )
-
-
-def _why_failed(folder: _Folder, sample: int, sample_id: str) -> str:
-    number = int(folder.index.status[sample])
-    try:
-        label = Status(number).label
-    except ValueError:
-        raise folder.damaged(f"status.npy holds {number} for sample {sample}") from None
-    return (
-        f"sample {sample_id!r} has no embedding: its status is {label}. "
-        f"`embed-precompute info {folder.root} --id {sample_id}` says why."
-    )
-
-
-def _row_damaged(
-    folder: _Folder, reader: ShardReader, sample_id: str, found: str
-) -> VerificationError:
-    return VerificationError(
-        f"{reader.path} is damaged at sample {sample_id!r}: found {found}. "
-        f"`embed-precompute verify {folder.root}` checks all of it."
-    )
 
 
 def collate_embeddings(

@@ -92,9 +92,19 @@ def prepare_ids(
     batch, _, frames, height, width = img.shape
     _check_embedding("t5_embedding", t5_embedding, 3, batch)
     _check_embedding("clip_embedding", clip_embedding, 2, batch)
-    _check_alignment(t5_embedding.shape[1], video_tokens_of(img, patch_size), seq_align)
+    if seq_align < 1:
+        raise InputError(f"seq_align is {seq_align}: expected 1 or more.")
+    length, added_tokens = t5_embedding.shape[1], video_tokens_of(img, patch_size)
+    if (length + added_tokens) % seq_align:
+        raise InputError(
+            f"the text has {length} vectors and the video {added_tokens} tokens: "
+            f"{length + added_tokens} together, no multiple of seq_align {seq_align}. Precompute "
+            f"the captions of this bucket with encoders.t5.seq_align {seq_align} and "
+            f"encoders.t5.added_tokens {added_tokens}: pads are encoded with the caption, so they "
+            "cannot be added here."
+        )
     txt, y_vec = (
-        _over_batch(embedding.to(img.device, img.dtype), batch)
+        embedding.to(img.device, img.dtype).expand(batch, *embedding.shape[1:])
         for embedding in (t5_embedding, clip_embedding)
     )
     img_ids = position_ids(frames, height // patch_size, width // patch_size, img.device)
@@ -125,7 +135,7 @@ def video_tokens_of(img: Tensor, patch_size: int) -> int:
 
 
 class ConditionDropout:
-    """Replaces captions of a batch by the empty caption, as classifier-free guidance is trained.
+    """Replaces captions of a batch by the empty caption, as classifier-free guidance needs.
 
         dropout = ConditionDropout(dataset, {"text_t5": 0.316, "text_clip": 0.316})
         for batch in loader:
@@ -170,27 +180,22 @@ class ConditionDropout:
             if values.ndim == 2:
                 made[name] = torch.where(dropped[:, None], null, values)
             elif self._masked[name]:
-                made |= _drop_masked(name, batch, null, dropped)
+                longest = max(values.shape[1], len(null))
+                values, null = (
+                    functional.pad(tensor, (0, 0, 0, longest - tensor.shape[-2]))
+                    for tensor in (values, null)
+                )
+                made[name] = torch.where(dropped[:, None, None], null, values)
+                lengths, num_null = _entry(batch, f"{name}_length"), len(self._null[name])
+                lengths = torch.where(dropped.to(lengths.device), num_null, lengths)
+                made[f"{name}_length"] = lengths
+                positions = torch.arange(longest, device=lengths.device)
+                made[f"{name}_mask"] = positions < lengths[:, None]
             else:
                 null = pad_null(null[None], values.shape[1])
                 stored = _entry(batch, f"{name}_mask").to(values.device)
                 made[name] = torch.where((dropped[:, None] & stored)[..., None], null, values)
         return made
-
-
-def _drop_masked(
-    name: str, batch: Mapping[str, Any], null: Tensor, dropped: Tensor
-) -> dict[str, Tensor]:
-    """The entries of a sequence [B, L, D] whose length is that of its real tokens."""
-    values, stored = batch[name], _entry(batch, f"{name}_length")
-    lengths = torch.where(dropped.to(stored.device), len(null), stored)
-    longest = max(values.shape[1], len(null))
-    values, null = (
-        functional.pad(tensor, (0, 0, 0, longest - tensor.shape[-2])) for tensor in (values, null)
-    )
-    mask = torch.arange(longest, device=stored.device) < lengths[:, None]
-    values = torch.where(dropped[:, None, None], null, values)
-    return {name: values, f"{name}_length": lengths, f"{name}_mask": mask}
 
 
 def _entry(batch: Mapping[str, Any], name: str) -> Any:
@@ -268,22 +273,3 @@ def _check_embedding(name: str, embedding: Tensor, ndim: int, batch: int) -> Non
             f"{name} has shape {list(embedding.shape)}: expected {expected}, where B is the "
             f"latents' batch {batch}, or 1."
         )
-
-
-def _check_alignment(length: int, added_tokens: int, seq_align: int) -> None:
-    if seq_align < 1:
-        raise InputError(f"seq_align is {seq_align}: expected 1 or more.")
-    total = added_tokens + length
-    if total % seq_align:
-        raise InputError(
-            f"the text has {length} vectors and the video {added_tokens} tokens: {total} together, "
-            f"no multiple of seq_align {seq_align}. Precompute the captions of this bucket with "
-            f"encoders.t5.seq_align {seq_align} and encoders.t5.added_tokens {added_tokens}: pads "
-            "are encoded with the caption, so they cannot be added here."
-        )
-
-
-def _over_batch(embedding: Tensor, batch: int) -> Tensor:
-    if embedding.shape[0] == batch:
-        return embedding
-    return repeat(embedding, "1 ... -> bs ...", bs=batch)

@@ -95,7 +95,7 @@ def encoders_alone(config: Any, captions: int | None) -> float:
     from embed_precompute.distributed import DistContext
     from embed_precompute.encoders.device import resolve_device, start
     from embed_precompute.job.prepare import prepare
-    from embed_precompute.job.stages import in_order
+    from embed_precompute.job.stages import overlapped
     from embed_precompute.job.units import read_unit
 
     torch.distributed.init_process_group("gloo")
@@ -116,7 +116,7 @@ def encoders_alone(config: Any, captions: int | None) -> float:
         for encoder in built:
             tokens = unit.tokens[encoder.resolved.name]
             batches = encoder.resolved.batches(tokens, null=unit.is_null)
-            for pending in in_order(map(encoder.submit, batches)):
+            for _, pending in overlapped((None, encoder.submit(batch)) for batch in batches):
                 pending.wait()
     torch.distributed.barrier()
     return time.monotonic() - began

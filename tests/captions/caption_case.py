@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embed_precompute.captions.settings import CaptionsConfig
+from embed_precompute.captions.recipes import CaptionsConfig
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.samples import Sample
 

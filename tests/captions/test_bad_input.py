@@ -16,7 +16,6 @@ import pytest
 from caption_case import opened, samples_of, utf8, write
 from jobs import call, clean_environment, write_captions, write_job
 
-from embed_precompute.captions import table as table_module
 from embed_precompute.captions.recipes import OpenSoraRecipe, TemplateRecipe
 from embed_precompute.errors import EXIT_USAGE, InputError
 from embed_precompute.samples import Sample, Status
@@ -178,14 +177,6 @@ def test_column_that_occurs_twice(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["a"])] * 3, ["id", "text", "text"])
     pq.write_table(table, tmp_path / "a.parquet")
     refused(tmp_path, "2 columns named 'text'", "Rename")
-
-
-def test_an_added_tokens_column_of_many_values(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(table_module, "MAX_ADDED_TOKENS", 2)
-    file = write(tmp_path / "a.parquet", {**GOOD, "n": [1, 2, 3]})
-    refused(file, "column 'n'", "more than 2 different values", **INTEGERS)
 
 
 @pytest.mark.parametrize(
@@ -351,14 +342,14 @@ def test_flipped_bits_never_end_the_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     same, refusals, other = map(int, done.stdout.split())
     assert other == 0
-    assert min(same, refusals) > 100
+    assert min(same, refusals) > 40
 
 
 FLIPS = """
 import sys
 from pathlib import Path
 from embed_precompute.captions.recipes import OpenSoraRecipe
-from embed_precompute.captions.settings import CaptionsConfig
+from embed_precompute.captions.recipes import CaptionsConfig
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.errors import InputError
 
@@ -370,7 +361,7 @@ def read():
 
 sound, whole = path.read_bytes(), read()
 same = refused = other = 0
-for bit in range(0, len(sound) * 8, 41):
+for bit in range(0, len(sound) * 8, 101):
     flipped = bytearray(sound)
     flipped[bit // 8] ^= 1 << bit % 8
     path.write_bytes(flipped)
@@ -390,3 +381,12 @@ def test_a_job_refuses_an_output_inside_its_captions(tmp_path: Path, tiny_clip: 
     code, _, said = call("plan", str(job), "--write")
     assert (code, not (tmp_path / "out").exists()) == (EXIT_USAGE, True)
     assert "lies inside captions.path" in said
+
+
+def test_the_plan_counts_what_may_surprise(tmp_path: Path, tiny_clip: Path) -> None:
+    columns = {"id": range(4), "text": ["a", "", "", "b"], "fps": [8, None, 8, None]}
+    job = write_job(tmp_path, write(tmp_path / "a.parquet", columns), None, tiny_clip)
+    code, said, _ = call("plan", str(job), "--captions.recipe.kind", "opensora")
+    assert code == 0
+    assert "ok 4; 0 repeat an earlier text\n" in said
+    assert "\n           2 empty captions\n           2 rows where fps is null\n" in said

@@ -419,13 +419,13 @@ def test_empty_captions_and_nulls_of_a_recipe_are_noted(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", columns)
     reader = opened(file, recipe=OpenSoraRecipe()).reader()
     assert [s.text for s in reader.read(0, 4)] == ["a 8.0 FPS.", "", None, "  "]
-    assert reader.noted == {"empty_text": 1, "fps is null": 2}
+    assert reader.noted == {"empty captions": 1, "rows where fps is null": 2}
     reader = opened(file, normalize=("whitespace",)).reader()
     assert reader.read(3, 1) == [Sample("3", 3, "")]
-    assert reader.noted == {"empty_text": 1}
+    assert reader.noted == {"empty captions": 1}
     reader = opened(write(file, {"id": ["x", "y"], "text": [["", "a"], []]})).reader()
     assert [s.status for s in reader.read(0, 2)] == [Status.OK, Status.OK, Status.EMPTY_LIST]
-    assert reader.noted == {"empty_text": 1}
+    assert reader.noted == {"empty captions": 1}
 
 
 def test_a_caption_of_a_million_characters_is_none(tmp_path: Path) -> None:

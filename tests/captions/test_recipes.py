@@ -6,7 +6,6 @@ import math
 import sys
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import pytest
 from embed_precompute.captions.recipes import (
     FLOAT,
     INTEGER,
-    RECIPES,
     STRING,
     OpenSoraRecipe,
     PlainRecipe,
@@ -24,7 +22,6 @@ from embed_precompute.captions.recipes import (
     as_one,
     make_normalizer,
     recipe_of,
-    target_fps,
 )
 from embed_precompute.documents import canonical_json
 from embed_precompute.errors import InputError
@@ -82,6 +79,7 @@ def test_a_template_that_fits_no_row_is_refused(template: str) -> None:
 
 
 def test_opensora_float_fps_and_missing_values() -> None:
+    """More of them, against Open-Sora's own rule: tests/opensora/test_drop_in.py."""
     rows = {
         (15.0, 0.4): "a 15.0 FPS, 0 motion score.",
         (16.0, 0.5): "a 16 FPS, 1 motion score.",
@@ -92,6 +90,7 @@ def test_opensora_float_fps_and_missing_values() -> None:
         (math.nan, None): "a",
         (60.0, 10.5): "a 15 FPS, 11 motion score.",
         (12.5, 1.0): "a 12.5 FPS, 1 motion score.",
+        (33.0, -2.0): "a 11 FPS, -1 motion score.",  # cut towards zero, as Python's int does
     }
     assert rendered(bound(OPENSORA), *rows) == list(rows.values())
 
@@ -107,21 +106,13 @@ def test_opensora_integer_fps_prints_as_pandas_reads_it(holds_null: bool) -> Non
     assert rendered(explicit, (15,)) == ["a 15.0 FPS."]
 
 
-def test_opensora_integer_scores_are_cut_towards_zero_as_python_does() -> None:
-    recipe = bound(OpenSoraRecipe(fps_column=None, motion_column="score"))
-    assert rendered(recipe, (3,), (None,), (-2,)) == [
-        "a 3 motion score.",
-        "a",
-        "a -1 motion score.",
-    ]
-
-
 @pytest.mark.parametrize("fps_max", [None, 999, 5000])
 def test_opensora_without_a_maximum_leaves_fps_out(fps_max: int | None) -> None:
     """The column is not even needed then."""
     recipe = bound(OpenSoraRecipe(fps_max=fps_max))
     assert (recipe.columns, rendered(recipe, ())) == ((), ["a"])
     assert recipe == OpenSoraRecipe(fps_column=None, fps_max=None)
+    assert recipe.trainer_settings() == ["fps_max=None", "vmaf=False"]
 
 
 def test_opensora_limits() -> None:
@@ -136,20 +127,6 @@ def test_opensora_limits() -> None:
     assert found == [Problem(Status.INVALID_TEXT, reason) for reason in reasons]
     with pytest.raises(InputError, match="fps_max is 0: expected 1 or more"):
         OpenSoraRecipe(fps_max=0)
-
-
-@pytest.mark.parametrize(
-    ("fps", "fps_max", "expected"),
-    [(15, 16, 15), (16, 16, 16), (17, 16, 8), (32, 16, 16), (33, 16, 11), (1.5, 1, 0), (-1, 9, -1)],
-)
-def test_target_fps(fps: float, fps_max: int, expected: float) -> None:
-    assert target_fps(fps, fps_max) == expected
-
-
-def test_what_the_trainer_must_be_given() -> None:
-    assert bound(OPENSORA).trainer_settings() == ["fps_max=16", "vmaf=True"]
-    assert bound(OpenSoraRecipe(fps_max=None)).trainer_settings() == ["fps_max=None", "vmaf=False"]
-    assert PlainRecipe().trainer_settings() == []
 
 
 # --- several, and the registry -----------------------------------------------------------------
@@ -169,7 +146,8 @@ def test_recipes_follow_one_another() -> None:
     assert recipe.render("a", (None, 24, 1.0)) == Problem(
         Status.NULL_TEXT, "column 'place' is null"
     )
-    assert recipe.trainer_settings() == OPENSORA.trainer_settings()
+    assert recipe.trainer_settings() == ["fps_max=16", "vmaf=True"]
+    assert PlainRecipe().trainer_settings() == []
     assert bound(chain).float_columns() == ("fps",)
 
 
@@ -196,20 +174,6 @@ def test_the_spec_of_the_plan() -> None:
     assert PlainRecipe().resolved() == {"kind": "none"}
     with pytest.raises(InputError, match=r"spec\.captions\.recipe\.kind is 'prefix'"):
         recipe_of({"kind": "prefix"})
-
-
-def test_a_new_recipe_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Shouted(Recipe):
-        kind: str = "shouted"
-        mark: str = "!"
-
-        def render(self, caption: str, row: Sequence[Any]) -> str | Problem:
-            return caption.upper() + self.mark
-
-    monkeypatch.setitem(RECIPES, "shouted", Shouted)
-    recipe = recipe_of([{"kind": "shouted", "mark": "?"}, {"kind": "none"}])
-    assert recipe.render("a", ()) == "A?"
 
 
 # --- normalisation -----------------------------------------------------------------------------

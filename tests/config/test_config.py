@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
 
 import pytest
 from jobs import call
 
 from embed_precompute.captions.recipes import OpenSoraRecipe, PlainRecipe, TemplateRecipe
 from embed_precompute.cli.main import main
-from embed_precompute.config import files, keys
+from embed_precompute.config import keys
 from embed_precompute.config.files import load_config, to_yaml
 from embed_precompute.config.schema import Config
-from embed_precompute.documents import ByKind
 from embed_precompute.encoders.families.clip import ClipOptions
-from embed_precompute.errors import InputError, require
+from embed_precompute.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 YAML = """
@@ -120,6 +117,7 @@ def test_yaml_round_trip(yaml_file: Path, tmp_path: Path, words: list[str]) -> N
         ("--encoders.T5.max_length 64", "encoders has no T5: did you mean t5? Expected t5 or clip"),
         ("--encoders.t6.max_length 64", "encoders has no t6: expected t5 or clip."),
         ("--encoders.t5.buckets [16]", "attention_mask padding"),
+        ("--encoders.t5.added_tokens {bukets: 1}", "no key encoders.t5.added_tokens.bukets: did"),
         ("--encoders {t5_xxh3: {kind: t5, pretrained: x}}", "Choose another name"),
         ("--captions.path ", "--captions.path is empty: expected a parquet file"),
         ("--captions.recipe.fps_max 8", "--captions.recipe.fps_max: captions.recipe.kind is miss"),
@@ -192,77 +190,6 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert "cannot read the configuration" in mistake(tmp_path / "absent.yaml")
 
 
-# --- a registry of kinds -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Toy:
-    """A toy."""
-
-    kind: str
-    """Which toy."""
-    size: int = 1
-    """How large."""
-
-    def __post_init__(self) -> None:
-        require(self.size > 0, f"size is {self.size}: expected 1 or more.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ball(Toy):
-    """A ball."""
-
-    kind: Literal["ball"] = "ball"
-    colour: str = "red"
-    """Its colour."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kite(Toy):
-    """A kite."""
-
-    kind: Literal["kite"] = "kite"
-    size: int = 9
-    """How wide."""
-
-
-TOYS: dict[str, type] = {"ball": Ball, "kite": Kite}
-AnyToy = Annotated[Toy, ByKind(lambda: TOYS)]
-
-
-@dataclass(frozen=True)
-class Box:
-    toys: dict[str, AnyToy] = field(default_factory=dict)
-    """Toys by name."""
-
-
-def test_kinds_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "Config", Box)
-    path = tmp_path / "box.yaml"
-    path.write_text("toys: {a: {kind: ball}, b: {kind: kite}}")
-    words = ["--toys.a.colour", "7", "--toys.c.size", "3", "--toys.c.kind", "kite"]
-    box = load_config(path, words)
-    assert box == Box({"a": Ball(colour="7"), "b": Kite(), "c": Kite(size=3)})
-    assert mistake(path, "--toys.b.colour", "x").startswith("--toys.b.colour: there is no key")
-    assert mistake(path, "--toys.b.size", "0") == "--toys.b.size is 0: expected 1 or more."
-    assert "toys has no A: did you mean a?" in mistake(path, "--toys.A.size", "2")
-    assert "--toys.a.kind is 'bal': did you mean ball?" in mistake(path, "--toys.a.kind", "bal")
-
-
-def test_keys_of_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys, "Config", Box)
-    groups = {
-        group.name: [(key.name, key.default) for key in group.keys]
-        for group in keys.key_groups()
-        if group.name
-    }
-    assert groups == {
-        "toys.NAME": [("toys.NAME.kind", "required"), ("toys.NAME.size", "default 1")],
-        "toys.NAME, kind ball": [("toys.NAME.colour", "default red")],
-        "toys.NAME, kind kite": [("toys.NAME.size", "default 9")],
-    }
-
-
 # --- help --------------------------------------------------------------------------------------
 
 
@@ -275,6 +202,19 @@ def test_every_key_has_a_docstring_a_type_and_a_default() -> None:
         assert f"  --{name}  (" in text
         assert f"| `{name}` |" in page
     assert "captions.recipe, kind opensora: Open-Sora v2's own" in text
+
+
+def test_keys_of_kinds_stand_once() -> None:
+    """Those of all kinds first; then those of one kind, and those whose default is another."""
+    groups = {g.name: {key.name: key.default for key in g.keys} for g in keys.key_groups()}
+    kind, length = "encoders.NAME.kind", "encoders.NAME.max_length"
+    assert groups["encoders.NAME"][kind] == "required"
+    assert groups["encoders.NAME, kind t5"][length] == "default 512"
+    assert groups["encoders.NAME, kind clip"][length] == "default 77"
+    for name in ("t5", "clip"):
+        own = groups[f"encoders.NAME, kind {name}"]
+        assert kind not in own
+        assert "encoders.NAME.pretrained" not in own
 
 
 @pytest.mark.parametrize("command", ["run", "plan", "bench"])

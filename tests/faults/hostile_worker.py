@@ -25,8 +25,7 @@ from handmade import write_dataset
 
 from embed_precompute.audit.info import dataset_lines, read_status, sample_lines
 from embed_precompute.audit.verify import verify
-from embed_precompute.captions.recipes import OpenSoraRecipe
-from embed_precompute.captions.settings import CaptionsConfig
+from embed_precompute.captions.recipes import CaptionsConfig, OpenSoraRecipe
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.errors import EmbedPrecomputeError, InternalError
 from embed_precompute.store.manifest import finalize

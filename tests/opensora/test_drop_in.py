@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from handmade import write_dataset
 from opensora_case import NULL_ROWS, RECIPE, ROWS, captions_table, make, with_column
 from torch.utils.data import DataLoader, default_collate
 
@@ -96,14 +97,14 @@ def test_it_gives_what_an_export_gives(
             assert torch.equal(found[name], expected[name])
 
 
-@pytest.mark.parametrize("context", [None, "fork", "spawn"])
-def test_in_a_data_loader(drop_in: Any, root: Path, context: str | None) -> None:
+def test_in_a_data_loader(drop_in: Any, root: Path) -> None:
+    """Its class is made at run time, and is pickled into a worker all the same."""
     dataset, stored = drop_in(), EmbeddingDataset(root)
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=[[index_of(i) for i in range(k, k + 4)] for k in range(0, 28, 4)],
-        num_workers=0 if context is None else 1,
-        multiprocessing_context=context,
+        num_workers=1,
+        multiprocessing_context="spawn",
         collate_fn=default_collate,
     )
     rows = [
@@ -245,18 +246,18 @@ def random_table(seed: int) -> pa.Table:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_what_is_compared_is_what_the_trainer_would_encode(
-    open_sora: Any, drop_in: Any, seed: int, tmp_path: Path, tiny_t5: Path, tiny_clip: Path
+    open_sora: Any, drop_in: Any, seed: int, tmp_path: Path
 ) -> None:
     table, rng = random_table(seed), random.Random(seed)
     settings = {"fps_max": rng.choice([16, 24, 30, 999, None]), "vmaf": rng.random() < 0.7}
     path = write(tmp_path, table)
     theirs = open_sora.build({"type": "text", "data_path": str(path), **settings})
     texts = [theirs.getitem(i)["text"] for i in range(24)]
-    rendered = with_column(table, "text", texts)
-    embeddings = make(tmp_path / "d", rendered, tiny_t5, tiny_clip)
-    dataset = drop_in(embeddings, path, **settings)
-    assert [EmbeddingDataset(embeddings).encoded_text(i) for i in range(24)] == texts
-    assert [dataset[index_of(i)]["text"] for i in range(24)] == texts
+    write_dataset(tmp_path / "d", texts)
+    assert len(drop_in(tmp_path / "d", path, pad_masked="zeros", **settings)) == 24
+    write_dataset(tmp_path / "other", [*texts[:23], texts[23] + "!"])
+    with pytest.raises(ConflictError, match="1 of 24 rows have another text"):
+        drop_in(tmp_path / "other", path, pad_masked="zeros", **settings)
 
 
 def test_changed_captions_do_not_train(drop_in: Any, tmp_path: Path) -> None:
@@ -285,8 +286,6 @@ def test_the_trainers_settings_are_the_datasets(drop_in: Any, plain: Path, tmp_p
     with pytest.raises(ConflictError, match="28 of 28 rows have another text"):
         drop_in(plain)
     assert len(drop_in(plain, compare="dataset")) == 28
-    renamed = write(tmp_path, captions_table())
-    assert len(drop_in(data_path=renamed)) == 28
     no_text = write(tmp_path, captions_table().drop_columns(["text"]))
     with pytest.raises(InputError, match="no column 'text', and the text of the trainer is made"):
         drop_in(data_path=no_text)
@@ -318,3 +317,13 @@ def test_normalised_captions(drop_in: Any, tmp_path: Path, tiny_t5: Path, tiny_c
 def test_refused(drop_in: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         drop_in(**options)
+
+
+def test_without_open_sora() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(vars(ours), ours.CLASS_NAME, raising=False)
+        patch.setitem(sys.modules, "opensora.datasets.datasets", None)
+        with pytest.raises(InputError, match="needs Open-Sora v2"):
+            ours.PrecomputedVideoTextDataset  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'Precomputed'"):
+        ours.Precomputed  # noqa: B018

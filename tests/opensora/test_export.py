@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from breaking import flip
 from jobs import call, dataset_bytes, write_job
 from opensora_case import NULL_ROWS, RECIPE, ROWS, captions_table, make, with_column
 
@@ -23,7 +26,7 @@ from embed_precompute.errors import (
     VerificationError,
 )
 from embed_precompute.opensora import export as export_module
-from embed_precompute.opensora.export import Export, OpenSoraOptions, export_opensora, tensor_path
+from embed_precompute.opensora.export import Export, OpenSoraOptions, export_opensora
 from embed_precompute.opensora.table import NO_LATENTS, Entry
 from embed_precompute.store.records import read_json
 
@@ -93,9 +96,15 @@ def test_every_sample_and_the_table(root: Path, tmp_path: Path) -> None:
 
 
 def test_folders_are_bounded() -> None:
-    paths = [tensor_path("text_t5", Entry(n, 0, "", 0, "")) for n in (0, 12_345_678, 999, 1000)]
-    assert paths[:2] == ["text_t5/000/000/000000000.pt", "text_t5/012/345/012345678.pt"]
-    assert [path.split("/")[2] for path in paths[2:]] == ["000", "001"]
+    some: Any = SimpleNamespace(out=Path("e"))
+    for number, name in (
+        (0, "000/000"),
+        (999, "000/000"),
+        (1000, "000/001"),
+        (12_345_678, "012/345"),
+    ):
+        path = Export._path(some, "text_t5", Entry(number, 0, "", 0, ""))
+        assert path == f"e/text_t5/{name}/{number:09d}.pt"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -224,14 +233,11 @@ def test_a_limit_may_grow(root: Path, tmp_path: Path) -> None:
 # --- refused --------------------------------------------------------------------------------------
 
 
-def test_a_damaged_shard_is_never_exported(tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
-    root = make(tmp_path, captions_table(), tiny_t5, tiny_clip)
-    shard = sorted(root.rglob("shard-*.safetensors"))[2]
-    content = bytearray(shard.read_bytes())
-    content[-3] ^= 1
-    shard.write_bytes(content)
+def test_a_damaged_shard_is_never_exported(root: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(root, tmp_path / "out")
+    flip(sorted(copied.rglob("shard-*.safetensors"))[2], -3)
     with pytest.raises(VerificationError, match="is damaged at sample"):
-        export(root, tmp_path / "e")
+        export(copied, tmp_path / "e")
     assert not (tmp_path / "e" / "table.parquet").exists()
 
 
@@ -301,15 +307,16 @@ def test_the_same_captions_are_the_same_whatever_their_file(root: Path, tmp_path
     check_tensors(root, rows_of(tmp_path / "e"))
 
 
-def test_captions_that_are_not_found(tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
-    root = make(tmp_path, captions_table(), tiny_t5, tiny_clip)
-    (tmp_path / "captions.parquet").rename(tmp_path / "moved.parquet")
+def test_captions_that_are_not_found(root: Path, tmp_path: Path) -> None:
+    """`captions` names them: test_the_same_captions_are_the_same_whatever_their_file."""
+    copied = shutil.copytree(root, tmp_path / "out")
+    config = copied / "config.yaml"
+    config.write_text(config.read_text().replace("captions.parquet", "moved.parquet"))
     with pytest.raises(InputError, match="does not exist"):
-        export(root, tmp_path / "e")
-    (root / "config.yaml").unlink()
+        export(copied, tmp_path / "e")
+    config.unlink()
     with pytest.raises(InputError, match="name them with --captions"):
-        export(root, tmp_path / "e")
-    export(root, tmp_path / "e", captions=str(tmp_path / "moved.parquet"))
+        export(copied, tmp_path / "e")
 
 
 def test_refusals(
@@ -370,12 +377,3 @@ def test_patch_has_their_four_lines_at_most() -> None:
     lines = patch.read_text().partition("@@")[2].splitlines()[1:]
     assert sum(line.startswith((" ", "-")) for line in lines) == 4
     assert sum(line.startswith("+") for line in lines) == 2
-
-
-def test_the_drop_in_class_without_open_sora() -> None:
-    import embed_precompute.opensora.dataset as ours
-
-    with pytest.raises(InputError, match="needs Open-Sora v2"):
-        ours.PrecomputedVideoTextDataset  # noqa: B018
-    with pytest.raises(AttributeError, match="no attribute 'Precomputed'"):
-        ours.Precomputed  # noqa: B018

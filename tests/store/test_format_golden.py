@@ -1,4 +1,4 @@
-"""The bytes on disk are the specification (README, "Format").
+"""The bytes on disk are the specification (docs/format.md).
 
 Everything expected here is built from struct, json and hashlib by the written rules, or stands as
 a literal; none of it comes from the store. A change that breaks one of these tests changes the

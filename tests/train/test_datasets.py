@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +26,9 @@ from embed_precompute.errors import (
     InputError,
     VerificationError,
 )
-from embed_precompute.store.commit import replace_bytes
 from embed_precompute.store.manifest import finalize
 from embed_precompute.store.records import (
     TensorEntry,
-    document_bytes,
-    read_json,
     read_manifest,
     read_null_record,
 )
@@ -49,10 +47,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def own_root(tmp_path: Path) -> Path:
+def own_root(root: Path, tmp_path: Path) -> Path:
     """A dataset that a test may damage."""
-    write_dataset(tmp_path / "out", TEXTS)
-    return tmp_path / "out"
+    return Path(shutil.copytree(root, tmp_path / "out"))
 
 
 def check(sample: dict[str, Any], row: int, first: int = 0) -> None:
@@ -61,7 +58,7 @@ def check(sample: dict[str, Any], row: int, first: int = 0) -> None:
     assert list(sample) == ["id", "text_clip", "text_t5"]
     assert sample["id"] == f"s{first + row}"
     for name in ("clip", "t5"):
-        torch.testing.assert_close(sample[f"text_{name}"], embedding(name, text), rtol=0, atol=0)
+        assert torch.equal(sample[f"text_{name}"], embedding(name, text))
 
 
 # --- samples --------------------------------------------------------------------------------------
@@ -185,10 +182,8 @@ def test_pickle_holds_no_mapping(root: Path) -> None:
     check({k: v for k, v in again[0].items() if k != "tag"}, 0)
 
 
-@pytest.mark.parametrize(
-    ("workers", "context"), [(0, None), (2, "fork"), (2, "spawn")], ids=["0", "fork", "spawn"]
-)
-def test_data_loader(root: Path, workers: int, context: str | None) -> None:
+@pytest.mark.parametrize(("workers", "context"), [(2, "fork"), (1, "spawn")])
+def test_data_loader(root: Path, workers: int, context: str) -> None:
     dataset = EmbeddingDataset(root, "rows")
     dataset[0]  # a worker that is forked finds it open
     loader: DataLoader[Any] = DataLoader(
@@ -221,7 +216,7 @@ def test_threads_share_one_dataset(root: Path) -> None:
     dataset = EmbeddingDataset(root, "rows", max_open_shards=1)
 
     def read(k: int) -> None:
-        for i in np.random.default_rng(k).permutation(6).tolist() * 5:
+        for i in np.random.default_rng(k).permutation(6).tolist():
             check(dataset[i], OK[i])
 
     with ThreadPoolExecutor(4) as pool:
@@ -291,24 +286,33 @@ def test_what_is_no_finished_dataset(tmp_path: Path) -> None:
             EmbeddingDataset(tmp_path, **options)
 
 
-def edit_manifest(root: Path, **changes: Any) -> None:
-    manifest = {**read_json(root / "manifest.json"), **changes}
-    replace_bytes(root / "manifest.json", document_bytes(manifest))
+def drop_clip(manifest: dict[str, Any]) -> None:
+    del manifest["tensors"]["clip"]
+    for name in ("length_clip", "xxh3_clip"):
+        del manifest["files"][f"index/{name}.npy"]
 
 
-def test_a_manifest_of_another_format_is_refused(own_root: Path) -> None:
-    spec = read_json(own_root / "manifest.json")["spec"]
-    edit_manifest(own_root, spec={**spec, "output": {"dtype": "bfloat16", "codec": "zstd"}})
-    with pytest.raises(VerificationError, match=r"codec is 'zstd'.*finalize"):
-        EmbeddingDataset(own_root)
-    edit_manifest(own_root, spec=spec, format_version=2)
-    with pytest.raises(VerificationError, match="format_version 2"):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda manifest: manifest["spec"]["output"].update(codec="zstd"),
+            "codec is 'zstd'.*final",
+        ),
+        (lambda manifest: manifest.update(format_version=2), "format_version 2"),
+        (drop_clip, "tensors are not those of its spec"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(own_root: Path, change: Any, said: str) -> None:
+    """Also where its digest was made right: found in 10,000 mutated files."""
+    rewrite_json(own_root / "manifest.json", change)
+    with pytest.raises(VerificationError, match=said):
         EmbeddingDataset(own_root)
 
 
 def test_finalised_again_while_open(own_root: Path) -> None:
     dataset = EmbeddingDataset(own_root)
-    edit_manifest(own_root, environments=[])
+    rewrite_json(own_root / "manifest.json", lambda manifest: manifest.update(environments=[]))
     with pytest.raises(VerificationError, match="open the dataset again"):
         dataset[0]
 
@@ -337,19 +341,14 @@ def test_damaged_null_is_found(own_root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("index", 99), ("index", -7), ("shard", 99), ("shard", -1), ("ok", -1)]
 )
-@pytest.mark.parametrize("verify", ["never", "rows"])
-def test_damaged_index_does_not_end_a_loop(
-    own_root: Path, name: str, value: int, verify: Any
-) -> None:
+def test_damaged_index_does_not_end_a_loop(own_root: Path, name: str, value: int) -> None:
     path = own_root / "index" / f"{name}.npy"
     array = np.load(path)
     array[-1] = value
     np.save(path, array)
-    with pytest.raises(VerificationError):
-        list(EmbeddingDataset(own_root, verify))
-    dataset = EmbeddingDataset(own_root, verify)
-    with pytest.raises(VerificationError):
-        dataset[len(dataset) - 1]
+    for verify in ("never", "rows"):
+        with pytest.raises(VerificationError):
+            list(EmbeddingDataset(own_root, verify))  # type: ignore[arg-type]
 
 
 def test_row_of_another_length_is_found(own_root: Path) -> None:
@@ -359,11 +358,8 @@ def test_row_of_another_length_is_found(own_root: Path) -> None:
     np.save(path, array)
     with pytest.raises(VerificationError, match=r"'s0': found 4 vectors.*the index says 3"):
         EmbeddingDataset(own_root)[0]
-
-
-def test_finalize_repairs_the_index(own_root: Path) -> None:
-    (own_root / "index" / "ok.npy").unlink()
-    with pytest.raises(VerificationError, match=r"ok.npy"):
+    path.unlink()
+    with pytest.raises(VerificationError, match=r"length_t5.npy"):
         EmbeddingDataset(own_root)[0]
     finalize(own_root)
     check(EmbeddingDataset(own_root)[0], 0)
@@ -408,16 +404,3 @@ def test_collate_refuses_what_it_does_not_know() -> None:
         collate_embeddings([{**one, "video": torch.ones(1)}])
     with pytest.raises(InputError, match="text_t5_length"):
         collate_embeddings([{**one, "text_t5_length": torch.ones(3)}])
-
-
-def test_a_manifest_whose_tensors_are_not_its_specs(own_root: Path) -> None:
-    """Sealed again, so that its digest is right: found in 10,000 mutated files."""
-
-    def change(manifest: dict[str, Any]) -> None:
-        del manifest["tensors"]["clip"]
-        for name in ("length_clip", "xxh3_clip"):
-            del manifest["files"][f"index/{name}.npy"]
-
-    rewrite_json(own_root / "manifest.json", change)
-    with pytest.raises(VerificationError, match="tensors are not those of its spec"):
-        EmbeddingDataset(own_root)

@@ -9,22 +9,20 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
-from math import factorial, isqrt
+from math import factorial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import xxhash
 from handmade import write_dataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from embed_precompute import EmbeddingDataset, EmbeddingLoader
 from embed_precompute.distributed import DistContext
 from embed_precompute.errors import ConflictError, InputError
-from embed_precompute.train.epoch_order import ORDER_VERSION, ROUNDS, EpochOrder
-from embed_precompute.train.loader import ResumableSampler
+from embed_precompute.train.loader import ORDER_VERSION, EpochOrder, ResumableSampler
 
 ENDS: tuple[Any, ...] = ("pad", "drop", "uneven")
 
@@ -94,46 +92,18 @@ def test_order_is_stable() -> None:
     assert found == [425814838604, 865868586549, 648609607429]
 
 
-def reference_order(num_samples: int, seed: int, epoch: int) -> list[int]:
-    """The same in Python's integers, a position at a time."""
-    rows = isqrt(num_samples - 1) + 1
-    rows += rows % 2
-    sizes = rows, -(-num_samples // rows)
-    keys = [
-        xxhash.xxh3_64_intdigest(f"order {ORDER_VERSION}/{seed}/{epoch}/{k}".encode())
-        for k in range(ROUNDS)
-    ]
-    found = []
-    for value in range(num_samples):
-        inside = False
-        while not inside:
-            cell = [*divmod(value, sizes[1])]
-            for k, key in enumerate(keys):
-                z = (cell[1 - k % 2] + key) % 2**64
-                z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-                z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
-                z ^= z >> 31
-                size = sizes[k % 2]
-                cell[k % 2] = (cell[k % 2] + ((z >> 32) * size >> 32)) % size
-            value = cell[0] * sizes[1] + cell[1]
-            inside = value < num_samples
-        found.append(value)
-    return found
-
-
 @pytest.mark.parametrize("num_samples", [*range(1, 40), 255, 256, 257, 1009])
-def test_order_is_one_to_one_and_the_references(num_samples: int) -> None:
+def test_order_is_one_to_one(num_samples: int) -> None:
     for seed, epoch in ((0, 0), (-3, 1), (2**70, 10**6)):
         found = order_of(num_samples, seed, epoch)
         assert sorted(found) == list(range(num_samples))
-        assert found == reference_order(num_samples, seed, epoch)
-    alone = [EpochOrder(num_samples, 0, 0).at(np.array([k])).item() for k in range(num_samples)]
+    order = EpochOrder(num_samples, 0, 0)
+    alone = [order.at(np.array([k])).item() for k in range(num_samples)]
     assert alone == order_of(num_samples), "a position does not depend on its block"
 
 
-@pytest.mark.parametrize("num_samples", [3, 4])
-def test_every_order_is_equally_likely(num_samples: int) -> None:
-    trials = 4000
+def test_every_order_is_equally_likely() -> None:
+    num_samples, trials = 4, 1200
     seen = Counter(tuple(order_of(num_samples, epoch=epoch)) for epoch in range(trials))
     orders = factorial(num_samples)
     expected = trials / orders
@@ -144,15 +114,12 @@ def test_every_order_is_equally_likely(num_samples: int) -> None:
 
 def test_neighbours_are_of_random_shards() -> None:
     num_samples, per_shard = 200_000, 1_000
-    for epoch in range(3):
-        shards = np.array(order_of(num_samples, epoch=epoch)) // per_shard
-        same = int((shards[1:] == shards[:-1]).sum())
-        expected = (num_samples - 1) * (per_shard - 1) / (num_samples - 1)
-        assert abs(same - expected) < 5 * expected**0.5
     first, second = (np.array(order_of(num_samples, epoch=epoch)) for epoch in (0, 1))
+    shards = first // per_shard
+    same, expected = int((shards[1:] == shards[:-1]).sum()), per_shard - 1
+    assert abs(same - expected) < 5 * expected**0.5
     assert int((first == second).sum()) < 10, "1 is expected where epochs are unrelated"
-    gaps = np.abs(np.diff(first))
-    assert abs(gaps.mean() / num_samples - 1 / 3) < 0.005
+    assert abs(np.abs(np.diff(first)).mean() / num_samples - 1 / 3) < 0.005
 
 
 # --- who gets what --------------------------------------------------------------------------------
@@ -264,15 +231,6 @@ def test_launcher_then_process_group(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert next(iter(given)) == order_of(12)[1:6:3]
     finally:
         distributed.destroy_process_group()
-
-
-def test_elements_of_an_array_are_jobs_of_their_own() -> None:
-    environ = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
-    environ |= {"SLURM_STEP_NODELIST": "n1", "SLURM_ARRAY_TASK_ID": "3"}
-    environ |= {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "0"}
-    found = DistContext.of_training(environ)
-    assert (found.rank, found.world_size) == (1, 2)
-    assert DistContext.detect(environ).world_size == 8
 
 
 # --- the loader -----------------------------------------------------------------------------------

@@ -27,28 +27,30 @@ def trainer(dataset: EmbeddingDataset, seq_align: int = 1) -> train_example.Trai
     return train_example.Trainer(dataset, 8, seq_align, torch.device("cpu"), seed=0)
 
 
-def test_it_learns_and_uses_its_condition(
-    tmp_path: Path, corpus: list[str], tiny_t5: Path, tiny_clip: Path
-) -> None:
-    dataset = made(tmp_path, corpus[:24], tiny_t5, tiny_clip)
-    run = trainer(dataset)
+@pytest.fixture(scope="module")
+def plain(
+    tmp_path_factory: pytest.TempPathFactory, corpus: list[str], tiny_t5: Path, tiny_clip: Path
+) -> EmbeddingDataset:
+    return made(tmp_path_factory.mktemp("example"), corpus[:24], tiny_t5, tiny_clip)
+
+
+def test_it_learns_and_uses_its_condition(plain: EmbeddingDataset) -> None:
+    run = trainer(plain)
     losses = run.train(200)
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     assert run.evaluate(0.0) < 0.9 * run.evaluate(1.0), "captions lower the loss"
-    assert trainer(dataset).train(3) == trainer(dataset).train(3)
+    assert trainer(plain).train(3) == trainer(plain).train(3)
 
 
 def test_seq_align_must_be_the_datasets(
-    tmp_path: Path, corpus: list[str], tiny_t5: Path, tiny_clip: Path
+    plain: EmbeddingDataset, tmp_path: Path, corpus: list[str], tiny_t5: Path, tiny_clip: Path
 ) -> None:
-    texts = corpus[:8]
-    plain = made(tmp_path / "plain", texts, tiny_t5, tiny_clip)
     with pytest.raises(
         InputError, match=f"seq_align 5 and encoders.t5.added_tokens {VIDEO_TOKENS}"
     ):
         trainer(plain, seq_align=5).train(1)
     asked = {"seq_align": 5, "added_tokens": VIDEO_TOKENS}
-    fitting = made(tmp_path / "fitting", texts, tiny_t5, tiny_clip, **asked)
+    fitting = made(tmp_path / "fitting", corpus[:8], tiny_t5, tiny_clip, **asked)
     assert fitting[0]["text_t5"].shape[0] == 28  # 24, padded until it fits
     assert fitting.null["text_t5"].shape[0] == 25  # padded with 0 added tokens, as Open-Sora's
     assert len(trainer(fitting, seq_align=5).train(2)) == 2

@@ -48,8 +48,8 @@ class ClipOptions(EncoderConfig):
     kind: Literal["clip"] = "clip"
     max_length: int = 77
     outputs: tuple[Literal["pooled", "hidden"], ...] = ("pooled",)
-    """pooled: a vector per caption, tensor text_<name>. hidden: a vector for each of max_length
-    positions, pads included, tensor text_<name>_hidden; by hf only. Both come from one forward."""
+    """pooled: a vector per caption, tensor `text_NAME`. hidden: a vector for each of max_length
+    positions, pads included, tensor `text_NAME_hidden`; by hf only. Both come from one forward."""
     hidden_state: int = -2
     """hidden: which of transformers' hidden_states; -1 is the last layer's output, without the
     final norm."""
