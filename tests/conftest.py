@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is imported
@@ -25,32 +24,17 @@ if TYPE_CHECKING:
 CORPUS_ROWS = 200
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="faults in their full number: hours")
+    parser.addoption("--seed", type=int, default=0, help="the same seed draws the same faults")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Digests of test files stay out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture(autouse=True)
-def _alone(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[None]:
-    """Beside other processes of pytest-xdist, a test marked `alone` waits until they all wait."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        yield
-        return
-    folder = tmp_path_factory.getbasetemp().parent
-    mode = fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH
-    with open(folder / "gate", "a") as gate, open(folder / "room", "a") as room:
-        fcntl.flock(gate, fcntl.LOCK_EX)  # who waits for the room alone lets nobody in before it
-        fcntl.flock(room, mode)
-        fcntl.flock(gate, fcntl.LOCK_UN)
-        try:
-            yield
-        finally:
-            fcntl.flock(room, fcntl.LOCK_UN)  # closing is not enough: a child may have it open, too
 
 
 @pytest.fixture(scope="session")

@@ -123,11 +123,14 @@ def samples_of(texts: Sequence[str | None], first: int = 0) -> list[Sample]:
 
 
 def write_samples(root: Path, plan: Plan, *units: Sequence[Sample]) -> None:
-    """Plan, null embedding and the first units, with these samples."""
+    """Plan, null embedding and the first units, with these samples.
+
+    As in a run, units that have a record stay as they are.
+    """
     write_plan(root, plan)
-    write_null(root, plan)
-    for number, samples in enumerate(units):
-        write_unit(root, plan, number, samples)
+    for number, samples in enumerate([[Sample("", 0, "")], *units], NULL_UNIT):
+        if not record_path(root, number).exists():
+            write_unit(root, plan, number, samples)
 
 
 def write_units(

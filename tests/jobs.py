@@ -76,6 +76,16 @@ def write_job(
     return path
 
 
+def edit(job: Path, section: str, **fields: Any) -> None:
+    """Set fields of a section of a job's configuration, `a.b` for a nested one."""
+    loaded = yaml.safe_load(job.read_text())
+    owner = loaded
+    for part in section.split("."):
+        owner = owner.setdefault(part, {})
+    owner.update(fields)
+    job.write_text(yaml.safe_dump(loaded))
+
+
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment without a launcher's variables, so that a child starts alone."""
     launchers = ("SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_")

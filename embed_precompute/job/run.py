@@ -27,7 +27,6 @@ from embed_precompute.job.signals import StopRequest, stop_on_signals
 from embed_precompute.job.stages import Stages
 from embed_precompute.store.index import Manifest
 from embed_precompute.store.manifest import finalize
-from embed_precompute.store.records import UnitRecord
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +82,8 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
             progress.start()
             stages = Stages(prepared, text_encoders, claims, committed, current, stop)
             with stop.finishing():
-                records = stages.run()
-            result.units = len(records)
-            result.samples = sum(r.num_samples for r in records if isinstance(r, UnitRecord))
+                stages.run()
+            result.units, result.samples = stages.units, stages.samples
             result.encode_seconds = stages.encode_seconds
     result.seconds = time.monotonic() - started
     if claims.is_first_to_finalize():

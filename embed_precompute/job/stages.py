@@ -155,15 +155,16 @@ class Stages:
         self._error: BaseException | None = None
         self._units: _Channel[Unit] = _Channel(runtime.prefetch_units, self._halted)
         self._batches: _Channel[_Encoded] = _Channel(runtime.write_queue_batches, self._halted)
-        self._records: list[Record] = []
+        self.units = self.samples = 0
+        """Committed by this rank; the null embedding is a unit without samples."""
         self.encode_seconds = 0.0
         """Spent in the encoders; the rest of a run's time the device waits."""
         self._unit_s = 0.0
         self._commit_s = COMMIT_SHARE * runtime.grace_s
         self._metrics = prepared.root / "logs" / f"metrics-{prepared.dist.rank:05d}.jsonl"
 
-    def run(self) -> list[Record]:
-        """Run until nothing is left to claim; give the records this rank committed."""
+    def run(self) -> None:
+        """Run until nothing is left to claim."""
         threads = [
             threading.Thread(target=self._guard, args=(stage,), name=stage.__name__, daemon=True)
             for stage in (self._read, self._write)
@@ -179,7 +180,6 @@ class Stages:
             raise self._error
         if self._stop.is_set():
             raise self._stop.error()
-        return self._records
 
     def _guard(self, stage: Callable[[], None]) -> None:
         try:
@@ -272,7 +272,8 @@ class Stages:
                 record = writer.commit()
                 if not message.unit.is_null:
                     self._commit_s = 1.5 * (time.monotonic() - commit_began)
-            self._records.append(record)
+            self.units += 1
+            self.samples += 0 if message.unit.is_null else len(message.unit.samples)
             self._log_metrics(message.unit, record, time.monotonic() - started)
 
     def _check_first_record(self) -> None:

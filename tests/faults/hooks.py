@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -19,11 +20,15 @@ from pathlib import Path
 from typing import Any
 
 Hook = tuple[str, dict[str, Any]]
-STEPS = ("open", "pwrite", "fsync", "close", "link", "rename", "replace", "unlink", "mkdir")
-_REAL = {name: getattr(os, name) for name in STEPS}
+Call = tuple[Any, ...]
+_REAL = {
+    name: getattr(os, name)
+    for name in ("open", "pwrite", "fsync", "close", "link", "rename", "replace", "unlink", "mkdir")
+}
+_NAMING = ("link", "rename", "replace")
 _REAL_TIME = time.time
-Before = Callable[[int, str, str, tuple[Any, ...]], None]
-After = Callable[[int, str, str, tuple[Any, ...], Any], None]
+CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+"""What calls fail with."""
 
 
 def install(hooks: Sequence[Hook]) -> None:
@@ -32,27 +37,21 @@ def install(hooks: Sequence[Hook]) -> None:
         _HOOKS[name](**arguments)
 
 
-def _subject(name: str, args: Sequence[Any]) -> str:
-    first = args[0]
-    if name in ("pwrite", "fsync", "close"):
-        try:
-            return os.readlink(f"/proc/self/fd/{int(first)}")
-        except OSError:
-            return ""
-    if name == "open" and not (len(args) > 1 and args[1] & os.O_CREAT):
-        return ""
-    return os.fspath(first) if not isinstance(first, int) else ""
-
-
 class Steps:
-    """Counts the steps under `root` and calls `before` and `after` around each."""
+    """Calls `before(number, name, path, args)` and `after(name, path, args)` around each step under
+    `root`, from `install` to `remove`."""
 
-    def __init__(self, root: str, before: Before | None = None, after: After | None = None) -> None:
-        self.root, self.count = root, 0
-        self._before, self._after, self._lock = before, after, threading.RLock()
+    def __init__(
+        self,
+        root: str,
+        before: Callable[[int, str, str, Call], None],
+        after: Callable[[str, str, Call], None] = lambda *_: None,
+    ) -> None:
+        self._root, self._before, self._after = root, before, after
+        self._count, self._lock = 0, threading.RLock()
 
     def install(self) -> None:
-        for name in STEPS:
+        for name in _REAL:
             setattr(os, name, self._wrapped(name))
 
     def remove(self) -> None:
@@ -63,19 +62,29 @@ class Steps:
         real = _REAL[name]
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            subject = _subject(name, args)
-            if not subject.startswith(self.root):
+            path = _path(name, args)
+            if not path.startswith(self._root):
                 return real(*args, **kwargs)
             with self._lock:
-                number, self.count = self.count, self.count + 1
-                if self._before is not None:
-                    self._before(number, name, subject, args)
+                number, self._count = self._count, self._count + 1
+                self._before(number, name, path, args)
                 result = real(*args, **kwargs)
-                if self._after is not None:
-                    self._after(number, name, subject, args, result)
+                self._after(name, path, args)
             return result
 
         return call
+
+
+def _path(name: str, args: Call) -> str:
+    """What a call is about; empty for what is no step."""
+    if name in ("pwrite", "fsync", "close"):
+        try:
+            return os.readlink(f"/proc/self/fd/{int(args[0])}")
+        except OSError:
+            return ""
+    if name == "open" and not (len(args) > 1 and args[1] & os.O_CREAT):
+        return ""
+    return os.fspath(args[0]) if not isinstance(args[0], int) else ""
 
 
 class Disk:
@@ -90,123 +99,100 @@ class Disk:
         self._dirty: set[int] = set()
         self._names: dict[str, bytes | None] = {}
 
-    def before(self, name: str, subject: str, args: Sequence[Any]) -> None:
-        target = os.fspath(args[1]) if name in ("rename", "replace", "link") else subject
-        if name in ("rename", "replace") and target not in self._names:
-            path = Path(target)
-            self._names[target] = path.read_bytes() if path.is_file() else None
+    def before(self, name: str, path: str, args: Call) -> None:
+        target = Path(args[1] if name in _NAMING else path)
+        if name in ("rename", "replace") and str(target) not in self._names:
+            self._names[str(target)] = target.read_bytes() if target.is_file() else None
         elif name in ("link", "mkdir") and not os.path.lexists(target):
-            self._names[target] = None
+            self._names[str(target)] = None
 
-    def after(self, name: str, subject: str, args: Sequence[Any]) -> None:
+    def after(self, name: str, path: str, args: Call) -> None:
         if name == "pwrite":
             self._dirty.add(os.fstat(args[0]).st_ino)
         elif name == "fsync":
             self._dirty.discard(os.fstat(args[0]).st_ino)
-            for path in [p for p in self._names if os.path.dirname(p) == subject]:
-                del self._names[path]
+            for named in [each for each in self._names if os.path.dirname(each) == path]:
+                del self._names[named]
 
     def fail(self, root: str) -> None:
-        for folder, _, names in os.walk(root):
-            for name in names:
-                path = os.path.join(folder, name)
-                if os.stat(path).st_ino in self._dirty:
-                    os.truncate(path, os.stat(path).st_size // 2)
-        for lost, old in self._names.items():
-            path = Path(lost)
+        for path in Path(root).rglob("*"):
+            if path.is_file() and path.stat().st_ino in self._dirty:
+                os.truncate(path, path.stat().st_size // 2)
+        for path, old in ((Path(name), old) for name, old in self._names.items()):
             if not path.exists() or self._rng.random() < 0.5:
                 continue
             if path.is_dir():
                 shutil.rmtree(path)
-            else:
-                _REAL["unlink"](path)
-                if old is not None:
-                    path.write_bytes(old)
+                continue
+            _REAL["unlink"](path)
+            if old is not None:
+                path.write_bytes(old)
 
 
 def _die_at(root: str, n: int, power: bool = False, seed: int = 0) -> None:
     """SIGKILL at step n, a write half done; with `power`, what was not synced goes too."""
     disk = Disk(seed)
 
-    def before(number: int, name: str, subject: str, args: tuple[Any, ...]) -> None:
-        disk.before(name, subject, args)
+    def before(number: int, name: str, path: str, args: Call) -> None:
+        disk.before(name, path, args)
         if number < n:
             return
         if name == "pwrite":
             view = memoryview(args[1]).cast("B") if memoryview(args[1]).nbytes else b""
             _REAL["pwrite"](args[0], view[: len(view) // 2], args[2])
-            disk.after(name, subject, args)
+            disk.after(name, path, args)
         if power:
             disk.fail(root)
         os.kill(os.getpid(), signal.SIGKILL)
         signal.pause()
 
-    def after(number: int, name: str, subject: str, args: tuple[Any, ...], result: Any) -> None:
-        if name != "close":
-            disk.after(name, subject, args)
-
-    Steps(root, before, after).install()
+    Steps(root, before, disk.after).install()
 
 
-def _writable(fd: int) -> bool:
-    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-
-
-def failing(root: str, kind: str, n: int, code: int, also: Sequence[str] = ()) -> Steps:
-    """Steps whose n-th of `kind` fails with `code`; `lasting` in `also`: and all after it."""
+def failing(root: str, kind: str, n: int, code: int, lasting: bool = False) -> tuple[Steps, Any]:
+    """Steps whose n-th call of `kind` fails with `code`, and all after it if that is `lasting`; and
+    a function that says whether it came to that."""
     seen = [0]
 
-    def before(number: int, name: str, subject: str, args: tuple[Any, ...]) -> None:
-        if name != kind or (name == "close" and not _writable(args[0])):
+    def before(number: int, name: str, path: str, args: Call) -> None:
+        if name != kind:
+            return
+        if name == "close" and fcntl.fcntl(args[0], fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             return  # what was not written does not fail at close
         seen[0] += 1
-        if seen[0] == n + 1 or ("lasting" in also and seen[0] > n):
+        if seen[0] == n + 1 or (lasting and seen[0] > n):
             if name == "close":
                 _REAL["close"](args[0])
-            raise OSError(code, os.strerror(code), subject)
+            raise OSError(code, os.strerror(code), path)
 
-    steps = Steps(root, before)
-    steps.seen = seen  # type: ignore[attr-defined]
-    return steps
+    return Steps(root, before), lambda: seen[0] > n
 
 
-def _fail_at(root: str, kind: str, n: int, code: int, lasting: bool = False) -> None:
-    failing(root, kind, n, code, ("lasting",) if lasting else ()).install()
+def _fail_at(**arguments: Any) -> None:
+    failing(**arguments)[0].install()
 
 
 def _trace(root: str, path: str) -> None:
     """A line for every step, with the target of link, rename and replace."""
     stream = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  open until the end
 
-    def after(number: int, name: str, subject: str, args: tuple[Any, ...], result: Any) -> None:
-        target = os.fspath(args[1]) if name in ("link", "rename", "replace") else ""
-        stream.write(f"{name}\t{subject}\t{target}\n")
+    def before(number: int, name: str, path: str, args: Call) -> None:
+        stream.write(f"{name}\t{path}\t{os.fspath(args[1]) if name in _NAMING else ''}\n")
 
-    def before(number: int, name: str, subject: str, args: tuple[Any, ...]) -> None:
-        if name == "close":
-            stream.write(f"{name}\t{subject}\t\n")
-
-    def after_all_but_close(*step: Any) -> None:
-        if step[1] != "close":
-            after(*step)
-
-    Steps(root, before, after_all_but_close).install()
+    Steps(root, before).install()
 
 
-def _pace(seconds: float, log: str | None = None, until: str | None = None) -> None:
-    """Each unit takes `seconds` longer, as long as there is no file `until`; units that are begun
-    are noted in `log`."""
+def _pace(seconds: float, log: str | None = None) -> None:
+    """Each unit takes `seconds` longer; the numbers of units that are begun are noted in `log`."""
     from embed_precompute.job.stages import Stages
 
     real = Stages._encoded_batches
 
     def paced(self: Any, unit: Any) -> Iterator[Any]:
         if log is not None:
-            fd = _REAL["open"](log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            os.write(fd, f"{os.getpid()} {unit.number}\n".encode())
-            _REAL["close"](fd)
-        if until is None or not os.path.exists(until):
-            time.sleep(seconds)
+            with open(log, "ab", buffering=0) as file:
+                file.write(f"{unit.number}\n".encode())
+        time.sleep(seconds)
         yield from real(self, unit)
 
     Stages._encoded_batches = paced  # type: ignore[method-assign]
@@ -216,64 +202,32 @@ def _clock(offset: float) -> None:
     time.time = lambda: _REAL_TIME() + offset
 
 
-def _late(root: str, seconds: float, seed: int) -> None:
+def _late(seconds: float, seed: int) -> None:
     """A network file system: new records are seen late, and link reports failure after success."""
-    from embed_precompute.job import claims
-
     rng = random.Random(seed)
-    real_exists, real_listing = Path.exists, claims.committed_units
-    real_link = os.link
+    real_exists, real_listing = Path.exists, os.listdir
 
-    def young(path: Path) -> bool:
+    def young(path: Any) -> bool:
         try:
-            return _REAL_TIME() - os.stat(path).st_ctime < seconds
+            is_record = re.search(r"shard-[0-9]+\.json$", str(path)) is not None
+            return is_record and _REAL_TIME() - os.stat(path).st_ctime < seconds
         except OSError:
             return False
 
     def exists(self: Path, **kwargs: Any) -> bool:
-        seen = real_exists(self, **kwargs)
-        return seen and not ("shard-" in self.name and young(self))
+        return real_exists(self, **kwargs) and not young(self)
 
-    def listing(folder: Path) -> set[int]:
-        return {u for u in real_listing(folder) if exists(claims.record_path(folder, u))}
+    def listing(folder: Any = ".") -> list[str]:
+        return [name for name in real_listing(folder) if not young(os.path.join(folder, name))]
 
     def link(*args: Any, **kwargs: Any) -> None:
-        real_link(*args, **kwargs)
+        _REAL["link"](*args, **kwargs)
         if rng.random() < 0.3:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(args[1]))
 
     Path.exists = exists  # type: ignore[method-assign,assignment]
-    claims.committed_units = listing
+    os.listdir = listing  # type: ignore[assignment]
     os.link = link
-
-
-def _poison(unit: int, rows: Sequence[int], kind: str = "nan") -> None:
-    """Rows of a unit are not finite, or its encoding raises."""
-    from embed_precompute.job.stages import Stages, UnitWriter
-
-    real_write, real_batches = UnitWriter.write, Stages._encoded_batches
-
-    def write(self: Any, name: str, which: Any, values: Any, *more: Any) -> None:
-        if self._unit.number == unit:
-            values = values.clone()
-            for line, row in enumerate(which.tolist()):
-                if row in rows:
-                    values[line] = float("nan")
-        real_write(self, name, which, values, *more)
-
-    def batches(self: Any, item: Any) -> Iterator[Any]:
-        if item.number == unit:
-            raise {"memory": MemoryError, "runtime": RuntimeError}[kind]("injected")
-        yield from real_batches(self, item)
-
-    if kind == "nan":
-        UnitWriter.write = write  # type: ignore[method-assign]
-    else:
-        Stages._encoded_batches = batches  # type: ignore[method-assign]
-
-
-def _umask(mask: int) -> None:
-    os.umask(mask)
 
 
 def _close_standard_streams() -> None:
@@ -281,14 +235,13 @@ def _close_standard_streams() -> None:
         _REAL["close"](fd)
 
 
-_HOOKS: Mapping[str, Callable[..., None]] = {
+_HOOKS: Mapping[str, Callable[..., Any]] = {
     "die_at": _die_at,
     "fail_at": _fail_at,
     "trace": _trace,
     "pace": _pace,
     "clock": _clock,
     "late": _late,
-    "poison": _poison,
-    "umask": _umask,
+    "umask": lambda mask: os.umask(mask),
     "close_standard_streams": _close_standard_streams,
 }

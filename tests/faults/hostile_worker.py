@@ -13,7 +13,6 @@ import random
 import re
 import shutil
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +21,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from handmade import write_dataset
 
-from faults.hostile_captions import captions_footer, captions_other, write_captions
+from embed_precompute.audit.info import dataset_lines, read_status, sample_lines
+from embed_precompute.audit.verify import verify
+from embed_precompute.captions.recipes import CaptionsConfig, OpenSoraRecipe
+from embed_precompute.captions.table import CaptionTable
+from embed_precompute.errors import EmbedPrecomputeError, InternalError
+from embed_precompute.store.manifest import finalize
+from embed_precompute.store.records import document_bytes
+from embed_precompute.train.dataset import EmbeddingDataset
 
 TEXTS = ["one", "two words", None, "three more words", "one", "last of all"]
 BAD_NAMES = (
@@ -35,105 +42,88 @@ BAD_VALUES: tuple[Any, ...] = (
     [[[[]]]], *BAD_NAMES,
 )  # fmt: skip
 FORBIDDEN = ("pickle.find_class", "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn")
+MAX_MIB = 512
 
 
 def attack(folder: str, seed: int, count: int, report: str) -> None:
-    """`count` mutations from `seed`; a line of JSON in `report` for each."""
-    from handmade import write_dataset
-
-    # What each child would import anew: it is a reader's memory all the same.
-
-    rng = random.Random(seed)
-    base = Path(folder)
+    """`count` mutations from `seed`; a line of JSON [what was done, problems] for each."""
+    rng, base = random.Random(seed), Path(folder)
     (base / "outside").mkdir()
     (base / "outside" / "secret").write_text("secret")
-    whole = base / "whole"
+    whole, root, captions = base / "whole", base / "root", base / "captions.parquet"
     write_dataset(whole, TEXTS)
-    write_captions(base / "sound.parquet", rng)
-    shutil.copy(base / "sound.parquet", base / "captions.parquet")
-    watch = _Watch(base)
-    sys.addaudithook(watch.hook)
+    numbers = {"fps": [24 if i % 7 else None for i in range(200)]}
+    texts = {"id": [f"s{i}" for i in range(200)], "text": [f"caption {i}" for i in range(200)]}
+    pq.write_table(pa.table({**texts, **numbers}), base / "sound.parquet", compression="zstd")
+    seen = _watch(base)
     gc.freeze()  # a collection in a child would copy every page of these modules
     with open(report, "a", buffering=1) as sink:
         for _ in range(count):
-            root, trial = base / "root", rng.getrandbits(64)
             shutil.copytree(whole, root)
+            shutil.copy(base / "sound.parquet", captions)
+            mutation, trial = rng.choice(MUTATIONS), rng.getrandbits(64)
+
             # Two children: what the mutation needed is not memory of who reads its result.
-            _fork(_mutate, root, base, trial)
+            def mutate(mutation: Any = mutation, trial: int = trial) -> None:
+                (base / "what").write_text(mutation(root, captions, random.Random(trial)))
+
+            def read() -> None:
+                of_captions = (base / "what").read_text().startswith("captions")
+                actions = (_read_captions,) if of_captions else READERS
+                found = [_guarded(lambda act=act: act(root, captions)) for act in actions]
+                (base / "problems").write_text(json.dumps([f for f in found if f] + seen))
+
+            _forked(mutate)
             what = (base / "what").read_text()
-            captions = base / "captions.parquet"
-            if status := _fork(_record, sink, what, root, captions, watch):
-                died = {"what": what, "problems": [f"died with status {status}"]}
-                sink.write(json.dumps({**died, "seconds": 0.0, "peak_mib": 0}) + "\n")
+            (base / "problems").write_text("[]")
+            status, peak_kib = _forked(read)
+            problems = json.loads((base / "problems").read_text())
+            # A damaged caption table is the job's own data: it may cost the process that reads it.
+            if not what.startswith("captions"):
+                problems += [f"died with status {status}"] if status else []
+                problems += [f"{peak_kib >> 10} MiB resident"] if peak_kib >> 10 > MAX_MIB else []
+            sink.write(json.dumps([what, problems]) + "\n")
             shutil.rmtree(root)
-            if what.startswith("captions"):
-                shutil.copy(base / "sound.parquet", captions)
     os._exit(0)
 
 
-def _fork(function: Callable[..., None], *arguments: Any) -> int:
-    """The status of a child that runs `function`."""
+def _forked(function: Callable[[], None]) -> tuple[int, int]:
+    """(status, peak of resident KiB) of a child that runs `function`."""
     pid = os.fork()
     if pid == 0:
         try:
-            function(*arguments)
+            function()
             os._exit(0)
         except BaseException:
             traceback.print_exc()
             os._exit(99)
-    return os.waitpid(pid, 0)[1]
+    _, status, usage = os.wait4(pid, 0)
+    return status, usage.ru_maxrss
 
 
-def _mutate(root: Path, base: Path, seed: int) -> None:
-    rng = random.Random(seed)
-    what = rng.choice(MUTATIONS)(root, base / "captions.parquet", rng)
-    (base / "what").write_text(what)
+def _watch(base: Path) -> list[str]:
+    """The audit events that must not happen, from now on."""
+    seen: list[str] = []
+    outside = (str(base / "outside"), "/etc/passwd")
 
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event in FORBIDDEN:
+            seen.append(event)
+        elif event == "open" and args and isinstance(args[0], str):
+            path = os.path.normpath(args[0])
+            if path.startswith(outside):
+                seen.append(f"opened {path}")
 
-def _record(sink: Any, what: str, root: Path, captions: Path, watch: _Watch) -> None:
-    sink.write(json.dumps(_trial(what, root, captions, watch)) + "\n")
+    sys.addaudithook(hook)
+    return seen
 
 
 class HostileError(Exception):
     """What an inner action said."""
 
 
-class _Watch:
-    """Audit events that must not happen."""
-
-    def __init__(self, base: Path) -> None:
-        self._outside = (str(base / "outside"), "/etc/passwd")
-        self.seen: list[str] = []
-
-    def hook(self, event: str, args: tuple[Any, ...]) -> None:
-        if event in FORBIDDEN:
-            self.seen.append(event)
-        elif event == "open" and args and isinstance(args[0], str):
-            path = os.path.normpath(args[0])
-            if path.startswith(self._outside):
-                self.seen.append(f"opened {path}")
-
-
-def _trial(what: str, root: Path, captions: Path, watch: _Watch) -> dict[str, Any]:
-    problems: list[str] = []
-    watch.seen.clear()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
-    slowest = 0.0
-    actions = (_read_captions,) if what.startswith("captions") else (_verify, _read, _finalize)
-    for action in actions:
-        began = time.process_time()  # not what other processes take of a busy machine
-        problem = _guarded(lambda action=action: action(root, captions))
-        slowest = max(slowest, time.process_time() - began)
-        problems += [f"{action.__name__}: {problem}"] if problem else []
-    problems += watch.seen
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) >> 10
-    return {"what": what, "problems": problems, "seconds": slowest, "peak_mib": peak}
-
-
-def _guarded(action: Callable[[], None]) -> str | None:
-    from embed_precompute.errors import EmbedPrecomputeError, InternalError
-
+def _guarded(action: Callable[[], object]) -> str | None:
+    """What is wrong with how `action` ended: an error of ours is right."""
     try:
         action()
     except InternalError as error:
@@ -149,23 +139,14 @@ def _guarded(action: Callable[[], None]) -> str | None:
     return None
 
 
-def _verify(root: Path, captions: Path) -> None:
-    from embed_precompute.audit.verify import verify
-
-    for level in ("quick", "full"):
-        verify(root, level)  # type: ignore[arg-type]
-
-
 def _read(root: Path, captions: Path) -> None:
-    from embed_precompute.audit.info import dataset_lines, read_status, sample_lines
-    from embed_precompute.train.dataset import EmbeddingDataset
-
-    problems = [_guarded(lambda: read_status(root).lines() and None)]
-    problems += [_guarded(lambda: list(dataset_lines(root)) and None)]
-    problems += [_guarded(lambda: list(sample_lines(root, "s1")) and None)]
-    found = [problem for problem in problems if problem]
-    if found:
-        raise HostileError(found[0])
+    for action in (
+        lambda: read_status(root).lines(),
+        lambda: list(dataset_lines(root)),
+        lambda: list(sample_lines(root, "s1")),
+    ):
+        if problem := _guarded(action):
+            raise HostileError(problem)
     dataset = EmbeddingDataset(root)
     for i in range(len(dataset)):
         dataset[i]
@@ -173,34 +154,31 @@ def _read(root: Path, captions: Path) -> None:
     dataset.index_of("s1")
 
 
-def _finalize(root: Path, captions: Path) -> None:
-    from embed_precompute.store.manifest import finalize
-
-    finalize(root)
-
-
 def _read_captions(root: Path, captions: Path) -> None:
-    from embed_precompute.captions.recipes import CaptionsConfig, OpenSoraRecipe
-    from embed_precompute.captions.table import CaptionTable
-
     recipe = OpenSoraRecipe()  # asks whether the integer fps column holds a null
     table = CaptionTable.open(CaptionsConfig(path=str(captions), recipe=recipe), [])
     scan = table.scan(None)
     reader = table.reader(scan.num_rows, scan.last_row_samples)
-    for first in range(0, min(scan.num_rows, 1000), 100):
-        reader.read(first, min(100, scan.num_rows - first))
-    if scan.num_rows > 1000:
-        reader.read(scan.num_rows - 100, 100)
+    reader.read(0, min(scan.num_rows, 1000))
+
+
+READERS = (
+    lambda root, captions: verify(root, "full"),
+    _read,
+    lambda root, captions: finalize(root),
+)
+
+
+# --- mutations: each changes one file, and says what it did ---------------------------------------
 
 
 def _files(root: Path, *suffixes: str) -> list[Path]:
     return sorted(p for p in root.rglob("*") if p.is_file() and p.name.endswith(suffixes))
 
 
-def _bytes(root: Path, captions: Path, rng: random.Random) -> str:
-    """Any file: flipped, cut, doubled, filled, or with bytes put in."""
-    path = rng.choice([*_files(root, ""), captions])
-    payload = bytearray(path.read_bytes())
+def _damaged(original: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """(how, bytes): flipped, cut, doubled, filled, or with bytes put in."""
+    payload = bytearray(original)
     way = rng.choice(("flip", "cut", "insert", "fill", "double"))
     at = rng.randrange(len(payload))
     if way == "flip":
@@ -214,15 +192,19 @@ def _bytes(root: Path, captions: Path, rng: random.Random) -> str:
         payload[at : at + 64] = rng.choice((b"\0", b"\xff")) * len(payload[at : at + 64])
     else:
         payload *= 2
-    path.write_bytes(payload)
-    kind = "captions" if path == captions else "bytes"
-    return f"{kind}: {way} {path.name}"
+    return way, payload
+
+
+def _bytes(root: Path, captions: Path, rng: random.Random) -> str:
+    """Any file of the dataset, damaged."""
+    path = rng.choice(_files(root, ""))
+    way, damaged = _damaged(path.read_bytes(), rng)
+    path.write_bytes(damaged)
+    return f"bytes: {way} {path.name}"
 
 
 def _json(root: Path, captions: Path, rng: random.Random) -> str:
     """A value of a JSON file replaced, and its digest made right."""
-    from embed_precompute.store.records import document_bytes
-
     path = rng.choice(_files(root, ".json"))
     content = json.loads(path.read_bytes())
     owner: Any = content
@@ -332,8 +314,6 @@ def _rows(root: Path, captions: Path, rng: random.Random) -> str:
 
 def _restate(root: Path, path: Path) -> None:
     """State a file's new size and sha256 in the record or manifest that has it."""
-    from embed_precompute.store.records import document_bytes
-
     payload = path.read_bytes()
     now: dict[str, Any] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
     before, name = str(path.relative_to(root)), path.name
@@ -356,7 +336,14 @@ def _restate(root: Path, path: Path) -> None:
         owner.write_bytes(document_bytes(content))
 
 
-MUTATIONS = (
-    _bytes, _bytes, _json, _json, _header, _index, _rows, captions_other,
-    captions_footer,
-)  # fmt: skip
+def _captions(root: Path, captions: Path, rng: random.Random) -> str:
+    """The job's own input, damaged anywhere or in its footer."""
+    payload = captions.read_bytes()
+    footer = len(payload) - 8 - int.from_bytes(payload[-8:-4], "little")
+    first = rng.choice((0, footer))
+    way, damaged = _damaged(payload[first:], rng)
+    captions.write_bytes(payload[:first] + damaged)
+    return f"captions: {way} from byte {first}"
+
+
+MUTATIONS = (_bytes, _bytes, _json, _json, _header, _index, _rows, _captions)

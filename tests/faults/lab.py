@@ -1,194 +1,158 @@
-"""What every check needs: folders, a small job, the bytes of an undisturbed run, and findings."""
+"""What every fault needs: folders, small jobs, and the bytes of a run that nothing disturbs.
+
+The short form of the suite is part of every pytest. `pytest tests/faults --long` runs the same
+faults in their full number (over an hour); `--seed` draws other ones.
+"""
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import yaml
-from jobs import call, dataset_bytes, write_captions, write_job
-
-from make_demo import demo_captions, write_clip, write_t5
+from faults.hooks import Hook
+from faults.processes import Gang, finish, start, start_gang
+from jobs import call, dataset_bytes, edit, write_captions, write_job
 
 TEXTS = [f"a video of scene {i} with {'many ' * (i % 9)}people" for i in range(120)]
-SAMPLES_PER_SHARD = 3
-RAM_BYTES = 1 << 28
+UNIT_S = 0.03
+"""What a unit takes more in many of these runs, so that faults meet work."""
+
+
+def pace(seconds: float = UNIT_S, **more: Any) -> Hook:
+    """Each unit takes `seconds` longer; see `hooks`."""
+    return "pace", {"seconds": seconds, **more}
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line of the table."""
+class Job:
+    """A configuration, where its dataset goes, and the bytes that dataset must have."""
 
-    fault: str
-    injection: str
-    target: str
-    measured: str
-    holds: bool | None
-    """None: it could not be injected here, and `measured` says why."""
-    seconds: float = 0.0
+    path: Path
+    num_units: int
+    """Units of the plan, with the null embedding."""
+    undisturbed: dict[str, bytes]
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "out"
+
+    def records(self) -> list[Path]:
+        return sorted(self.root.glob("shards/*/shard-*.json"))
+
+    def start(self, *hooks: Hook) -> ForkServerProcess:
+        """`run` in a process of its own; what it says is in the log."""
+        return start("run", str(self.path), log=self.folder / "log", hooks=hooks)
+
+    def gang(
+        self,
+        world: int,
+        *hooks: Hook,
+        max_restarts: int = 0,
+        of: dict[int, list[Hook]] | None = None,
+    ) -> Gang:
+        """`run` on `world` ranks under an agent; `of` has more hooks for some ranks."""
+        by_rank = [[*hooks, *(of or {}).get(rank, ())] for rank in range(world)]
+        log = self.folder / "log"
+        return start_gang("run", str(self.path), log=log, hooks=by_rank, max_restarts=max_restarts)
+
+    def said(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+    def execute(self, *hooks: Hook) -> tuple[int, str]:
+        """`run` in a process of its own, to the end: (exit code, what it said)."""
+        (self.folder / "log").unlink(missing_ok=True)
+        code = finish(self.start(*hooks))
+        return code, self.said()
+
+    def assert_resumes(self) -> None:
+        """The same command, undisturbed, ends with the undisturbed bytes."""
+        code, _, said = call("run", str(self.path))
+        assert code == 0, said
+        self.assert_undisturbed()
+
+    def assert_undisturbed(self) -> None:
+        """Every byte is that of an undisturbed run; no file is missing, none too many."""
+        assert_same(dataset_bytes(self.root), self.undisturbed)
+
+    def assert_nothing_left(self) -> None:
+        assert not list(self.root.rglob(".tmp-*"))
 
 
-def check_seed(seed: int, check: str) -> int:
-    """The seed of one check, so that `--only` gives it the faults it has in a whole run."""
-    return random.Random(f"{seed}:{check}").getrandbits(32)
+def assert_same(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    """Equal datasets, but for what is in quarantine; names of files, not bytes, on failure."""
+    found = {name: found[name] for name in found if not name.startswith("_quarantine")}
+    assert sorted(found) == sorted(expected)
+    assert [name for name in expected if found[name] != expected[name]] == []
 
 
+@dataclass
+class Undisturbed:
+    """Captions and undisturbed runs, made once a session."""
+
+    folder: Path
+    t5: Path
+    clip: Path
+    made: dict[tuple[int, int], dict[str, bytes]] = field(default_factory=dict)
+
+    def write_job(self, folder: Path, rows: int, per_shard: int) -> Path:
+        folder.mkdir(parents=True)
+        captions = self.folder / f"captions-{rows}.parquet"
+        if not captions.exists():
+            write_captions(captions, TEXTS[:rows])
+        return write_job(folder, captions, self.t5, self.clip, samples_per_shard=per_shard)
+
+    def bytes_of(self, rows: int, per_shard: int) -> dict[str, bytes]:
+        """The bytes of a run that nothing disturbs."""
+        if (rows, per_shard) not in self.made:
+            path = self.write_job(self.folder / f"{rows}-{per_shard}", rows, per_shard)
+            code, _, said = call("run", str(path))
+            assert code == 0, said
+            ids = pq.read_table(path.parent / "out/manifest.parquet", columns=["sample_id"])
+            assert ids.column(0).to_pylist() == [f"s{i}" for i in range(rows)]
+            self.made[rows, per_shard] = dataset_bytes(path.parent / "out")
+        return self.made[rows, per_shard]
+
+
+@dataclass
 class Lab:
-    """A workplace for checks: one seed, one size, one folder."""
+    """A workplace for one test: one size, one seed, one folder, which is on a RAM disk if there is
+    one, for fsync costs nothing there."""
 
-    def __init__(self, folder: Path, seed: int, *, long: bool, jobs: int = 1) -> None:
-        self.folder, self.seed, self.long, self.jobs = folder, seed, long, jobs
-        self.rng = random.Random(seed)
-        self._made = 0
-        self._undisturbed: dict[tuple[int | None, int], dict[str, bytes]] = {}
-
-    def sow(self, seed: int, check: str) -> None:
-        """The faults of one check from here on: the same whatever ran before it, or beside it."""
-        self.seed = check_seed(seed, check)
-        self.rng = random.Random(self.seed)
+    folder: Path
+    runs: Undisturbed
+    rng: random.Random
+    long: bool
+    _made: int = 0
 
     def size(self, short: int, long: int) -> int:
         """How many times to try."""
         return long if self.long else short
 
-    def new(self, name: str, *, ram: bool = False) -> Path:
-        """A folder nobody has used; `ram`: where fsync costs nothing, if there is such a place."""
+    def sample(self, every: Sequence[Any], count: int) -> Sequence[Any]:
+        """`count` of them; all in the long form."""
+        return every if self.long else self.rng.sample(every, count)
+
+    def new(self) -> Path:
+        """A path that nobody has used."""
         self._made += 1
-        folder = (self._ram if ram else self.folder) / f"{self._made:04d}-{name}"
-        folder.mkdir(parents=True)
-        return folder
+        return self.folder / f"{self._made:04d}"
 
-    @cached_property
-    def _ram(self) -> Path:
-        shm = Path("/dev/shm")
-        if not os.access(shm, os.W_OK) or shutil.disk_usage(shm).free < RAM_BYTES:
-            return self.folder
-        self._ram_folder = tempfile.TemporaryDirectory(prefix="faults-", dir=shm)
-        return Path(self._ram_folder.name)
+    def copy(self, whole: Path) -> Path:
+        return shutil.copytree(whole, self.new())
 
-    @cached_property
-    def captions(self) -> Path:
-        return write_captions(self.new("captions") / "captions.parquet", TEXTS)
-
-    @cached_property
-    def encoders(self) -> tuple[Path, Path]:
-        folder = self.new("checkpoints")
-        corpus = demo_captions(200).column("text").to_pylist()
-        return write_t5(folder / "t5", corpus), write_clip(folder / "clip", corpus)
-
-    def job(
-        self,
-        name: str,
-        rows: int | None = None,
-        per_shard: int = SAMPLES_PER_SHARD,
-        **fields: dict[str, Any],
-    ) -> Job:
-        """A job of its own; `rows` captions, or all; `fields` by section, such as runtime."""
-        folder = self.new(name)
-        captions = self.captions
-        if rows is not None:
-            captions = self.folder / f"captions-{rows}.parquet"
-            if not captions.exists():
-                write_captions(captions, TEXTS[:rows])
-        t5, clip = self.encoders
-        path = write_job(folder, captions, t5, clip, samples_per_shard=per_shard)
-        job = Job(path, folder / "out", TEXTS[:rows], per_shard)
-        for section, values in fields.items():
-            job.edit(section, **values)
-        return job
-
-    def undisturbed(
-        self, rows: int | None = None, per_shard: int = SAMPLES_PER_SHARD
-    ) -> dict[str, bytes]:
-        """The bytes of a run that nothing disturbs."""
-        key = (rows, per_shard)
-        if key not in self._undisturbed:
-            job = self.job("undisturbed", rows, per_shard)
-            code, _, said = call("run", str(job.path))
-            assert code == 0, said
-            self._undisturbed[key] = dataset_bytes(job.root)
-        return self._undisturbed[key]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A configuration and where its dataset goes."""
-
-    path: Path
-    root: Path
-    texts: list[str]
-    per_shard: int = SAMPLES_PER_SHARD
-
-    def edit(self, section: str, **values: Any) -> None:
-        """Set fields of a section, `a.b` for a nested one."""
-        loaded = yaml.safe_load(self.path.read_text())
-        owner = loaded
-        for part in section.replace("__", ".").split("."):
-            owner = owner.setdefault(part, {})
-        owner.update(values)
-        self.path.write_text(yaml.safe_dump(loaded))
-
-    @property
-    def num_units(self) -> int:
-        """Units of the plan, with the null embedding."""
-        return -(-len(self.texts) // self.per_shard) + 1
-
-    def records(self) -> list[Path]:
-        return sorted(self.root.glob("shards/*/shard-*.json"))
-
-    def wrong(self, expected: dict[str, bytes], *, quarantine: bool = False) -> list[str]:
-        """What is not as after an undisturbed run; nothing is the aim."""
-        found = dataset_bytes(self.root)
-        if quarantine:
-            found = {k: v for k, v in found.items() if not k.startswith("_quarantine")}
-        problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
-        problems += [f"{name} is too many" for name in found.keys() - expected.keys()]
-        both = expected.keys() & found.keys()
-        problems += [f"{name} differs" for name in both if expected[name] != found[name]]
-        problems += [f"{path} is left" for path in self.root.rglob(".tmp-*")]
-        table = self.root / "manifest.parquet"
-        if table.exists():
-            ids = pq.read_table(table, columns=["sample_id"]).column(0).to_pylist()
-            if ids != [f"s{i}" for i in range(len(self.texts))]:
-                problems.append("ids lost, repeated or out of order")
-        return sorted(problems)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.path.parent)
-
-
-def wait_for(condition: Any, timeout: float = 120.0, step: float = 0.005) -> bool:
-    """Whether `condition()` comes true in time."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(step)
-    return True
-
-
-@contextmanager
-def timed() -> Iterator[list[float]]:
-    """A list that holds the seconds of the block once it ends."""
-    spent: list[float] = []
-    started = time.monotonic()
-    try:
-        yield spent
-    finally:
-        spent.append(time.monotonic() - started)
-
-
-def first_lines(problems: list[str], count: int = 3) -> str:
-    """Some of the problems, for the table."""
-    more = f" and {len(problems) - count} more" if len(problems) > count else ""
-    return "; ".join(problem.replace(os.linesep, " ")[:200] for problem in problems[:count]) + more
+    def job(self, rows: int = 120, per_shard: int = 3, **runtime: Any) -> Job:
+        """A job of its own over the first `rows` captions."""
+        path = self.runs.write_job(self.new(), rows, per_shard)
+        if runtime:
+            edit(path, "runtime", **runtime)
+        return Job(path, -(-rows // per_shard) + 1, self.runs.bytes_of(rows, per_shard))

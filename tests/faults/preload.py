@@ -1,11 +1,6 @@
-"""What a forked process finds imported; one thread per process, as many share few cores."""
+"""What a forked process finds imported."""
 
 from __future__ import annotations
-
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import threading
 
@@ -18,12 +13,10 @@ import transformers.models.t5.modeling_t5
 import embed_precompute.audit.info
 import embed_precompute.audit.verify
 import embed_precompute.cli.main
-import embed_precompute.job.estimate
 import embed_precompute.job.run
 import embed_precompute.train.dataset
-import faults.table
 
 # tqdm's default lock is a semaphore, which a killed process would leave behind.
 tqdm.tqdm.set_lock(threading.RLock())
 
-__all__ = ["embed_precompute", "faults", "handmade", "torch", "transformers"]
+__all__ = ["embed_precompute", "handmade", "torch", "transformers"]

@@ -15,16 +15,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from jobs import clean_environment
-
 from faults.hooks import Hook, install
-from faults.lab import wait_for
+from jobs import clean_environment
 
 # The server knows only what the environment tells it about where to find modules.
 _PATHS = [Path(__file__).parents[k] / name for k, name in ((2, "."), (2, "scripts"), (1, "."))]
@@ -34,10 +32,19 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["faults.preload"])
 DRAIN_S = 30.0
 """What torchrun leaves its workers between SIGTERM and SIGKILL."""
-Hooks = Sequence[Hook]
 
 
-def start(*words: str, log: Path, hooks: Hooks = ()) -> ForkServerProcess:
+def wait_for(condition: Callable[[], Any], timeout: float = 120.0, step: float = 0.005) -> bool:
+    """Whether `condition()` comes true before a test that hangs must end."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(step)
+    return True
+
+
+def start(*words: str, log: Path, hooks: Sequence[Hook] = ()) -> ForkServerProcess:
     """`embed-precompute WORDS` in a process of its own; what it says is in `log`."""
     return launch(_program, list(words), str(log), clean_environment(), list(hooks))
 
@@ -61,14 +68,7 @@ def finish(process: ForkServerProcess, timeout: float = 120.0) -> int:
     return code
 
 
-def execute(*words: str, log: Path, hooks: Hooks = (), timeout: float = 120.0) -> tuple[int, str]:
-    """Run to the end: (exit code, what it said)."""
-    log.unlink(missing_ok=True)
-    code = finish(start(*words, log=log, hooks=hooks), timeout)
-    return code, log.read_text(errors="replace") if log.exists() else ""
-
-
-def _program(words: list[str], log: str, env: dict[str, str], hooks: list[Hook]) -> None:
+def _program(words: list[str], log: str, env: dict[str, str], hooks: Sequence[Hook]) -> None:
     """The body of a rank; never returns."""
     from embed_precompute.cli.main import main
 
@@ -94,13 +94,16 @@ def _program(words: list[str], log: str, env: dict[str, str], hooks: list[Hook])
         os._exit(code)
 
 
+# --- gangs ----------------------------------------------------------------------------------------
+
+
 @dataclass
 class Gang:
     """Ranks under an agent."""
 
     agent: ForkServerProcess
     group: int
-    """The process group of the agent and of all it started."""
+    """The process group of the agent and of all it started; the agent's pid."""
     board: Path
     """The agent writes the pids of its ranks here."""
 
@@ -110,11 +113,14 @@ class Gang:
             pids = [int(word) for word in self.board.read_text().split()]
         except FileNotFoundError:
             return []
-        return [pid for pid in pids if alive(pid)]
+        return [pid for pid in pids if _state(pid)]
 
     def all_ranks(self) -> list[int]:
         """Every rank that is alive, of this start or an earlier one, on the board or not."""
-        return [pid for pid in group_members(self.group) if pid != self.group]
+        return [pid for pid in self._members() if pid != self.group]
+
+    def agent_lives(self) -> bool:
+        return self.group in self._members()
 
     def kill(self) -> None:
         """SIGKILL for the agent and all it started; when this returns, none of them lives."""
@@ -123,60 +129,46 @@ class Gang:
         self.agent.join()
         self._end()
 
-    def finish(self, timeout: float = 180.0) -> int:
+    def finish(self) -> int:
         """The agent's exit code; when this returns, nothing it started lives."""
-        code = finish(self.agent, timeout)
+        code = finish(self.agent, 180)
         self._end()
         return code
 
-    def ended(self, timeout: float = 40.0) -> bool:
-        """Whether all of them end by themselves in time."""
-        return wait_for(lambda: not group_members(self.group), timeout, 0.02)
+    def ended(self) -> bool:
+        """Whether all of them end by themselves."""
+        return wait_for(lambda: not self._members(), 40, 0.02)
 
     def _end(self) -> None:
         # By group: an agent killed between fork and note leaves ranks that no board names.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.group, signal.SIGKILL)
-        if not self.ended():
-            raise TimeoutError(f"{group_members(self.group)} outlive SIGKILL")
+        assert self.ended(), f"{self._members()} outlive SIGKILL"
+
+    def _members(self) -> list[int]:
+        """Pids of the processes of the group that run."""
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [pid for pid in pids if _state(pid)[1:] == [str(self.group)]]
+
+
+def _state(pid: int) -> list[str]:
+    """[state, process group] of a process that runs; nothing for a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        state, _, group = text.rpartition(")")[2].split()[:3]
+    except (OSError, ValueError):
+        return []
+    return [] if state in "ZX" else [state, group]
 
 
 def start_gang(
-    *words: str,
-    log: Path,
-    world: int,
-    max_restarts: int = 0,
-    hooks: Hooks = (),
-    hooks_of: Mapping[int, Hooks] | None = None,
+    *words: str, log: Path, hooks: Sequence[Sequence[Hook]], max_restarts: int = 0
 ) -> Gang:
-    """`world` ranks; `hooks` for each of them, `hooks_of` for some."""
+    """A rank for each entry of `hooks`, under an agent."""
     board = log.with_suffix(f".{time.monotonic_ns()}.pids")
-    by_rank = [[*hooks, *(hooks_of or {}).get(rank, ())] for rank in range(world)]
-    agent = launch(_agent, list(words), str(log), by_rank, max_restarts, str(board))
+    agent = launch(_agent, list(words), str(log), hooks, max_restarts, str(board))
     assert agent.pid is not None
     return Gang(agent, agent.pid, board)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except (OSError, IndexError):
-        return False
-
-
-def group_members(group: int) -> list[int]:
-    """Pids of the processes of a group that run."""
-    members = []
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError, IndexError), open(f"{entry.path}/stat", "rb") as file:
-            state, _, its_group = file.read().rpartition(b")")[2].split()[:3]
-            if int(its_group) == group and state not in b"ZX":
-                members.append(int(entry.name))
-    return members
 
 
 def signal_to(pid: int, number: int) -> None:
@@ -189,13 +181,24 @@ def _agent(
 ) -> None:
     os.setpgid(0, 0)
     port, server = _serve()
-    world = len(hooks)
     code = 1
     for restart in range(max_restarts + 1):
         pids = []
-        for rank in range(world):
-            env = clean_environment(_variables(rank, world, restart, max_restarts, port))
-            pids.append(_fork(_program, words, log, env, hooks[rank]))
+        for rank, each in enumerate(hooks):
+            variables = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": len(hooks),
+                "LOCAL_WORLD_SIZE": len(hooks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "TORCHELASTIC_RUN_ID": f"gang-{port}",
+                "TORCHELASTIC_RESTART_COUNT": restart,
+                "TORCHELASTIC_MAX_RESTARTS": max_restarts,
+                "TORCHELASTIC_USE_AGENT_STORE": True,
+            }
+            env = clean_environment({name: str(value) for name, value in variables.items()})
+            pids.append(_fork(_program, words, log, env, each))
         Path(f"{board}.new").write_text(" ".join(map(str, pids)))
         os.replace(f"{board}.new", board)
         if _all_succeed(set(pids)):
@@ -203,21 +206,6 @@ def _agent(
             break
     signal_to(server, signal.SIGKILL)
     os._exit(code)
-
-
-def _variables(rank: int, world: int, restart: int, max_restarts: int, port: int) -> dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": f"gang-{port}",
-        "TORCHELASTIC_RESTART_COUNT": str(restart),
-        "TORCHELASTIC_MAX_RESTARTS": str(max_restarts),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
 
 
 def _fork(function: Callable[..., None], *args: Any) -> int:

@@ -1,0 +1,174 @@
+"""F5, F6, F10: flipped bits, cut, swapped, foreign and missing files, torn small files."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from breaking import flips
+from faults.lab import Lab, assert_same
+from handmade import paths_of, write_dataset, write_units
+from jobs import call, dataset_bytes
+
+from embed_precompute.audit.repair import repair
+from embed_precompute.audit.verify import verify
+from embed_precompute.errors import VerificationError
+from embed_precompute.store.check import check_digest
+from embed_precompute.store.commit import StoredFile
+from embed_precompute.store.manifest import finalize
+from embed_precompute.store.records import read_json, read_record, record_path
+
+FEW = ["one", "two words", None, "three more words", "one", "nan", "last of all"]
+SMALL = ["plan.json", "null.json", "manifest.json", "shards/000/shard-000001.json"]
+
+
+@pytest.fixture
+def whole(lab: Lab) -> Path:
+    root = lab.new()
+    write_dataset(root, FEW)
+    return root
+
+
+# --- F5 -------------------------------------------------------------------------------------------
+
+
+def test_f5_every_flipped_bit_is_found(lab: Lab) -> None:
+    """Of shard, rows part, index and manifest.parquet by their digests (in the short form, every
+    29th bit); of the JSON files by their own."""
+    texts = [" ".join(f"word{i}" for i in range(42)) + f" {i}" for i in range(96)]
+    root = lab.new()
+    manifest = write_dataset(root, texts, samples_per_shard=len(texts))
+    paths, named = paths_of(root, 0), read_record(root, 0).files
+    assert paths.shard.stat().st_size >= 32768
+    files = {paths.shard: named.shard, paths.rows: named.rows}
+    files |= {
+        root / name: StoredFile(name, entry.bytes, entry.sha256)
+        for name, entry in manifest.files.items()
+        if name.startswith("index/") or name == "manifest.parquet"
+    }
+    for path, entry in files.items():
+        payload = path.read_bytes()
+        for _ in flips(path, payload, range(0, len(payload) * 8, lab.size(29, 1))):
+            with pytest.raises(VerificationError):
+                check_digest(path, entry)
+    for path in (root / "plan.json", root / "null.json", paths.record, root / "manifest.json"):
+        payload = path.read_bytes()
+        for _ in flips(path, payload, range(0, len(payload) * 8, lab.size(3, 1))):
+            with pytest.raises(VerificationError):
+                read_json(path)
+
+
+def test_f5_verify_names_the_file_of_a_flipped_bit(lab: Lab, whole: Path) -> None:
+    files = sorted(path for path in whole.rglob("*") if path.is_file())
+    for _ in range(lab.size(100, 10_000)):
+        path = lab.rng.choice(files)
+        payload = path.read_bytes()
+        for _ in flips(path, payload, [lab.rng.randrange(len(payload) * 8)]):
+            assert any(path.name in line for line in verify(whole).problems)
+    for _ in range(lab.size(10, 1000)):
+        assert verify(whole).problems == []
+
+
+# --- F6 -------------------------------------------------------------------------------------------
+
+
+def test_f6_damage_is_named_and_only_its_unit_made_again(lab: Lab, whole: Path) -> None:
+    expected = dataset_bytes(whole)
+    other = lab.new()
+    write_dataset(other, ["uno", *FEW[1:]])
+    for what, named, damage in damages(whole, other, lab):
+        root = lab.copy(whole)
+        damage(root)
+        found = verify(root).problems
+        unit = named[:12] if named.startswith("shard-") else named.partition(".")[0]
+        if (what, named) != ("delete", "manifest.json"):  # then it is not finalised
+            assert any(unit in line for line in found), (what, named, found)
+        assert_mends(root, expected, named)
+        shutil.rmtree(root)
+
+
+def assert_mends(root: Path, expected: dict[str, bytes], named: str) -> None:
+    """Repair opens the unit of the file `named` only, and the job ends with the same bytes."""
+    unit = int(named[6:12]) if named.startswith("shard-") else None
+    if unit is not None and not record_path(root, unit).exists():
+        unit = None  # it is open already
+    opened = repair(root).opened
+    assert unit is None or unit in opened
+    assert len(opened) <= 2
+    assert unit is not None or not opened or named == "plan.json"
+    write_units(root, FEW)  # units that have a record stay
+    finalize(root)
+    assert_same(dataset_bytes(root), expected)
+
+
+Damage = tuple[str, str, Callable[[Path], object]]
+
+
+def damages(whole: Path, other: Path, lab: Lab) -> Iterator[Damage]:
+    """(what, the damaged file's name, a function that does it to a copy of the dataset)."""
+    for path in [path for path in sorted(whole.rglob("*")) if path.is_file()]:
+        name, payload = path.relative_to(whole), path.read_bytes()
+        for end in lab.sample(range(0, len(payload), 512), 1):
+            yield "cut", path.name, lambda r, n=name, p=payload[:end]: (r / n).write_bytes(p)
+        yield "append", path.name, lambda r, n=name, p=payload: (r / n).write_bytes(p + b"\0")
+        for begin in lab.sample(range(0, len(payload), 4096), 1):
+            if any(payload[begin : begin + 4096]):
+                yield "zero", path.name, lambda r, n=name, b=begin: zero(r / n, b)
+        yield "delete", path.name, lambda r, n=name: (r / n).unlink()
+        # The other dataset's file in the same place; data files have other names there.
+        for foreign in other.glob(re.sub(r"-[0-9a-f]{16}\.", "-*.", str(name))):
+            if foreign.read_bytes() != payload:
+                yield "foreign", path.name, lambda r, f=foreign, n=name: shutil.copy(f, r / n)
+    for one, two in zip(paths_of(whole, 0), paths_of(whole, 1), strict=True):
+        names = one.relative_to(whole), two.relative_to(whole)
+        yield "swap", one.name, lambda r, n=names: swap(r / n[0], r / n[1])
+
+
+def zero(path: Path, begin: int) -> None:
+    payload = path.read_bytes()
+    end = min(begin + 4096, len(payload))
+    path.write_bytes(payload[:begin] + bytes(end - begin) + payload[end:])
+
+
+def swap(one: Path, two: Path) -> None:
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+
+
+def test_f6_verify_repair_and_run_by_the_program(lab: Lab) -> None:
+    job = lab.job(12)
+    job.assert_resumes()
+    shards = sorted(job.root.glob("shards/*/*.safetensors"))
+    hurt = lab.rng.sample(shards, 2)
+    for path in hurt:
+        zero(path, 0)
+    assert call("verify", str(job.root))[0] == 4
+    assert call("repair", str(job.root))[0] == 5
+    began = time.time_ns()
+    job.assert_resumes()
+    assert {path for path in shards if path.stat().st_mtime_ns >= began} == set(hurt)
+    assert call("verify", str(job.root), "--level", "deep")[0] == 0
+
+
+# --- F10 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_f10_torn_at_every_byte(name: str, lab: Lab, whole: Path) -> None:
+    """Plan, null record, root and a record; some of the cuts are mended."""
+    path, expected = whole / name, dataset_bytes(whole)
+    payload = expected[name]
+    for end in range(len(payload)):
+        path.write_bytes(payload[:end])
+        with pytest.raises(VerificationError):
+            read_json(path)
+    path.write_bytes(payload)
+    for end in lab.rng.sample(range(len(payload)), lab.size(3, 60)):
+        root = lab.copy(whole)
+        (root / name).write_bytes(payload[:end])
+        assert_mends(root, expected, path.name)
