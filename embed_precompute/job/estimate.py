@@ -8,7 +8,6 @@ from a stated number of captions and are scaled up, or from all of them. Nothing
 from __future__ import annotations
 
 import functools
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from embed_precompute.captions.reader import CaptionReader
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.samples import Sample, Status
+from embed_precompute.store.commit import UNLIMITED, free_space
 from embed_precompute.store.plan import Plan
 
 FIRST_SAMPLES = 10_000
@@ -28,7 +28,6 @@ PIECE_ROWS = 10_000
 ROWS_BYTES_PER_SAMPLE = 60
 """A rows part's bytes per sample without the text, compressed: measured, an estimate."""
 FILES_PER_UNIT = 3
-UNLIMITED = 1 << 63
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FEW_CHARACTERS = 2.0
 """Characters per token below which a tokenizer is probably another model's."""
@@ -149,17 +148,6 @@ def tokenizer_line(encoder: ResolvedEncoder, figures: Figures) -> tuple[str, boo
             "Japanese or Korean have so few"
         )
     return line, suspicious
-
-
-def free_space(root: Path) -> tuple[int, int]:
-    """Bytes and files that the file system has free for `root`, which need not exist yet."""
-    folder = root.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    facts = os.statvfs(folder)
-    # Without a table of files it is 0 of 0; so is the size of a FUSE file system that has none.
-    free_bytes = facts.f_bavail * facts.f_frsize if facts.f_blocks else UNLIMITED
-    return free_bytes, facts.f_favail if facts.f_files else UNLIMITED
 
 
 def estimate_lines(

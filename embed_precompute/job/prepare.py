@@ -29,10 +29,9 @@ from embed_precompute.errors import ConflictError, InputError, StorageError
 from embed_precompute.job.estimate import (
     FILES_PER_UNIT,
     FirstCaptions,
-    free_space,
     tokenizer_line,
 )
-from embed_precompute.store.commit import publish_bytes, remove_dead
+from embed_precompute.store.commit import free_space, publish_bytes, remove_dead
 from embed_precompute.store.plan import (
     PLAN_FILE,
     InputFile,

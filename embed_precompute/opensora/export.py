@@ -31,6 +31,7 @@ from embed_precompute.errors import ConflictError, InputError, StorageError, Ver
 from embed_precompute.opensora.dataset import DONE_FILE, PadMasked, TextPair
 from embed_precompute.opensora.table import SAMPLER_COLUMNS, CaptionRows, Entry, TrainerTable
 from embed_precompute.store.commit import (
+    free_space,
     make_folder,
     publish_bytes,
     remove_file,
@@ -206,13 +207,12 @@ class Export:
         t5, clip = self.null["text_t5"], self.null["text_clip"]
         numbers = self.length * t5.shape[1] + clip.shape[0]
         needed = samples * (numbers * t5.element_size() + len(TENSORS) * PT_BYTES) + SPARE_BYTES
-        disk = os.statvfs(self.out)
-        free = disk.f_bavail * disk.f_frsize
-        if needed > free or (disk.f_files and len(TENSORS) * samples > disk.f_favail):
+        free_bytes, free_files = free_space(self.out)
+        if needed > free_bytes or len(TENSORS) * samples > free_files:
             raise StorageError(
                 f"{self.out}: {samples:,} samples need about {needed:,} bytes in "
-                f"{len(TENSORS) * samples:,} files; {free:,} bytes and {disk.f_favail:,} files are "
-                "free on its file system. Free some, export fewer samples (--limit), or train from "
+                f"{len(TENSORS) * samples:,} files; {free_bytes:,} bytes and {free_files:,} files "
+                "are free on its file system. Free some, export fewer samples (--limit), or train from "
                 "the shards directly with embed_precompute.opensora.dataset, which needs no copy."
             )
 

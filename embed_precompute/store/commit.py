@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 QUARANTINE = "_quarantine"
 TEMP_PREFIX = ".tmp-"
 PIECE_BYTES = 8 << 20
+UNLIMITED = 1 << 63
 NAME_DIGITS = 16
 """A data file's name has so many hex digits of its sha256."""
 
@@ -148,6 +149,17 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def free_space(folder: Path) -> tuple[int, int]:
+    """Bytes and files that the file system has free for `folder`, which need not exist yet."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    facts = os.statvfs(folder)
+    # A file system without a table of files says 0 of 0; so does FUSE where it knows no size.
+    free_bytes = facts.f_bavail * facts.f_frsize if facts.f_blocks else UNLIMITED
+    return free_bytes, facts.f_favail if facts.f_files else UNLIMITED
+
+
 def storage_error(path: Path, action: str, error: OSError, needed: int = 0) -> StorageError:
     """StorageError that names the bytes needed and the free space."""
     code = errno.errorcode.get(error.errno or 0, "unknown error")
@@ -155,8 +167,7 @@ def storage_error(path: Path, action: str, error: OSError, needed: int = 0) -> S
     if needed:
         sizes = f" The file needs {needed} bytes"
         with contextlib.suppress(OSError):
-            space = os.statvfs(path.parent)
-            sizes += f"; {space.f_bavail * space.f_frsize} bytes are free on its file system"
+            sizes += f"; {free_space(path.parent)[0]} bytes are free on its file system"
         sizes += "."
     return StorageError(
         f"{path}: {action} failed: {error.strerror} ({code}).{sizes} Mend that (space, quota, "

@@ -13,8 +13,7 @@ from jobs import call, write_captions, write_job
 
 from embed_precompute.captions.reader import CaptionReader
 from embed_precompute.job import prepare
-from embed_precompute.job.estimate import UNLIMITED, free_space
-from embed_precompute.store.commit import this_host
+from embed_precompute.store.commit import UNLIMITED, free_space, this_host
 
 TEXTS = [f"scene {i} with {'many ' * (i % 5)}people" for i in range(20)]
 
