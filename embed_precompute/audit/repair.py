@@ -1,4 +1,4 @@
-"""Repair: what verify rejects goes to quarantine, and just those units are open again.
+"""Repair: files that verify rejects go to quarantine, and a run makes just their units again.
 
 Guarantees: nothing is deleted but files that `finalize` makes again. The root manifest goes first,
 so a reader never finds a dataset that is being taken apart. A unit's record goes before its damaged
@@ -89,7 +89,7 @@ def repair(root: Path, *, failed: bool = False) -> Repaired:
     done.problems += report.problems
     done.plan_opened, done.null_opened = report.plan_rejected, report.null_rejected
     done.opened = sorted(report.rejected_units | (report.failed_units if failed else set()))
-    # What has a derived file's name but is no file could not be replaced.
+    # A folder or a pipe with the name of a derived file: `finalize` could not replace it.
     index = root / "index"
     derived = [root / MANIFEST, root / TABLE, *(index / name for name in list_folder(index))]
     blocked = [path for path in derived if os.path.lexists(path) and not path.is_file()]
@@ -130,7 +130,7 @@ def _foreign_plan(root: Path) -> str:
 
 
 def _open(done: Repaired, blocked: list[Path]) -> None:
-    """The root manifest, then unit by unit its record before its damaged files, then `blocked`."""
+    """Move away the root manifest, then each unit's record and damaged files, then `blocked`."""
     manifest = done.root / MANIFEST
     if manifest not in blocked:
         remove_file(manifest)

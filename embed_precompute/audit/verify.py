@@ -1,6 +1,6 @@
 """Verify: is every stored byte what the records say, and is every input row accounted for?
 
-Guarantees: `full` finds every changed, missing, cut or swapped file under the digests, and every
+Guarantees: `full` finds every file with a digest that was changed, cut, swapped or lost, and every
 disagreement between plan, records, shards, rows parts, manifest and index. Damage is a problem
 line that names the file, never a crash. Nothing is written. An unfinished dataset is checked as far
 as it goes.
@@ -80,9 +80,9 @@ class Report:
     rejected_units: set[int] = field(default_factory=set)
     """Units with a record, and a problem in one of their files."""
     failed_units: set[int] = field(default_factory=set)
-    """Sound units that hold a sample whose status is a failure of ours."""
+    """Units without a problem that hold a sample with status non_finite."""
     num_ok: dict[int, int] = field(default_factory=dict)
-    """Sound units and their samples whose status is ok."""
+    """Unit without a problem -> number of its samples whose status is ok."""
 
     @property
     def null_sound(self) -> bool:

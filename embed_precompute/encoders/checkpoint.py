@@ -160,7 +160,7 @@ def _snapshot(where: str, repo_id: str, revision: str | None) -> Path:
 
 
 def _looks_whole(folder: Path) -> bool:
-    """Weights with all their shards, or a tokenizer; other programs leave partial snapshots."""
+    """Whether a snapshot is complete: it has all shards of the weights, or a tokenizer."""
     index = folder / WEIGHTS_INDEX
     if index.is_file():
         return all((folder / name).is_file() for name in _shards("", index))

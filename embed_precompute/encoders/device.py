@@ -51,7 +51,7 @@ def environment(device: str, encoders: Sequence[ResolvedEncoder] = ()) -> dict[s
     }
     if any(encoder.decision.implementation == "shardformer" for encoder in encoders):
         versions["colossalai"] = importlib.metadata.version("colossalai")
-    versions["embed_precompute"] = __version__  # its own layers round as its release does
+    versions["embed_precompute"] = __version__  # a release may round otherwise
     versions["torch"] = torch.__version__  # with the build, such as +cpu or +cu124
     return {
         **versions,

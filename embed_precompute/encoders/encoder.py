@@ -76,7 +76,7 @@ class CopyEngine:
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
             event.record(self._stream)
-        source.record_stream(self._stream)  # its memory is not given away before
+        source.record_stream(self._stream)  # its memory is reused only after the copy
         return event
 
 

@@ -32,7 +32,7 @@ GB = 1e9
 BLOCK_BYTES = 1 << 24
 """Bytes of a file that are mapped at a time while they are cast."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Those that are cast, by their names in a safetensors header."""
+"""The dtypes that are cast, by their names in a safetensors header."""
 HARMLESS_LEFTOVERS = ("position_ids", "embed_tokens.weight")
 """Buffers that older versions saved, and the second name of T5's shared embedding."""
 
@@ -100,6 +100,7 @@ def load_model(source: Source, dtype: torch.dtype | str, **hf_kwargs: Any) -> An
         "local_files_only": True,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # reported to us instead of raised; refused below
+        **source.family.model_arguments,
         "torch_dtype" if transformers.__version__.startswith("4.") else "dtype": dtype,
     }
     changes = source.family.config_changes(source.options, source.checkpoint)

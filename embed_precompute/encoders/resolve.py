@@ -79,7 +79,7 @@ class ResolvedEncoder:
             )
 
     def spec(self) -> dict[str, Any]:
-        """What of this encoder changes bytes, as JSON: its part of the fingerprint."""
+        """All settings of this encoder that change bytes, as JSON: its part of the fingerprint."""
         options, tokenizer = self.options, self.opened.tokenizer
         return {
             "kind": options.kind,

@@ -146,7 +146,7 @@ class CaptionTokenizer:
         special_tokens: Sequence[str],
         template: Template | None = None,
     ) -> None:
-        """`where` is the config field errors name; `special_tokens` as in `load_tokenizer`.
+        """`where` begins every error; `special_tokens` as in `load_tokenizer`.
 
         Raises InputError: no usable fast tokenizer, or one that the template does not fit.
         """
@@ -301,8 +301,8 @@ class TokenBatch:
     """Input of one forward; captions past `len(rows)` only fill it up."""
 
     input_ids: NDArray[np.int64]
-    """[B, L], a caption a line, padded on the right with the pad id. Packed: [1, T], captions end
-    to end, pads after the last."""
+    """[B, L]: one caption per line, padded on the right with the pad id. Packed: [1, T], captions
+    end to end, pads after the last one."""
     lengths: NDArray[np.int32]
     """[C] real tokens of each caption, special tokens included; C is B unless packed."""
     first: NDArray[np.int32]
@@ -310,7 +310,8 @@ class TokenBatch:
     stored: NDArray[np.int32]
     """[C] how many positions are stored from there."""
     rows: NDArray[np.int64]
-    """[n], n <= C: which captions (positions in the list that was batched) the first n are."""
+    """[n], n <= C: the first n captions of the batch are those at these positions of the input. The
+    others are empty captions that fill it up."""
     packed: bool = False
 
     @property
@@ -335,9 +336,9 @@ def shape_of(num_tokens: int, shapes: Sequence[Shape]) -> Shape:
 def make_batches(
     captions: Tokenized, shapes: Sequence[Shape], pad_id: int, empty: Tokenized
 ) -> Iterator[TokenBatch]:
-    """Batches of all captions: short shapes first, input order inside one.
+    """Batches of all captions: short shapes first, captions of one shape in input order.
 
-    `empty` is the empty caption, which fills the lines left over in a shape's last batch.
+    `empty` is the empty caption, which fills up the last batch of each shape.
     """
     rows_of: dict[Shape, list[int]] = {}
     for row, num_tokens in enumerate(captions.num_ids):

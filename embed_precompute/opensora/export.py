@@ -212,8 +212,8 @@ class Export:
             raise StorageError(
                 f"{self.out}: {samples:,} samples need about {needed:,} bytes in "
                 f"{len(TENSORS) * samples:,} files; {free_bytes:,} bytes and {free_files:,} files "
-                "are free on its file system. Free some, export fewer samples (--limit), or train from "
-                "the shards directly with embed_precompute.opensora.dataset, which needs no copy."
+                "are free on its file system. Free some, export fewer samples (--limit), or train "
+                "from the shards with embed_precompute.opensora.dataset, which needs no copy."
             )
 
     def write_rows(self) -> None:

@@ -196,7 +196,7 @@ def _check_checksums(shard: ShardReader, tensors: Tensors) -> None:
 
 
 def _check_texts(path: Path, tensors: Tensors, record: UnitRecord, payload: bytes) -> None:
-    """The encoded texts against their digests, and texts and errors against the status."""
+    """Texts fit their digests. An ok sample has a text and no error; a bad input has no text."""
     facts = {status.label for status in INPUT_FACTS}
     names = ("sample_id", "text", "text_sha256", "status", "error")
     sha = hashlib.sha256()
@@ -248,7 +248,7 @@ def _check_rows(
         return values
 
     require(rows.column("shard").to_numpy() == record.unit, "samples of another shard")
-    # A row has one sample or several, one after another, and none is left out.
+    # An input row has one sample or more, one after another, and no input row is left out.
     numbers = rows.column("row").to_numpy()
     before = np.concatenate(([record.first_row - 1], numbers[:-1]))
     ordered = (numbers == before) | (numbers == before + 1)

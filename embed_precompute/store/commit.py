@@ -49,7 +49,7 @@ _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file by content."""
+    """A file that is published: its name, size and digest."""
 
     name: str
     """Basename, never a path."""

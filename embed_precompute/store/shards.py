@@ -279,7 +279,7 @@ class ShardReader:
         the row from this reader later: clone it first.
         """
         if not 0 <= i < self.num_rows:
-            # Rows are asked for as an index or a rows part says: then one of the two is damaged.
+            # The caller has the row number from an index or a rows part: that or this is damaged.
             raise self._damaged(f"row {i} of {name} is asked for, and it has {self.num_rows}")
         values = self._values[name]
         if self._tensors[name].per_caption:
@@ -367,7 +367,7 @@ class ShardReader:
 
 
 def _extent(entry: Mapping[str, Any]) -> int:
-    """The first extent of a tensor in a header."""
+    """The first dimension of a tensor, by its entry in a safetensors header."""
     extent = entry["shape"][0]
     if type(extent) is not int or extent < 0:
         raise ValueError(f"a tensor with {extent!r} rows")

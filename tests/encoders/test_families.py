@@ -46,6 +46,7 @@ def texts(corpus: list[str]) -> list[str]:
     """Empty, short, long, cut off, repeated, of other scripts, and odd at both ends."""
     longest = max(corpus, key=len)
     odd = ["  two  spaces\n", "caf\u00e9 \ube68\uac04 \u8d64\u3044", "\U0001f525", "{text} </s>"]
+    odd += ["a <pad> b", "[PAD] [SEP]", "<|endoftext|> c", "<|end|> d"]
     return ["", "x", "a red fox", *corpus[:12], longest * 12, corpus[0], longest, *odd]
 
 

@@ -62,7 +62,15 @@ def folder(tmp_path: Path, corpus: list[str], monkeypatch: pytest.MonkeyPatch) -
 def test_the_worked_example_passes_the_kit(
     folder: Path, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = ["", "x", "a red fox", *corpus[:6], corpus[0] * 12, "caf\u00e9 \ube68\uac04"]
+    texts = [
+        "",
+        "x",
+        "a red fox",
+        *corpus[:6],
+        corpus[0] * 12,
+        "caf\u00e9 \ube68\uac04",
+        "a [PAD] b",
+    ]
 
     def folder_of(case: Case) -> Path:
         return folder

@@ -10,6 +10,7 @@ import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from embed_precompute.encoders.checkpoint import Checkpoint
@@ -193,6 +194,9 @@ class Family(abc.ABC, Generic[Options]):
     """The dataclass of this kind's keys."""
     models: ClassVar[Mapping[str, str]]
     """model_type of config.json -> transformers' class for its text encoder."""
+    model_arguments: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Arguments of that class, such as `add_pooling_layer=False`: a part that is never run is then
+    not made, and its weights may be missing."""
     encoder_prefixes: ClassVar[tuple[str, ...]]
     """How the names of the encoder's weights begin. A weight with such a name that the model does
     not know is an error; any other belongs to a part that is not wanted."""
@@ -346,10 +350,10 @@ def mask_of_pads(
 ) -> torch.Tensor:
     """For a bidirectional model: a line's first `lengths` tokens are attended, its pads are not.
 
-    transformers 4: [B, L], 1 for real tokens. From 5 on the finished additive mask, [B, 1, 1, L]:
-    given [B, L] it leaves the mask out when no line of the batch has a pad, and then a caption's
-    kernel would depend on its neighbours. A causal model takes a finished mask for the whole of it,
-    and would see later tokens: give it none.
+    With transformers 4 the mask is [B, L], 1 for real tokens: it takes no other. With 5 it is the
+    finished additive mask, [B, 1, 1, L]. Given [B, L], a model may leave the mask out when no line
+    of the batch has a pad, and then a caption's kernel would depend on its neighbours. Not for a
+    causal model: that takes a finished mask instead of its causal one, and sees later tokens.
     """
     import torch
     import transformers

@@ -34,8 +34,8 @@ CAPTURE_WARM_UP = 3
 """Forwards before a CUDA graph is captured: allocations and tuning are over by then."""
 
 KERNEL_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
-"""The same kernel below 128 positions too: the one that torch has for short queries splits the keys
-by the number of the GPU's processors, and with it their sums."""
+"""The same kernel below 128 positions too. torch's kernel for short queries splits the keys by the
+number of the GPU's processors, and sums in another order on another GPU."""
 SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 32}
 """Queries and keys of one step of the kernel, in float32: torch 2.5's larger tiles take 115 KB of
 shared memory with a bias, and GPUs of compute capability 8.6 and 8.9 have 101."""
@@ -107,7 +107,7 @@ class Packing:
             tensor.copy_(upload(torch.from_numpy(values), tensor.device).view(tensor.shape))
 
     def block_mask(self, *, causal: bool) -> BlockMask:
-        """Each caption sees itself; its tensors are those that `set_layout` fills."""
+        """A mask in which each caption attends to itself; `set_layout` fills its tensors."""
         caption = self.caption
 
         def visible(

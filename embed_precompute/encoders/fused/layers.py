@@ -28,9 +28,9 @@ from embed_precompute.encoders.fused.stream import (
 from embed_precompute.encoders.tokenizer import TokenBatch
 
 PRODUCT_BYTES = 80 << 20
-"""Size of the widest activations of one matrix product. More rows read the weights less often,
-until a cache no longer has what one product hands to the next; measured at the widths of base and
-XXL."""
+"""Size of the widest activations of one matrix product. With more rows the weights are read less
+often, but beyond this size the next product no longer finds the activations in the cache. Measured
+at the widths of base and XXL."""
 
 
 class T5Layers:
@@ -132,7 +132,7 @@ class ClipLayers:
 
     def __init__(self, model: Any, end_id: int, *, compiled: bool) -> None:
         """`end_id`: a caption is pooled at its first token with this id."""
-        # transformers 4 wraps the text model once more than 5.
+        # In transformers 4 the text model is an attribute; in 5 it is the model itself.
         self._text, config = getattr(model, "text_model", model), model.config
         self._end_id = end_id
         words = self._text.embeddings.token_embedding.weight
@@ -161,8 +161,8 @@ class ClipLayers:
         for number, layer in enumerate(layers):
             mixed = self._attention(layer.self_attn, normed, blocks, runs)
             if number == len(layers) - 1:
-                # Only pooled rows go on, in products of the same size: of few rows a CPU splits the
-                # sums among its threads, and the number of threads would show in the bits.
+                # Only pooled rows go on, in products of the same size. With few rows a CPU splits
+                # each sum among its threads, and the bits would depend on the number of threads.
                 size = blocks[0].stop
                 pool_at = functional.pad(pool_at, (0, -len(pool_at) % size))
                 blocks = blocks[: len(pool_at) // size]

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from embed_precompute.encoders.tokenizer import TokenBatch
 
 ATTENTION_TOKENS = 2048
-"""Tokens of equally long captions that attend in one call: more leave the cache."""
+"""Tokens of equally long captions that attend in one call: more do not fit in the cache."""
 KERNEL_ROWS = 256
 """Rows of one kernel call: few enough to stay in a CPU's cache."""
 
@@ -112,7 +112,7 @@ class Workspace:
         """The buffer of that name and shape, with its old content; zeros at first."""
         buffer = self._buffers.get((name, shape))
         if buffer is None:
-            # Rows of no caption are computed with, too: never with what was left in memory.
+            # Rows without a caption are computed, too: zeros, since old memory may hold nan.
             buffer = torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
             self._buffers[name, shape] = buffer
         return buffer
@@ -302,4 +302,4 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_new": _gelu_new,
     "quick_gelu": _quick_gelu,
 }
-"""Of float32, by the names of config.json."""
+"""Activations in float32, by their names in config.json."""
