@@ -57,9 +57,9 @@ def whole(lab: Lab) -> dict[str, bytes]:
 
 def test_f2_killed_at_every_step(lab: Lab, whole: dict[str, bytes]) -> None:
     """SIGKILL, and a power failure, at every step of plan, shard, rows, record, index and root; in
-    the short form one of the two at every third step."""
+    the short form one of the two."""
     for powers in ((False,), (True,)) if lab.long else ((False, True),):
-        for n in count(lab.rng.randrange(lab.size(3, 1)), lab.size(3, 1)):
+        for n in count():
             root = lab.new()
             die = {"root": str(root), "n": n, "power": powers[n % len(powers)], "seed": n}
 
@@ -78,7 +78,7 @@ def test_f2_killed_at_every_step(lab: Lab, whole: dict[str, bytes]) -> None:
 
 
 def test_f2_killed_at_a_step_of_a_run(lab: Lab) -> None:
-    for n in count(lab.rng.randint(0, 20), lab.size(47, 1)):
+    for n in count(lab.rng.randint(0, 20), lab.size(23, 1)):
         job = lab.job(6)
         # The name of the dataset's folder may be lost, too.
         die = {"root": str(job.folder), "n": n, "power": bool(n % 2), "seed": n}
