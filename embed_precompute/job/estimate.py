@@ -29,6 +29,7 @@ ROWS_BYTES_PER_SAMPLE = 60
 """A rows part's bytes per sample without the text, compressed: measured, an estimate."""
 FILES_PER_UNIT = 3
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+EXAMPLES, EXAMPLE_CHARACTERS = 3, 300
 FEW_CHARACTERS = 2.0
 """Characters per token below which a tokenizer is probably another model's."""
 
@@ -59,6 +60,8 @@ class Figures:
     noted: Counter[str] = field(default_factory=Counter)
     """Empty captions, and rows where a column of the recipe is null."""
     encoders: dict[str, TokenFigures] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+    """The first texts as they are encoded."""
 
     @property
     def encoded(self) -> int:
@@ -100,6 +103,7 @@ class FirstCaptions:
         hashes: list[np.ndarray] = []
         for samples in self._pieces(reader, max_samples):
             texts = [sample.text for sample in samples if sample.text is not None]
+            figures.examples += texts[: EXAMPLES - len(figures.examples)]
             figures.samples += len(samples)
             figures.status.update(sample.status.label for sample in samples)
             encoded = [text.encode() for text in texts]
@@ -136,6 +140,16 @@ def _add(sums: TokenFigures, encoder: ResolvedEncoder, texts: list[str]) -> None
         sums.vectors[tensor] += sum(encoder.stored_lengths(output, captions, null=False))
 
 
+def example_lines(figures: Figures) -> list[str]:
+    """The first texts, quoted, so that a wrong recipe shows; of a long one the two ends."""
+    half = EXAMPLE_CHARACTERS // 2
+    short = (
+        text if len(text) <= EXAMPLE_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
+        for text in figures.examples
+    )
+    return [f"encoded as {text!r}" for text in short]
+
+
 def tokenizer_line(encoder: ResolvedEncoder, figures: Figures) -> tuple[str, bool]:
     """The tokenizer and how it fits these captions; whether it seems to be another model's."""
     sums = figures.encoders[encoder.name]
@@ -166,6 +180,7 @@ def estimate_lines(
     duplicates = figures.encoded - figures.distinct
     lines.append(f"captions   of {basis} samples: {status}; {duplicates:,} repeat an earlier text")
     lines += [f"{'':<10} {count:,} {what}" for what, count in sorted(figures.noted.items())]
+    lines += example_lines(figures)
     for encoder in first.encoders:
         lines += _encoder_lines(encoder, figures)
     embeddings = figures.embedding_bytes(first.encoders, dtype)

@@ -29,6 +29,7 @@ from embed_precompute.errors import ConflictError, InputError, StorageError
 from embed_precompute.job.estimate import (
     FILES_PER_UNIT,
     FirstCaptions,
+    example_lines,
     tokenizer_line,
 )
 from embed_precompute.store.commit import free_space, publish_bytes, remove_dead
@@ -158,6 +159,8 @@ def check_first_captions(prepared: Prepared, units_left: Collection[int]) -> Non
     if not units_left:
         return
     plan, root, figures = prepared.plan, prepared.root, prepared.first_captions.figures
+    for line in example_lines(figures):
+        log.info("%s", line)
     for encoder in prepared.encoders:
         line, suspicious = tokenizer_line(encoder, figures)
         (log.warning if suspicious else log.info)("%s: tokenizer %s", encoder.opened.where, line)

@@ -99,6 +99,16 @@ def test_the_first_captions_are_read_once(job: Path, monkeypatch: pytest.MonkeyP
     assert reads == [(0, 20)] * 2  # and the one unit
 
 
+def test_the_first_captions_are_shown_as_they_are_encoded(job: Path) -> None:
+    """A wrong recipe shows before the run."""
+    template = ("--captions.recipe", "{kind: template, template: '<{text}>'}")
+    for command, output in (("plan", 1), ("run", 2)):
+        said = call(command, str(job), *template)[output]
+        for text in TEXTS[:3]:
+            assert f"encoded as '<{text}>'" in said
+        assert TEXTS[3] not in said
+
+
 def test_another_models_tokenizer_is_warned_of(
     tmp_path: Path, tiny_t5: Path, corpus: list[str]
 ) -> None:
