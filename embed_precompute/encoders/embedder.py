@@ -74,7 +74,7 @@ class HFEmbedder(nn.Module):
         self.tokenizer = load_tokenizer(WHERE, checkpoint.folder, family.special_tokens)
         dtype = _dtype_of(hf_kwargs)
         model = load_model(Source(checkpoint, family, options), dtype, **hf_kwargs)
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = model.config.max_position_embeddings if kind == "clip" else None
         if self.max_length < 1:
             raise InputError(f"HFEmbedder.max_length is {self.max_length}: expected 1 or more.")
         if positions is not None and self.max_length > positions:

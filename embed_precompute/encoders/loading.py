@@ -31,7 +31,14 @@ log = logging.getLogger(__name__)
 GB = 1e9
 BLOCK_BYTES = 1 << 24
 """Bytes of a file that are mapped at a time while they are cast."""
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 """The dtypes that are cast, by their names in a safetensors header."""
 HARMLESS_LEFTOVERS = ("position_ids", "embed_tokens.weight")
 """Buffers that older versions saved, and the second name of T5's shared embedding."""

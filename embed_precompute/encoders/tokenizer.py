@@ -74,9 +74,10 @@ class Tokenized:
     stored: list[int]
     """How many positions are stored from there."""
     tokens: list[int]
-    """The caption's own tokens: without the template's, with the tokenizer's special tokens."""
+    """The caption's own tokens: without the template's, with the tokenizer's special tokens. Where
+    a caption in its template is cut, what is left of the text after the caption counts, too."""
     truncated: list[bool]
-    """Whether the caption had more tokens than max_length."""
+    """Whether the caption, in its template, had more tokens than `CaptionTokenizer.longest`."""
     unknown: list[int]
     """Unknown tokens among those kept."""
 
@@ -163,6 +164,12 @@ class CaptionTokenizer:
         self.max_id = max(self._backend.get_vocab(with_added_tokens=True).values())
         direction = str(tokenizer.truncation_side)
         self._template = template or Template()
+        if direction != "right" and (self._template.before or self._template.after):
+            raise InputError(
+                f"{where}: the tokenizer in {folder} has truncation_side {direction!r}, which cuts "
+                "long captions at their beginning, and with them the template before. Set it to "
+                "'right' in tokenizer_config.json."
+            )
         self.digest = self._probe(direction)
         self._num_before, self._num_after = self._template_tokens(where)
         crop_start = self._template.crop_start
@@ -201,7 +208,9 @@ class CaptionTokenizer:
             truncated=truncated,
             # CLIP's unknown token is its end token, which every caption has: what the empty caption
             # has of it is not unknown.
-            unknown=[int((each == self._unk_id).sum()) - self._unknown_in_empty for each in ids],
+            unknown=[
+                max(0, int((each == self._unk_id).sum()) - self._unknown_in_empty) for each in ids
+            ],
         )
 
     def _encode(self, texts: Sequence[str]) -> list[Any]:

@@ -71,7 +71,8 @@ class VideoTokensConfig:
             "buckets or bucket_config is needed, and the other null.",
         )
         buckets = self.all_buckets()
-        require(bool(buckets), "bucket_config has no bucket that a clip could be in.")
+        given = "buckets" if self.buckets is not None else "bucket_config"
+        require(bool(buckets), f"{given} has no bucket that a clip could be in.")
         for bucket in buckets:
             require(
                 min(bucket.frames, bucket.height, bucket.width) >= 1,

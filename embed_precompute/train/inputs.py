@@ -241,7 +241,8 @@ def pad_null(null_txt: Tensor, length: int) -> Tensor:
     if missing < 0 or null_txt.shape[1] == 0:
         raise InputError(
             f"the null embedding has {null_txt.shape[1]} vectors, the batch {length}: expected 1 "
-            f"to {length}. Both must come from one dataset, made with one max_length."
+            f"to {length}. Both must come from one dataset; with seq_align, from one whose "
+            "max_length seq_align divides."
         )
     if missing == 0:
         return null_txt

@@ -26,11 +26,17 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4} |
 
 
 def write_decoder(
-    folder: Path, corpus: list[str], *, model_type: str = "qwen2", begins: bool = False
+    folder: Path,
+    corpus: list[str],
+    *,
+    model_type: str = "qwen2",
+    begins: bool = False,
+    ends: bool = False,
 ) -> Path:
     """A random causal language model, head included, as its trainers save one.
 
-    `begins`: the tokenizer puts a begin-of-text token first, as Llama's does.
+    `begins`: the tokenizer puts a begin-of-text token first, as Llama's does; `ends`: an end token
+    last, as that of some embedding models does.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -40,9 +46,9 @@ def write_decoder(
         vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    if begins:
-        first = ("<|begin|>", tokenizer.token_to_id("<|begin|>"))
-        tokenizer.post_processor = processors.TemplateProcessing("<|begin|> $A", None, [first])
+    added = "<|begin|> $A" if begins else "$A <|end|>" if ends else "$A"
+    special = [(name, tokenizer.token_to_id(name)) for name in SPECIAL]
+    tokenizer.post_processor = processors.TemplateProcessing(added, None, special)
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", padding_side="left"
     )
@@ -66,6 +72,7 @@ llama = partial(write_decoder, model_type="llama", begins=True)
 SHORT = {"max_length": 48, "batch_tokens": 400, "buckets": [12, 24]}
 CASES = [
     Case("qwen2", "decoder", write_decoder, {"template": CHAT, **SHORT}),
+    Case("qwen2-ends", "decoder", partial(write_decoder, ends=True), {"template": CHAT, **SHORT}),
     Case("llama", "decoder", llama, {"template": CHAT, "hidden_state": -2, **SHORT}),
     Case("llama-plain", "decoder", llama, {"hidden_state": 1, "max_length": 48}),
     Case(
@@ -164,6 +171,13 @@ def test_settings_that_cannot_be(qwen2: Path, fields: dict[str, Any], words: str
         resolved(qwen2, **fields)
 
 
+def test_a_template_is_not_cut_off_at_its_beginning(qwen2: Path, tmp_path: Path) -> None:
+    """Left truncation would take the prompt, and the crop then the caption."""
+    left = copied(qwen2, tmp_path / "left", "tokenizer_config.json", truncation_side="left")
+    with pytest.raises(InputError, match="truncation_side 'left', which cuts long captions at"):
+        resolved(left)
+
+
 def test_braces_are_written_twice(qwen2: Path) -> None:
     template = '<|user|>{{"prompt": 1}}\n{text}<|end|>'
     encoder = resolved(qwen2, template=template)
@@ -196,6 +210,10 @@ def test_a_head_alone_is_named(tmp_path: Path, corpus: list[str]) -> None:
         (
             ({"model_type": "gpt2"}, "takes llama, mistral, qwen2, qwen3"),
             ({"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}, "lacks weights"),
+            (
+                {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+                r"has encoder weights that its config.json does not know: (model\.)?layers\.2",
+            ),
         )
     ):
         other = copied(folder, tmp_path / str(number), **changes)

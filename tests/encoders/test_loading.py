@@ -160,6 +160,20 @@ def test_cast_block_by_block_from_several_files(
         source_of(folder, kind)
 
 
+def test_float8_weights_are_cast(tmp_path: Path, tiny_t5: Path) -> None:
+    folder = shutil.copytree(tiny_t5, tmp_path / "float8")
+
+    def to_float8(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(torch.float8_e4m3fn)
+
+    edit_weights(folder, to_float8)
+    loaded = dict(load_model(source_of(folder), torch.bfloat16).named_parameters())
+    for name, parameter in load_model(source_of(tiny_t5), torch.bfloat16).named_parameters():
+        assert loaded[name].dtype == parameter.dtype, name
+        assert torch.allclose(loaded[name].float(), parameter.float(), rtol=0.07, atol=0.01), name
+
+
 # --- damage ---------------------------------------------------------------------------------------
 
 

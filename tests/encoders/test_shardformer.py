@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from family_case import encoder_of
 from jobs import call, write_captions, write_job
 
 from embed_precompute import EmbeddingDataset, HFEmbedder, shardformer_t5
 from embed_precompute.encoders import shardformer as module
+from embed_precompute.encoders.device import check_numbers
 from embed_precompute.errors import InputError
 from make_demo import write_t5
 
@@ -96,6 +98,18 @@ def test_a_whole_run(tmp_path: Path, tiny_t5: Path, corpus: list[str]) -> None:
     assert '"colossalai":"0.5' in record
     with pytest.raises(Exception, match="implementation"):  # another fingerprint
         EmbeddingDataset(roots)
+
+
+@needs_colossalai
+def test_the_self_check_compares_with_layers_that_are_not_optimised(tiny_t5: Path) -> None:
+    """Both would be wrong by the same, and the check would pass."""
+    encoder = encoder_of("t5", tiny_t5, implementation="shardformer", max_length=16)
+    check_numbers(encoder)
+    feed_forward = encoder.model.encoder.block[0].layer[-1]
+    original = feed_forward.forward
+    feed_forward.forward = lambda states: 1.5 * original(states)
+    with pytest.raises(InputError, match="shardformer has a relative difference of"):
+        check_numbers(encoder)
 
 
 def test_umt5_is_refused(tiny_umt5: Path) -> None:

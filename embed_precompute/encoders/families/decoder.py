@@ -8,6 +8,7 @@ the hidden state are neither loaded nor run.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -143,11 +144,16 @@ class Decoder(Family[DecoderOptions]):
         return changes
 
     def is_other_part(self, options: DecoderOptions, checkpoint: Checkpoint, weight: str) -> bool:
-        """The head, and layers after the hidden state."""
+        """The head, and layers after the hidden state.
+
+        Layers that config.json does not have are none of these: they are an error.
+        """
         name = weight.removeprefix("model.")
-        if name.startswith("layers."):
-            return int(name.split(".")[1]) >= _num_layers(options, checkpoint)
-        return name.startswith("lm_head.")
+        layer = re.match(r"layers\.(\d+)\.", name)
+        if layer is None:
+            return name.startswith("lm_head.")
+        layers = int(checkpoint.text_config.num_hidden_layers)
+        return _num_layers(options, checkpoint) <= int(layer[1]) < layers
 
     def adapt(self, model: Any, options: DecoderOptions) -> None:
         import torch
@@ -181,7 +187,9 @@ class Decoder(Family[DecoderOptions]):
         start = options.crop_start
         if start == "template":
             before = options.template.format(text="\0").split("\0")[0]
-            start = len(tokenize(before).input_ids) if before else 0
+            probe = tokenize(options.template.format(text="a"), return_offsets_mapping=True)
+            ends = [end > len(before) for _, end in probe.offset_mapping]
+            start = ends.index(True) if before else 0
 
         def encode(text: str, padded_length: int | None) -> dict[str, torch.Tensor]:
             prompt = options.template.format(text=text)
