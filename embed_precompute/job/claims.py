@@ -3,8 +3,8 @@
 Guarantees: correctness rests on the unit records alone. Whatever torchrun's store answers, or if it
 is gone, a rank ends only when every unit has a record. A unit that two ranks compute is published
 once. Nobody adds to the units of another plan.
-Costs: a listing of the shard folders at the start, and a `stat` and a round trip to torchrun's
-store per unit. No collective, no lock, no clock.
+Costs: two listings of the shard folders, at the start and before the sweep; per unit a `stat` and a
+round trip to torchrun's store. No collective, no lock, no clock.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ class Committed:
 
     def refresh(self) -> None:
         """Lists again, which is cheaper than to ask for many units one by one."""
-        self._units = committed_units(self._root) & self._all
+        units = committed_units(self._root) & self._all
         if record_path(self._root, NULL_UNIT).exists():
-            self._units.add(NULL_UNIT)
+            units.add(NULL_UNIT)
+        self._units = units  # at once: another thread reads it
 
     @property
     def units(self) -> int:

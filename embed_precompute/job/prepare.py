@@ -45,9 +45,11 @@ from embed_precompute.store.plan import (
 from embed_precompute.store.records import (
     FORMAT_VERSION,
     MAX_JSON_BYTES,
+    NULL_UNIT,
     committed_units,
     document_bytes,
-    read_record,
+    read_any_record,
+    record_path,
     refuse_linked_folders,
 )
 
@@ -137,10 +139,12 @@ def publish(prepared: Prepared) -> Prepared:
 
 def _refuse_foreign_units(prepared: Prepared) -> None:
     """Where plan.json was lost, the units that are there must be of the plan that replaces it."""
-    unit = min(committed_units(prepared.root), default=None)
-    if unit is None:
+    units = committed_units(prepared.root)
+    if record_path(prepared.root, NULL_UNIT).exists():
+        units.add(NULL_UNIT)
+    if not units:
         return
-    record = read_record(prepared.root, unit)
+    record = read_any_record(prepared.root, min(units))
     if record.plan_id != prepared.plan.plan_id:
         raise ConflictError(
             f"{prepared.root} has no {PLAN_FILE}, and its units belong to another plan "

@@ -156,7 +156,8 @@ class Stages:
         self._units: _Channel[Unit] = _Channel(runtime.prefetch_units, self._halted)
         self._batches: _Channel[_Encoded] = _Channel(runtime.write_queue_batches, self._halted)
         self.units = self.samples = 0
-        """Committed by this rank; the null embedding is a unit without samples."""
+        """Written by this rank, also those that another rank committed first. The null embedding
+        is a unit without samples."""
         self.encode_seconds = 0.0
         """Spent in the encoders; the rest of a run's time the device waits."""
         self._unit_s = 0.0

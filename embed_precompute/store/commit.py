@@ -120,7 +120,10 @@ def drop_staged_files() -> None:
 def this_host() -> str:
     """The machine, and the pid namespace on it, within which a pid names one process."""
     host = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:64]
-    return f"{host}.{os.stat('/proc/self/ns/pid').st_ino}"
+    try:
+        return f"{host}.{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # no /proc here, as in a bare chroot
+        return host
 
 
 def make_folder(folder: Path) -> None:
@@ -167,7 +170,9 @@ def storage_error(path: Path, action: str, error: OSError, needed: int = 0) -> S
     if needed:
         sizes = f" The file needs {needed} bytes"
         with contextlib.suppress(OSError):
-            sizes += f"; {free_space(path.parent)[0]} bytes are free on its file system"
+            free, _ = free_space(path.parent)
+            if free < UNLIMITED:
+                sizes += f"; {free} bytes are free on its file system"
         sizes += "."
     return StorageError(
         f"{path}: {action} failed: {error.strerror} ({code}).{sizes} Mend that (space, quota, "
@@ -226,7 +231,10 @@ class StagedFile:
         view, done, self._digest = view.cast("B"), 0, None
         try:
             while done < size:
-                done += os.pwrite(self._fd, view[done:], offset + done)
+                count = os.pwrite(self._fd, view[done:], offset + done)
+                if count == 0:  # a broken network file system; else this would never end
+                    raise OSError(errno.EIO, "nothing was written")
+                done += count
         except OSError as error:
             raise self._error(f"writing at byte {offset + done}", error, offset + size) from error
         return size
@@ -275,22 +283,19 @@ class StagedFile:
         self._sync_parent()  # also for a winner that may have died before it did
         return ours
 
-    def replace(self) -> bool:
-        """Gives the file its name, in place of any file that has it; False when that was equal."""
+    def replace(self) -> None:
+        """Gives the file its name, in place of any file that has it; an equal one stays."""
         stored = self._finish()
         try:
-            changed = not self._target_is(stored)
-            if changed:
+            if not self._target_is(stored):
                 os.replace(self._temp, self.target)
         except OSError as error:
             # Another process that finished the same dataset may have removed our temporary.
-            changed = False
             if not self._target_is(stored):
                 raise self._error("renaming into place", error) from error
         finally:
             self.discard()
         self._sync_parent()
-        return changed
 
     def publish_by_content(self) -> StoredFile:
         """Gives the file the `content_name` of its target; returns it under that name.
@@ -376,11 +381,11 @@ def publish_bytes_by_content(target: Path, payload: bytes) -> StoredFile:
         return staged.publish_by_content()
 
 
-def replace_bytes(target: Path, payload: bytes) -> bool:
-    """Writes a small derived file in place of what is there; False when that was equal already."""
+def replace_bytes(target: Path, payload: bytes) -> None:
+    """Writes a small derived file in place of what is there; an equal file stays."""
     with StagedFile(target, len(payload)) as staged:
         staged.write(payload)
-        return staged.replace()
+        staged.replace()
 
 
 # --- files that leave -----------------------------------------------------------------------------
@@ -415,7 +420,8 @@ def remove_file(path: Path) -> None:
 def remove_leftovers(*folders: Path) -> None:
     """Removes all temporary files from the folders of a dataset that is complete.
 
-    A process that still writes one finds the file that another process published in its place.
+    A process that still writes one finds the equal file that another process has published. If it
+    writes in another environment, it ends with StorageError: the dataset is complete without it.
     """
     for path in _temporaries(*folders):
         with contextlib.suppress(OSError):
@@ -428,13 +434,12 @@ def remove_dead(root: Path) -> int:
     Those of other machines stay until the dataset is complete: this machine cannot tell.
     """
     removed = 0
-    own = _staged.copy()
     folders = [root, root / "index"]
     with contextlib.suppress(OSError), os.scandir(root / "shards") as entries:
         folders += [Path(each.path) for each in entries if each.is_dir(follow_symlinks=False)]
     for path in _temporaries(*folders):
         match = _TEMP_NAME.fullmatch(path.name)
-        if match is None or match["host"] != this_host() or path in own:
+        if match is None or match["host"] != this_host() or path in _staged:
             continue
         pid = int(match["pid"])
         # In a container that was started again, our own pid may be that of the dead writer.

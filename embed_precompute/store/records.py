@@ -338,7 +338,7 @@ def unit_folders(root: Path) -> list[Path]:
 
 
 def unnamed_files(root: Path) -> Iterator[Path]:
-    """More shards and rows parts of committed units than their records name.
+    """Shards and rows parts of committed units that the unit's record does not name.
 
     They are of writers that died, or that were not the first. The files of a unit without a record
     are left out: a writer may be about to publish it. So are those of a unit whose record is

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
+from handmade import make_plan, write_null, write_plan
 
 from embed_precompute.distributed import DistContext
-from embed_precompute.job.claims import Claims
+from embed_precompute.errors import ConflictError
+from embed_precompute.job import claims
+from embed_precompute.job.claims import Claims, Committed
 from embed_precompute.store.records import NULL_UNIT
 
 
@@ -153,3 +157,23 @@ def test_two_jobs_on_one_output_rarely_compute_the_same_unit(delay: int) -> None
                 done.add(ended)
             under_way[job] = next(jobs[job], None)
     assert twice / (6 * num_units) <= 0.1
+
+
+def test_what_is_committed_stays_known_while_it_is_listed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer checks the environment while the reader lists the records for its sweep."""
+    plan = make_plan(num_rows=4, samples_per_shard=2)
+    write_plan(tmp_path, plan)
+    write_null(tmp_path, plan)
+    committed = Committed(tmp_path, plan)
+    original = claims.record_path
+
+    def checked(root: Path, unit: int) -> Path:
+        with pytest.raises(ConflictError, match="another environment"):
+            committed.check_environment({"torch": "other"}, "refuse")
+        return original(root, unit)
+
+    monkeypatch.setattr(claims, "record_path", checked)
+    committed.refresh()
+    assert committed.left() == {0, 1}

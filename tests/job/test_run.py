@@ -110,9 +110,14 @@ def test_records_beyond_the_plan_are_not_counted(job: Path, tmp_path: Path) -> N
     assert (folder / "shard-000001.json").exists()
 
 
-def test_units_of_another_plan_are_refused_at_the_start(job: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", ["units", "null"])
+def test_units_of_another_plan_are_refused_at_the_start(
+    job: Path, tmp_path: Path, left: str
+) -> None:
     assert call("run", str(job))[0] == 0
     (tmp_path / "out/plan.json").unlink()
+    if left == "null":
+        shutil.rmtree(tmp_path / "out/shards")
     edit(job, "encoders.t5", max_length=20)
     code, _, error = call("run", str(job))
     assert code == 3, error

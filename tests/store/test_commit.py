@@ -23,8 +23,10 @@ from embed_precompute.store.commit import (
     digest_file,
     publish_bytes,
     publish_bytes_by_content,
+    remove_dead,
     remove_leftovers,
     replace_bytes,
+    this_host,
 )
 
 
@@ -47,11 +49,11 @@ def test_publish_first_wins(
 
 def test_replace_writes_only_what_differs(tmp_path: Path) -> None:
     target = tmp_path / "x"
-    assert replace_bytes(target, b"one")
+    replace_bytes(target, b"one")
     inode = target.stat().st_ino
-    assert not replace_bytes(target, b"one")
+    replace_bytes(target, b"one")
     assert target.stat().st_ino == inode
-    assert replace_bytes(target, b"two")
+    replace_bytes(target, b"two")
     assert target.read_bytes() == b"two"
     assert leftovers(tmp_path) == []
 
@@ -200,3 +202,23 @@ def test_file_size_limit(tmp_path: Path) -> None:
     assert "writing at byte 1000 failed" in result.stdout
     assert "needs 1500 bytes" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_written_meanwhile_are_not_taken_for_a_dead_writers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread stages a file after `remove_dead` has begun."""
+    files: list[StagedFile] = []
+    original = os.listdir
+
+    def listing(folder: Path) -> list[str]:
+        if folder == tmp_path and not files:
+            files.append(StagedFile(tmp_path / "x"))
+        return original(folder)
+
+    monkeypatch.setattr(os, "listdir", listing)
+    assert remove_dead(tmp_path) == 0
+    assert files[0].publish()
+    dead = tmp_path / f".tmp-y-{this_host()}-{os.getpid()}-0123456789ab"
+    dead.touch()
+    assert remove_dead(tmp_path) == 1
