@@ -120,6 +120,7 @@ def test_commands_are_frozen() -> None:
 
 def test_public_names_are_frozen_and_importable() -> None:
     assert set(embed_precompute.__all__) == PUBLIC
+    assert {name for name in dir(embed_precompute) if not name.startswith("_")} == PUBLIC
     for name in PUBLIC:
         assert getattr(embed_precompute, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Runn'"):

@@ -106,6 +106,11 @@ class Report:
             lines.append(f"  note: and {len(self.notes) - MAX_NOTES:,} more files like these")
         count = len(self.problems)
         lines.append(f"  {count:,} problem{'s' * (count != 1)}" if count else "  no problems")
+        if count:
+            lines.append(
+                f"  `embed-precompute repair {self.root}` moves what is damaged away, and the next "
+                "run makes it again"
+            )
         return "\n".join(lines)
 
 

@@ -193,8 +193,20 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
             samples[k] = self[indexes[k]]  # a subclass's own __getitem__, if it has one
         return samples
 
-    def index_of(self, sample_id: str) -> int:
-        """The index of the sample with this id; SampleLookupError when it has no embedding."""
+    def __repr__(self) -> str:
+        where = ", ".join(map(str, self.roots))
+        shapes = [
+            f"text_{name} [{'' if tensor.per == 'caption' else 'L, '}{tensor.width}] {tensor.dtype}"
+            for name, tensor in self.tensors.items()
+        ]
+        return f"EmbeddingDataset({where}: {len(self):,} samples, {', '.join(shapes)})"
+
+    def index_of(self, sample_id: str | int) -> int:
+        """The index of the sample with this id; SampleLookupError when it has no embedding.
+
+        Ids of an integer column, and row numbers, may be given as numbers.
+        """
+        sample_id = str(sample_id)
         failed: str | None = None
         for number, folder in enumerate(self._folders):
             index = folder.index

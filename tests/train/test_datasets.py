@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import pickle
 import shutil
@@ -16,7 +17,16 @@ import numpy as np
 import pytest
 import torch
 from breaking import flip
-from handmade import embedding, paths_of, rewrite_json, write_dataset, write_units
+from handmade import (
+    embedding,
+    make_plan,
+    paths_of,
+    rewrite_json,
+    samples_of,
+    write_dataset,
+    write_samples,
+    write_units,
+)
 from jobs import clean_environment
 from torch.utils.data import DataLoader
 
@@ -100,6 +110,22 @@ def test_null_and_facts(root: Path) -> None:
     assert dataset.manifest == manifest
     assert dataset.fingerprint == manifest.fingerprint
     assert dataset.tensors["t5"] == TensorEntry("t5", "token", 4, "bfloat16")
+
+
+def test_a_dataset_says_what_it_is(root: Path) -> None:
+    said = f"{root}: {len(OK)} samples, text_clip [3] bfloat16, text_t5 [L, 4] bfloat16"
+    assert repr(EmbeddingDataset(root)) == f"EmbeddingDataset({said})"
+
+
+def test_ids_of_an_integer_column_may_be_numbers(tmp_path: Path) -> None:
+    plan = make_plan(num_rows=3, samples_per_shard=3)
+    samples = [
+        dataclasses.replace(s, sample_id=str(s.row + 7)) for s in samples_of(["a", "b", "c"])
+    ]
+    write_samples(tmp_path, plan, samples)
+    finalize(tmp_path)
+    dataset = EmbeddingDataset(tmp_path)
+    assert [dataset.index_of(number) for number in (7, 8, 9)] == [0, 1, 2]
 
 
 def test_index_of(root: Path) -> None:
