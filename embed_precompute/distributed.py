@@ -1,6 +1,6 @@
 """Which process this is among its peers. The only module that reads the launcher's environment.
 
-`DistContext.detect` gives the same answer under torchrun, srun, accelerate and alone.
+`DistContext.detect` works the same under torchrun, srun and accelerate, and for a single process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DistContext:
 
     @classmethod
     def of_training(cls, environ: Mapping[str, str] | None = None) -> DistContext:
-        """This process in a training job: from torch's process group, where there is one.
+        """This process in a training job: from torch's process group, if there is one.
 
         Without a process group the launcher's environment is read. Each element of a Slurm array
         counts as a training of its own: ranks that train together run in one `srun`.
@@ -116,7 +116,7 @@ def _number(env: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _leading_number(text: str) -> int:
-    """Slurm writes "4(x2),3": the first number is enough, it is only shown."""
+    """Slurm writes "4(x2),3": the first number is enough, for it is only shown."""
     digits = "".join(c for c in text.split("(")[0].split(",")[0] if c.isdigit())
     return int(digits) if digits else 1
 

@@ -1,4 +1,4 @@
-"""Typed documents: dataclasses from and to plain JSON or YAML values, and the bytes that name them.
+"""Converts dataclasses from and to plain JSON or YAML values; makes the digests that name them.
 
 `from_plain` accepts exactly what a dataclass declares, and says which key is wrong, what was found
 and what was expected. The plan, the records, the manifest and the configuration are read by it.
@@ -40,10 +40,10 @@ Count = Annotated[int, AtLeast(0)]
 
 @dataclasses.dataclass(frozen=True)
 class ByKind:
-    """Marks an `Annotated` base class whose mapping says by its `kind` which class it is.
+    """Marks an `Annotated` base class: the key `kind` of a mapping names the subclass.
 
-    `classes` gives the class of every kind. It is called late: a registry may be filled by modules
-    that import the base class.
+    `classes` returns the class of every kind. It is called late: a registry may be filled by
+    modules that import the base class.
     """
 
     classes: Callable[[], Mapping[str, type]]
@@ -55,7 +55,8 @@ class MismatchError(ValueError):
     def __init__(self, message: str, key: str = "") -> None:
         super().__init__(message)
         self.key = key
-        """The dotted key that is wrong; of a check over several keys, the one above them."""
+        """The dotted key that is wrong; if several keys were checked together, the key of the
+        mapping that holds them."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -85,9 +86,9 @@ def to_plain(value: Any) -> Any:
 def from_plain(declared: type[T] | Any, value: Any, where: str = "") -> T:
     """`value` as the declared type: a dataclass, a union, Literal, list, tuple, dict or scalar.
 
-    `where` is the dotted key that errors begin with. A field may be left out where it has a
-    default. Raises MismatchError, also for the InputError of a dataclass's own `__post_init__`,
-    whose message best begins with a field's name: `max_length is 0: ...` becomes
+    `where` is the dotted key that errors begin with. A field may be left out if it has a default.
+    Raises MismatchError, also in place of an InputError from a dataclass's `__post_init__`. The
+    message of that InputError should begin with a field's name: `max_length is 0: ...` becomes
     `encoders.t5.max_length is 0: ...`.
     """
     made: T = _from_plain(declared, value, where)
@@ -175,7 +176,7 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def class_by_kind(mark: ByKind, value: Any, where: str) -> Any:
-    """The class that the `kind` of a mapping names."""
+    """The class that the `kind` of the mapping `value` names."""
     classes = mark.classes()
     kinds = " or ".join(classes)
     if not isinstance(value, Mapping):
@@ -194,13 +195,13 @@ def class_by_kind(mark: ByKind, value: Any, where: str) -> Any:
 
 
 def _union(declared: Any, choices: tuple[Any, ...], value: Any, where: str) -> Any:
-    """The first choice that fits."""
+    """`value` as the first choice that it fits."""
     errors = []
     for choice in choices:
         try:
             return _from_plain(choice, value, where)
         except MismatchError as error:
-            # Its traceback has this frame and its callers', and with them all they hold.
+            # The traceback would keep this frame and its callers' alive, with all their variables.
             errors.append(error.with_traceback(None))
     # A mapping or a list was meant for the choice that takes one, so its error is the one to show.
     for choice, problem in zip(choices, errors, strict=True):
@@ -232,7 +233,7 @@ def _dotted(where: str, key: Any) -> str:
 
 
 def nearest_of(value: Any, known: Any) -> str:
-    """What was probably meant, and what there is."""
+    """What `value` was probably meant to be, and what is known."""
     names = [str(name) for name in known]
     lowered = {name.lower(): name for name in reversed(names)}
     close = difflib.get_close_matches(str(value).lower(), lowered, n=1, cutoff=0.6)

@@ -48,19 +48,19 @@ class Drawn:
 
     shard: Path
     name: str
-    """For people."""
+    """The sample's name, for people."""
     text: str
     tokens: Mapping[str, int]
-    """By encoder."""
+    """Number of tokens, by encoder."""
     embeddings: Mapping[str, torch.Tensor]
-    """By tensor."""
+    """The embeddings, by tensor."""
     is_null: bool = False
 
 
 def open_references(root: Path, plan: Plan, device: str = "auto") -> References:
-    """Find checkpoints and device, before anything long is begun.
+    """Find checkpoints and device, before any long work begins.
 
-    Raises InputError or ConflictError when the checkpoints of the dataset are not at hand.
+    Raises InputError or ConflictError if the checkpoints of the dataset are not at hand.
     """
     path = root / "config.yaml"
     if not path.is_file():
@@ -99,7 +99,7 @@ def compare_samples(
     seed: int,
     problem: Problem,
 ) -> str:
-    """Names a problem for every embedding that is not what its text gives; gives the outcome.
+    """Adds a problem for every embedding that its text does not give; returns the outcome.
 
     `num_ok`: the units to draw from, and how many samples of each are ok. `null`: whether the null
     embedding is compared too.
@@ -140,7 +140,7 @@ def _null_embedding(root: Path, plan: Plan) -> Drawn:
 def _draw_samples(
     root: Path, plan: Plan, num_ok: Mapping[int, int], num_samples: int, seed: int
 ) -> Iterator[Drawn]:
-    """`num_samples` of all samples whose status is ok, each equally likely, in stored order."""
+    """Draws `num_samples` of the samples with status ok, all equally likely, in stored order."""
     total = sum(num_ok.values())
     wanted = sorted(random.Random(seed).sample(range(total), min(num_samples, total)))
     first = 0
@@ -165,7 +165,7 @@ def _draw_samples(
 def _encode(
     name: str, encoder: ResolvedEncoder, device: str, drawn: Sequence[Drawn], problem: Problem
 ) -> Iterator[tuple[Drawn, str, torch.Tensor]]:
-    """(sample, tensor, the reference's embedding), of the samples with the right tokens."""
+    """Yields (sample, tensor, reference embedding) for samples whose number of tokens is right."""
     opened, decision = encoder.opened, encoder.decision
     captions = opened.tokenizer.encode([sample.text for sample in drawn])
     with quiet_transformers():

@@ -1,8 +1,8 @@
 """Status and info: what a dataset holds, how far it is, and all about one sample.
 
 Nothing is written, and an unfinished dataset is described as far as it goes.
-Costs: status lists the folders, and of an unfinished dataset reads every record; a sample is a
-look-up and one rows part, or a search through the rows parts where there is no index.
+Costs: status lists the folders, and reads every record of an unfinished dataset. A sample costs a
+look-up and one rows part; without an index, all rows parts are searched.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DatasetStatus:
     units_committed: int
     null_committed: bool
     samples: dict[str, int]
-    """Samples of the committed units, by status label."""
+    """Number of samples of the committed units, by status label."""
     finalised: bool
 
     @property
@@ -52,7 +52,7 @@ class DatasetStatus:
 
     @property
     def failed_samples(self) -> int:
-        """Samples that have no embedding through a failure of ours."""
+        """Number of samples that got no embedding through a fault of ours (inf or nan)."""
         return count_failed(self.samples)
 
     def to_json(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class DatasetStatus:
 
 
 def read_status(root: Path) -> DatasetStatus:
-    """How far the dataset in `root` is; InputError when there is none."""
+    """How far the dataset in `root` is. Raises InputError if there is none."""
     root = Path(root)
     plan, manifest = read_plan(root), None
     with contextlib.suppress(FileNotFoundError):
@@ -157,7 +157,7 @@ def dataset_lines(root: Path) -> list[str]:
 
 
 def sample_lines(root: Path, sample_id: str) -> list[str]:
-    """All about one sample; InputError when the dataset has no such id."""
+    """All about one sample. Raises InputError if the dataset has no such id."""
     root = Path(root)
     plan = read_plan(root)
     units = sorted(unit for unit in committed_units(root) if unit < plan.num_units)

@@ -1,11 +1,11 @@
 """Repair: files that verify rejects go to quarantine, and a run makes just their units again.
 
-Guarantees: nothing is deleted but files that `finalize` makes again. The root manifest goes first,
-so a reader never finds a dataset that is being taken apart. A unit's record goes before its damaged
-files, so a unit is committed or open at every moment. A shard or rows part whose bytes are what its
-name says stays: a job that runs meanwhile, or the next one, uses it again. Repairing twice is
-harmless, and so is a crash in between. `run` makes open units again, byte for byte in the same
-environment.
+Guarantees: nothing is deleted but files that `finalize` makes again. The root manifest is removed
+first, so a reader never finds a dataset that is being taken apart. A unit's record is moved before
+its damaged files, so at every moment a unit is committed or open (without a record, to be made
+again). A shard or rows part stays if its bytes match the digest in its name: a job that runs
+meanwhile, or the next one, uses it again. Repairing twice is harmless, and so is a crash in
+between. `run` makes open units again, byte for byte in the same environment.
 Costs: a full verification, and `finalize` when no unit had to be opened.
 """
 
@@ -41,7 +41,7 @@ class Repaired:
 
     root: Path
     problems: list[str]
-    """As verify names them."""
+    """The problems, as verify names them."""
     moved: list[Path] = field(default_factory=list)
     """Files that are in `_quarantine/` now."""
     opened: list[int] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Repaired:
 def repair(root: Path, *, failed: bool = False) -> Repaired:
     """Quarantine what a full verify rejects; with `failed` also units with failed samples.
 
-    InputError when `root` holds no dataset.
+    Raises InputError if `root` holds no dataset.
     """
     root = Path(root)
     refuse_linked_folders(root)
@@ -108,10 +108,10 @@ def repair(root: Path, *, failed: bool = False) -> Repaired:
 
 
 def _foreign_plan(root: Path) -> str:
-    """A problem line when plan.json is sound, and not one record is of it.
+    """A problem line if plan.json is sound but no record belongs to that plan; else "".
 
-    Then it is plan.json that does not belong here: without it each unit is judged by its own
-    record, and none is thrown away for its sake.
+    Then plan.json does not belong here: it is moved away, each unit is judged by its own record,
+    and no unit is rejected because of the wrong plan.
     """
     others = set()
     try:
@@ -156,7 +156,7 @@ def _move(done: Repaired, path: Path) -> None:
 
 
 def _is_sound(path: Path) -> bool:
-    """Whether the bytes of a data file are what its name says."""
+    """Whether the bytes of a data file match the digest in its name."""
     name, _, digest_and_ending = path.name.rpartition("-")
     ending = digest_and_ending.partition(".")[2]
     try:

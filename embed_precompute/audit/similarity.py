@@ -22,7 +22,7 @@ PROMPTS_PER_FORWARD = 8
 
 
 class Embedder(Protocol):
-    """`HFEmbedder`, or anything that is called and tokenises as it does."""
+    """`HFEmbedder`, or anything that is called and tokenises like it."""
 
     tokenizer: Any
 
@@ -63,20 +63,20 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A caption of the dataset, and how similar it is to the one asked about."""
+    """A caption of the dataset, and how similar it is to the caption asked about."""
 
     sample_id: str
     """The first sample that has this caption."""
     text: str
     similarity: dict[str, float]
-    """For every tensor."""
+    """Cosine similarity, by tensor."""
 
 
 def nearest_captions(root: str | Path, sample_id: str, top: int = 10) -> dict[str, list[Neighbour]]:
     """For every tensor the `top` captions most similar to a sample's, the most similar first.
 
-    Reads every embedding of the finished dataset `root` once, without their checksums. Samples with
-    one text are one caption, and the sample's own text is left out. Raises InputError where the
+    Reads every embedding of the finished dataset `root` once; checksums are not compared. Samples
+    with one text are one caption, and the sample's own text is left out. Raises InputError if the
     sample has no embedding.
     """
     if top < 1:
@@ -101,7 +101,7 @@ def nearest_captions(root: str | Path, sample_id: str, top: int = 10) -> dict[st
 
 
 def _samples(dataset: EmbeddingDataset) -> Iterator[tuple[str, dict[str, int]]]:
-    """Digest of the text and real tokens by tensor, of every sample in order."""
+    """Yields every sample's digest of the text and number of real tokens by tensor, in order."""
     tokens_of = {name: f"{tensor.encoder}_tokens" for name, tensor in dataset.tensors.items()}
     for columns in dataset.columns("text_sha256", *set(tokens_of.values())):
         for i, digest in enumerate(columns["text_sha256"]):
@@ -109,7 +109,7 @@ def _samples(dataset: EmbeddingDataset) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def _vectors(sample: dict[str, Any], tokens: dict[str, int]) -> dict[str, Tensor]:
-    """By tensor, float32 [1, D]."""
+    """A sample's vectors by tensor, float32 [1, D]."""
     return {name: mean_vector(sample[f"text_{name}"], n)[None] for name, n in tokens.items()}
 
 

@@ -1,9 +1,9 @@
 """Verify: is every stored byte what the records say, and is every input row accounted for?
 
-Guarantees: `full` finds every file with a digest that was changed, cut, swapped or lost, and every
-disagreement between plan, records, shards, rows parts, manifest and index. Damage is a problem
-line that names the file, never a crash. Nothing is written. An unfinished dataset is checked as far
-as it goes.
+Guarantees: if a file has a digest, `full` finds any change, cut, swap or loss of that file. It also
+finds every disagreement between plan, records, shards, rows parts, manifest and index. Damage is a
+problem line that names the file, never a crash. Nothing is written. An unfinished dataset is
+checked as far as it goes.
 Costs: `quick` reads the small files and the shards' headers; `full` reads every shard twice (its
 sha256, then each row's checksum), on all cores. Memory grows by 24 bytes per sample. `deep` is
 `full`, then some samples are encoded again.
@@ -67,18 +67,18 @@ class Report:
     finalised: bool = False
     num_units: int = 0
     num_missing: int = 0
-    """Units without a record."""
+    """Number of units without a record."""
     null_missing: bool = False
     """The null embedding is not made yet."""
     num_samples: int = 0
     num_bytes: int = 0
-    """Bytes whose sha256 was compared."""
+    """Number of bytes whose sha256 was compared."""
     deep: str = ""
     """The outcome of encoding samples again."""
     plan_rejected: bool = False
     null_rejected: bool = False
     rejected_units: set[int] = field(default_factory=set)
-    """Units with a record, and a problem in one of their files."""
+    """Units that have a record, and a problem in one of their files."""
     failed_units: set[int] = field(default_factory=set)
     """Units without a problem that hold a sample with status non_finite."""
     num_ok: dict[int, int] = field(default_factory=dict)
@@ -122,10 +122,10 @@ def verify(
     seed: int | None = None,
     device: str = "auto",
 ) -> Report:
-    """Check the dataset in `root`; InputError when there is none.
+    """Check the dataset in `root`. Raises InputError if there is none.
 
-    The last three are for `deep`: how many samples are encoded again, which (a seed that is not
-    given is drawn, and stands in the report), and where.
+    The last three are for `deep`: how many samples are encoded again, the seed that selects them,
+    and the device. Without a seed a random seed is drawn; the report names it.
     """
     if level not in ("quick", "full", "deep"):
         raise InputError(f"level is {level!r}: expected quick, full or deep.")
@@ -140,10 +140,10 @@ def verify(
     report.plan_rejected = plan is None
     encode_again: Callable[..., str] | None = None
     if level == "deep" and plan is not None:
-        # Not above: the encoders bring torch's whole weight, and transformers.
+        # Imported here, because the encoders import torch and transformers, which takes time.
         from embed_precompute.audit.deep import compare_samples, open_references
 
-        # That a checkpoint is missing must be said now, not after hours in place of the report.
+        # A missing checkpoint must be an error now: after hours it would replace the report.
         references = open_references(root, plan, device)
         encode_again = functools.partial(compare_samples, root, plan, references)
     _check_null(report, plan)

@@ -4,7 +4,8 @@ Only safetensors is ever read. The digest depends on the weights' bytes and on t
 never on a folder's name or place. What is on this machine is used before the hub is asked.
 
 A file is hashed once (about 1 GB/s) and its digest remembered in XDG_CACHE_HOME/embed_precompute,
-for as long as its path, size, mtime and inode stay. The cache carries no correctness.
+for as long as its path, size, mtime and inode stay. The cache only saves time: a file without a
+readable entry is hashed again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 BOOKKEEPING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
-"""Keys of config.json that say how it was saved, not what the model computes."""
+"""Keys of config.json that say how the model was saved, not what it computes."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -38,12 +39,12 @@ class Checkpoint:
     """An encoder's weights on this machine; nothing of them is loaded."""
 
     where: str
-    """The configuration's key of it, with which errors begin."""
+    """The configuration's key of this checkpoint; errors begin with it."""
     folder: Path
     config: dict[str, Any]
     """config.json."""
     files: tuple[Path, ...]
-    """The safetensors files, by name."""
+    """The safetensors files, sorted by name."""
 
     @property
     def model_type(self) -> str:
@@ -51,13 +52,14 @@ class Checkpoint:
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        """The classes it was saved from, where config.json says so."""
+        """The classes that the checkpoint was saved from, if config.json names them."""
         return tuple(self.config.get("architectures") or ())
 
     @functools.cached_property
     def text_config(self) -> Any:
-        """transformers' config of the text encoder: config.json, or its text_config where the
-        checkpoint holds a vision tower too. Raises InputError: transformers cannot read it."""
+        """transformers' config of the text encoder: config.json, or its text_config if the
+        checkpoint holds a vision tower too. Raises InputError: transformers cannot read
+        config.json."""
         import transformers
 
         try:
@@ -127,7 +129,7 @@ def locate(where: str, pretrained: str, revision: str | None) -> Path:
 
 
 def _snapshot(where: str, repo_id: str, revision: str | None) -> Path:
-    """A hub repository's top-level files: from the local cache when whole, else downloaded."""
+    """A hub repository's top-level files: from the local cache if whole, else downloaded."""
     from huggingface_hub import snapshot_download
 
     def snapshot(local_files_only: bool) -> Path:
@@ -171,7 +173,7 @@ def _looks_whole(folder: Path) -> bool:
 
 
 def _weight_files(where: str, pretrained: str, folder: Path, model_class: str) -> list[Path]:
-    """The safetensors files of a checkpoint, by name: the ones transformers would load."""
+    """The safetensors files of a checkpoint that transformers would load, sorted by name."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     index = folder / WEIGHTS_INDEX
@@ -260,7 +262,7 @@ def _without_bookkeeping(config: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars and load reports; what matters in them we check."""
+    """Turns off transformers' progress bars and load reports; we check the reports ourselves."""
     from transformers.utils import logging
 
     library: Any = logging  # untyped functions

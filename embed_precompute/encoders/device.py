@@ -1,4 +1,4 @@
-"""The machine an encoder runs on: which device, what else bytes depend on, and whether it computes.
+"""The machine that an encoder runs on: device, environment, and a check of its numbers.
 
 A GPU, driver or kernel that nobody has tried may compute wrong numbers without an error. So every
 rank on a GPU compares a few captions with transformers' own model before its first unit, in about a
@@ -30,11 +30,11 @@ from embed_precompute.errors import InputError
 
 log = logging.getLogger(__name__)
 LARGE = 10**9
-"""Parameters from which an encoder is not run on a CPU by chance."""
+"""An encoder with more parameters than this runs on a CPU only if runtime.device is cpu."""
 MAX_RELATIVE_DIFFERENCE = 1e-5
-"""Between float32 numbers that were computed in float32: max|a - b| / max|b|."""
+"""Largest max|a - b| / max|b| between float32 numbers that were computed in float32."""
 MIN_COSINE = 0.999
-"""Between numbers of half precision, for every token."""
+"""Smallest cosine between numbers of half precision, for every token."""
 CAPTIONS = (
     "",
     "a red fox",
@@ -45,14 +45,14 @@ CAPTIONS = (
 
 
 def environment(device: str, encoders: Sequence[ResolvedEncoder] = ()) -> dict[str, str]:
-    """What bytes may depend on besides the spec: versions, ours too, device, CPU capability."""
+    """What bytes may depend on besides the spec: versions (ours too), device, CPU capability."""
     versions = {
         name: importlib.metadata.version(name)
         for name in ("torch", "transformers", "tokenizers", "pyarrow", "numpy")
     }
     if any(encoder.decision.implementation == "shardformer" for encoder in encoders):
         versions["colossalai"] = importlib.metadata.version("colossalai")
-    versions["embed_precompute"] = __version__  # a release may round otherwise
+    versions["embed_precompute"] = __version__  # another release may round differently
     versions["torch"] = torch.__version__  # with the build, such as +cpu or +cu124
     return {
         **versions,
@@ -73,7 +73,7 @@ def device_name(device: str) -> str:
 
 
 def resolve_device(setting: str, local_rank: int = 0) -> str:
-    """`auto` is this rank's GPU among the visible ones, or the CPU; `cuda` insists on a GPU.
+    """`auto` is this rank's GPU among the visible GPUs, or the CPU; `cuda` insists on a GPU.
 
     Raises InputError: there is no such GPU.
     """
@@ -95,7 +95,7 @@ def resolve_device(setting: str, local_rank: int = 0) -> str:
 def check_machine(setting: str, device: str, encoders: Sequence[ResolvedEncoder]) -> None:
     """Raise InputError unless the encoders can and should run on this machine; loads nothing.
 
-    `setting`: runtime.device; `device`: what that is on this machine.
+    `setting`: runtime.device; `device`: what this setting means on this machine.
     """
     for encoder in encoders:
         opened, decision = encoder.opened, encoder.decision
@@ -123,7 +123,7 @@ def check_machine(setting: str, device: str, encoders: Sequence[ResolvedEncoder]
 
 
 def log_device(setting: str, device: str) -> None:
-    """Say which device it is; a warning where a CPU takes the place of a GPU."""
+    """Log which device is used; warn if a CPU takes the place of a GPU."""
     if setting == "auto" and device == "cpu" and torch.version.cuda is not None:
         log.warning("device: cpu, for torch %s sees no usable GPU", torch.__version__)
     else:
@@ -131,7 +131,7 @@ def log_device(setting: str, device: str) -> None:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that torch.compile calls, on a GPU too; None where there is none."""
+    """The C++ compiler that torch.compile calls, on a GPU too; None if there is none."""
     return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
 
 
@@ -143,8 +143,8 @@ def start(
 ) -> TextEncoder:
     """Load an encoder, run one forward of each shape, and check its numbers.
 
-    So a shape that does not fit in memory fails now and not after an hour. `self_check`: auto is
-    always on a GPU. Raises InputError.
+    So a shape that does not fit in memory fails now and not after an hour. `self_check` auto means
+    always on a GPU, and never on a CPU. Raises InputError.
     """
     encoder = build(resolved, device, output_dtype)
     for batch in resolved.every_shape():
@@ -160,7 +160,11 @@ def start(
 
 
 def check_numbers(encoder: TextEncoder) -> None:
-    """Raise InputError unless a few captions get the numbers that `hf` gives each of them alone."""
+    """Compare the embeddings of a few captions with those of transformers' model.
+
+    The captions run in the decided shapes, and in transformers' model one at a time. Raises
+    InputError if the embeddings differ too much.
+    """
     resolved = encoder.resolved
     captions = resolved.opened.tokenizer.encode(CAPTIONS)
     exact = resolved.options.dtype == "float32" and not resolved.options.tf32
@@ -206,7 +210,10 @@ def _alone(reference: TextEncoder, captions: Tokenized, row: int) -> dict[str, t
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor, *, exact: bool) -> str | None:
-    """What is wrong with an embedding [L, D] or [D], None if nothing is; `exact`: in float32."""
+    """How `found` [L, D] or [D] differs from `expected`; None if they are close enough.
+
+    `exact`: both were computed in float32, so their relative difference must be small too.
+    """
     if found.shape != expected.shape:
         return f"shape {list(found.shape)}, not {list(expected.shape)},"
     relative, cosine = distance(found, expected)
@@ -218,9 +225,9 @@ def difference(found: torch.Tensor, expected: torch.Tensor, *, exact: bool) -> s
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """(max|a - b| / max|b|, the smallest cosine of any token); (inf, -1) where one is not finite.
+    """(max|a - b| / max|b|, the smallest cosine of any token); (inf, -1) if a number is not finite.
 
-    In float64. Two zero vectors are equal.
+    Computed in float64. Two zero vectors count as equal.
     """
     a, b = found.double(), expected.double()
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):

@@ -1,15 +1,16 @@
 """`HFEmbedder`: a frozen text encoder as an `nn.Module`, called as Open-Sora calls its own.
 
-Guarantees: in fp32 bit for bit what Open-Sora's text embedder gives in the same library versions,
-for the same batch, attention implementation and tokenizer class: padded to `max_length`, padded
-further for `seq_align`, no attention mask, T5's last hidden state or CLIP's pooled output. Every
-weight comes from the checkpoint. Weights are safetensors only.
-Costs: the weights, in float32 unless a dtype is given, and one forward a call over max_length
-positions per caption; no gradients.
+Guarantees: in fp32 the output is bit for bit that of Open-Sora's text embedder, for the same
+library versions, batch, attention implementation and tokenizer class. Captions are padded to
+`max_length`, and further for `seq_align`, without an attention mask. The output is T5's last hidden
+state or CLIP's pooled output. Every weight comes from the checkpoint. Weights are safetensors only.
+Costs: the weights, in float32 unless a dtype is given. Each call is one forward, without gradients,
+in which every caption takes at least max_length positions.
 
 The tokenizer is the checkpoint's *fast* one (`HFEmbedder.tokenizer`; printed with the module), as
-in a precompute job, where Open-Sora takes the slow classes. They differ on a few captions; to have
-a slow one, assign it to `tokenizer` (transformers 4 only: 5 has none).
+in a precompute job; Open-Sora takes the slow classes. Fast and slow tokenizers differ on a few
+captions. To use a slow tokenizer, assign it to `tokenizer` (transformers 4 only: 5 has no slow
+ones).
 
 Follows opensora/models/text/conditioner.py of hpcaitech/Open-Sora. Different here: the kind of
 model is an argument instead of a look at the name, and mT5 and umT5 load in their own classes.
@@ -34,7 +35,7 @@ MODULES = {
     "T5EncoderModel": ("t5", "last_hidden_state"),
     "CLIPTextModel": ("clip", "pooler_output"),
 }
-"""What Open-Sora calls the two -> family, and which of the model's outputs it takes."""
+"""Open-Sora's class name -> our family, and the name of the model output that Open-Sora takes."""
 WHERE = "HFEmbedder.from_pretrained"
 
 
@@ -90,9 +91,9 @@ class HFEmbedder(nn.Module):
     ) -> torch.Tensor:
         """Embeddings of captions, on the model's device and in its dtype.
 
-        T5: [B, L, D], L the first length from max_length on for which `added_tokens` + L is a
-        multiple of `seq_align`. CLIP: [B, C]; InputError where seq_align would pad, for CLIP has no
-        positions after its last.
+        T5: [B, L, D]. L is the smallest length, at least max_length, for which `added_tokens` + L
+        is a multiple of `seq_align`. CLIP: [B, C]; InputError if seq_align would pad, for CLIP has
+        no positions after its last.
         """
         captions = [text] if isinstance(text, str) else list(text)
         if not captions:

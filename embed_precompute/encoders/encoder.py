@@ -1,11 +1,11 @@
 """What runs token batches: transformers' model (`hf`, `shardformer`) or our own layers (`fused`).
 
 Guarantees: an embedding is bitwise a function of its caption and of the shape that the caption runs
-in; neighbours, place and order change no bit. Every forward has one of the decided shapes. Where a
+in; neighbours, place and order change no bit. Every forward has one of the decided shapes. If a
 forward does not fit in memory, the error names the setting. `submit` does not wait for a GPU, and
-what arrives is what the forward made, also when a later forward has overwritten it on the device.
-Costs: the weights once, mapped from the file where that has their dtype, and for `fused` one set of
-buffers for a forward. On a GPU also one copy within the device per output (some tens of
+its output stays right if a later forward overwrites that output on the device.
+Costs: the weights once (mapped from the file if the file has the dtype asked for), and for `fused`
+one set of buffers for a forward. On a GPU also one copy within the device per output (some tens of
 microseconds), and page-locked memory for every output that is on its way or waits for the writer,
 rounded up to a power of two.
 """
@@ -38,7 +38,7 @@ class PendingOutput:
     def __init__(
         self, outputs: Mapping[str, Embeddings], events: Sequence[torch.cuda.Event] = ()
     ) -> None:
-        """`outputs` may be read when all `events` are over."""
+        """`outputs` may be read when all `events` have happened."""
         self._outputs, self._events = outputs, events
 
     def ready(self) -> bool:
@@ -47,14 +47,15 @@ class PendingOutput:
         return all(event.query() for event in events)
 
     def wait(self) -> Mapping[str, Embeddings]:
-        """The embeddings on the CPU, by suffix. Raises what the device has found wrong since."""
+        """The embeddings on the CPU, by suffix. Raises errors that the GPU reported."""
         for event in self._events:
             event.synchronize()
         return self._outputs
 
 
 class CopyEngine:
-    """Copies from one NVIDIA GPU while it computes, on a CUDA stream of their own."""
+    """Copies from one NVIDIA GPU to the host while the GPU computes, on a CUDA stream of its
+    own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -63,14 +64,14 @@ class CopyEngine:
     def host_buffer(self, like: torch.Tensor) -> torch.Tensor:
         """A host tensor of the shape and dtype of `like` that the GPU can write by itself.
 
-        torch's allocator of page-locked memory uses it again when nobody holds a view of it any
-        more: it knows the copies that are under way into it.
+        torch's allocator of page-locked memory reuses the buffer when no view of it is left. The
+        allocator knows which copies into the buffer are still under way.
         """
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> torch.cuda.Event:
-        """Copy after all work that the GPU was given before, and at the same time as what it is
-        given later. Gives the end of the copy. Nobody else writes `source`."""
+        """Copy after all work that is queued on the GPU by now, in parallel with work that is
+        queued later. Returns an event at the end of the copy. Nobody else may write `source`."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
@@ -81,7 +82,7 @@ class CopyEngine:
 
 
 def copy_engine(device: torch.device) -> CopyEngine | None:
-    """None for a CPU, whose tensors are where they are needed."""
+    """A copy engine for a GPU; None for a CPU, whose tensors are on the host already."""
     return CopyEngine(device) if device.type == "cuda" else None
 
 
@@ -93,9 +94,10 @@ def download(
     *,
     reused: bool,
 ) -> PendingOutput:
-    """Begin to copy every output to the host in `dtype`, and `cut` (suffix, copy) it.
+    """Begin to copy every output to the host in `dtype`.
 
-    `reused`: a later forward writes in these tensors again.
+    `cut(suffix, copy)` returns what is stored of each caption. `reused`: a later forward overwrites
+    these tensors.
     """
     arrived: dict[str, Embeddings] = {}
     events = []
@@ -113,12 +115,12 @@ class TextEncoder(abc.ABC):
     """A frozen text encoder on a device."""
 
     reuses_buffers: bool
-    """A forward overwrites the outputs of the one before."""
+    """A forward overwrites the outputs of the forward before."""
 
     def __init__(
         self, resolved: ResolvedEncoder, device: str, output_dtype: str, model: Any
     ) -> None:
-        """`model`: transformers', loaded on the device; `build` makes it."""
+        """`model`: transformers' model, loaded on the device; `build` makes it."""
         self.resolved, self.model = resolved, model
         self.device = torch.device(device)
         self._output_dtype: torch.dtype = getattr(torch, output_dtype)
@@ -132,10 +134,10 @@ class TextEncoder(abc.ABC):
     def submit(self, batch: TokenBatch) -> PendingOutput:
         """Begin the forward of a batch that `ResolvedEncoder.batches` made.
 
-        `PendingOutput.wait` gives by suffix what is stored of each caption, on the CPU, contiguous,
-        in the output dtype: [B, L, D] where all positions are stored, [C, D] per caption, and where
-        real positions are stored a list of [length, D]. Captions that only fill up the batch are
-        among them. On a CPU the forward is over when this returns.
+        `PendingOutput.wait` returns, by suffix, what is stored of each caption, on the CPU,
+        contiguous, in the output dtype: [B, L, D] if all positions are stored, a list of [length,
+        D] if real positions are stored, [C, D] for an output per caption. Captions that only fill
+        up the batch are included. On a CPU the forward is over when this returns.
         """
         self._require_decided(batch)
         with self.computing(batch):
@@ -153,7 +155,8 @@ class TextEncoder(abc.ABC):
 
     @contextlib.contextmanager
     def computing(self, batch: TokenBatch) -> Iterator[None]:
-        """What `forward` runs in: no gradients, TF32 as decided, a lack of memory named."""
+        """The context of `forward`: no gradients, TF32 as decided; errors of memory name the
+        setting."""
         setting = torch.backends.cuda.matmul
         before = setting.allow_tf32
         setting.allow_tf32 = self.resolved.options.tf32  # not as the process has set it
@@ -164,7 +167,7 @@ class TextEncoder(abc.ABC):
             setting.allow_tf32 = before
 
     def cut(self, batch: TokenBatch, suffix: str, values: torch.Tensor) -> Embeddings:
-        """What is stored of each caption, of the values that `forward` gave."""
+        """What is stored of each caption, cut from the `values` that `forward` returned."""
         if self._outputs[suffix].positions != "real":
             return values
         rows = values.reshape(-1, values.shape[-1])
@@ -193,7 +196,7 @@ class TextEncoder(abc.ABC):
 
 
 class HfEncoder(TextEncoder):
-    """transformers' model, on padded lines."""
+    """transformers' model; each line of a batch is one padded caption."""
 
     reuses_buffers = False
 
@@ -205,7 +208,7 @@ class HfEncoder(TextEncoder):
 
 
 class FusedEncoder(TextEncoder):
-    """Our own layers over the weights of transformers' model; captions packed where they can be."""
+    """Our own layers over the weights of transformers' model; captions packed if possible."""
 
     reuses_buffers = True
 
@@ -256,7 +259,7 @@ def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> TextEnco
 
 
 def forward_bytes(resolved: ResolvedEncoder) -> int:
-    """An upper estimate of what the largest forward takes on top of the weights."""
+    """An upper estimate of the bytes that the largest forward takes in addition to the weights."""
     sizes, decision = resolved.family.sizes(resolved.opened.checkpoint), resolved.decision
     dtype: torch.dtype = getattr(torch, resolved.options.dtype)
     shapes = (*decision.shapes, decision.null_shape)

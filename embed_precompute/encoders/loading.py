@@ -1,8 +1,8 @@
 """A family's transformers model, loaded from a checkpoint onto a device.
 
 Guarantees: every weight comes from the checkpoint, in the dtype asked for; only safetensors is
-read. Loading takes the memory of the weights and one block of 16 MiB more, in any dtype of the
-files. A tensor that has the dtype already stays mapped from its file, so that processes of a node
+read. Loading takes the memory of the weights and one block of 16 MiB more, whatever dtype the files
+have. A tensor that has the dtype already stays mapped from its file, so that processes of a node
 share its pages. A GPU gets each weight from the file, and the host never holds the model.
 
 transformers casts tensor by tensor too, but keeps the whole file mapped meanwhile: measured, a
@@ -30,7 +30,7 @@ from embed_precompute.errors import EmbedPrecomputeError, InputError
 log = logging.getLogger(__name__)
 GB = 1e9
 BLOCK_BYTES = 1 << 24
-"""Bytes of a file that are mapped at a time while they are cast."""
+"""Number of bytes of a file that are mapped at a time while they are cast."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -57,7 +57,7 @@ class Source:
         return getattr(transformers, self.family.model_class(self.options, self.checkpoint))
 
     def tensors(self) -> Iterator[tuple[Path, str, torch.dtype | None, list[int]]]:
-        """(file, name, dtype if it is one that is cast, shape) of the text encoder's tensors."""
+        """Yields (file, name, dtype, shape) of the text encoder's tensors; dtype None: not cast."""
         for path in self.checkpoint.files:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  (it has no iterator)
@@ -75,12 +75,12 @@ class Source:
 
 
 def num_parameters(source: Source) -> int:
-    """Numbers that the text encoder's weights hold; reads headers only."""
+    """How many numbers the text encoder's weights hold; reads headers only."""
     return sum(math.prod(shape) for _, _, _, shape in source.tensors())
 
 
 def loaded_bytes(source: Source, dtype: torch.dtype) -> int:
-    """Bytes that the text encoder's weights take in `dtype`; reads headers only."""
+    """How many bytes the text encoder's weights take in `dtype`; reads headers only."""
     return sum(
         math.prod(shape) * (source.target(name, stored, dtype) or torch.int64).itemsize
         for _, name, stored, shape in source.tensors()
@@ -88,7 +88,7 @@ def loaded_bytes(source: Source, dtype: torch.dtype) -> int:
 
 
 def num_bytes(model: Any) -> int:
-    """Bytes of a model's weights and buffers on its device: not of those in host memory."""
+    """Number of bytes of a model's weights and buffers on its device, not in host memory."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors if t.device.type != "meta")
 
@@ -148,9 +148,9 @@ def load_on(
 ) -> Any:
     """The model on `device`.
 
-    Where it and a forward of `forward_bytes` do not fit on a GPU: if `may_split`, accelerate
-    holds some layers in host memory and copies them for each forward. Raises InputError as
-    `load_model` does, and where it does not fit.
+    If the model and a forward of `forward_bytes` do not fit on a GPU and `may_split` is true,
+    accelerate holds some layers in host memory and copies them for each forward. Raises InputError
+    as `load_model` does, and if the model does not fit.
     """
     with out_of_memory(
         f"{source.checkpoint.where}: the weights do not fit on {device}. Use a device with more "
@@ -176,7 +176,7 @@ def load_on(
 
 
 def read_cast(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
-    """The text encoder's tensors in `dtype`, cast block by block; None when all have it already.
+    """The text encoder's tensors in `dtype`, cast block by block; None when all have that dtype.
 
     Raises what safetensors raises for a damaged file.
     """
@@ -194,7 +194,7 @@ def read_cast(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor] | N
         state[name] = torch.empty(shape, dtype=target)
         step = max(1, BLOCK_BYTES // max(1, 4 * math.prod(shape[1:])))
         for start in range(0, shape[0], step):
-            with safe_open(path, "pt") as file:  # opened again: the last block's pages go with it
+            with safe_open(path, "pt") as file:  # opened again, to release the last block's pages
                 block: Any = file.get_slice(name)
                 state[name][start : start + step] = block[start : start + step]
     return state

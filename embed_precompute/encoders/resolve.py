@@ -1,8 +1,8 @@
-"""An encoder from its configuration to the one decision that everything later is handed.
+"""Turns an encoder's configuration into one decision, which all later code uses.
 
-`open_encoder` finds and checks checkpoint and tokenizer. `resolve` adds the family's decision, from
-the stored plan where there is one. Both load no model and need no torch. What is decided depends on
-the configuration, the checkpoint and the captions, never on the machine.
+`open_encoder` finds and checks checkpoint and tokenizer. `resolve` adds the family's decision, with
+the help of the stored plan if there is one. Neither loads a model or needs torch. What is decided
+depends on the configuration, the checkpoint and the captions, never on the machine.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class ResolvedEncoder:
         return self.opened.options
 
     def tensors(self) -> dict[str, Output]:
-        """What is stored, by the name that the dataset has for it."""
+        """The outputs, by the names that the dataset has for their tensors."""
         return {self.name + output.suffix: output for output in self.outputs}
 
     def stored_lengths(self, output: Output, captions: Tokenized, *, null: bool) -> list[int]:
-        """Vectors stored of each caption; `null`: of the null embedding."""
+        """Number of stored vectors of each caption; `null`: the caption is the null embedding's."""
         if output.per == "caption":
             return [1] * len(captions)
         if output.positions == "real":
@@ -59,7 +59,7 @@ class ResolvedEncoder:
         return [length] * len(captions)
 
     def batches(self, captions: Tokenized, *, null: bool = False) -> Iterator[TokenBatch]:
-        """The forwards that encode captions; `null`: the empty caption, in the shape of its own."""
+        """The token batches that hold `captions`; `null`: those of the null embedding."""
         tokenizer, decision = self.opened.tokenizer, self.decision
         pad_id = tokenizer.pad_id or 0
         if decision.packed:
@@ -68,7 +68,7 @@ class ResolvedEncoder:
         return make_batches(captions, shapes, pad_id, tokenizer.empty)
 
     def every_shape(self) -> Iterator[TokenBatch]:
-        """One forward of each shape, of the empty caption: what must fit in memory."""
+        """One token batch of each shape, filled with the empty caption: each must fit in memory."""
         tokenizer, decision = self.opened.tokenizer, self.decision
         if decision.packed:
             yield from self.batches(tokenizer.empty)

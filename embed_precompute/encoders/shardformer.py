@@ -1,8 +1,8 @@
 """Shardformer: T5's layers with ColossalAI's jit-fused forwards, as Open-Sora runs them.
 
 Guarantees: the weights, their dtypes and the numbers are those of `hf` (bitwise on a CPU, tested in
-every dtype), and every layer of the encoder is replaced. Where its layers do not fit a model, an
-error says so.
+every dtype), and every layer of the encoder is replaced. If ColossalAI's layers do not fit a model,
+an error says so.
 Costs: it needs ColossalAI 0.5.0 with the versions that it pins, and seconds to import it, when the
 first model is optimised. For each residual ColossalAI makes a tensor of zeros that plain
 transformers does not, so it is neither smaller nor faster: see `embed-precompute bench`.
@@ -38,7 +38,7 @@ INSTALL = (
 
 
 def shardformer_t5(t5: T5EncoderModel) -> T5EncoderModel:
-    """Optimise a T5 or mT5 encoder in place, and give it: eval mode, no gradients, same dtypes.
+    """Optimise a T5 or mT5 encoder in place and return it: eval mode, no gradients, same dtypes.
 
     A copy.deepcopy of the result would run the original's layers: copy first, optimise then.
     Raises InputError: no ColossalAI, another version of transformers, or another kind of model.
@@ -74,7 +74,7 @@ def check_usable(what: str, model_type: str) -> None:
 
 @contextlib.contextmanager
 def _quiet_import() -> Iterator[None]:
-    """Without ColossalAI's advice to install apex, TensorNVMe and other kernels."""
+    """Hides ColossalAI's advice to install apex, TensorNVMe and other kernels."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -87,8 +87,8 @@ def _quiet_import() -> Iterator[None]:
 
 @functools.cache
 def _policy_class() -> Any:
-    """Which forwards ColossalAI's ShardFormer puts into a T5 encoder: the feed-forward and the
-    self-attention layer of T5 and mT5 get the jit-fused forward and residual addition."""
+    """Says which forwards ColossalAI's ShardFormer puts into a T5 encoder: the feed-forward and the
+    self-attention layers of T5 and mT5 get the jit-fused forward and residual addition."""
     with _quiet_import():
         from colossalai.shardformer.modeling.jit import get_jit_fused_dropout_add_func
         from colossalai.shardformer.modeling.t5 import (
@@ -101,7 +101,7 @@ def _policy_class() -> Any:
 
     class T5EncoderPolicy(Policy):  # type: ignore[misc]  # ColossalAI has no types
         def config_sanity_check(self) -> None:
-            """`shardformer_t5` makes the one configuration."""
+            """Nothing to check: only `shardformer_t5` uses this policy, with one configuration."""
 
         def preprocess(self) -> Any:
             return self.model

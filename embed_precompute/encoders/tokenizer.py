@@ -1,7 +1,7 @@
 """Captions to token ids by a checkpoint's fast tokenizer, and token ids to batches of fixed shapes.
 
 The ids are those of transformers' fast tokenizer with `truncation=True`, special tokens included,
-without pads. Where a template stands around the captions, its tokens are found by tokenising it.
+without pads. If there is a template around the captions, its tokens are found by tokenising it.
 
 Every batch has one of a few shapes, and a caption's shape follows from its own number of tokens. So
 the shape of a caption's forward never depends on its neighbours, which is what makes an embedding
@@ -27,7 +27,7 @@ from embed_precompute.errors import InputError, InternalError
 
 T = TypeVar("T")
 Shape = tuple[int, int]
-"""(B, L): captions of one forward, tokens of each."""
+"""(B, L): number of captions of one forward, and of tokens of each."""
 
 PROBES = (
     "",
@@ -53,7 +53,7 @@ PROBES = (
 )
 
 VOCABULARIES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "merges.txt")
-"""Files that hold a vocabulary; the first is a fast tokenizer, from the others one is made."""
+"""Files that hold a vocabulary. The first is a fast tokenizer; others are converted to one."""
 WHAT_IS_NEEDED = (
     "Expected tokenizer.json and tokenizer_config.json as transformers saves them; set the "
     "encoder's `tokenizer` when they are in another folder."
@@ -64,22 +64,22 @@ BEGINNINGS = ("a", "Red", "7", '"', "\u00e9", "\ube68", "\U0001f525", "(", "THE"
 
 @dataclass(frozen=True)
 class Tokenized:
-    """What the tokenizer made of some captions: a column each, in the captions' order."""
+    """Some captions, tokenised. Each field is a list with one entry per caption, in their order."""
 
     ids: list[NDArray[np.int32]]
     """[num_ids] each: what the encoder is run on, template and special tokens included, no pads."""
     num_ids: list[int]
     first: list[int]
-    """The first position whose embedding is stored, where only real positions are."""
+    """The first position that is stored, if only real positions are stored."""
     stored: list[int]
     """How many positions are stored from there."""
     tokens: list[int]
-    """The caption's own tokens: without the template's, with the tokenizer's special tokens. Where
-    a caption in its template is cut, what is left of the text after the caption counts, too."""
+    """Number of the caption's own tokens: without the template's, with special tokens. If the end
+    is cut off, what is left of the template's text after the caption counts, too."""
     truncated: list[bool]
-    """Whether the caption, in its template, had more tokens than `CaptionTokenizer.longest`."""
+    """Whether the caption in its template had more tokens than `CaptionTokenizer.longest`."""
     unknown: list[int]
-    """Unknown tokens among those kept."""
+    """Number of unknown tokens among those kept."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -100,9 +100,9 @@ class Template:
     before: str = ""
     after: str = ""
     crop_start: int | Literal["template"] = 0
-    """Positions left out at the start; `template`: all that stand before the caption."""
+    """Number of positions left out at the start; `template`: all before the caption."""
     crop_end: int = 0
-    """Positions left out at the end."""
+    """Number of positions left out at the end."""
 
     @classmethod
     def parse(cls, text: str, crop_start: int | Literal["template"], crop_end: int) -> Template:
@@ -126,16 +126,16 @@ class CaptionTokenizer:
     """A checkpoint's fast tokenizer, cutting captions at `max_length` tokens."""
 
     name: str
-    """Its class in transformers."""
+    """The tokenizer's class in transformers."""
     longest: int
-    """Tokens of the longest caption: max_length, and what is cropped before it."""
+    """Number of tokens of the longest caption: max_length plus what is cropped before it."""
     pad_id: int | None
-    """None where no pad is ever attended."""
+    """Id of the pad token; None if no pad is ever attended."""
     eos_id: int | None
     max_id: int
     """Highest id of the vocabulary, added tokens included."""
     empty: Tokenized
-    """The empty caption."""
+    """The empty caption, tokenised."""
     digest: str
     """sha256 of the ids of a fixed probe set, whole and truncated."""
 
@@ -206,8 +206,8 @@ class CaptionTokenizer:
             stored=[max(0, count - cropped) for count in num_ids],
             tokens=[max(0, count - other) for count, other in zip(num_ids, others, strict=True)],
             truncated=truncated,
-            # CLIP's unknown token is its end token, which every caption has: what the empty caption
-            # has of it is not unknown.
+            # CLIP's unknown token is its end token, which every caption has: as many as the empty
+            # caption has are not counted as unknown.
             unknown=[
                 max(0, int((each == self._unk_id).sum()) - self._unknown_in_empty) for each in ids
             ],
@@ -227,10 +227,11 @@ class CaptionTokenizer:
         return digest_of({"whole": [e.ids for e in whole], "cut": [e.ids for e in cut]})
 
     def _template_tokens(self, where: str) -> tuple[int, int]:
-        """The template's tokens before a caption and after it.
+        """Number of the template's tokens before a caption and after it.
 
-        Raises InputError where captions change those before, so that no position divides the two,
-        and where crop_start is another number.
+        Raises InputError if the tokens before the caption change with the caption, so that no
+        position divides template and caption. Also if crop_start is neither 0 nor the number of
+        those tokens.
         """
         template, before, after = self._template, 0, 0
         probes = [encoding.ids for encoding in self._encode(BEGINNINGS)]
@@ -256,7 +257,7 @@ class CaptionTokenizer:
 
 
 def _num_common(rows: Sequence[Sequence[int]]) -> int:
-    """How many ids at their beginning all rows have in common."""
+    """Number of ids that all rows have in common at their beginning."""
     same = [len(set(column)) == 1 for column in zip(*rows, strict=False)]
     return [*same, False].index(False)
 
@@ -264,8 +265,8 @@ def _num_common(rows: Sequence[Sequence[int]]) -> int:
 def load_tokenizer(where: str, folder: Path, special_tokens: Sequence[str]) -> Any:
     """transformers' fast tokenizer of a folder, which has these special tokens (`pad_token`, say).
 
-    Raises InputError: none there, or one that would give other ids, or pads elsewhere, than this
-    program promises.
+    Raises InputError: no tokenizer, a slow one (its ids differ), a special token is missing, or a
+    needed pad token goes to the left.
     """
     from transformers import AutoTokenizer
 
@@ -307,20 +308,20 @@ def load_tokenizer(where: str, folder: Path, special_tokens: Sequence[str]) -> A
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Input of one forward; captions past `len(rows)` only fill it up."""
+    """Input of one forward; captions after the first `len(rows)` only fill it up."""
 
     input_ids: NDArray[np.int64]
     """[B, L]: one caption per line, padded on the right with the pad id. Packed: [1, T], captions
     end to end, pads after the last one."""
     lengths: NDArray[np.int32]
-    """[C] real tokens of each caption, special tokens included; C is B unless packed."""
+    """[C] number of real tokens of each caption, special tokens included; C is B unless packed."""
     first: NDArray[np.int32]
-    """[C] the caption's first position that is stored, where only real ones are."""
+    """[C] the caption's first position that is stored, if only real positions are stored."""
     stored: NDArray[np.int32]
     """[C] how many positions are stored from there."""
     rows: NDArray[np.int64]
-    """[n], n <= C: the first n captions of the batch are those at these positions of the input. The
-    others are empty captions that fill it up."""
+    """[n], n <= C: positions in the input of the first n captions of the batch. The other captions
+    are empty and fill the batch up."""
     packed: bool = False
 
     @property
@@ -361,7 +362,7 @@ def make_batches(
 def make_batch(
     captions: Tokenized, rows: Sequence[int], shape: Shape, pad_id: int, empty: Tokenized
 ) -> TokenBatch:
-    """A batch of the captions `rows`, at most B; `empty` is in the lines left over."""
+    """A batch of the captions `rows`, at most B; `empty` fills the lines left over."""
     left_over = shape[0] - len(rows)
     lines = [captions.ids[row] for row in rows] + empty.ids * left_over
     input_ids = np.full(shape, pad_id, dtype=np.int64)

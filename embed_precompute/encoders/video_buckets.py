@@ -28,8 +28,7 @@ Ratio = tuple[float, float]
 Size = tuple[int, int]
 """(height, width) in pixels."""
 Draw = tuple[float | tuple[float, float], int]
-"""What Open-Sora's bucket_config holds of a number of frames: probability or probabilities, and
-the batch size."""
+"""Open-Sora's bucket_config for a number of frames: one probability or two, and the batch size."""
 
 
 @dataclass(frozen=True, order=True)
@@ -39,9 +38,9 @@ class Bucket:
     frames: int
     height: int
     width: int
-    """Pixels, as `height`."""
+    """Width in pixels, as `height`."""
     resolution: str = ""
-    """Its name in the bucket table, if it comes from one."""
+    """The resolution's name in the bucket table, if the bucket comes from a table."""
 
     def __str__(self) -> str:
         return f"{self.resolution} {self.frames}x{self.height}x{self.width}".strip()
@@ -49,7 +48,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class VideoTokensConfig:
-    """Tokens the video adds to the sequence, from the buckets the trainer puts its clips in."""
+    """How many tokens the video adds to the sequence, from the buckets of the trainer's clips."""
 
     buckets: tuple[tuple[int, int, int], ...] | None = None
     """[frames, height, width] of every bucket, in pixels; this or bucket_config."""
@@ -58,7 +57,7 @@ class VideoTokensConfig:
     time_compression_ratio: int = 4
     """Frames per latent frame, as in the trainer's autoencoder."""
     spatial_compression_ratio: int = 8
-    """Pixels per latent, in height and width; times patch_size: its ae_spatial_compression."""
+    """Pixels per latent, in height and width: the trainer's ae_spatial_compression / patch_size."""
     patch_size: int = 2
     """Latents per token, in height and width, as the trainer's patch_size."""
 
@@ -81,7 +80,7 @@ class VideoTokensConfig:
         self.by_tokens()
 
     def all_buckets(self) -> list[Bucket]:
-        """The buckets, in the order given; of a table every one that a clip is ever put in."""
+        """All buckets, in the order given; of a bucket_config, those that the sampler can draw."""
         if self.buckets is not None:
             return [Bucket(*bucket) for bucket in self.buckets]
         multiple = self.spatial_compression_ratio * self.patch_size
@@ -94,7 +93,7 @@ class VideoTokensConfig:
         ]
 
     def by_tokens(self) -> dict[int, list[Bucket]]:
-        """The buckets by the tokens they add, fewest first."""
+        """The buckets by the number of tokens that they add, fewest first."""
         found: dict[int, list[Bucket]] = {}
         for bucket in self.all_buckets():
             found.setdefault(self.tokens(bucket), []).append(bucket)
@@ -103,7 +102,7 @@ class VideoTokensConfig:
     def tokens(self, bucket: Bucket) -> int:
         """Latent frames x (height / patch) x (width / patch).
 
-        A side of n pixels, or n frames, makes ceil(n / ratio) latents. Raises InputError where the
+        A side of n pixels, or n frames, makes ceil(n / ratio) latents. Raises InputError if the
         latents do not divide into patches.
         """
         ratio, patch = self.spatial_compression_ratio, self.patch_size
@@ -121,7 +120,7 @@ class VideoTokensConfig:
 def resolution_sizes(resolution: str, size_multiple: int) -> list[Size]:
     """The sizes of a resolution: "256px" (256 x 256 pixels in all), "720p" (720 x 1280 in all).
 
-    "256px_max" is the one with most pixels, "256px_ar16:9" the one of that ratio.
+    "256px_max" is the size with most pixels, "256px_ar16:9" the size of that ratio.
     """
     match = RESOLUTION.fullmatch(resolution)
     if match is None or int(match[1]) == 0:
@@ -147,7 +146,8 @@ def resolution_sizes(resolution: str, size_multiple: int) -> list[Size]:
 
 
 def _sizes_by_ratio(pixels: int, multiple: int, resolution: str) -> dict[Ratio, Size]:
-    """Upright, then on the side; a later size of a ratio replaces an earlier one."""
+    """Ratio -> size: the listed ratios, then their sizes turned by 90 degrees. If both give a size
+    for one ratio, the turned size is used."""
     upright: dict[Ratio, Size] = {}
     for ratio in ASPECT_RATIOS:
         size = _nearest_size(pixels, ratio, multiple)
@@ -162,7 +162,7 @@ def _sizes_by_ratio(pixels: int, multiple: int, resolution: str) -> dict[Ratio, 
 
 
 def _nearest_size(pixels: int, ratio: Ratio, multiple: int) -> Size:
-    """Rounded down to the multiple, then one step in one direction if that is nearer to `pixels`.
+    """The size rounded down to the multiple, or one step from it if that is nearer to `pixels`.
 
     Floats in this order of operations: another order could round another way.
     """
@@ -176,7 +176,7 @@ def _nearest_size(pixels: int, ratio: Ratio, multiple: int) -> Size:
 
 
 def _is_drawn(draw: Draw) -> bool:
-    """Whether the sampler ever puts a clip there: of two probabilities the second is to skip."""
+    """Whether the sampler ever draws the bucket; a second probability is that of skipping it."""
     probability = draw[0]
     if isinstance(probability, (tuple, list)):
         return probability[0] > 0 and probability[1] < 1

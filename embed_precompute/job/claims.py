@@ -1,8 +1,8 @@
 """Which units are committed, and how the others are dealt out to the ranks of a job.
 
-Guarantees: correctness rests on the unit records alone. Whatever torchrun's store answers, or if it
-is gone, a rank ends only when every unit has a record. A unit that two ranks compute is published
-once. Nobody adds to the units of another plan.
+Guarantees: correctness rests on the unit records alone. A rank ends only when every unit has a
+record, whatever torchrun's store answers and even if the store is gone. A unit that two ranks
+compute is published once. A run refuses an output folder whose units belong to another plan.
 Costs: two listings of the shard folders, at the start and before the sweep; per unit a `stat` and a
 round trip to torchrun's store. No collective, no lock, no clock.
 """
@@ -33,11 +33,12 @@ log = logging.getLogger(__name__)
 MOST_BLOCK_UNITS = 32
 """Units are dealt in blocks of neighbours: a row group of captions is then read by few ranks."""
 LEAST_BLOCKS = 64
-"""A job with few units has smaller blocks, so that two jobs on one output rarely meet in one."""
+"""A job with this many units or more has at least this many blocks: two jobs on one output then
+rarely work in the same block."""
 
 
 class Committed:
-    """Which units have a record: a listing at the start, then one `stat` per question."""
+    """Which units have a record: found by a listing at the start, later by a `stat` each."""
 
     def __init__(self, root: Path, plan: Plan) -> None:
         self._root, self._plan = root, plan
@@ -46,7 +47,7 @@ class Committed:
         self.refresh()
 
     def refresh(self) -> None:
-        """Lists again, which is cheaper than to ask for many units one by one."""
+        """Lists the records again: for many units this is cheaper than a `stat` of each."""
         units = committed_units(self._root) & self._all
         if record_path(self._root, NULL_UNIT).exists():
             units.add(NULL_UNIT)
@@ -77,8 +78,8 @@ class Committed:
     ) -> None:
         """Compare plan and environment with those of a committed unit, if there is one.
 
-        Raises ConflictError where the unit is of another plan, or of another environment and
-        `on_change` is refuse.
+        Raises ConflictError if the unit belongs to another plan, or if it was made in another
+        environment and `on_change` is "refuse".
         """
         unit = min(self._units, default=None)
         if unit is None:
@@ -106,8 +107,8 @@ class Committed:
 
 
 class CounterStore(Protocol):
-    """What claiming needs of torch.distributed.TCPStore. Both calls raise RuntimeError when the
-    store cannot be reached."""
+    """What claiming needs of torch.distributed.TCPStore. `add` and `compare_set` raise RuntimeError
+    when the store cannot be reached."""
 
     def add(self, key: str, amount: int, /) -> int: ...
 
@@ -115,7 +116,7 @@ class CounterStore(Protocol):
 
 
 def connect_store(dist: DistContext) -> CounterStore | None:
-    """torchrun's store, or None where there is none or it cannot be reached."""
+    """torchrun's store; None if there is none, or if it cannot be reached."""
     if dist.store_host is None or dist.world_size == 1:
         return None
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -133,9 +134,9 @@ class Claims:
     """The units for this rank to compute: its share first, then whatever still has no record.
 
     The job shuffles the blocks of units. Its ranks take the units of these blocks in turn: by a
-    shared counter where torchrun has a store, otherwise every W-th unit. Two jobs on one output
-    have different orders, so they rarely compute the same unit. At the end each rank sweeps: it
-    goes over all units and takes those that nobody has committed.
+    shared counter if torchrun has a store, otherwise every `world_size`-th unit. Two jobs on one
+    output have different orders, so they rarely compute the same unit. At the end each rank sweeps:
+    it goes over all units and takes those that nobody has committed.
 
     `is_committed(unit)` looks for the unit's record; `refresh` lists all records again before the
     sweep.
@@ -157,7 +158,7 @@ class Claims:
         self._prefix = f"embed_precompute/{nonce}"
         self._rendezvous_prefix: str | None = None
         self.swept = False
-        """Whether the unit at hand is from the sweep: another rank may be computing it too."""
+        """Whether the current unit is from the sweep: another rank may be computing it too."""
 
     def __iter__(self) -> Iterator[int]:
         claimed: set[int] = set()  # this rank may still be computing them while it claims more
@@ -178,7 +179,7 @@ class Claims:
 
     def _share(self) -> Iterator[int]:
         """The units dealt to this rank, committed or not; the null embedding is dealt first."""
-        # Without a store the ranks of a job agree on what their launcher tells all of them.
+        # Without a store all ranks use the launcher's run id as the seed: every rank knows the id.
         seed = self._dist.run_id if self._dist.world_size > 1 else os.urandom(16).hex()
         if self._store is not None:
             key = f"{self._prefix_of_rendezvous(self._store)}/seed"
@@ -210,8 +211,8 @@ class Claims:
         return self._rendezvous_prefix
 
     def is_first_to_finalize(self) -> bool:
-        """True for the first rank that asks, so that not every rank builds the same index; True
-        for every rank without a store."""
+        """True for the first rank that asks, so that not every rank builds the same index. Without
+        a store it is True for every rank."""
         if self._store is None:
             return True
         try:

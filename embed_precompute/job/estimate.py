@@ -1,8 +1,9 @@
 """What the first captions tell about a job: tokens, bytes, duplicates; the report of `plan`.
 
 The shard size, the free space that is needed and the report are estimated from one reading of the
-first captions. In the report, rows, samples and shards are exact; figures that need tokens come
-from a stated number of captions and are scaled up, or from all of them. Nothing is written.
+first captions. In the report, rows, samples and shards are exact; figures that need tokens are
+those of the first captions, as many as the report says, or of all. Only the disk size is scaled up
+to the whole dataset. Nothing is written.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from embed_precompute.store.plan import Plan
 FIRST_SAMPLES = 10_000
 PIECE_ROWS = 10_000
 ROWS_BYTES_PER_SAMPLE = 60
-"""A rows part's bytes per sample without the text, compressed: measured, an estimate."""
+"""Estimated bytes of a sample in a rows part, compressed, without the text; measured once."""
 FILES_PER_UNIT = 3
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 300
 FEW_CHARACTERS = 2.0
-"""Characters per token below which a tokenizer is probably another model's."""
+"""With fewer characters per token than this, a tokenizer is probably another model's."""
 
 
 @dataclass
@@ -43,10 +44,11 @@ class TokenFigures:
     truncated: int = 0
     unknown: int = 0
     vectors: Counter[str] = field(default_factory=Counter)
-    """Vectors stored, per tensor."""
+    """Number of stored vectors, by tensor."""
     whole_characters: int = 0
     whole_tokens: int = 0
-    """Of the captions that are not truncated, as is `whole_characters`."""
+    """Number of tokens of the captions that are not truncated; `whole_characters` counts the
+    characters of the same captions."""
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Figures:
     text_bytes: int = 0
     distinct: int = 0
     noted: Counter[str] = field(default_factory=Counter)
-    """Empty captions, and rows where a column of the recipe is null."""
+    """What may surprise, counted: empty captions, rows where a column of the recipe is null."""
     encoders: dict[str, TokenFigures] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
     """The first texts as they are encoded."""
@@ -68,7 +70,7 @@ class Figures:
         return self.status[Status.OK.label]
 
     def embedding_bytes(self, encoders: Sequence[ResolvedEncoder], dtype: str) -> int:
-        """Bytes of the embeddings of all samples, equal texts counted each time."""
+        """Number of bytes of the embeddings of all samples; equal texts are counted each time."""
         return sum(
             self.encoders[encoder.name].vectors[tensor] * output.width * DTYPE_BYTES[dtype]
             for encoder in encoders
@@ -86,17 +88,17 @@ class FirstCaptions:
         num_rows: int,
         last_row_samples: int | None,
     ) -> None:
-        """`num_rows` and `last_row_samples`: of the scan or of the plan."""
+        """`num_rows` and `last_row_samples` are those of the scan, or of the stored plan."""
         self._table, self.encoders = table, encoders
         self._num_rows, self._last_row_samples = num_rows, last_row_samples
 
     @functools.cached_property
     def figures(self) -> Figures:
-        """Of the first 10,000 samples."""
+        """The figures of the first 10,000 samples."""
         return self.measure(FIRST_SAMPLES)
 
     def measure(self, max_samples: int | None) -> Figures:
-        """Of the first `max_samples` samples (None: all)."""
+        """Returns the figures of the first `max_samples` samples (None: of all)."""
         reader = self._table.reader(self._num_rows, self._last_row_samples)
         sums = {encoder.name: TokenFigures() for encoder in self.encoders}
         figures = Figures(noted=reader.noted, encoders=sums)
@@ -141,7 +143,7 @@ def _add(sums: TokenFigures, encoder: ResolvedEncoder, texts: list[str]) -> None
 
 
 def example_lines(figures: Figures) -> list[str]:
-    """The first texts, quoted, so that a wrong recipe shows; of a long one the two ends."""
+    """The first texts, quoted, so that a wrong recipe shows; of a long text only the two ends."""
     half = EXAMPLE_CHARACTERS // 2
     short = (
         text if len(text) <= EXAMPLE_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
@@ -151,7 +153,7 @@ def example_lines(figures: Figures) -> list[str]:
 
 
 def tokenizer_line(encoder: ResolvedEncoder, figures: Figures) -> tuple[str, bool]:
-    """The tokenizer and how it fits these captions; whether it seems to be another model's."""
+    """The report's line on the tokenizer, and whether the tokenizer seems to be another model's."""
     sums = figures.encoders[encoder.name]
     ratio = sums.whole_characters / max(1, sums.whole_tokens)
     line = f"{encoder.opened.tokenizer.name}, {ratio:.1f} characters per token"
@@ -167,7 +169,7 @@ def tokenizer_line(encoder: ResolvedEncoder, figures: Figures) -> tuple[str, boo
 def estimate_lines(
     first: FirstCaptions, plan: Plan, root: Path, dtype: str, max_samples: int | None
 ) -> list[str]:
-    """The report, line by line, from the first `max_samples` samples (None: all)."""
+    """The report, line by line, from the first `max_samples` samples (None: of all)."""
     figures = first.figures if max_samples == FIRST_SAMPLES else first.measure(max_samples)
     lines = [
         f"plan {plan.plan_id[:16]}, fingerprint {plan.fingerprint[:16]}",

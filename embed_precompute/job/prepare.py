@@ -1,13 +1,14 @@
 """Everything that is decided before the first unit: plan, encoders, whether the output fits.
 
 Guarantees: a wrong configuration, caption table or checkpoint fails here, before anything is
-written. Every encoder gets one decision, from the stored plan or else from the scanned captions.
-Every rank ends with the same plan, and a run that would change what the output holds is refused
-(exit 3) naming each differing field or file.
-Costs: each rank reads the caption files once for their digest (XXH3: as fast as they are read),
-tokenizers and weight digests; the rank that makes the plan also reads the id column once (8 bytes a
-row), and tokenises the first 10,000 captions where `samples_per_shard` is auto. No model is loaded
-and no GPU is touched.
+written. Implementation and shapes of every encoder are decided here, once: with the help of the
+stored plan or, if there is none, of the scanned captions. Every rank ends with the same plan, and a
+run that would change what the output holds is refused (exit 3) with the name of each differing
+field or file.
+Costs: each rank hashes the caption files (XXH3: as fast as they are read) and the weights (unless
+their digests are cached), and opens the tokenizers. The rank that makes the plan also reads the id
+column once (8 bytes of memory per row), and tokenises the first 10,000 captions if
+`samples_per_shard` is auto. No model is loaded and no GPU is touched.
 """
 
 from __future__ import annotations
@@ -72,10 +73,10 @@ class Prepared:
 
 
 def prepare(config: Config, limit: int | None = None, dist: DistContext | None = None) -> Prepared:
-    """Check everything and give the plan: the stored one, rank 0's, or one made here.
+    """Check everything and find the plan: the stored one, rank 0's, or one made here.
 
     Nothing is written. Rank 0, or a process without peers, makes the plan at once; another rank
-    waits `runtime.plan_timeout_s` for it and then makes the same one.
+    waits at most `runtime.plan_timeout_s` for that plan and then makes the same one.
     """
     dist = dist or DistContext()
     root = output_folder(config)
@@ -106,7 +107,7 @@ def prepare(config: Config, limit: int | None = None, dist: DistContext | None =
 
 
 def output_folder(config: Config) -> Path:
-    """The dataset's folder; InputError when something else has its name."""
+    """The dataset's folder. Raises InputError if the path exists and is not a folder."""
     root = Path(os.path.expanduser(config.output.path))
     if os.path.lexists(root) and not root.is_dir():
         raise InputError(f"output.path {root} is not a folder: choose another, or move it away.")
@@ -116,7 +117,8 @@ def output_folder(config: Config) -> Path:
 def publish(prepared: Prepared) -> Prepared:
     """Write plan.json unless it is there; the stored plan, whoever wrote it, is in force.
 
-    Temporary files of dead writers go, so that the space of a killed job's shards is free again.
+    Local rank 0 also removes the temporary files of processes that died on this machine: this frees
+    the space of a killed job's shards.
     """
     refuse_linked_folders(prepared.root)
     if prepared.dist.local_rank == 0 and (leftovers := remove_dead(prepared.root)):
@@ -138,7 +140,7 @@ def publish(prepared: Prepared) -> Prepared:
 
 
 def _refuse_foreign_units(prepared: Prepared) -> None:
-    """Where plan.json was lost, the units that are there must be of the plan that replaces it."""
+    """Raises ConflictError if plan.json was lost and the committed units belong to another plan."""
     units = committed_units(prepared.root)
     if record_path(prepared.root, NULL_UNIT).exists():
         units.add(NULL_UNIT)
@@ -158,7 +160,7 @@ def _refuse_foreign_units(prepared: Prepared) -> None:
 def check_first_captions(prepared: Prepared, units_left: Collection[int]) -> None:
     """Log how the tokenizers fit the captions, and whether the rest of the dataset fits on disk.
 
-    Warns where not all of it fits. Raises StorageError (exit 74) where not even one shard does.
+    Warns if not all of it fits. Raises StorageError (exit 74) if not even one shard fits.
     """
     if not units_left:
         return
@@ -173,7 +175,7 @@ def check_first_captions(prepared: Prepared, units_left: Collection[int]) -> Non
     per_sample = embeddings * figures.distinct / max(1, figures.encoded * figures.samples)
     per_row = per_sample * plan.num_samples / plan.num_rows
     rows = [plan.unit_rows(unit)[1] for unit in units_left]
-    # What is left may be the last unit alone, which may be a small one.
+    # If only the last unit is left, it may be smaller than the others.
     one, total = int(per_row * max(rows)), int(per_row * sum(rows))
     files = len(rows) * FILES_PER_UNIT
     free_bytes, free_files = free_space(root)

@@ -1,9 +1,10 @@
 """What rank 0 tells people: how far the whole job is, and how the dataset was made.
 
 Guarantees: the bar counts committed samples of *all* ranks, so a restart shows what is really done.
-Off a terminal it is one line a minute. A failure to look never stops the job.
+If stderr is not a terminal, a line is logged every `runtime.progress_interval_s` instead. If the
+progress cannot be read, the job goes on.
 Costs: a thread on rank 0 that lists the shard folders every few seconds and reads each new record
-once. What was committed before the start is not read: the plan says how many rows those units have.
+once. Records from before the start are not read: the plan says how many rows their units have.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TERMINAL_POLL_S = 2.0
 
 
 class Progress:
-    """A context manager; nothing is shown before `start`, and nothing at all but on rank 0."""
+    """Use as a context manager. It shows nothing before `start`; only rank 0 shows anything."""
 
     def __init__(self, root: Path, plan: Plan, dist: DistContext, runtime: RuntimeConfig) -> None:
         self._root, self._plan = root, plan
@@ -98,7 +99,8 @@ class Progress:
         )
 
     def _count_committed(self) -> None:
-        """What is committed at the start: the units' rows, times the plan's samples per row."""
+        """Counts the samples at the start: rows of committed units times the plan's samples per
+        row."""
         plan = self._plan
         try:
             self._seen = {unit for unit in committed_units(self._root) if unit < plan.num_units}
@@ -120,7 +122,7 @@ class Progress:
 
 
 def write_provenance(prepared: Prepared, environment: dict[str, str]) -> None:
-    """config.yaml and run.json: for people, outside every digest."""
+    """Writes config.yaml and run.json, which are for people: no digest covers them."""
     facts = {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -41,7 +41,7 @@ class RunResult:
     units: int = 0
     samples: int = 0
     seconds: float = 0.0
-    """From the first model to be loaded to the last unit's record."""
+    """Seconds from the start of loading the first model to this rank's last commit."""
     load_seconds: float = 0.0
     encode_seconds: float = 0.0
 

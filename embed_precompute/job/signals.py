@@ -1,10 +1,10 @@
 """Being asked to stop: by a signal, or because the launcher of this process died.
 
 Guarantees: TERM, INT, USR1 and USR2 mean the same, and are noticed at once, even while the main
-thread is inside a long call. Code within `StopRequest.finishing` has the grace
-(`runtime.grace_s`) to commit its unit; any other code is broken off. When the grace is over, or at
-a second signal, the process ends at once: its temporary files are removed, what was committed
-stays. The exit code is 75.
+thread is inside a long call. Code within `StopRequest.finishing` has the grace (`runtime.grace_s`)
+to commit its unit; any other code is interrupted at once. When the grace is over, or at a second
+signal, the process ends at once: its temporary files are removed, what was committed stays. The
+exit code is 75.
 Costs: one thread that sleeps; under torchrun it looks once a second whether the agent is alive.
 """
 
@@ -25,16 +25,16 @@ from embed_precompute.store.commit import drop_staged_files
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SAME_REQUEST_S = 0.5
-"""Signals this close are one request: a terminal's Ctrl-C, or Slurm, reaches a worker directly and
-through torchrun's agent."""
+"""Signals within this many seconds are one request: a terminal's Ctrl-C, or Slurm's signal, reaches
+a worker directly and through torchrun's agent."""
 PARENT_POLL_S = 1.0
 ORPHAN_GRACE_S = 20.0
-"""Nobody waits for a worker whose agent died. With the poll it ends within 30 s, which is the time
-torchrun itself gives a worker."""
+"""A worker whose agent died has at most this grace, for nobody waits for it. It notices the death
+within PARENT_POLL_S, so it ends within 30 s, the time that torchrun itself gives a worker."""
 
 
 class _Stopped(BaseException):
-    """Breaks off whatever the main thread does; no `except Exception` holds it up."""
+    """Interrupts whatever the main thread does; no `except Exception` catches it."""
 
 
 class StopRequest:
@@ -52,13 +52,13 @@ class StopRequest:
         return self._asked.is_set()
 
     def seconds_left(self) -> float:
-        """Until this process is ended; infinite while nobody asks it to stop."""
+        """Seconds until this process is ended; infinite while nobody has asked it to stop."""
         if not self._asked.is_set():
             return float("inf")
         return self._asked_at + self._grace_s - time.monotonic()
 
     def ask(self, reason: str, grace_s: float | None = None) -> bool:
-        """Ask to stop; False when it was asked before."""
+        """Ask to stop; returns False if there was a request already."""
         if self._asked.is_set():
             return False
         if grace_s is not None:
@@ -69,22 +69,22 @@ class StopRequest:
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[None]:
-        """Within this block a request breaks nothing off: the code inside asks `is_set` itself."""
+        """Within this block a request interrupts nothing: the code inside asks `is_set` itself."""
         self._finishing = True
         try:
-            self._break_off()  # it came just before
+            self._break_off()  # a request may have come just before this block
             yield
         finally:
             self._finishing = False
 
     def signalled(self, number: int) -> None:
-        """A stop signal arrived; a second one ends the process."""
+        """Called when a stop signal has arrived; a second signal ends the process."""
         again = not self.ask(f"signal {signal.Signals(number).name}")
         if again and time.monotonic() - self._asked_at > SAME_REQUEST_S:
             end_at_once("a second signal")
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """The handler, which runs in the main thread when that comes back to Python."""
+        """The signal handler: Python runs it in the main thread, when a long call there returns."""
         self.ask(f"signal {signal.Signals(number).name}")
         if not self._finishing:
             self._break_off()
@@ -101,7 +101,7 @@ class StopRequest:
 
 
 def end_at_once(reason: str) -> None:
-    """Ends the process without waiting for any thread; its temporary files go first."""
+    """Removes this process's temporary files and ends it, without waiting for any thread."""
     line = f"embed-precompute: stopped at once ({reason}); run the same command again to go on.\n"
     with contextlib.suppress(OSError):
         os.write(2, line.encode())  # a stream may be locked by a thread that hangs
@@ -113,8 +113,8 @@ def end_at_once(reason: str) -> None:
 def stop_on_signals(grace_s: float, dist: DistContext | None = None) -> Iterator[StopRequest]:
     """Within this block a signal asks to stop, and so does the death of torchrun's agent.
 
-    Ends with InterruptedRunError when a request broke the block off. Only the main thread can have
-    signal handlers: in another one the caller's stay.
+    Raises InterruptedRunError if a request interrupted the block. Only the main thread can set
+    signal handlers: called in another thread, this leaves the existing handlers in place.
     """
     stop = StopRequest(grace_s)
     parent = os.getppid() if dist is not None and dist.has_agent else None
@@ -146,7 +146,7 @@ def stop_on_signals(grace_s: float, dist: DistContext | None = None) -> Iterator
 
 
 def _watch(stop: StopRequest, reading: int, parent: int | None) -> None:
-    """Serve one `stop_on_signals`; ends with a zero byte in the pipe."""
+    """The watcher thread of one `stop_on_signals`; a zero byte in the pipe ends it."""
     while True:
         timeout = max(0.0, min(PARENT_POLL_S, stop.seconds_left()))
         if parent is None and not stop.is_set():

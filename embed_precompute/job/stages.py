@@ -35,10 +35,11 @@ log = logging.getLogger(__name__)
 POLL_S = 0.1
 READER_JOIN_S = 2.0
 COMMIT_SHARE = 0.25
-"""Share of the grace that is kept for a commit until a commit has been timed."""
+"""Part of the grace that is reserved for a commit, until the time of a real commit is known."""
 
 IN_FLIGHT = 2
-"""Forwards that are begun and not waited for: a GPU has the next one when it ends one."""
+"""At most this many forwards are begun before the first of them is waited for: when the GPU ends
+one forward, the next is queued already."""
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ class _Channel(Generic[T]):
         self.items = queue.Queue(self.size)
 
     def put(self, item: T | None) -> bool:
-        """False when the pipeline has stopped and nobody will take the item."""
+        """Returns False if the pipeline has stopped and nobody will take the item."""
         while not self.halted.is_set():
             try:
                 self.items.put(item, timeout=POLL_S)
@@ -77,7 +78,7 @@ class _Channel(Generic[T]):
 
 @dataclass
 class _Encoded:
-    """A message to the writer: a forward of `unit`, or its end where `rows` is None."""
+    """A message to the writer: the output of a forward, or without `rows` the end of `unit`."""
 
     unit: Unit
     rows: np.ndarray | None = None
@@ -89,10 +90,10 @@ class _Encoded:
 def overlapped(
     forwards: Iterable[tuple[T, PendingOutput]],
 ) -> Iterator[tuple[T, PendingOutput]]:
-    """`forwards` one by one, each when it is ready or `IN_FLIGHT` of them are begun.
+    """Yields `forwards` in order, the oldest when it is ready or `IN_FLIGHT` of them are begun.
 
-    Asking `forwards` for the next one begins it. So a GPU runs it while the one before is handed
-    to the writer.
+    Asking `forwards` for the next item begins a forward. So a GPU runs that forward while the
+    output of the one before is handed to the writer.
     """
     begun: deque[tuple[T, PendingOutput]] = deque()
     for forward in forwards:
@@ -110,9 +111,10 @@ class FailureLimit:
         self._failed_of: dict[int, int] = {}
 
     def check(self, unit: Unit) -> None:
-        """Raises IncompleteError when `unit`, not yet committed, makes them too many.
+        """Raises IncompleteError if too many samples failed, those of `unit` included.
 
-        The records are read only when a unit has failures, each of them once.
+        `unit` is not committed yet. The records are read only if it has failures, and each record
+        once.
         """
         failed = sum(row in unit.failures for row in unit.stored_row)
         if not failed:
@@ -156,10 +158,10 @@ class Stages:
         self._units: _Channel[Unit] = _Channel(runtime.prefetch_units, self._halted)
         self._batches: _Channel[_Encoded] = _Channel(runtime.write_queue_batches, self._halted)
         self.units = self.samples = 0
-        """Written by this rank, also those that another rank committed first. The null embedding
-        is a unit without samples."""
+        """Numbers of units and samples that this rank wrote, also if another rank was first to
+        commit them. The null embedding counts as a unit without samples."""
         self.encode_seconds = 0.0
-        """Spent in the encoders; the rest of a run's time the device waits."""
+        """Seconds spent in the encoders. During the rest of the run the device waits."""
         self._unit_s = 0.0
         self._commit_s = COMMIT_SHARE * runtime.grace_s
         self._metrics = prepared.root / "logs" / f"metrics-{prepared.dist.rank:05d}.jsonl"
@@ -205,9 +207,9 @@ class Stages:
     def _encode(self) -> None:
         for unit in self._units:
             if self._stop.is_set():
-                continue  # it was only read ahead
+                continue  # this unit was only read ahead
             if self._committed(unit.number):
-                continue  # by another job meanwhile
+                continue  # another job has committed this unit meanwhile
             began = time.monotonic()
             for encoded in self._encoded_batches(unit):
                 if not self._batches.put(encoded):
@@ -225,7 +227,7 @@ class Stages:
         self._batches.put(None)
 
     def _fits_grace(self, began: float) -> bool:
-        """Whether a unit begun then can be committed before this process is ended."""
+        """Whether a unit that was begun at `began` can be committed before the grace ends."""
         left = max(0.0, began + self._unit_s - time.monotonic())
         return left + self._commit_s < self._stop.seconds_left()
 

@@ -22,15 +22,15 @@ class Unit:
     num_rows: int
     samples: list[Sample]
     stored_row: list[int | None]
-    """Per sample the stored row that holds its embedding; equal texts share one."""
+    """For each sample, the stored row that holds its embedding; equal texts share one."""
     tokens: dict[str, Tokenized]
-    """Per encoder, the captions of the stored rows."""
+    """For each encoder, the captions of the stored rows, tokenised."""
     lengths: dict[str, list[int]]
-    """Per tensor, the vectors of each stored row."""
+    """For each tensor, the number of vectors of each stored row."""
     swept: bool = False
-    """Another rank may be at the same unit."""
+    """Another rank may be computing the same unit."""
     failures: dict[int, tuple[Status, str]] = field(default_factory=dict)
-    """Stored rows whose embedding holds inf or nan: their status and error. They are dropped."""
+    """Stored row that is dropped because its embedding holds inf or nan -> its status and error."""
 
     @property
     def num_stored(self) -> int:
@@ -44,7 +44,7 @@ class Unit:
 def read_unit(
     plan: Plan, number: int, reader: CaptionReader, encoders: Sequence[ResolvedEncoder]
 ) -> Unit:
-    """Read and tokenise unit `number`; `NULL_UNIT` is the encoding of the empty caption."""
+    """Read and tokenise unit `number`; `NULL_UNIT` holds the empty caption alone."""
     if number == NULL_UNIT:
         first_row, num_rows, samples = 0, 0, [Sample("", 0, "")]
     else:

@@ -1,8 +1,8 @@
-"""A unit's embeddings written, and its record published.
+"""Writes a unit's embeddings and publishes its record.
 
 Guarantees: what is committed for a unit is a function of plan, unit and environment. The record is
-published last, so a unit without one is as if it had never been started. The first record stays:
-equal embeddings have one file name, so whoever comes later adds nothing.
+published last, so a unit without one is as if it had never been started. If two ranks write a unit,
+the first record stays. Equal shards have the same file name, so the second rank adds no file.
 Costs: one pass over the finished shard for its sha256.
 """
 
@@ -52,7 +52,7 @@ EXPONENT_BITS = {
 class UnitWriter:
     """Takes a unit's encoded batches in any order and commits the unit.
 
-    `environment` goes into the record. Use as a context manager: leaving it without `commit`
+    `environment` becomes part of the record. Use as a context manager: leaving it without `commit`
     removes every temporary file.
     """
 
@@ -80,8 +80,9 @@ class UnitWriter:
     ) -> None:
         """Write a batch of tensor `name`: entry i of `values` is stored row `rows[i]`.
 
-        `values` is [B, L, D], [B, C] or a list of [length, D]; entries after `rows` fill up the
-        batch. A row that holds inf or nan is not stored.
+        `values` is [B, L, D], [B, C] or a list of [length, D]; it may be longer than `rows`: the
+        entries at its end are captions that fill up the batch, and are not written. A row that
+        holds inf or nan is not stored.
         """
         for i, row in enumerate(rows.tolist()):
             vectors = values[i]
@@ -94,7 +95,7 @@ class UnitWriter:
                 self._shard.reject(row)
 
     def commit(self) -> Record:
-        """Publish shard, rows part and record; give the record in force (ours or a peer's)."""
+        """Publish shard, rows part and record; return the record in force (ours or a peer's)."""
         if self._unit.is_null and self._unit.failures:
             reason = self._unit.failures[0][1]
             raise InputError(
@@ -108,7 +109,8 @@ class UnitWriter:
         return self._record_in_force(record)
 
     def _record_in_force(self, ours: Record) -> Record:
-        """The record that was first. Other bytes in the same environment are a bug of ours."""
+        """The record that was first. If its shard was made in our environment with other bytes,
+        that is a bug of ours."""
         first = read_any_record(self._root, ours.number)
         if first.environment == ours.environment and first.files.shard != ours.files.shard:
             raise InternalError(
@@ -133,7 +135,7 @@ class UnitWriter:
         )
 
     def _unit_record(self, shard: StoredFile, kept: Sequence[int]) -> UnitRecord:
-        """The record; publishes the rows part that it names."""
+        """Publishes the rows part and returns the record that names it."""
         unit = self._unit
         samples = self._stored_samples(kept)
         payload = rows_part_bytes(unit.number, self._plan.tensors, samples)
@@ -186,8 +188,9 @@ class UnitWriter:
 def is_finite(values: torch.Tensor) -> bool:
     """Whether no element is inf or nan; `values` is contiguous, on the CPU.
 
-    By numpy and from the bits. torch would start threads of its own for the writer's thread, next
-    to the encoder's. Such threads spin while they wait: a whole run took a tenth longer.
+    The check is done by numpy, on the bits of the numbers. torch would start a second set of
+    threads for the writer thread, in addition to the encoder's. Such threads spin while they wait:
+    a whole run took a tenth longer.
     """
     integers, exponent = EXPONENT_BITS[values.dtype]
     bits = values.reshape(-1).view(integers).numpy()

@@ -1,10 +1,11 @@
 """The check of committed units, which finalize and verify share.
 
-Guarantees: plan, record, rows part and shard of a unit that comes out agree. Otherwise a
-VerificationError names the first file that does not. `full` also reads every stored byte: the
+Guarantees: if `check_unit` returns a unit, its plan, record, rows part and shard agree. Otherwise a
+VerificationError names the first file that does not agree. `full` also reads every stored byte: the
 sha256 of the shard, the checksum of each row, the digests of the texts.
-Costs: per unit its record, its rows part (in memory) and the header of its shard; `full` reads the
-shard twice. `in_order` uses all cores: hashing and pyarrow let other Python threads run.
+Costs: for each unit, its record, its rows part (in memory) and the header of its shard are read;
+`full` reads the shard twice. `in_order` uses all cores: hashing and pyarrow let other Python
+threads run.
 """
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ class CheckedUnit:
     rows: pa.RecordBatch
     """The rows part without text."""
     columns: UnitColumns
-    """What it adds to the index."""
+    """What the unit adds to the index."""
 
 
 class Problems(list[str]):
-    """What is wrong with a dataset, a line each: the file, what was found, what was expected."""
+    """What is wrong with a dataset: one line each, with the file, what was found and expected."""
 
     def add(self, path: Path, found: object, expected: object) -> None:
         self.append(f"{path}: found {found}, expected {expected}")
@@ -87,7 +88,10 @@ def describe(path: Path, error: Exception) -> str:
 
 
 def check_unit(root: Path, plan: Plan, unit: int, *, full: bool = False) -> CheckedUnit:
-    """Opens a unit; IncompleteError where it has no record, VerificationError for what differs."""
+    """Checks a unit and returns it.
+
+    Raises IncompleteError if the unit has no record, VerificationError if its files do not agree.
+    """
     record = read_record(root, unit)
     _check_plan(root, plan, record)
     path, file = record.rows_path(root), record.files.rows
@@ -97,7 +101,8 @@ def check_unit(root: Path, plan: Plan, unit: int, *, full: bool = False) -> Chec
     except OSError as error:
         raise _unreadable(path, error) from error
     _require_same(path, "sha256", hashlib.sha256(payload).hexdigest(), file.sha256)
-    if full:  # first, so that a damaged shard is named and not the rows that do not fit it
+    # The shard is checked first: if it is damaged, the error names it and not the rows part.
+    if full:
         check_digest(record.shard_path(root), record.files.shard)
     shard = _open_shard(root, plan, record, num_rows=record.num_stored)
     rows, columns = _check_rows(path, plan.tensors, record, shard, payload)
@@ -108,7 +113,7 @@ def check_unit(root: Path, plan: Plan, unit: int, *, full: bool = False) -> Chec
 
 
 def check_null(root: Path, plan: Plan) -> NullRecord:
-    """The null embedding's record; its shard is checked whole."""
+    """Returns the null embedding's record; its shard is checked as with `full`."""
     record = read_null_record(root)
     _check_plan(root, plan, record)
     check_digest(record.shard_path(root), record.files.shard)
@@ -117,14 +122,17 @@ def check_null(root: Path, plan: Plan) -> NullRecord:
 
 
 def check_files(root: Path, record: Record, *, full: bool) -> None:
-    """Sizes, with `full` digests, of the files that a record names: the check without a plan."""
+    """Checks the sizes (`full`: and the sha256) of a record's files, without a plan."""
     for file in vars(record.files).values():
         path = record_path(root, record.number).with_name(file.name)
         (check_digest if full else check_size)(path, file)
 
 
 def in_order(function: Callable[[_T], _R], arguments: Iterable[_T]) -> Generator[_R, None, None]:
-    """`function` of each argument, in order; threads work ahead. Close the iterator to end them."""
+    """Yields `function` of each argument, in order.
+
+    Threads work ahead; closing the iterator ends them.
+    """
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     waiting: deque[Future[_R]] = deque()
     pool = ThreadPoolExecutor(threads, "check")
@@ -157,7 +165,7 @@ def _check_plan(root: Path, plan: Plan, record: Record) -> None:
 
 
 def _open_shard(root: Path, plan: Plan, record: Record, num_rows: int) -> ShardReader:
-    """A shard with the size, the rows and the vectors that its record states."""
+    """Opens a shard, which must have the size and the numbers of rows and vectors in its record."""
     path = record.shard_path(root)
     check_size(path, record.files.shard)
     shard = ShardReader(path, plan.fingerprint, record.number, plan.tensors)
@@ -176,7 +184,7 @@ def check_size(path: Path, file: StoredFile | FileEntry) -> None:
 
 
 def check_digest(path: Path, file: StoredFile | FileEntry) -> None:
-    """Size, then sha256."""
+    """Checks the size, then the sha256."""
     check_size(path, file)
     try:
         found = digest_file(path)
@@ -196,7 +204,7 @@ def _check_checksums(shard: ShardReader, tensors: Tensors) -> None:
 
 
 def _check_texts(path: Path, tensors: Tensors, record: UnitRecord, payload: bytes) -> None:
-    """Texts fit their digests. An ok sample has a text and no error; a bad input has no text."""
+    """Texts must fit their digests; an ok sample has a text and no error, a bad input no text."""
     facts = {status.label for status in INPUT_FACTS}
     names = ("sample_id", "text", "text_sha256", "status", "error")
     sha = hashlib.sha256()
@@ -238,7 +246,7 @@ def _check_rows(
     ok = status == Status.OK
 
     def filled(name: str, missing: Any) -> Array:
-        """A column that is null exactly where the status is not ok, with `missing` there."""
+        """A column with `missing` for its nulls, which must be where the status is not ok."""
         column = rows.column(name)
         if column.null_count or not ok.all():  # seldom
             valid = column.is_valid().to_numpy(zero_copy_only=False)

@@ -36,7 +36,7 @@ TEMP_PREFIX = ".tmp-"
 PIECE_BYTES = 8 << 20
 UNLIMITED = 1 << 63
 NAME_DIGITS = 16
-"""A data file's name has so many hex digits of its sha256."""
+"""Number of hex digits of the sha256 that are part of a data file's name."""
 
 _TEMP_NAME = re.compile(
     re.escape(TEMP_PREFIX) + r".+-(?P<host>[A-Za-z0-9._]+)-(?P<pid>[0-9]{1,9})-[0-9a-f]{12}"
@@ -67,7 +67,7 @@ def content_name(name: str, digest: str) -> str:
 
 
 def open_file(path: Path) -> int:
-    """A descriptor to read a regular file; OSError for anything else.
+    """Opens a regular file to read and returns the descriptor; OSError for anything else.
 
     A pipe has no end to read to, and opening one would wait for its writer.
     """
@@ -79,13 +79,13 @@ def open_file(path: Path) -> int:
 
 
 def read_file(path: Path, limit: int | None = None) -> bytes:
-    """The whole file, or its first `limit` bytes; OSError as `open_file`."""
+    """Returns the whole file, or its first `limit` bytes. Raises OSError as `open_file` does."""
     with open(open_file(path), "rb") as file:
         return file.read(-1 if limit is None else limit)
 
 
 def digest_file(path: Path) -> StoredFile:
-    """Size and sha256 of a file, in one sequential pass; OSError as `open_file`."""
+    """Size and sha256 of a file, in one sequential pass. Raises OSError as `open_file` does."""
     fd = open_file(path)
     try:
         return _digest(fd, path.name)
@@ -106,7 +106,7 @@ def _digest(fd: int, name: str) -> StoredFile:
 # --- writing --------------------------------------------------------------------------------------
 
 _staged: set[Path] = set()
-"""Temporary files of this process: they go when it ends in a hurry."""
+"""Temporary files of this process; `drop_staged_files` removes them if it must end at once."""
 
 
 def drop_staged_files() -> None:
@@ -129,7 +129,7 @@ def this_host() -> str:
 def make_folder(folder: Path) -> None:
     """Makes `folder` and its parents, each durably."""
     missing = []
-    while not os.path.isdir(folder):  # unlike is_dir(), False where we may not look
+    while not os.path.isdir(folder):  # unlike Path.is_dir(), False without permission
         missing.append(folder)
         folder = folder.parent
     for new in reversed(missing):
@@ -141,7 +141,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """fsync of a folder: the names in it are durable."""
+    """fsyncs a folder, so that the names in it are durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -153,12 +153,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def free_space(folder: Path) -> tuple[int, int]:
-    """Bytes and files that the file system has free for `folder`, which need not exist yet."""
+    """Number of bytes and of files that are free for `folder`, which need not exist yet."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
     facts = os.statvfs(folder)
-    # A file system without a table of files says 0 of 0; so does FUSE where it knows no size.
+    # A file system without a fixed number of inodes reports 0 of 0 files. FUSE reports 0 blocks if
+    # it knows no size.
     free_bytes = facts.f_bavail * facts.f_frsize if facts.f_blocks else UNLIMITED
     return free_bytes, facts.f_favail if facts.f_files else UNLIMITED
 
@@ -183,13 +184,14 @@ def storage_error(path: Path, action: str, error: OSError, needed: int = 0) -> S
 class StagedFile:
     """A file without a final name, for one thread.
 
-    `publish`, `replace` or `publish_by_content` gives it its name; leaving the `with` block without
-    one of them drops it. The temporary file is `.tmp-<name>-<host>-<pid>-<random>` in the target's
-    folder, so that `remove_dead` can tell whether its writer is alive.
+    `publish`, `replace` or `publish_by_content` gives the file its name; leaving the `with` block
+    without one of these calls drops the file. The temporary file is
+    `.tmp-<name>-<host>-<pid>-<random>` in the target's folder, so that `remove_dead` can tell
+    whether its writer is alive.
     """
 
     def __init__(self, target: Path, expected_bytes: int = 0) -> None:
-        """`expected_bytes` is named when there is no space for the file."""
+        """`expected_bytes` is part of the error when there is no space for the file."""
         self.target = target
         self._expected_bytes = expected_bytes
         self._position = 0
@@ -213,17 +215,17 @@ class StagedFile:
 
     @property
     def position(self) -> int:
-        """Where the next `write` goes."""
+        """Offset of the next `write`."""
         return self._position
 
     def write(self, payload: ReadableBuffer) -> int:
-        """Writes all of `payload` after the last `write`; returns its bytes."""
+        """Writes all of `payload` after the last `write`; returns the number of bytes."""
         count = self.pwrite(payload, self._position)
         self._position += count
         return count
 
     def pwrite(self, payload: ReadableBuffer, offset: int) -> int:
-        """Writes all of `payload` at `offset`; returns its bytes."""
+        """Writes all of `payload` at `offset`; returns the number of bytes."""
         view = memoryview(payload)
         size = view.nbytes
         if size == 0:  # a view with a zero in its shape cannot be cast
@@ -240,7 +242,7 @@ class StagedFile:
         return size
 
     def pread(self, size: int, offset: int) -> bytes:
-        """Exactly `size` bytes at `offset`."""
+        """Reads exactly `size` bytes at `offset`."""
         try:
             payload = os.pread(self._fd, size, offset)
             if len(payload) != size:
@@ -259,7 +261,7 @@ class StagedFile:
         return self._digest
 
     def publish(self) -> bool:
-        """Gives the file its name unless the name is taken: the first wins, and stays.
+        """Gives the file its name unless the name is taken: the first file stays.
 
         Returns whether the file of that name has our content.
         """
@@ -271,7 +273,8 @@ class StagedFile:
             except OSError as error:
                 if error.errno not in _NO_LINK or os.path.lexists(self.target):
                     raise
-                # Without links: who comes between this look and the rename loses the name to us.
+                # No hard links here. If another process publishes after the check above, this
+                # rename replaces its file.
                 os.rename(self._temp, self.target)
         except OSError as error:
             if not os.path.lexists(self.target):
@@ -280,17 +283,18 @@ class StagedFile:
             ours = self._target_is(stored)
         finally:
             self.discard()
-        self._sync_parent()  # also for a winner that may have died before it did
+        # Also if another process was first: that process may have died before it synced the folder.
+        self._sync_parent()
         return ours
 
     def replace(self) -> None:
-        """Gives the file its name, in place of any file that has it; an equal one stays."""
+        """Gives the file its name, replacing any file that has it; an equal file stays."""
         stored = self._finish()
         try:
             if not self._target_is(stored):
                 os.replace(self._temp, self.target)
         except OSError as error:
-            # Another process that finished the same dataset may have removed our temporary.
+            # Another process that finished the same dataset may have removed our temporary file.
             if not self._target_is(stored):
                 raise self._error("renaming into place", error) from error
         finally:
@@ -300,8 +304,8 @@ class StagedFile:
     def publish_by_content(self) -> StoredFile:
         """Gives the file the `content_name` of its target; returns it under that name.
 
-        The name stands for these bytes. A file that has the name already is equal and stays, or is
-        damaged and is replaced.
+        The name identifies these bytes. So a file that has the name already is equal, and stays, or
+        is damaged, and is replaced.
         """
         stored = self.digest()
         self.target = self.target.with_name(content_name(self.target.name, stored.sha256))
@@ -368,21 +372,21 @@ class Sink(io.RawIOBase):
 
 
 def publish_bytes(target: Path, payload: bytes) -> bool:
-    """Publishes a small file, as `StagedFile.publish`: whether the file has our content."""
+    """Publishes a small file, as `StagedFile.publish` does; returns whether it has our content."""
     with StagedFile(target, len(payload)) as staged:
         staged.write(payload)
         return staged.publish()
 
 
 def publish_bytes_by_content(target: Path, payload: bytes) -> StoredFile:
-    """Publishes a small data file, as `StagedFile.publish_by_content`."""
+    """Publishes a small data file, as `StagedFile.publish_by_content` does."""
     with StagedFile(target, len(payload)) as staged:
         staged.write(payload)
         return staged.publish_by_content()
 
 
 def replace_bytes(target: Path, payload: bytes) -> None:
-    """Writes a small derived file in place of what is there; an equal file stays."""
+    """Writes a small derived file, replacing the old one; an equal file stays."""
     with StagedFile(target, len(payload)) as staged:
         staged.write(payload)
         staged.replace()
@@ -392,7 +396,7 @@ def replace_bytes(target: Path, payload: bytes) -> None:
 
 
 def move_aside(root: Path, path: Path) -> bool:
-    """Moves a file to `_quarantine/` of `root`; False when the file is gone."""
+    """Moves a file to `_quarantine/` of `root`; False if the file is gone."""
     folder = root / QUARANTINE
     make_folder(folder)
     try:
@@ -400,7 +404,7 @@ def move_aside(root: Path, path: Path) -> bool:
         sync_folder(folder)
         sync_folder(path.parent)
     except FileNotFoundError:
-        return False  # another process did it
+        return False  # another process moved it
     except OSError as error:
         raise storage_error(path, "moving it to quarantine", error) from error
     return True
@@ -420,8 +424,9 @@ def remove_file(path: Path) -> None:
 def remove_leftovers(*folders: Path) -> None:
     """Removes all temporary files from the folders of a dataset that is complete.
 
-    A process that still writes one finds the equal file that another process has published. If it
-    writes in another environment, it ends with StorageError: the dataset is complete without it.
+    Another process may still be writing one of them. When it publishes, it finds that the equal
+    final file exists already. In another environment its file would not be equal: that process
+    ends with StorageError, and the dataset is complete without it.
     """
     for path in _temporaries(*folders):
         with contextlib.suppress(OSError):
@@ -431,7 +436,8 @@ def remove_leftovers(*folders: Path) -> None:
 def remove_dead(root: Path) -> int:
     """Removes temporary files whose writer was on this machine and is dead; returns their number.
 
-    Those of other machines stay until the dataset is complete: this machine cannot tell.
+    Files of other machines stay until the dataset is complete: this machine cannot tell whether
+    their writers are dead.
     """
     removed = 0
     folders = [root, root / "index"]
@@ -456,7 +462,7 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is another user's
+    except OSError:  # the process is another user's
         return True
     return True
 

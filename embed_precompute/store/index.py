@@ -93,7 +93,7 @@ class Manifest(Document):
     environments: list[EnvironmentCount]
     records_sha256: Hex64
     files: dict[str, FileEntry]
-    """By path below the root: everything but the files of units."""
+    """All files except those of units, by path below the root."""
 
     def __post_init__(self) -> None:
         check_status(self.counts.status, self.counts.samples)
@@ -128,7 +128,7 @@ def tensor_entries(tensors: Sequence[StoredTensor]) -> dict[str, TensorEntry]:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """manifest.json; FileNotFoundError while the dataset is not finalised."""
+    """Reads manifest.json. Raises FileNotFoundError while the dataset is not finalised."""
     try:
         return read_document(root / "manifest.json", Manifest)
     except VerificationError as error:
@@ -157,13 +157,13 @@ class UnitColumns:
     ids: list[bytes]
     id_hashes: Array
     status: Array
-    """Numbers of the statuses, uint8."""
+    """Number of each sample's status, uint8."""
     index: Array
     """Stored row of each sample; -1 unless its status is ok."""
     lengths: Mapping[str, Array]
-    """By tensor the vectors stored of each sample; 0 unless its status is ok."""
+    """For each tensor, the number of stored vectors of each sample; 0 unless its status is ok."""
     checksums: Mapping[str, Array]
-    """By tensor the checksum of each sample's stored row; 0 unless its status is ok."""
+    """For each tensor, the checksum of each sample's stored row; 0 unless its status is ok."""
 
 
 class IndexBuilder:
@@ -257,9 +257,9 @@ def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
 class DatasetIndex:
     """A finalised dataset's index, mapped: nothing is loaded until it is asked for.
 
-    Opening checks the root manifest, and each array's bytes, dtype and shape against it; `verify`
-    checks the digests. Samples are numbered in input order, those without an embedding too. Pickles
-    as its folder.
+    Opening checks the root manifest, and compares each array's size, dtype and shape with it;
+    `verify` checks the digests. Samples are numbered in input order, those without an embedding
+    too. A pickle holds the folder's path only; unpickling opens the index again.
     """
 
     def __init__(self, root: Path) -> None:
@@ -285,7 +285,7 @@ class DatasetIndex:
             name: self._open(name, dtype, shapes.get(name, (n,)))
             for name, dtype in index_dtypes(self.tensors).items()
         }
-        """Every array by name; some of them again:"""
+        """Every array, by name. The attributes below are some of these arrays."""
         self.status, self.shard = self.arrays["status"], self.arrays["shard"]
         self.index, self.ok = self.arrays["index"], self.arrays["ok"]
         self.shards = self.arrays["shards"]
@@ -314,7 +314,8 @@ class DatasetIndex:
 
     def find(self, sample_id: str) -> int | None:
         """The sample number of an id, or None."""
-        wanted = sample_id.encode(errors="surrogatepass")  # not UTF-8: then no stored id is equal
+        # A lone surrogate gives bytes that no stored id has.
+        wanted = sample_id.encode(errors="surrogatepass")
         hashes, order = self.arrays["id_hash"], self.arrays["id_order"]
         # A Python int here would make numpy convert the whole array.
         hashed = np.uint64(id_hash(wanted))
@@ -349,7 +350,7 @@ class DatasetIndex:
             size = np.dtype(dtype).itemsize * math.prod(shape) + NPY_HEADER_BYTES
             if size != expected:
                 raise ValueError(f"{expected} bytes, {dtype} {shape} has {size}")
-            if 0 in shape:  # it cannot be mapped
+            if 0 in shape:  # an empty array cannot be mapped
                 return np.empty(shape, dtype)
             array = np.memmap(path, dtype, "r", NPY_HEADER_BYTES, shape)
         except (OSError, ValueError, LookupError) as error:

@@ -1,8 +1,8 @@
-"""What is made of all units: finalize writes manifest, index and root manifest; and their check.
+"""Writes and checks the files that describe all units: manifest.parquet, index, manifest.json.
 
 Guarantees: finalize is idempotent and a function of the committed files. It checks every unit
-against its record before it counts it. manifest.json is written last, and never stands next to
-files that it does not describe. What no record names is removed.
+against its record before it counts it. manifest.json is written last, and there are never files
+next to it that it does not describe. Shards and rows parts that no record names are removed.
 Costs: one pass over all records, rows parts (without their text) and shard headers; memory holds a
 row group of manifest.parquet and 24 bytes per sample.
 """
@@ -97,8 +97,9 @@ class Finalized:
 def finalize(root: Path) -> Finalized:
     """Writes manifest.parquet, index/*.npy and, last, manifest.json; removes what no record names.
 
-    IncompleteError while a unit or the null embedding has no record; VerificationError naming the
-    file when one is not what its record says. Files that are right already are left alone.
+    Raises IncompleteError while a unit or the null embedding has no record, and VerificationError,
+    naming the file, if a file does not agree with its record. Files that are right already are left
+    alone.
     """
     plan = read_plan(root)
     refuse_linked_folders(root)
@@ -155,7 +156,7 @@ def _write_derived(root: Path, plan: Plan) -> Manifest:
         manifest = totals.manifest(plan, entries)
         payload, path = document_bytes(manifest), root / MANIFEST
         try:
-            # What is no file may be a pipe, which nobody writes to.
+            # This may be a pipe: reading a pipe that has no writer never ends.
             stale = os.path.lexists(path) and not (path.is_file() and path.read_bytes() == payload)
         except OSError as error:
             raise StorageError(f"{path}: reading failed: {error.strerror}.") from error
@@ -251,7 +252,7 @@ class _SampleTable:
 
     def _write(self, num_rows: int) -> None:
         table = pa.Table.from_batches(self._waiting, self._schema)
-        # One chunk: how the rows came in batches must not show in the file's pages.
+        # One chunk: the file's pages must not depend on the batches in which the rows arrived.
         self._writer.write_table(table.slice(0, num_rows).combine_chunks(), num_rows)
         self._waiting = table.slice(num_rows).to_batches()
         self._num_waiting -= num_rows
@@ -263,14 +264,14 @@ class _SampleTable:
 class DerivedCheck:
     """Compares manifest.json, manifest.parquet and the index with what the units hold.
 
-    `add` the units in order. Where one is missing or damaged, `stop`: repair makes the derived
-    files again after it. Costs: the files are read once, in step with the units; 24 bytes per
-    sample in memory.
+    `add` the units in order. If a unit is missing or damaged, `stop`: the derived files are made
+    again anyway after its repair. Costs: the files are read once, in step with the units; 24 bytes
+    per sample in memory.
     """
 
     def __init__(self, root: Path, plan: Plan | None, problems: Problems, *, full: bool) -> None:
         self.num_bytes = 0
-        """Bytes whose sha256 was compared."""
+        """Number of bytes whose sha256 was compared."""
         self._root, self._plan, self._problems = root, plan, problems
         self._totals, self._builder = Totals(), IndexBuilder()
         self._manifest: Manifest | None = None
@@ -349,7 +350,7 @@ class DerivedCheck:
                 self._problems.add(path, f"other values {whose}", "those of its files")
 
     def _name_repeated(self, plan: Plan, units: Sequence[int], hashes: Array) -> None:
-        """The rows parts are read again only where two hashes are equal."""
+        """Names ids that occur twice; reads rows parts again only if two hashes are equal."""
         suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
         seen: dict[str, int] = {}
         for unit in units if suspects else ():
@@ -365,7 +366,7 @@ class DerivedCheck:
                         seen[sample_id] = unit
 
     def _compare_sums(self, plan: Plan) -> None:
-        """plan.json and manifest.json against the sums over all records."""
+        """Compares plan.json and manifest.json with the sums over all records."""
         manifest = self._manifest
         if self._complete and self._totals.samples != plan.num_samples:
             found = f"num_samples {plan.num_samples}"

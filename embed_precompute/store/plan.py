@@ -46,7 +46,7 @@ class InputFile:
     """A file of the caption table."""
 
     path: str
-    """Relative to the input's root, `/` separated; of a single file its name."""
+    """Path below the input folder, with `/`; if the input is a single file, the file's name."""
     bytes: Count
     rows: Count
     footer_sha256: Hex64
@@ -58,11 +58,11 @@ class Inputs:
     """The caption rows of a dataset."""
 
     files: tuple[InputFile, ...]
-    """In the order in which rows are numbered."""
+    """The files in the order in which rows are numbered."""
     text_column: str
     id_column: str | None
     limit: Count | None = None
-    """Samples asked for."""
+    """Number of samples asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +73,14 @@ class Plan(Document):
     fingerprint: Hex64
     """Digest of `spec`: the identity of what a caption becomes."""
     plan_id: Hex64
-    """Digest of fingerprint, inputs and samples_per_shard: nothing that follows from them."""
+    """Digest of fingerprint, inputs and samples_per_shard: the other fields follow from these."""
     spec: dict[str, Any]
     inputs: Inputs
     samples_per_shard: _Positive
     num_rows: _Positive
     num_samples: Count
     last_row_samples: Count | None
-    """Samples taken of the last row, where the limit cuts its list of captions."""
+    """Number of samples taken from the last row, if the limit cuts its list of captions."""
     rows_per_unit: _Positive
     num_units: Count
 
@@ -95,7 +95,7 @@ class Plan(Document):
         num_samples: int,
         last_row_samples: int | None = None,
     ) -> Plan:
-        """InputError when the spec's names of tensors clash."""
+        """Makes the plan. Raises InputError if the spec's names of tensors clash."""
         fingerprint = digest_of(spec)
         # Rows that hold about `samples_per_shard` samples: a row with a list is never split.
         rows = max(1, samples_per_shard * num_rows // max(1, num_samples))
@@ -134,7 +134,7 @@ class Plan(Document):
 
     @functools.cached_property
     def tensors(self) -> tuple[StoredTensor, ...]:
-        """What is stored, sorted by name."""
+        """The tensors that are stored, sorted by name."""
         return stored_tensors(self.spec)
 
     def unit_rows(self, unit: int) -> tuple[int, int]:
@@ -154,7 +154,7 @@ def _plan_id(fingerprint: str, inputs: Inputs, samples_per_shard: int) -> str:
 
 
 def read_plan(root: Path) -> Plan:
-    """plan.json; InputError where there is none."""
+    """Reads plan.json. Raises InputError if there is none."""
     require_folder(root)
     try:
         return read_document(root / PLAN_FILE, Plan)
@@ -163,14 +163,14 @@ def read_plan(root: Path) -> Plan:
 
 
 def auto_samples_per_shard(bytes_per_sample: float) -> int:
-    """1 GiB over the estimated bytes of a sample, at most 4,096."""
+    """1 GiB divided by the estimated bytes of a sample, at most 4,096."""
     return max(1, min(AUTO_MAX_SAMPLES, int(AUTO_SHARD_BYTES / max(1.0, bytes_per_sample))))
 
 
 def check_same(
     stored: Plan, spec: Mapping[str, Any], inputs: Inputs, samples_per_shard: int | None
 ) -> None:
-    """Raise `ConflictError` naming what differs, unless a run with these may go on with `stored`.
+    """Raises ConflictError, naming what differs, unless `stored` fits the other arguments.
 
     `samples_per_shard` None means `auto`: the plan is the authority once it is written.
     """

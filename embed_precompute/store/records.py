@@ -2,7 +2,7 @@
 
 Guarantees: a document that is returned has exactly the keys and types of the format, and its file
 is byte for byte what `document_bytes` makes of it. The names of files follow from unit numbers and
-digests, so no path that stands in a file is followed. Which units are committed is a folder
+digests, so no path that is written in a file is ever opened. Which units are committed is a folder
 listing.
 """
 
@@ -41,10 +41,11 @@ FORMAT_VERSION = 1
 MAX_JSON_BYTES = 16 << 20
 UNITS_PER_FOLDER = 1000
 NULL_UNIT = -1
-"""The number of the null embedding where units are counted; it is claimed like one, first."""
+"""The unit number of the null embedding, which is claimed like a unit, before all others."""
 ENCODER_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 RESERVED_ENDINGS = ("_offsets", "_xxh3", "_length", "_mask", "_tokens", "_truncated")
-"""Endings of names that stand next to an encoder's or a tensor's: no such name may end so."""
+"""Suffixes that the format adds to an encoder's or tensor's name, as in `t5_tokens`: no encoder or
+tensor may have a name that ends in one."""
 SHARD, ROWS, RECORD = ".safetensors", ".rows.parquet", ".json"
 
 _FOLDER_NAME = re.compile(r"[0-9]{3,15}")
@@ -63,7 +64,7 @@ class Document:
     format_version: Literal[1] = 1
     kind: str = ""
     digest: str = field(default="", compare=False)
-    """Of the rest of the content; empty until it is read from a file."""
+    """sha256 of the other fields; empty unless the object was read from a file."""
 
 
 D = TypeVar("D", bound=Document)
@@ -80,9 +81,9 @@ def document_bytes(content: Document | Mapping[str, Any]) -> bytes:
 def read_json(path: Path, kind: str | None = None) -> dict[str, Any]:
     """The object in a document, with its `digest`.
 
-    A missing file is FileNotFoundError: only the caller knows what absence means. Other bytes than
-    those of `document_bytes` (a flipped bit, a torn write), another version and another kind are
-    VerificationError.
+    Raises FileNotFoundError for a missing file: only the caller knows what absence means. Raises
+    VerificationError for another version or kind, and for other bytes than those of
+    `document_bytes` (a flipped bit, a torn write).
     """
     try:
         payload = read_file(path, MAX_JSON_BYTES + 1)
@@ -117,7 +118,7 @@ def read_json(path: Path, kind: str | None = None) -> dict[str, Any]:
 
 
 def read_document(path: Path, declared: type[D]) -> D:
-    """The document in a file; errors as `read_json`, and VerificationError for other keys."""
+    """The document in a file. Raises as `read_json`, and VerificationError for other keys."""
     content = read_json(path, declared.kind)
     try:
         return from_plain(declared, content)
@@ -134,14 +135,15 @@ _EncoderName = Annotated[str, ENCODER_NAME]
 
 @dataclass(frozen=True)
 class EncoderOutput:
-    """An entry of `spec.encoders.<name>.outputs`: a tensor that an encoder gives."""
+    """An entry of `spec.encoders.<name>.outputs`: a tensor that an encoder makes."""
 
     suffix: Annotated[str, re.compile(r"(_[a-z0-9_]+)?")]
-    """The tensor's name is the encoder's name and this."""
+    """The tensor's name is the encoder's name and this suffix."""
     per: Per
     width: Annotated[int, AtLeast(1)]
     positions: Literal["all", "real"] | None
-    """Per token: whether pads are stored too, or only a caption's own tokens. Else None."""
+    """For an output per token: "all" if pads are stored too, "real" if only a caption's own tokens
+    are. For an output per caption: None."""
 
     def __post_init__(self) -> None:
         if (self.positions is None) is (self.per == "token"):
@@ -165,7 +167,7 @@ class StoredTensor:
     width: int
     dtype: StoredDType
     positions: Literal["all", "real"] | None = None
-    """As in `EncoderOutput`."""
+    """See `EncoderOutput`."""
 
     @property
     def per_caption(self) -> bool:
@@ -174,7 +176,7 @@ class StoredTensor:
 
 
 def stored_tensors(spec: Mapping[str, Any]) -> tuple[StoredTensor, ...]:
-    """What a resolved spec stores, sorted by name; MismatchError naming what is wrong with it."""
+    """The tensors that a resolved spec stores, sorted by name. MismatchError: a bad spec."""
     output: _OutputSpec = from_plain(_OutputSpec, spec.get("output"), "spec.output")
     encoders: dict[str, dict[str, Any]] = from_plain(
         dict[_EncoderName, dict[str, Any]], spec.get("encoders"), "spec.encoders"
@@ -206,9 +208,9 @@ class TokenCounts:
     """Sums over samples, for one encoder."""
 
     tokens: Count
-    """Special tokens included, pads not."""
+    """Number of tokens, special tokens included, pads not."""
     truncated: Count
-    """Captions that lost tokens."""
+    """Number of captions that lost tokens."""
 
 
 @dataclass(frozen=True)
@@ -230,12 +232,12 @@ class Record(Document):
     environment: dict[str, str]
     encoders: dict[str, TokenCounts]
     tensors: dict[str, Count]
-    """Vectors stored, by tensor."""
+    """Number of stored vectors, by tensor."""
     files: NullFiles
 
     @property
     def number(self) -> int:
-        """The unit, or NULL_UNIT."""
+        """The unit's number, or NULL_UNIT."""
         return int(getattr(self, "unit", NULL_UNIT))
 
     def __post_init__(self) -> None:
@@ -262,7 +264,7 @@ class UnitRecord(Record):
     num_samples: Count
     num_stored: Count
     status: dict[str, Count]
-    """Samples of each status, by label."""
+    """Number of samples of each status, by label."""
     rows_sha256: Hex64
     files: UnitFiles
 
@@ -286,7 +288,7 @@ class NullRecord(Record):
 
 
 def check_status(status: Mapping[str, int], num_samples: int) -> None:
-    """MismatchError unless there is a count for each status, and they add up."""
+    """Raises MismatchError unless there is a count for each status, and the counts add up."""
     if status.keys() != {each.label for each in Status}:
         raise MismatchError(f"status has keys {sorted(status)}: expected one for each status.")
     if sum(status.values()) != num_samples:
@@ -297,7 +299,7 @@ def check_status(status: Mapping[str, int], num_samples: int) -> None:
 
 
 def unit_path(root: Path, unit: int, ending: str) -> Path:
-    """A file of a unit, or of the null embedding (NULL_UNIT), by its name without a digest."""
+    """Path of a file of a unit (or NULL_UNIT, the null embedding), without a digest in the name."""
     if unit == NULL_UNIT:
         return root / f"null{ending}"
     return root / "shards" / f"{unit // UNITS_PER_FOLDER:03d}" / f"shard-{unit:06d}{ending}"
@@ -308,8 +310,8 @@ def record_path(root: Path, unit: int) -> Path:
 
 
 def unit_of(root: Path, folder: Path, name: str) -> int | None:
-    """The unit (or NULL_UNIT) that has a record, shard or rows part of this name in this folder;
-    None for other names."""
+    """The unit (or NULL_UNIT) whose record, shard or rows part has this name in this folder; None
+    for other names."""
     match = _FILE_NAME.fullmatch(name)
     if match is None:
         return None
@@ -338,11 +340,12 @@ def unit_folders(root: Path) -> list[Path]:
 
 
 def unnamed_files(root: Path) -> Iterator[Path]:
-    """Shards and rows parts of committed units that the unit's record does not name.
+    """Yields the shards and rows parts of committed units that no record names.
 
-    They are of writers that died, or that were not the first. The files of a unit without a record
-    are left out: a writer may be about to publish it. So are those of a unit whose record is
-    damaged: any file may be what it named. Only records of units with too many files are read.
+    Their writers died, or were not the first. The files of a unit without a record are left out: a
+    writer may be about to publish that record. The files of a unit with a damaged record are left
+    out too: the record may have named any of them. Only records of units with too many files are
+    read.
     """
     for folder in (root, *unit_folders(root)):
         found: dict[int, list[str]] = {}
@@ -359,7 +362,7 @@ def unnamed_files(root: Path) -> Iterator[Path]:
 
 
 def list_folder(folder: Path) -> list[str]:
-    """The names in a folder, sorted; none where there is no folder."""
+    """The names in a folder, sorted; none if there is no folder."""
     try:
         return sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -369,7 +372,7 @@ def list_folder(folder: Path) -> list[str]:
 
 
 def refuse_linked_folders(root: Path) -> None:
-    """InputError when a folder of the dataset is a link: nothing is written outside the root."""
+    """Raises InputError if a folder of a dataset is a link: we write nothing outside the root."""
     folders = [root / name for name in ("shards", "index", "logs", QUARANTINE)]
     for folder in [*folders, *(root / "shards" / name for name in list_folder(root / "shards"))]:
         if folder.is_symlink():
@@ -380,7 +383,7 @@ def refuse_linked_folders(root: Path) -> None:
 
 
 def require_folder(root: Path) -> None:
-    """InputError where there is no folder, or something else in its place."""
+    """Raises InputError if `root` does not exist or is not a folder."""
     require(root.is_dir(), f"{root} is not a folder. Expected the output.path of a run.")
 
 
@@ -388,17 +391,18 @@ def require_folder(root: Path) -> None:
 
 
 def read_record(root: Path, unit: int) -> UnitRecord:
-    """The record of a unit; IncompleteError when it has none."""
+    """The record of a unit. Raises IncompleteError if there is none."""
     return _read_record(root, unit, UnitRecord)
 
 
 def read_null_record(root: Path) -> NullRecord:
-    """The record of the null embedding; IncompleteError when it has none."""
+    """The record of the null embedding. Raises IncompleteError if there is none."""
     return _read_record(root, NULL_UNIT, NullRecord)
 
 
 def read_any_record(root: Path, unit: int) -> Record:
-    """The record of a unit, or of the null embedding (NULL_UNIT); IncompleteError without one."""
+    """The record of a unit, or of the null embedding (NULL_UNIT). Raises IncompleteError if there
+    is none."""
     return read_null_record(root) if unit == NULL_UNIT else read_record(root, unit)
 
 

@@ -45,17 +45,17 @@ class StoredSample:
     index: int | None = None
     """Stored row in the unit's shard; None unless status is OK."""
     tokens: Mapping[str, int] = field(default_factory=dict)
-    """Tokens by encoder, pads not counted. This and the next two are empty unless status is OK."""
+    """Number of tokens, by encoder, without pads. Empty unless status is OK, like the next two."""
     truncated: Mapping[str, bool] = field(default_factory=dict)
-    """By encoder whether tokens were cut off."""
+    """For each encoder, whether tokens were cut off."""
     lengths: Mapping[str, int] = field(default_factory=dict)
-    """Vectors stored by tensor; 1 for a tensor per caption."""
+    """Number of stored vectors, by tensor; 1 for a tensor with one vector per caption."""
     text: str | None = None
-    """The encoded text; None where there is none."""
+    """The encoded text; None if there is none."""
 
 
 def encoder_names(tensors: Tensors) -> list[str]:
-    """The encoders that give the tensors, sorted."""
+    """The names of the encoders that make the tensors, sorted."""
     return sorted({tensor.encoder for tensor in tensors})
 
 
@@ -81,7 +81,7 @@ def rows_schema(tensors: Tensors, *, text: bool = True) -> pa.Schema:
 
 
 def rows_digest(samples: Iterable[StoredSample]) -> str:
-    """sha256 over the canonical JSON of [sample_id, text] and a newline, for every sample."""
+    """sha256 of the canonical JSON of [sample_id, text] and a newline, for every sample."""
     sha = hashlib.sha256()
     for sample in samples:
         sha.update(digested_row(sample.sample_id, sample.text))
@@ -89,7 +89,7 @@ def rows_digest(samples: Iterable[StoredSample]) -> str:
 
 
 def digested_row(sample_id: str, text: str | None) -> bytes:
-    """What a sample adds to the bytes that `rows_sha256` is the digest of."""
+    """The bytes that a sample adds to those that `rows_sha256` is the digest of."""
     return canonical_json([sample_id, text]) + b"\n"
 
 
@@ -128,7 +128,8 @@ def parquet_writer(sink: Any, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def _row_groups(samples: Sequence[StoredSample]) -> Iterator[Sequence[StoredSample]]:
-    """Runs of samples with bounded rows and text: an Arrow string array ends at 2 GiB."""
+    """Yields groups of neighbouring samples, limited in rows and text: an Arrow string array holds
+    at most 2 GiB."""
     first = text_bytes = 0
     for i, sample in enumerate(samples):
         size = len(sample.text or "") * 4
@@ -170,12 +171,12 @@ def iter_batches(
     num_rows: int | None = None,
     payload: bytes | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """A rows part in batches of at most 4,096 rows, with or without the text column.
+    """Yields a rows part in batches of at most 4,096 rows, with or without the text column.
 
-    `num_rows` is the number that its record states: a few bytes can stand for millions of rows,
-    which are then not decoded. `payload` is the part's bytes, where they were read already.
-    VerificationError naming the file when it is missing, damaged, or has other columns or another
-    number of rows.
+    `num_rows` is the number of rows in the unit's record: a small damaged file may claim millions
+    of rows, and is then rejected before they are decoded. `payload` is the part's bytes, if they
+    were read already. Raises VerificationError, naming the file, if it is missing or damaged, or
+    has other columns or another number of rows.
     """
     try:
         source = pa.BufferReader(read_file(path) if payload is None else payload)
@@ -195,10 +196,11 @@ def iter_batches(
 def open_parquet(
     path: Path, source: pa.NativeFile, schema: pa.Schema, num_rows: int | None
 ) -> pq.ParquetFile:
-    """A Parquet file of ours; VerificationError unless it has these columns and rows.
+    """Opens a Parquet file of ours; VerificationError unless it has these columns and `num_rows`
+    rows.
 
-    pyarrow checks the pages' checksums, and reads nothing ahead: for that it would have to trust
-    the sizes in the footer.
+    pyarrow checks the pages' checksums, and reads nothing ahead: to read ahead, it would have to
+    trust the sizes in the footer.
     """
     file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
     if not file.schema_arrow.equals(schema):
@@ -216,7 +218,7 @@ def open_parquet(
 def read_samples(
     path: Path, tensors: Tensors, num_rows: int | None = None
 ) -> Iterator[StoredSample]:
-    """The samples of a rows part, in order; `num_rows` and errors as `iter_batches`."""
+    """The samples of a rows part, in order; `num_rows` and errors as for `iter_batches`."""
     statuses, encoders = {status.label: status for status in Status}, encoder_names(tensors)
     for batch in iter_batches(path, tensors, num_rows=num_rows):
         try:

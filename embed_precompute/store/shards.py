@@ -77,7 +77,7 @@ class _Layout:
         num_rows: int,
         totals: Mapping[str, int],
     ) -> None:
-        """`totals`: vectors of each tensor per token."""
+        """`totals`: for each per-token tensor, the number of its vectors in the shard."""
         by_name = sorted(tensors, key=lambda tensor: tensor.name)
         packed = [t for t in by_name if not t.per_caption]
         parts: list[tuple[str, str, tuple[int, ...]]] = []
@@ -121,10 +121,11 @@ def _byte_view(values: torch.Tensor) -> memoryview:
 
 
 class ShardWriter:
-    """Writes one shard of `num_rows` stored rows, each at its own offset as it comes. One thread.
+    """Writes one shard of `num_rows` stored rows, each at its own offset as it comes. For one
+    thread.
 
-    `target` is the shard's path without a digest; `unit` may be NULL_UNIT. `lengths` gives, for
-    every tensor per token, the length of each stored row. Leaving the `with` block without
+    `target` is the shard's path without a digest; `unit` may be NULL_UNIT. `lengths` holds, for
+    every per-token tensor, the length of each stored row. Leaving the `with` block without
     `publish` drops everything.
     """
 
@@ -182,11 +183,12 @@ class ShardWriter:
         self._missing[name][row] = False
 
     def reject(self, row: int) -> None:
-        """Leaves row `row` out of the shard; it need not be written for the other tensors."""
+        """Leaves row `row` out of the shard; the row need not be written for the other tensors."""
         self._rejected.add(row)
 
     def publish(self) -> tuple[StoredFile, list[int]]:
-        """Completes the file and names it by its content; the second value lists the rows in it."""
+        """Completes the file and names it by its content; the second value lists the file's
+        rows."""
         kept = [row for row in range(self._num_rows) if row not in self._rejected]
         for name, missing in self._missing.items():
             if missing[kept].any():
@@ -204,7 +206,7 @@ class ShardWriter:
         return self._staged.publish_by_content(), kept
 
     def _stage(self, target: Path) -> None:
-        """A temporary file with the layout of the present rows."""
+        """Begins a temporary file with the layout of the present rows."""
         totals = {name: int(starts[-1]) for name, starts in self._starts.items()}
         tensors = list(self._tensors.values())
         self._layout = _Layout(self._fingerprint, self._unit, tensors, self._num_rows, totals)
@@ -216,7 +218,8 @@ class ShardWriter:
         return self._layout.begin(f"text_{name}") + int(self._starts[name][row]) * row_bytes
 
     def _rewrite(self, kept: list[int]) -> None:
-        """A new temporary file with only the `kept` rows, copied row by row; the old one goes."""
+        """Copies the `kept` rows, one by one, into a new temporary file and removes the old
+        file."""
         sources = {
             name: [(self._position(name, row), self._position(name, row + 1)) for row in kept]
             for name in self._tensors
@@ -275,11 +278,11 @@ class ShardReader:
     def row(self, name: str, i: int) -> torch.Tensor:
         """Stored row `i` of tensor `name`: [length, width], or [width] per caption. Not copied.
 
-        It shares the mapping. Writing to it never reaches the file, but is seen by whoever reads
-        the row from this reader later: clone it first.
+        The tensor shares the mapping. Writing to it never changes the file, but changes the row for
+        later reads from this reader: clone the tensor first.
         """
         if not 0 <= i < self.num_rows:
-            # The caller has the row number from an index or a rows part: that or this is damaged.
+            # The row number comes from an index or a rows part: that file or this shard is damaged.
             raise self._damaged(f"row {i} of {name} is asked for, and it has {self.num_rows}")
         values = self._values[name]
         if self._tensors[name].per_caption:
@@ -288,7 +291,8 @@ class ShardReader:
         return values[int(starts[i]) : int(starts[i + 1])]
 
     def length(self, name: str, i: int) -> int:
-        """Vectors in stored row `i`, which there must be, of tensor `name`; 1 per caption."""
+        """Number of vectors in stored row `i` of tensor `name`, 1 if per caption; `i` is
+        unchecked."""
         starts = self._starts.get(name)
         return 1 if starts is None else int(starts[i + 1] - starts[i])
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DType = Literal["bfloat16", "float16", "float32"]
 MOST_TOKENS = 1 << 26
-"""No forward is larger: 67 million tokens or captions; ids alone would be half a gigabyte."""
+"""No forward has more tokens or captions: 67 million ids alone are half a gigabyte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class EncoderConfig:
     """One frozen text encoder; its key in `encoders` names the tensor: `t5` makes `text_t5`."""
 
     kind: str
-    """The family; each has keys of its own."""
+    """The family; each family has keys of its own."""
     pretrained: str
     """Checkpoint folder or hub id; weights must be safetensors."""
     revision: str | None = None
@@ -42,9 +42,9 @@ class EncoderConfig:
     max_length: int
     """Tokens per caption, special tokens included."""
     dtype: DType = "bfloat16"
-    """dtype the encoder computes in."""
+    """The dtype that the encoder computes in."""
     implementation: str = "auto"
-    """hf: transformers, the reference. auto: fused where the family has it and it fits, else hf."""
+    """hf: transformers, the reference. auto: fused if the family has it and it fits, else hf."""
     compile: bool = False
     """fused: run its layers through torch.compile, which changes bits; needs a C++ compiler."""
     tf32: bool = False
@@ -107,19 +107,19 @@ class Output:
     per: Literal["token", "caption"]
     width: int
     positions: Literal["all", "real"] | None
-    """Per token, the positions that are stored: all of the padded length, or the caption's span of
-    real ones. None per caption."""
+    """For an output per token: "all" stores every position of the padded length, "real" only the
+    caption's span of real tokens. For an output per caption: None."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided once for an encoder of a job; everything later is handed it."""
+    """What is decided once for an encoder of a job; all later code uses it."""
 
     implementation: str
     compiled: bool
     """The fused layers go through torch.compile."""
     padded_length: int | None
-    """The one length that every caption is run and stored at, pads included; else None."""
+    """The one length that all captions run and are stored at, with pads; None if lengths differ."""
     shapes: tuple[Shape, ...]
     """(B, L) of every forward, short ones first."""
     null_shape: Shape
@@ -127,7 +127,7 @@ class Decision:
 
     @property
     def packed(self) -> bool:
-        """Captions lie end to end in packed streams of one length, instead of one a line."""
+        """Captions lie end to end in packed streams of one length, not one caption per line."""
         return self.implementation == "fused" and self.padded_length is None
 
 
@@ -139,24 +139,24 @@ class Sizes:
     width: int
     heads: int
     inner: int
-    """Width of the attention: heads times their width."""
+    """Width of the attention: the number of heads times their width."""
     hidden: int
     """Width of the feed-forward layer."""
     linear_weights: int
-    """Weights of the matrices of one layer."""
+    """Number of weights in the matrices of one layer."""
     vocabulary: int
-    """Rows of the embedding table."""
+    """Number of rows of the embedding table."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a family decides from, next to its options."""
+    """What a family needs for its decision, in addition to its options."""
 
     stored: Mapping[str, Any] | None
-    """The plan's spec of this encoder; empty where the plan has none, None where there is no plan
-    yet."""
+    """The plan's spec of this encoder; empty if it is not in the plan, None if there is no plan."""
     added_tokens: Mapping[int, int] | None = None
-    """Value -> rows of the column that `added_tokens` names, where the captions were scanned."""
+    """Value -> number of rows that have it, in the column that `added_tokens` names; None if the
+    captions were not scanned."""
 
 
 Options = TypeVar("Options", bound=EncoderConfig)
@@ -174,12 +174,12 @@ class OpenEncoder(Generic[Options]):
 
     @property
     def where(self) -> str:
-        """The configuration's key of this encoder, with which errors begin."""
+        """The configuration's key of this encoder; errors begin with it."""
         return f"encoders.{self.name}"
 
     @property
     def tokenizer_where(self) -> str:
-        """The key that says which tokenizer it is."""
+        """The configuration's key that names the tokenizer."""
         return f"{self.where}.{'tokenizer' if self.options.tokenizer else 'pretrained'}"
 
 
@@ -195,14 +195,14 @@ class Family(abc.ABC, Generic[Options]):
     models: ClassVar[Mapping[str, str]]
     """model_type of config.json -> transformers' class for its text encoder."""
     model_arguments: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """Arguments of that class, such as `add_pooling_layer=False`: a part that is never run is then
-    not made, and its weights may be missing."""
+    """Arguments of the transformers class, such as `add_pooling_layer=False`: a part that is never
+    run is then not made, and its weights may be missing."""
     encoder_prefixes: ClassVar[tuple[str, ...]]
     """How the names of the encoder's weights begin. A weight with such a name that the model does
     not know is an error; any other belongs to a part that is not wanted."""
     implementations: ClassVar[tuple[str, ...]] = ("hf",)
     special_tokens: ClassVar[tuple[str, ...]] = ("eos_token", "pad_token")
-    """Special tokens that the tokenizer must have: pad_token where a pad can be attended."""
+    """Special tokens that the tokenizer must have; pad_token among them if pads can be attended."""
     batch_setting: ClassVar[str] = "batch_tokens"
     """The option that says how large a forward is; errors name it."""
 
@@ -213,7 +213,7 @@ class Family(abc.ABC, Generic[Options]):
         return CaptionTokenizer(where, folder, options.max_length, self.special_tokens)
 
     def check(self, opened: OpenEncoder[Options]) -> None:
-        """Raise InputError where options, checkpoint and tokenizer cannot work together."""
+        """Raise InputError if options, checkpoint and tokenizer cannot work together."""
 
     @abc.abstractmethod
     def outputs(self, options: Options, checkpoint: Checkpoint) -> tuple[Output, ...]:
@@ -221,11 +221,11 @@ class Family(abc.ABC, Generic[Options]):
 
     @abc.abstractmethod
     def sizes(self, checkpoint: Checkpoint) -> Sizes:
-        """As config.json says, with transformers' defaults for what it leaves out."""
+        """The sizes in config.json, with transformers' defaults for those that are left out."""
 
     @abc.abstractmethod
     def decide(self, opened: OpenEncoder[Options], facts: Facts) -> Decision:
-        """Implementation and shapes, from these arguments alone: never from the machine.
+        """Decide implementation and shapes from these arguments alone, never from the machine.
 
         `choose_implementation` and `in_buckets` below do most of it.
         """
@@ -241,7 +241,8 @@ class Family(abc.ABC, Generic[Options]):
         return {}
 
     def is_other_part(self, options: Options, checkpoint: Checkpoint, weight: str) -> bool:
-        """Whether a weight of the checkpoint is of a part that is never run: it is not read."""
+        """Whether a weight of the checkpoint belongs to a part that is never run: it is not
+        read."""
         return False
 
     def keeps_float32(self, weight: str, dtype: torch.dtype) -> bool:
@@ -266,7 +267,7 @@ class Family(abc.ABC, Generic[Options]):
     ) -> FusedLayers:
         """Our own layers over the weights of the loaded model, on its device.
 
-        `longest`: tokens of the longest caption, pads that are attended included.
+        `longest`: number of tokens of the longest caption, pads that are attended included.
         """
         raise NotImplementedError(f"{type(self).__name__} has no fused layers.")
 
@@ -282,7 +283,7 @@ class Family(abc.ABC, Generic[Options]):
 
 
 def in_dtype(name: str) -> dict[str, Any]:
-    """The argument of from_pretrained for a dtype, by the name this transformers has for it."""
+    """The dtype argument of from_pretrained; its name depends on the version of transformers."""
     import torch
     import transformers
 
@@ -293,10 +294,10 @@ def in_dtype(name: str) -> dict[str, Any]:
 def choose_implementation(
     opened: OpenEncoder[Any], family: Family[Any], facts: Facts, why_not_fused: str | None
 ) -> str:
-    """What `auto` is: the plan's choice where it can be, else fused where it can be, else hf.
+    """The implementation that runs; for `auto` the plan's or else fused, if they can run, else hf.
 
-    `why_not_fused` says why the fused layers cannot run this encoder. Raises InputError where they
-    are asked for nevertheless, or an implementation that the family does not have.
+    `why_not_fused` says why the fused layers cannot run this encoder. Raises InputError if fused is
+    asked for nevertheless, or an implementation that the family does not have.
     """
     options, possible = opened.options, family.implementations
     asked: str = options.implementation
@@ -325,11 +326,12 @@ def in_buckets(
     default: tuple[int, ...],
     batch_of: Callable[[int], int],
 ) -> Decision:
-    """A caption runs in the shortest bucket that holds it; the longest is the longest caption's.
+    """A caption runs in the shortest bucket that holds it; the longest fits any caption.
 
-    `given` are the user's buckets, if any; both are counted from the first stored position on.
-    `batch_of`: captions of a forward of that length. Every bucket must hold the empty caption,
-    which fills up batches: a default one that does not is left out. Raises InputError.
+    `given` are the user's buckets, if any; the lengths in `given` and `default` are counted from
+    the first stored position on. `batch_of(length)`: number of captions in a forward of that
+    length. Every bucket must hold the empty caption, which fills up batches: a default bucket that
+    is too short is left out. Raises InputError.
     """
     tokenizer = opened.tokenizer
     longest, empty = tokenizer.longest, tokenizer.empty.num_ids[0]
@@ -350,10 +352,11 @@ def mask_of_pads(
 ) -> torch.Tensor:
     """For a bidirectional model: a line's first `lengths` tokens are attended, its pads are not.
 
-    With transformers 4 the mask is [B, L], 1 for real tokens: it takes no other. With 5 it is the
-    finished additive mask, [B, 1, 1, L]. Given [B, L], a model may leave the mask out when no line
-    of the batch has a pad, and then a caption's kernel would depend on its neighbours. Not for a
-    causal model: that takes a finished mask instead of its causal one, and sees later tokens.
+    With transformers 4 the mask is [B, L], 1 for real tokens: version 4 takes no other. With 5 it
+    is the finished additive mask, [B, 1, 1, L]. Given [B, L], a model may leave the mask out when
+    no line of the batch has a pad, and then a caption's kernel would depend on its neighbours. Not
+    for a causal model: it would use a finished mask in place of its causal mask, and its tokens
+    would attend to later ones.
     """
     import torch
     import transformers

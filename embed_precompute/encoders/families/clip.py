@@ -38,12 +38,12 @@ BUCKETS = (16, 32, 48, 64)
 FUSED_ACTIVATIONS = ("quick_gelu", "gelu")
 HIDDEN = "_hidden"
 ARGMAX_EOS = 2
-"""eos_token_id of CLIP configs older than transformers 4.31: pooled at the highest id instead."""
+"""eos_token_id of CLIP configs older than transformers 4.31: it means to pool at the highest id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipOptions(EncoderConfig):
-    """A CLIP text encoder; a vector per caption, and per token where asked for."""
+    """A CLIP text encoder; a vector per caption and, if asked for, per token."""
 
     kind: Literal["clip"] = "clip"
     max_length: int = 77
@@ -51,21 +51,21 @@ class ClipOptions(EncoderConfig):
     """pooled: a vector per caption, tensor `text_NAME`. hidden: a vector for each of max_length
     positions, pads included, tensor `text_NAME_hidden`; by hf only. Both come from one forward."""
     hidden_state: int = -2
-    """hidden: which of transformers' hidden_states; -1 is the last layer's output, without the
-    final norm."""
+    """hidden: which of transformers' hidden_states is stored; -1 is the last layer's output,
+    without the final norm."""
     projection: bool | None = None
-    """pooled: true: multiplied by the checkpoint's text_projection (text_embeds); by hf only.
-    false: pooler_output. null: pooler_output, and an error for a checkpoint that was saved with its
-    projection."""
+    """pooled: with true, the vector is multiplied by the checkpoint's text_projection
+    (text_embeds); by hf only. With false it is pooler_output. With null it is pooler_output, and an
+    error for a checkpoint that was saved with its projection."""
     batch_size: int = 256
-    """hf: captions of one forward."""
+    """hf: captions in one forward."""
     buckets: tuple[int, ...] | None = None
-    """hf, pooled: lengths a forward may have below max_length."""
+    """hf, pooled: lengths below max_length that a forward may have."""
     stream_tokens: int = 4096
-    """fused: tokens of one forward, captions packed end to end."""
+    """fused: tokens in one forward, captions packed end to end."""
     implementation: Literal["auto", "hf", "fused"] = "auto"
     """hf: transformers, the reference. fused: our own layers, pooled without a projection. auto:
-    fused where it has the model's activation and no buckets are given, else hf."""
+    fused if it has the model's activation and no buckets are given, else hf."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,7 +102,7 @@ class Clip(Family[ClipOptions]):
     options = ClipOptions
     models = MappingProxyType({"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"})
     implementations = ("hf", "fused")
-    # transformers 5 drops `text_model.` before it reports.
+    # transformers 5 removes `text_model.` from names before it reports unexpected weights.
     encoder_prefixes = ("text_model.", "encoder.")
     batch_setting = "batch_size"
 
@@ -231,8 +231,8 @@ class Clip(Family[ClipOptions]):
 def _check_pooling(opened: OpenEncoder[ClipOptions]) -> None:
     """Raise InputError unless the model pools at the tokenizer's end-of-text token.
 
-    transformers pools at the first token that equals the config's eos_token_id, or, where that is
-    2, at the highest id. Where it finds none it silently pools at position 0.
+    transformers pools at the first token that equals the config's eos_token_id, or at the highest
+    id if eos_token_id is 2. If no token matches, it silently pools at position 0.
     """
     tokenizer, eos = opened.tokenizer, opened.checkpoint.text_config.eos_token_id
     pooled_at = tokenizer.max_id if eos == ARGMAX_EOS else eos

@@ -1,6 +1,6 @@
 """Decoder-only language models as text encoders: Llama, Mistral, Qwen2, Qwen3; a vector per token.
 
-The caption stands in a prompt template, one hidden state is taken, and the positions of the
+The caption is put into a prompt template, one hidden state is taken, and the positions of the
 template before the caption are cropped. The models are causal and padded on the right, so real
 tokens never see a pad: the forward passes no mask, and only real positions are stored. Layers after
 the hidden state are neither loaded nor run.
@@ -47,18 +47,18 @@ class DecoderOptions(EncoderConfig):
     template: str = "{text}"
     """The prompt: a format string with {text}, the model's special tokens written out."""
     crop_start: int | Literal["template"] = "template"
-    """Positions that are not stored before the caption. template: all of the template's; a number
-    must be theirs, or 0: the template is stored too."""
+    """Number of positions at the start that are not stored. template: all positions before the
+    caption. A number must equal that, or be 0: then the template is stored too."""
     crop_end: int = 0
-    """Positions that are not stored at the end of the whole prompt."""
+    """Number of positions at the end of the whole prompt that are not stored."""
     hidden_state: int = -1
-    """Output of which layer, 1 is the first; -1 is the last layer's, -3 the third from the end."""
+    """The layer whose output is taken: 1 is the first, -1 the last, -3 the third from the end."""
     norm: Literal["none", "final"] = "none"
     """final: the model's final norm is applied to the hidden state."""
     batch_tokens: int = 16384
-    """Tokens of one forward; a shape's batch is this over its length, at least 1."""
+    """Tokens of one forward: a forward of length L has batch_tokens / L captions, at least 1."""
     buckets: tuple[int, ...] | None = None
-    """Lengths a forward may have below max_length, counted as max_length is."""
+    """Lengths below max_length that a forward may have, counted as max_length is."""
     implementation: Literal["auto", "hf"] = "auto"
     """hf: transformers; auto is hf."""
 
@@ -144,9 +144,9 @@ class Decoder(Family[DecoderOptions]):
         return changes
 
     def is_other_part(self, options: DecoderOptions, checkpoint: Checkpoint, weight: str) -> bool:
-        """The head, and layers after the hidden state.
+        """True for the head, and for layers after the hidden state.
 
-        Layers that config.json does not have are none of these: they are an error.
+        False for layers beyond config.json's number of them: `_check_loading` refuses those.
         """
         name = weight.removeprefix("model.")
         layer = re.match(r"layers\.(\d+)\.", name)
@@ -205,6 +205,6 @@ class Decoder(Family[DecoderOptions]):
 
 
 def _num_layers(options: DecoderOptions, checkpoint: Checkpoint) -> int:
-    """Layers up to the hidden state."""
+    """Number of layers up to the hidden state."""
     state = options.hidden_state
     return int(state if state > 0 else checkpoint.text_config.num_hidden_layers + 1 + state)

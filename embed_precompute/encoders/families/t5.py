@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384)
 FUSED_ACTIVATIONS = ("relu", "gated-gelu")
 NAMED_BUCKETS = 4
-"""Video buckets that an error names per padded length; a table has hundreds."""
+"""Number of video buckets that an error names per padded length; a table has hundreds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +49,20 @@ class T5Options(EncoderConfig):
     kind: Literal["t5"] = "t5"
     max_length: int = 512
     attention_mask: Literal["none", "padding"] = "none"
-    """none: as Open-Sora, pads are attended and stored; padding: only real tokens are."""
+    """none: pads are attended and stored, as in Open-Sora. padding: only real tokens are."""
     seq_align: int = 1
     """attention_mask none: pad until (added_tokens + length) is a multiple of this."""
     added_tokens: int | VideoTokensConfig | str = 0
-    """Tokens the video adds: a number, the name of an integer column, or buckets (below)."""
+    """How many tokens the video adds: a number, an integer column's name, or buckets (below)."""
     batch_tokens: int = 16384
-    """Tokens of one forward; a shape's batch is this over its length, at least 1."""
+    """Tokens of one forward: a forward of length L has batch_tokens / L captions, at least 1."""
     buckets: tuple[int, ...] | None = None
-    """hf with attention_mask padding: lengths a forward may have below max_length."""
+    """hf with attention_mask padding: lengths below max_length that a forward may have."""
     stream_tokens: int = 4096
-    """fused with attention_mask padding: tokens of one forward, captions packed end to end."""
+    """fused with attention_mask padding: tokens in one forward, captions packed end to end."""
     implementation: Literal["auto", "hf", "fused", "shardformer"] = "auto"
     """hf: transformers, the reference. fused: our own layers. shardformer: ColossalAI's jit-fused
-    layers. auto: fused where it has the model's activation and no buckets are given, else hf."""
+    layers. auto: fused if it has the model's activation and no buckets are given, else hf."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,7 +95,8 @@ class T5Options(EncoderConfig):
         return self.attention_mask == "none"
 
     def padded_length(self, added_tokens: int) -> int:
-        """Length T5 is run at: max_length, and pads until it fits seq_align with the video."""
+        """Length that T5 runs at: max_length, padded until added_tokens + length is a multiple of
+        seq_align."""
         return self.max_length + -(added_tokens + self.max_length) % self.seq_align
 
     @property
@@ -107,7 +108,7 @@ class T5Options(EncoderConfig):
         return {
             "attention_mask": self.attention_mask,
             "seq_align": self.seq_align,
-            # Of buckets the sorted counts, which are all that matters.
+            # Only the sorted token counts of the buckets change bytes.
             "added_tokens": list(added.by_tokens())
             if isinstance(added, VideoTokensConfig)
             else added,
@@ -214,8 +215,9 @@ class T5(Family[T5Options]):
         return encode
 
     def _padded_length(self, opened: OpenEncoder[T5Options], facts: Facts) -> int:
-        """The one padded length: from the options, or from a column's values (the plan has it where
-        there is one). Raises InputError that lists them where there are several."""
+        """The one padded length, from the options; if added_tokens names a column, from the plan
+        or, if there is no plan, from the column's values. Raises InputError that lists the lengths
+        if there are several."""
         options, added = opened.options, opened.options.added_tokens
         if isinstance(added, int):
             return options.padded_length(added)
@@ -223,7 +225,8 @@ class T5(Family[T5Options]):
             return length_of_buckets(f"{opened.where}.added_tokens", options, added)
         if facts.stored is not None:
             stored = facts.stored.get("padded_length")
-            # Where the plan's encoder is another one, its spec differs anyway, and that is named.
+            # If the plan has another kind of encoder here, any length will do: `check_same` then
+            # reports that the specs differ.
             return stored if isinstance(stored, int) else options.padded_length(0)
         if facts.added_tokens is None:
             raise InternalError(
@@ -245,8 +248,8 @@ class T5(Family[T5Options]):
 
 
 def length_of_buckets(where: str, options: T5Options, video: VideoTokensConfig) -> int:
-    """The one padded length that the trainer's buckets lead to. Raises InputError that lists them
-    where there are several."""
+    """The one padded length that the trainer's buckets lead to. Raises InputError that lists the
+    lengths if there are several."""
     by_length: dict[int, dict[int, list[Bucket]]] = {}
     for tokens, buckets in video.by_tokens().items():
         by_length.setdefault(options.padded_length(tokens), {})[tokens] = buckets

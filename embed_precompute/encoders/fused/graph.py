@@ -1,9 +1,9 @@
 """The fused layers as one static graph, for a GPU: torch.compile, flex_attention, a CUDA graph.
 
 Guarantees: the numbers of the transformers model up to rounding, and one shape for every forward.
-For attention each packed caption gets blocks of its own, with its first token at the start of one.
-So the sums of a caption's attention depend on its length alone: neighbours, place and order change
-no bit.
+For attention each packed caption gets blocks of its own, with its first token at the start of a
+block. So the sums of a caption's attention depend on its length alone: neighbours, place and order
+change no bit.
 Costs: the weights once (those of q, k and v in one tensor); the memory that the CUDA graph holds
 for one forward; compiling at the first forward of a shape, cached on the node. A forward holds at
 most one caption for every `TOKENS_PER_BLOCK` tokens of a packed stream; a stream with more is run
@@ -27,33 +27,35 @@ from embed_precompute.encoders.fused.stream import upload
 from embed_precompute.encoders.tokenizer import TokenBatch
 
 BLOCK = 128
-"""Positions of flex_attention's blocks; a packed caption takes whole blocks."""
+"""Number of positions in a block of flex_attention; a packed caption takes whole blocks."""
 TOKENS_PER_BLOCK = 32
-"""Tokens of a packed stream for every block that attention has."""
+"""Attention has one block for this many tokens of a packed stream."""
 CAPTURE_WARM_UP = 3
-"""Forwards before a CUDA graph is captured: allocations and tuning are over by then."""
+"""Number of forwards before a CUDA graph is captured: allocations and tuning are over by then."""
 
 KERNEL_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
-"""The same kernel below 128 positions too. torch's kernel for short queries splits the keys by the
-number of the GPU's processors, and sums in another order on another GPU."""
+"""The same flex_attention kernel is used for fewer than 128 positions too. torch's kernel for short
+queries splits the keys by the number of the GPU's processors, and sums in another order on another
+GPU."""
 SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 32}
-"""Queries and keys of one step of the kernel, in float32: torch 2.5's larger tiles take 115 KB of
-shared memory with a bias, and GPUs of compute capability 8.6 and 8.9 have 101."""
+"""Number of queries and keys in one step of the kernel, in float32: torch 2.5's larger tiles take
+115 KB of shared memory with a bias, and GPUs of compute capability 8.6 and 8.9 have 101."""
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """q, k, v [B, H, L, dk] -> [B, H, L, dk]."""
 
 
 class Packing:
-    """Which slots of the attention the tokens of one packed forward take; tensors of a graph.
+    """Maps the tokens of one packed forward to slots of the attention.
 
-    Attention runs over S slots in `num_blocks` blocks. `source` [S] is the token row that a slot is
-    filled from, `slot` [T] the slot of each token row, `caption` [S] the number of the caption in a
-    slot (-1: none), `slot_position` [S] and `position` [T] the position in that caption.
+    Its tensors are fixed inputs of a CUDA graph, filled in place. Attention runs over S slots in
+    `num_blocks` blocks. `source` [S] is the token row that a slot is filled from, `slot` [T] the
+    slot of each token row, `caption` [S] the number of the caption in a slot (-1: none),
+    `slot_position` [S] and `position` [T] the position in that caption.
     """
 
     def __init__(self, num_tokens: int, longest: int, device: torch.device) -> None:
-        """`num_tokens`: of the packed stream. `longest`: tokens of the longest caption."""
+        """`num_tokens`: length of the packed stream. `longest`: length of the longest caption."""
         self._longest = longest
         self.num_blocks = max(num_tokens // TOKENS_PER_BLOCK, -(-longest // BLOCK))
         size = self.num_blocks * BLOCK
@@ -68,7 +70,7 @@ class Packing:
         self.blocks = zeros(1, 1, self.num_blocks, self.num_blocks, dtype=torch.int32)
 
     def parts(self, lengths: list[int]) -> Iterator[tuple[int, int]]:
-        """(first, last + 1) of runs of captions that fit into the blocks together."""
+        """Yields (first, last + 1) of runs of captions that fit into the blocks together."""
         first = used = 0
         for i, length in enumerate(lengths):
             needed = -(-length // BLOCK)
@@ -79,10 +81,11 @@ class Packing:
         yield first, len(lengths)
 
     def set_layout(self, lengths: list[int]) -> None:
-        """Give slots to captions of these lengths, of which the first begins the packed stream."""
+        """Give slots to captions of these lengths; the first caption begins the packed stream."""
         source = np.zeros(len(self.source), np.int64)
         caption = np.full(len(self.source), -1, np.int64)
-        slot_position = np.tile(np.arange(BLOCK), self.num_blocks)  # where unused: any in range
+        # Unused slots may have any position in range.
+        slot_position = np.tile(np.arange(BLOCK), self.num_blocks)
         slot = np.zeros(len(self.slot), np.int64)
         position = np.zeros(len(self.slot), np.int64)
         counts = np.zeros(self.num_blocks, np.int32)
@@ -99,7 +102,9 @@ class Packing:
             counts[block : block + num_blocks] = num_blocks
             blocks[block : block + num_blocks, :num_blocks] = block + np.arange(num_blocks)
             start, block = start + length, block + num_blocks
-        slot_position = np.minimum(slot_position, self._longest - 1)  # past a caption's last token
+        # A slot after a caption's last token may lie beyond the bias table: it gets the last valid
+        # position.
+        slot_position = np.minimum(slot_position, self._longest - 1)
         fields: dict[str, Any] = {"source": source, "caption": caption, "slot": slot}
         fields |= {"slot_position": slot_position, "position": position}
         for name, values in {**fields, "counts": counts, "blocks": blocks}.items():
@@ -122,14 +127,14 @@ class Packing:
 
 
 def _biased(bias: torch.Tensor, position: torch.Tensor | None) -> Callable[..., torch.Tensor]:
-    """A score_mod that adds bias [H, L, L] by the places of query and key in their caption."""
+    """A score_mod that adds bias [H, L, L] by the positions of query and key in their caption."""
     if position is None:
         return lambda score, b, h, q, kv: score + bias[h, q, kv]
     return lambda score, b, h, q, kv: score + bias[h, position[q], position[kv]]
 
 
 class GraphLayers:
-    """See `stream.FusedLayers`: a graph for each shape."""
+    """See `stream.FusedLayers`; has a graph for each shape."""
 
     def __init__(self, model: T5Graph | ClipGraph, *, compiled: bool = True) -> None:
         """Rearranges the model's weights."""
@@ -229,7 +234,7 @@ class StaticGraph:
 
 
 class T5Graph:
-    """T5's layers as a function that is traced for any shape; computes what `T5Layers` does."""
+    """T5's layers as a function that is traced for any shape; computes what `T5Layers` computes."""
 
     def __init__(self, model: Any, longest: int) -> None:
         config = model.config
@@ -249,11 +254,12 @@ class T5Graph:
         ]
 
     def pool_at(self, batch: TokenBatch) -> np.ndarray | None:
-        """[C] the token rows that are wanted; None: all."""
+        """[C] the token rows to return; None: all rows."""
         return None
 
     def attention(self, packing: Packing | None) -> list[Attend]:
-        """Each layer's attention; umT5 has a bias in every layer, the others share the first's."""
+        """Each layer's attention; umT5 has a bias in every layer, others share the first
+        layer's."""
         mask = None if packing is None else packing.block_mask(causal=False)
         position = None if packing is None else packing.slot_position
         attends: list[Attend] = []
@@ -294,7 +300,7 @@ class T5Graph:
 
 
 class ClipGraph:
-    """As `T5Graph`; computes what `ClipLayers` does, for all rows."""
+    """Like `T5Graph`; computes what `ClipLayers` computes, but for all rows."""
 
     def __init__(self, model: Any, longest: int, end_id: int) -> None:
         self._text, self._end_id = getattr(model, "text_model", model), end_id
@@ -313,7 +319,7 @@ class ClipGraph:
         return pooled_rows(batch, self._end_id)
 
     def attention(self, packing: Packing | None) -> list[Attend]:
-        """The same for every layer: causal."""
+        """Causal attention, the same for every layer."""
         assert packing is not None, "pooled captions are packed"
         attend = _flex(None, packing.block_mask(causal=True), self._scale)
         return [attend] * len(self._qkv)

@@ -1,7 +1,9 @@
 """T5's and CLIP's layers, ours, over the weights of transformers' models.
 
 T5: v1.0 (relu), v1.1 and mT5 (gated gelu), umT5 (a bias in every layer). The relative bias is
-computed by the model's own code, once, and stored as one row of numbers per head and distance.
+computed by the model's own code, once, and stored as [H, 2 * length - 1]: a row per head, a number
+per distance.
+
 CLIP: causal inside a caption, positions counted from the caption's start. After the last attention
 only the rows that are pooled are computed.
 
@@ -37,7 +39,7 @@ class T5Layers:
     """See `stream.FusedLayers`."""
 
     def __init__(self, model: Any, longest: int, *, compiled: bool) -> None:
-        """`longest`: tokens of the longest caption."""
+        """`longest`: length of the longest caption."""
         config, self._encoder = model.config, model.encoder
         table = self._encoder.embed_tokens.weight
         self._workspace = Workspace(table, PRODUCT_BYTES, row_width=config.d_ff)
@@ -46,10 +48,10 @@ class T5Layers:
         self._activation: str = config.dense_act_fn
         self._eps: float = config.layer_norm_epsilon
         distance = torch.arange(longest, device=table.device)
-        # The bias of query i and key j stands at j - i + longest - 1.
+        # The bias of query i and key j is at index j - i + longest - 1.
         self._distance = distance[None, :] - distance[:, None] + longest - 1
         self._bias_rows = bias_rows(model, longest, self._workspace.dtype)
-        # Where all layers share one bias, its matrix is made once. umT5's are made one after
+        # If all layers share one bias, its matrix is made once. umT5's matrices are made one after
         # another in each forward: all of them at once would be larger than the weights.
         self._shared = self._bias_matrix(0, longest) if len(self._bias_rows) == 1 else None
 
@@ -116,7 +118,7 @@ class T5Layers:
 
 @torch.inference_mode()
 def bias_rows(model: Any, length: int, dtype: torch.dtype) -> dict[int, torch.Tensor]:
-    """Layers with a relative bias of their own -> [H, 2 length - 1], by distance key - query."""
+    """Layer with its own relative bias -> [H, 2 * length - 1], by the distance key - query."""
     rows: dict[int, torch.Tensor] = {}
     for number, block in enumerate(model.encoder.block):
         attention = block.layer[0].SelfAttention
@@ -128,7 +130,7 @@ def bias_rows(model: Any, length: int, dtype: torch.dtype) -> dict[int, torch.Te
 
 
 class ClipLayers:
-    """See `stream.FusedLayers`; gives the pooled vectors, [C, D]."""
+    """See `stream.FusedLayers`; returns the pooled vectors, [C, D]."""
 
     def __init__(self, model: Any, end_id: int, *, compiled: bool) -> None:
         """`end_id`: a caption is pooled at its first token with this id."""

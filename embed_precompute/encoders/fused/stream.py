@@ -26,9 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from embed_precompute.encoders.tokenizer import TokenBatch
 
 ATTENTION_TOKENS = 2048
-"""Tokens of equally long captions that attend in one call: more do not fit in the cache."""
+"""At most this many tokens of equally long captions attend in one call, to fit in the cache."""
 KERNEL_ROWS = 256
-"""Rows of one kernel call: few enough to stay in a CPU's cache."""
+"""Number of rows in one kernel call: few enough to stay in a CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class EqualLengthRun:
 
 FusedLayers = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
 """The layers of one model over a batch: its token rows, [T] ids -> [T, D] after the final norm, or
-per caption [C, D] where captions are pooled.
+[C, D] if captions are pooled.
 
 Rows of no caption hold arbitrary numbers. The next forward may overwrite the tensor.
 """
@@ -75,7 +75,7 @@ def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype that products run in: float32 on a CPU that has no hardware for `dtype`.
 
-    That is hundreds of times faster there, and no less exact.
+    On such a CPU float32 is hundreds of times faster, and no less exact.
     """
     if device.type != "cpu" or dtype == torch.float32:
         return dtype
@@ -87,10 +87,10 @@ class Workspace:
     """The buffers of one encoder, by name and shape, and the matrix products that fill them."""
 
     def __init__(self, weights: torch.Tensor, product_bytes: int, *, row_width: int) -> None:
-        """`weights`: one of the model's, for device and dtype.
+        """`weights`: any weight of the model, for its device and dtype.
 
-        On a CPU a product takes so many rows of `row_width` numbers as `product_bytes` hold, and
-        never fewer than 2,048: of fewer, libraries split some sums among threads.
+        On a CPU a product takes as many rows of `row_width` numbers as fit into `product_bytes`,
+        but at least 2,048: with fewer rows, libraries split some sums among threads.
         """
         self.device, self.dtype = weights.device, compute_dtype(weights.dtype, weights.device)
         self._product_rows = max(2048, product_bytes // (row_width * self.dtype.itemsize))
@@ -100,7 +100,8 @@ class Workspace:
         self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
     def row_blocks(self, num_tokens: int) -> list[slice]:
-        """Equal parts of the token rows, a matrix product each; the last may reach past the end.
+        """Equal parts of the token rows, one matrix product for each; the last part may reach past
+        the end.
 
         One size for all, because a product's rounding depends on its number of rows.
         """
@@ -109,7 +110,7 @@ class Workspace:
         return [slice(start, start + size) for start in range(0, count * size, size)]
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The buffer of that name and shape, with its old content; zeros at first."""
+        """The buffer with this name and shape, with its old content; zeros at first."""
         buffer = self._buffers.get((name, shape))
         if buffer is None:
             # Rows without a caption are computed, too: zeros, since old memory may hold nan.
@@ -118,7 +119,7 @@ class Workspace:
         return buffer
 
     def weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight in the dtype of the computation; valid until the next one of its shape."""
+        """A weight in the dtype of the computation; valid until the next weight of its shape."""
         if weight.dtype == self.dtype:
             return weight
         return self.buffer("weight", *weight.shape).copy_(weight)
@@ -161,9 +162,9 @@ def attend(
 ) -> None:
     """Attention of every caption to itself alone.
 
-    Each of `qkv` is [T, H*dk]. `causal`: a token sees no later one. `bias` [H, L, L] is added to
-    the scaled attention scores, from a caption's first token on. `out` [T, H*dk] is left as it is
-    where no caption is.
+    Each of `qkv` is [T, H*dk]. `causal`: a token attends to no later token. `bias` [H, L, L] is
+    added to the scaled attention scores, from a caption's first token on. Rows of `out` [T, H*dk]
+    that belong to no caption are left as they are.
     """
     for run in runs:
         at_once = max(1, ATTENTION_TOKENS // run.length)
@@ -183,9 +184,10 @@ def attend(
 def one_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """On a GPU: attention by the kernel that sums over a caption's keys in one order, always.
 
-    torch's other kernels choose by the whole shape, or split the keys among idle processors, and so
-    a caption's sums would depend on how many captions of its length there are. The plain products
-    are for head sizes that the kernel does not take; a model has one head size.
+    torch's other kernels choose their algorithm by the whole shape, or split the keys among idle
+    processors. So a caption's sums would depend on how many captions of its length there are. The
+    backend MATH is for head sizes that the kernel does not take; a model has one head size, and so
+    always the same backend.
     """
     if device.type != "cuda":
         return contextlib.nullcontext()
