@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 from caption_case import opened, samples_of, utf8, write
-from jobs import call, clean_environment, write_captions, write_job
+from jobs import call, run_code, write_captions, write_job
 
 from embed_precompute.captions.recipes import OpenSoraRecipe, TemplateRecipe
 from embed_precompute.errors import EXIT_USAGE, InputError
@@ -335,12 +333,7 @@ def test_flipped_bits_never_end_the_process(tmp_path: Path) -> None:
     columns = {"id": [f"s{i}" for i in range(200)], "text": ["x", "yy"] * 100, "fps": fps}
     options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
     file = write(tmp_path / "a.parquet", columns, row_group_size=80, **options)
-    command = [sys.executable, "-c", FLIPS, str(file)]
-    done = subprocess.run(
-        command, env=clean_environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    same, refusals, other = map(int, done.stdout.split())
+    same, refusals, other = map(int, run_code(FLIPS, file).split())
     assert other == 0
     assert min(same, refusals) > 40
 
