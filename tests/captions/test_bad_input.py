@@ -47,11 +47,8 @@ def test_missing_path(tmp_path: Path) -> None:
     refused(path, path, "does not exist", "Check the path")
     refused(f"file://{path}", path, "does not exist")
     refused("file://host/x", "expected file:///absolute/path")
-
-
-@pytest.mark.parametrize("uri", ["carrier-pigeon://loft/x", "hf://datasets/no/such", "hf://x"])
-def test_a_uri_that_cannot_be_listed(uri: str) -> None:
-    refused(uri, uri, "cannot be listed", "s3://", "copy the files to a folder")
+    for uri in ("carrier-pigeon://loft/x", "hf://datasets/no/such", "hf://x"):
+        refused(uri, uri, "cannot be listed", "s3://", "copy the files to a folder")
 
 
 def test_any_error_of_a_remote_file_system_is_one_of_the_input(
@@ -123,7 +120,7 @@ def test_links_and_permissions(tmp_path: Path) -> None:
 
 # --- columns -----------------------------------------------------------------------------------
 
-MOTION = OpenSoraRecipe(fps_column=None, motion_column="score")
+FPS, MOTION = OpenSoraRecipe(), OpenSoraRecipe(fps_column=None, motion_column="score")
 TAGGED = TemplateRecipe(template="{text} {tags}")
 ID, TEXT = "column 'id' (captions.id_column)", "column 'text' (captions.text_column)"
 IN_TEMPLATE, INTEGERS = "(captions.recipe.template)", {"integer_columns": ("n",)}
@@ -132,18 +129,10 @@ IN_TEMPLATE, INTEGERS = "(captions.recipe.template)", {"integer_columns": ("n",)
 @pytest.mark.parametrize(
     ("columns", "fields", "parts"),
     [
-        (
-            {"Texts": ["x"]},
-            {},
-            ("no column 'text' (captions.text_column)", "Did you mean 'Texts'?"),
-        ),
+        ({"Texts": ["x"]}, {}, ("no column 'text' (captions.text_column)", "mean 'Texts'?")),
         ({"Texts": ["x"]}, {}, ("Its columns: id, Texts", "Set captions.text_column")),
         ({"text": ["x"]}, {"id_column": "key"}, ("no column 'key'", "Null uses row numbers")),
-        (
-            GOOD,
-            {"recipe": OpenSoraRecipe()},
-            ("'fps' (captions.recipe.fps_column)", "FPS part out"),
-        ),
+        (GOOD, {"recipe": FPS}, ("'fps' (captions.recipe.fps_column)", "FPS part out")),
         (GOOD, {"recipe": MOTION}, ("no column 'score' (captions.recipe.motion_column)",)),
         (GOOD, {"recipe": TAGGED}, (f"no column 'tags' {IN_TEMPLATE}",)),
         (GOOD, {"recipe": (MOTION, TAGGED)}, ("'score' (captions.recipe[0].motion_column)",)),
@@ -177,22 +166,17 @@ def test_column_that_occurs_twice(tmp_path: Path) -> None:
     refused(tmp_path, "2 columns named 'text'", "Rename")
 
 
-@pytest.mark.parametrize(
-    ("other", "parts"),
-    [
+def test_files_that_disagree(tmp_path: Path) -> None:
+    """Where it does not matter they may."""
+    write(tmp_path / "a.parquet", {**GOOD, "extra": [1, 2, 3]})
+    others: list[tuple[dict[str, Any], list[str]]] = [
         ({"id": ["d"], "text": [["x"]]}, ["column 'text'", "list of string", "schemas disagree"]),
         ({"id": [4], "text": ["x"]}, ["column 'id'", "is integer", "string in", "Convert one"]),
         ({"id": ["d"], "txt": ["x"]}, ["b.parquet has no column 'text'", "Did you mean 'txt'?"]),
         ({"id": ["d"], "text": [1]}, ["column 'text'", "int64", "expected string"]),
-    ],
-)
-def test_files_that_disagree(tmp_path: Path, other: dict[str, Any], parts: list[str]) -> None:
-    write(tmp_path / "a.parquet", GOOD)
-    refused(tmp_path, str(write(tmp_path / "b.parquet", other)), *parts)
-
-
-def test_files_may_disagree_where_it_does_not_matter(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", {**GOOD, "extra": [1, 2, 3]})
+    ]
+    for other, parts in others:
+        refused(tmp_path, str(write(tmp_path / "b.parquet", other)), *parts)
     text = pa.array(["w"], pa.large_string()).dictionary_encode()
     write(tmp_path / "b.parquet", {"extra": ["p"], "text": text, "id": ["d"]})
     assert [sample.text for sample in samples_of(tmp_path)] == ["x", "y", "z", "w"]
@@ -221,24 +205,21 @@ def test_duplicate_ids_within_and_across_files(tmp_path: Path, kind: str) -> Non
     refused(second, f"{second}, row 1", f"id '7' of {second}, row 0", "49999 rows in all")
 
 
-@pytest.mark.parametrize(
-    ("ids", "what"),
-    [
+def test_rows_without_an_id(tmp_path: Path) -> None:
+    for ids, what in (
         (pa.array(["a", "b", None, "d"]), "column 'id' is null"),
         (pa.array([1, 2, None, 4]), "column 'id' is null"),
         (utf8([b"a", b"b", b"\xffc", b"d"]), "column 'id' is not UTF-8 at byte 0"),
-    ],
-    ids=["string", "integer", "utf8"],
-)
-def test_rows_without_an_id(tmp_path: Path, ids: Any, what: str) -> None:
-    file = write(tmp_path / "a.parquet", {"id": ids, "text": ["x"] * 4}, row_group_size=2)
-    refused(file, f"{file}, row 2", what, "captions.id_column")
-    with pytest.raises(InputError, match=rf"a\.parquet, row 2 .*{what}"):
-        opened(file).reader().read(2, 2)
+    ):
+        file = write(tmp_path / "a.parquet", {"id": ids, "text": ["x"] * 4}, row_group_size=2)
+        refused(file, f"{file}, row 2", what, "captions.id_column")
+        with pytest.raises(InputError, match=rf"a\.parquet, row 2 .*{what}"):
+            opened(file).reader().read(2, 2)
 
 
 # --- text --------------------------------------------------------------------------------------
 
+NUMBERED = TemplateRecipe(template="{text} {n}")
 BYTES = [b"good", b"ab\xff\xfe", None, b"", b"cut \xe2\x98", b"\xed\xa0\x80", "é".encode()]
 OK, NULL, INVALID = Status.OK, Status.NULL_TEXT, Status.INVALID_TEXT
 
@@ -282,12 +263,7 @@ def test_bad_text_in_a_list_and_in_a_recipe_column(tmp_path: Path) -> None:
         (pa.array(["x", "", "z"]), 1, "column 'text' is empty", {}),
         (pa.array([["x"], ["y"], ["z", ""]]), 2, "column 'text' is empty", {}),
         (pa.array(["x", "y", " "]), 2, "column 'text' is empty", {"normalize": ("whitespace",)}),
-        (
-            pa.array(["x", "y", "z"]),
-            1,
-            "column 'n' is null",
-            {"recipe": TemplateRecipe(template="{text} {n}")},
-        ),
+        (pa.array(["x", "y", "z"]), 1, "column 'n' is null", {"recipe": NUMBERED}),
     ],
     ids=["null", "utf8", "list", "entry", "empty", "empty entry", "blank", "recipe"],
 )
@@ -341,8 +317,7 @@ def test_flipped_bits_never_end_the_process(tmp_path: Path) -> None:
 FLIPS = """
 import sys
 from pathlib import Path
-from embed_precompute.captions.recipes import OpenSoraRecipe
-from embed_precompute.captions.recipes import CaptionsConfig
+from embed_precompute.captions.recipes import CaptionsConfig, OpenSoraRecipe
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.errors import InputError
 
