@@ -45,9 +45,8 @@ def test_it_learns_and_uses_its_condition(plain: EmbeddingDataset) -> None:
 def test_seq_align_must_be_the_datasets(
     plain: EmbeddingDataset, tmp_path: Path, corpus: list[str], tiny_t5: Path, tiny_clip: Path
 ) -> None:
-    with pytest.raises(
-        InputError, match=f"seq_align 5 and encoders.t5.added_tokens {VIDEO_TOKENS}"
-    ):
+    said = f"seq_align 5 and encoders.t5.added_tokens {VIDEO_TOKENS}"
+    with pytest.raises(InputError, match=said):
         trainer(plain, seq_align=5).train(1)
     asked = {"seq_align": 5, "added_tokens": VIDEO_TOKENS}
     fitting = made(tmp_path / "fitting", corpus[:8], tiny_t5, tiny_clip, **asked)
