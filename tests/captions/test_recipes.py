@@ -31,8 +31,8 @@ TYPES = {"fps": FLOAT, "score": FLOAT, "place": STRING, "n": INTEGER}
 OPENSORA = OpenSoraRecipe(motion_column="score")
 
 
-def bound(recipe: Recipe, holds_null: bool = False, **types: str) -> Recipe:
-    return recipe.bind("captions.recipe", {**TYPES, **types}, lambda column: holds_null)
+def bound(recipe: Recipe, **types: str) -> Recipe:
+    return recipe.bind("captions.recipe", {**TYPES, **types}, lambda column: False)
 
 
 def rendered(recipe: Recipe, *rows: Sequence[Any]) -> list[str | Problem]:
