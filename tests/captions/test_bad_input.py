@@ -188,10 +188,8 @@ def test_files_that_disagree(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["string", "integer", "dictionary"])
 def test_duplicate_ids_within_and_across_files(tmp_path: Path, kind: str) -> None:
     def ids(numbers: list[int]) -> Any:
-        if kind == "integer":
-            return pa.array(numbers)
-        names = pa.array([f"{n}" for n in numbers])
-        return names if kind == "string" else names.dictionary_encode()
+        array = pa.array(numbers if kind == "integer" else [str(n) for n in numbers])
+        return array.dictionary_encode() if kind == "dictionary" else array
 
     first = write(tmp_path / "a.parquet", {"id": ids([1, 2, 3]), "text": ["x"] * 3})
     second = write(tmp_path / "b.parquet", {"id": ids([4, 5, 2, 1]), "text": ["x"] * 4})
@@ -253,9 +251,8 @@ def test_bad_text_in_a_list_and_in_a_recipe_column(tmp_path: Path) -> None:
     assert samples[4] == Sample("c#0", 2, None, INVALID, error)
 
 
-@pytest.mark.parametrize(
-    ("array", "row", "what", "fields"),
-    [
+def test_on_bad_text_fail(tmp_path: Path) -> None:
+    cases: list[tuple[Any, int, str, dict[str, Any]]] = [
         (pa.array(["x", "y", None]), 2, "column 'text' is null", {}),
         (utf8([b"x", b"\xff", b"z"]), 1, "column 'text' is not UTF-8", {}),
         (pa.array([["x"], ["y"], []]), 2, "column 'text' is an empty list", {}),
@@ -264,16 +261,12 @@ def test_bad_text_in_a_list_and_in_a_recipe_column(tmp_path: Path) -> None:
         (pa.array([["x"], ["y"], ["z", ""]]), 2, "column 'text' is empty", {}),
         (pa.array(["x", "y", " "]), 2, "column 'text' is empty", {"normalize": ("whitespace",)}),
         (pa.array(["x", "y", "z"]), 1, "column 'n' is null", {"recipe": NUMBERED}),
-    ],
-    ids=["null", "utf8", "list", "entry", "empty", "empty entry", "blank", "recipe"],
-)
-def test_on_bad_text_fail(
-    tmp_path: Path, array: Any, row: int, what: str, fields: dict[str, Any]
-) -> None:
-    write(tmp_path / "a.parquet", {"id": ["p"], "text": array.slice(0, 1), "n": [0]})
-    file = write(tmp_path / "b.parquet", {**GOOD, "text": array, "n": [1, None, 3]})
-    remedy = "captions.on_bad_text to record"
-    refused(tmp_path, f"{file}, row {row}", what, remedy, on_bad_text="fail", **fields)
+    ]
+    for array, row, what, fields in cases:
+        write(tmp_path / "a.parquet", {"id": ["p"], "text": array.slice(0, 1), "n": [0]})
+        file = write(tmp_path / "b.parquet", {**GOOD, "text": array, "n": [1, None, 3]})
+        remedy = "captions.on_bad_text to record"
+        refused(tmp_path, f"{file}, row {row}", what, remedy, on_bad_text="fail", **fields)
 
 
 # --- damage ------------------------------------------------------------------------------------

@@ -87,20 +87,17 @@ def test_recipes(yaml_file: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
+def test_yaml_round_trip(yaml_file: Path, tmp_path: Path) -> None:
+    for words in (
         [],
         ["--captions.recipe={kind: opensora, motion_column: null}", "--captions.normalize=[nfc]"],
         ["--captions.recipe", "[{kind: none}, {kind: template, template: '{text}: é'}]"],
         ["--encoders.t5.added_tokens", "{buckets: [[1, 256, 256]]}", "--output.path", "1e3"],
-    ],
-)
-def test_yaml_round_trip(yaml_file: Path, tmp_path: Path, words: list[str]) -> None:
-    config = load_config(yaml_file, words)
-    again = tmp_path / "again.yaml"
-    again.write_text(to_yaml(config), encoding="utf-8")
-    assert load_config(again) == config
+    ):
+        config = load_config(yaml_file, words)
+        again = tmp_path / "again.yaml"
+        again.write_text(to_yaml(config), encoding="utf-8")
+        assert load_config(again) == config
 
 
 @pytest.mark.parametrize(
@@ -187,6 +184,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_every_key_has_a_docstring_a_type_and_a_default() -> None:
+    """Keys of all kinds stand first; then those of one kind, and those whose default is another."""
     listed = {key.name: key for group in keys.key_groups() for key in group.keys}
     assert {"captions.recipe.fps_max", "encoders.NAME.seq_align", "runtime.device"} <= set(listed)
     assert all(key.doc and key.type and key.default for key in listed.values())
@@ -195,10 +193,6 @@ def test_every_key_has_a_docstring_a_type_and_a_default() -> None:
         assert f"  --{name}  (" in text
         assert f"| `{name}` |" in page
     assert "captions.recipe, kind opensora: Open-Sora v2's own" in text
-
-
-def test_keys_of_kinds_stand_once() -> None:
-    """Those of all kinds first; then those of one kind, and those whose default is another."""
     groups = {g.name: {key.name: key.default for key in g.keys} for g in keys.key_groups()}
     kind, length = "encoders.NAME.kind", "encoders.NAME.max_length"
     assert groups["encoders.NAME"][kind] == "required"

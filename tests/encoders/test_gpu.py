@@ -140,20 +140,15 @@ def test_a_download_does_not_wait_for_the_device() -> None:
     size = 4096
     left = torch.randn(size, size, device=GPU)
     product = torch.empty_like(left)
-    engine = copy_engine(GPU)
-
-    def whole(suffix: str, values: torch.Tensor) -> torch.Tensor:
-        return values
-
+    arguments = (torch.float32, copy_engine(GPU), lambda suffix, values: values)
     torch.mm(left, left, out=product)
     expected = product.cpu()
-    # Page-locked memory is there after the first.
-    download({"": product}, torch.float32, engine, whole, reused=True).wait()
+    download({"": product}, *arguments, reused=True).wait()  # page-locked memory is there now
     gc.collect()
     product.zero_()
     for _ in range(60):
         torch.mm(left, left, out=product)
-    pending = download({"": product}, torch.float32, engine, whole, reused=True)
+    pending = download({"": product}, *arguments, reused=True)
     product.zero_()
     assert not pending.ready()
     found = pending.wait()[""]

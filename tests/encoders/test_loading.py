@@ -216,8 +216,8 @@ def test_the_encoder_of_a_whole_model_loads_in_silence(
     tmp_path: Path, tiny_t5: Path, tiny_clip: Path, capfd: pytest.CaptureFixture[str], dtype: str
 ) -> None:
     whole_t5 = shutil.copytree(tiny_t5, tmp_path / "t5")
-    edit_weights(whole_t5, full_t5)
     whole_clip = shutil.copytree(tiny_clip, tmp_path / "clip")
+    edit_weights(whole_t5, full_t5)
     full_clip(whole_clip)
     capfd.readouterr()
     for kind, part, whole in (("t5", tiny_t5, whole_t5), ("clip", tiny_clip, whole_clip)):
