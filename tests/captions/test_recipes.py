@@ -98,6 +98,7 @@ def test_opensora_limits() -> None:
         assert recipe.trainer_settings() == ["fps_max=None", "vmaf=False"]
     large = bound(OpenSoraRecipe(fps_max=998), fps=INTEGER)
     assert rendered(large, (24,), (1000,)) == ["a 24 FPS.", "a 500 FPS."]
+    assert (large.float_columns(), explicit.float_columns()) == ((), ("fps",))
     assert rendered(bound(OpenSoraRecipe(fps_max=1)), (1.5,), (1.0,)) == ["a", "a 1 FPS."]
     found = rendered(bound(OPENSORA), (math.inf, 1.0), (24.0, math.inf), (-math.inf, 1.0))
     reasons = ["column 'fps' is inf", "column 'score' is inf", "column 'fps' is -inf"]
