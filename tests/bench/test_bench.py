@@ -11,9 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from handmade import words_as_tokens
 from jobs import call, write_captions, write_job
 
 import bench_table
@@ -51,9 +51,7 @@ def _small_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def captions_of(lengths: list[int]) -> Tokenized:
-    ids = [np.full(length, 3, dtype=np.int32) for length in lengths]
-    none = [False] * len(lengths)
-    return Tokenized(ids, lengths, [0] * len(ids), lengths, lengths, none, [0] * len(ids))
+    return words_as_tokens(["x " * (length - 1) for length in lengths])
 
 
 def test_the_command_prints_a_table_and_writes_json(job: Path, tmp_path: Path) -> None:

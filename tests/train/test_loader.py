@@ -180,9 +180,8 @@ def test_resumed_on_another_world(ends: Any, before: Any, after: Any) -> None:
             assert {each.position.epoch for each in second} == {1}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_arguments() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"num_samples": 0}, "no samples"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"rank": 2}, "rank 2 of 2"),
@@ -190,12 +189,11 @@ def test_resumed_on_another_world(ends: Any, before: Any, after: Any) -> None:
         ({"rank": None}, "give both, or neither"),
         ({"ends": "stop"}, "one of pad, drop, uneven"),
         ({"ends": "drop", "batch_size": 3}, "5 samples make no full step of 2 ranks x 3"),
-    ],
-)
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
-    arguments = {"num_samples": 5, "batch_size": 2, "rank": 0, "world_size": 2, **options}
-    with pytest.raises(InputError, match=message):
-        ResumableSampler(arguments.pop("num_samples"), arguments.pop("batch_size"), **arguments)
+    ]
+    sound = {"num_samples": 5, "batch_size": 2, "rank": 0, "world_size": 2}
+    for options, message in cases:
+        with pytest.raises(InputError, match=message):
+            ResumableSampler(**{**sound, **options})
 
 
 # --- ranks of a training job ----------------------------------------------------------------------
