@@ -1,4 +1,4 @@
-"""Shared by the tests: tiny checkpoints, made once a session, and captions run through them."""
+"""Shared by the tests: captions and tiny checkpoints, made once a session."""
 
 from __future__ import annotations
 
@@ -8,18 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is imported
 # Tiny models gain nothing from threads, and spinning threads slow every other process down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from make_demo import demo_captions, write_clip, write_t5
-
-if TYPE_CHECKING:
-    import torch
-
-    from embed_precompute.encoders.encoder import TextEncoder
 
 CORPUS_ROWS = 200
 
@@ -57,22 +51,3 @@ def tiny_umt5(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Pa
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Path:
     return write_clip(tmp_path_factory.mktemp("checkpoints") / "clip", corpus)
-
-
-Encode = Callable[["TextEncoder", Sequence[str]], "list[torch.Tensor]"]
-
-
-@pytest.fixture(scope="session")
-def encode() -> Encode:
-    """Captions -> what is stored of each, by an encoder with one output: [length, D] or [D]."""
-
-    def run(encoder: TextEncoder, texts: Sequence[str]) -> list[torch.Tensor]:
-        resolved = encoder.resolved
-        captions = resolved.opened.tokenizer.encode(texts)
-        stored: dict[int, torch.Tensor] = {}
-        for batch in resolved.batches(captions):
-            (values,) = encoder.encode(batch).values()
-            stored.update((row, values[i]) for i, row in enumerate(batch.rows.tolist()))
-        return [stored[row] for row in range(len(texts))]
-
-    return run

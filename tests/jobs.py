@@ -123,6 +123,16 @@ def execute(
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def run_code(code: str, *arguments: object, paths: Sequence[Path] = ()) -> str:
+    """What Python code prints in a process of its own, which must end well."""
+    environment = clean_environment()
+    environment["PYTHONPATH"] = os.pathsep.join([*map(str, paths), environment["PYTHONPATH"]])
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 def call(*words: str) -> tuple[int, str, str]:
     """A command in this process, which spares a start: (exit code, stdout, stderr)."""
     out, err = io.StringIO(), io.StringIO()

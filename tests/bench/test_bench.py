@@ -11,9 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from handmade import words_as_tokens
 from jobs import call, write_captions, write_job
 
 import bench_table
@@ -51,9 +51,7 @@ def _small_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def captions_of(lengths: list[int]) -> Tokenized:
-    ids = [np.full(length, 3, dtype=np.int32) for length in lengths]
-    none = [False] * len(lengths)
-    return Tokenized(ids, lengths, [0] * len(ids), lengths, lengths, none, [0] * len(ids))
+    return words_as_tokens(["x " * (length - 1) for length in lengths])
 
 
 def test_the_command_prints_a_table_and_writes_json(job: Path, tmp_path: Path) -> None:
@@ -84,7 +82,7 @@ def test_the_command_prints_a_table_and_writes_json(job: Path, tmp_path: Path) -
 
 
 def test_what_cannot_run_is_left_out_with_the_reason(
-    job: Path, monkeypatch: pytest.MonkeyPatch
+    job: Path, tiny_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "_kib", lambda path, name: 1)
     monkeypatch.setattr("embed_precompute.encoders.device.compiler", lambda: None)
@@ -92,19 +90,16 @@ def test_what_cannot_run_is_left_out_with_the_reason(
         assert "0.0 are free" in found.left_out["the difference from float32"]
         assert "needs a C++ compiler" in found.left_out["fused-compile"]
         assert found.measured[0].relative is None
-    code, _, said = call("bench", str(job), "--variants", "fused-compile")
-    assert code == 2
-    assert "nothing could be measured" in said
-    code, _, said = call("bench", str(job), "--variants", "fuzed")
-    assert code == 2
-    assert "--variants has fuzed: known are hf, fused, fused-compile, shardformer" in said
-
-
-def test_a_table_without_captions(tmp_path: Path, tiny_t5: Path) -> None:
     captions = write_captions(tmp_path / "captions.parquet", [None, None])
-    code, _, said = call("bench", str(write_job(tmp_path, captions, tiny_t5, None)))
-    assert code == 2
-    assert "none of the first 2 samples has a text" in said
+    empty = write_job(tmp_path, captions, tiny_t5, None)
+    for words, expected in (
+        ((job, "--variants", "fused-compile"), "nothing could be measured"),
+        ((job, "--variants", "fuzed"), "fuzed: known are hf, fused, fused-compile, shardformer"),
+        ((empty,), "none of the first 2 samples has a text"),
+    ):
+        code, _, said = call("bench", *map(str, words))
+        assert code == 2
+        assert expected in said
 
 
 def test_a_part_empty_batch_counts_by_its_part_and_packed_streams_are_full() -> None:
@@ -131,12 +126,8 @@ def test_ratios_are_medians_of_rounds() -> None:
     fused = Measured("fused", 1, 1.0, peak_bytes=3 << 20, round_s=[1.0, 4.0, 1.0])
     hf = Measured("hf", 1, 2.0, round_s=[2.0, 8.0, 3.0], relative=1.5e-7, rms=1e-7)
     bench = EncoderBench("t5", "float32", 10, 100, 4e9, [1e9, 1e9, 2e9], 6, [hf, fused], {"x": "y"})
-    assert bench.figures(hf) == {
-        "captions_per_s": 10 / 3,
-        "tokens_per_s": 100 / 3,
-        "of_gemm": pytest.approx(2 / 3),
-        "fused_is": 2.0,
-    }
+    speeds = {"captions_per_s": 10 / 3, "tokens_per_s": 100 / 3}
+    assert bench.figures(hf) == {**speeds, "of_gemm": pytest.approx(2 / 3), "fused_is": 2.0}
     lines = encoder_lines(bench)
     assert "1.5e-07" in lines[-3]
     assert "unknown" in lines[-3]
@@ -161,10 +152,9 @@ def test_peers_run_as_their_users_run_them(job: Path, tiny_t5: Path, tmp_path: P
 
 
 def assert_near(encoders: list[EncoderBench]) -> None:
-    for encoder in encoders:
-        for measured in encoder.measured:
-            assert measured.relative is not None
-            assert measured.relative < 3e-6, measured.variant
+    for measured in (measured for encoder in encoders for measured in encoder.measured):
+        assert measured.relative is not None
+        assert measured.relative < 3e-6, measured.variant
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 from caption_case import opened, samples_of, utf8, write
-from jobs import call, clean_environment, write_captions, write_job
+from jobs import call, run_code, write_captions, write_job
 
 from embed_precompute.captions.recipes import OpenSoraRecipe, TemplateRecipe
 from embed_precompute.errors import EXIT_USAGE, InputError
@@ -49,11 +47,8 @@ def test_missing_path(tmp_path: Path) -> None:
     refused(path, path, "does not exist", "Check the path")
     refused(f"file://{path}", path, "does not exist")
     refused("file://host/x", "expected file:///absolute/path")
-
-
-@pytest.mark.parametrize("uri", ["carrier-pigeon://loft/x", "hf://datasets/no/such", "hf://x"])
-def test_a_uri_that_cannot_be_listed(uri: str) -> None:
-    refused(uri, uri, "cannot be listed", "s3://", "copy the files to a folder")
+    for uri in ("carrier-pigeon://loft/x", "hf://datasets/no/such", "hf://x"):
+        refused(uri, uri, "cannot be listed", "s3://", "copy the files to a folder")
 
 
 def test_any_error_of_a_remote_file_system_is_one_of_the_input(
@@ -125,7 +120,7 @@ def test_links_and_permissions(tmp_path: Path) -> None:
 
 # --- columns -----------------------------------------------------------------------------------
 
-MOTION = OpenSoraRecipe(fps_column=None, motion_column="score")
+FPS, MOTION = OpenSoraRecipe(), OpenSoraRecipe(fps_column=None, motion_column="score")
 TAGGED = TemplateRecipe(template="{text} {tags}")
 ID, TEXT = "column 'id' (captions.id_column)", "column 'text' (captions.text_column)"
 IN_TEMPLATE, INTEGERS = "(captions.recipe.template)", {"integer_columns": ("n",)}
@@ -134,18 +129,10 @@ IN_TEMPLATE, INTEGERS = "(captions.recipe.template)", {"integer_columns": ("n",)
 @pytest.mark.parametrize(
     ("columns", "fields", "parts"),
     [
-        (
-            {"Texts": ["x"]},
-            {},
-            ("no column 'text' (captions.text_column)", "Did you mean 'Texts'?"),
-        ),
+        ({"Texts": ["x"]}, {}, ("no column 'text' (captions.text_column)", "mean 'Texts'?")),
         ({"Texts": ["x"]}, {}, ("Its columns: id, Texts", "Set captions.text_column")),
         ({"text": ["x"]}, {"id_column": "key"}, ("no column 'key'", "Null uses row numbers")),
-        (
-            GOOD,
-            {"recipe": OpenSoraRecipe()},
-            ("'fps' (captions.recipe.fps_column)", "FPS part out"),
-        ),
+        (GOOD, {"recipe": FPS}, ("'fps' (captions.recipe.fps_column)", "FPS part out")),
         (GOOD, {"recipe": MOTION}, ("no column 'score' (captions.recipe.motion_column)",)),
         (GOOD, {"recipe": TAGGED}, (f"no column 'tags' {IN_TEMPLATE}",)),
         (GOOD, {"recipe": (MOTION, TAGGED)}, ("'score' (captions.recipe[0].motion_column)",)),
@@ -179,22 +166,17 @@ def test_column_that_occurs_twice(tmp_path: Path) -> None:
     refused(tmp_path, "2 columns named 'text'", "Rename")
 
 
-@pytest.mark.parametrize(
-    ("other", "parts"),
-    [
+def test_files_that_disagree(tmp_path: Path) -> None:
+    """Where it does not matter they may."""
+    write(tmp_path / "a.parquet", {**GOOD, "extra": [1, 2, 3]})
+    others: list[tuple[dict[str, Any], list[str]]] = [
         ({"id": ["d"], "text": [["x"]]}, ["column 'text'", "list of string", "schemas disagree"]),
         ({"id": [4], "text": ["x"]}, ["column 'id'", "is integer", "string in", "Convert one"]),
         ({"id": ["d"], "txt": ["x"]}, ["b.parquet has no column 'text'", "Did you mean 'txt'?"]),
         ({"id": ["d"], "text": [1]}, ["column 'text'", "int64", "expected string"]),
-    ],
-)
-def test_files_that_disagree(tmp_path: Path, other: dict[str, Any], parts: list[str]) -> None:
-    write(tmp_path / "a.parquet", GOOD)
-    refused(tmp_path, str(write(tmp_path / "b.parquet", other)), *parts)
-
-
-def test_files_may_disagree_where_it_does_not_matter(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", {**GOOD, "extra": [1, 2, 3]})
+    ]
+    for other, parts in others:
+        refused(tmp_path, str(write(tmp_path / "b.parquet", other)), *parts)
     text = pa.array(["w"], pa.large_string()).dictionary_encode()
     write(tmp_path / "b.parquet", {"extra": ["p"], "text": text, "id": ["d"]})
     assert [sample.text for sample in samples_of(tmp_path)] == ["x", "y", "z", "w"]
@@ -206,10 +188,8 @@ def test_files_may_disagree_where_it_does_not_matter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["string", "integer", "dictionary"])
 def test_duplicate_ids_within_and_across_files(tmp_path: Path, kind: str) -> None:
     def ids(numbers: list[int]) -> Any:
-        if kind == "integer":
-            return pa.array(numbers)
-        names = pa.array([f"{n}" for n in numbers])
-        return names if kind == "string" else names.dictionary_encode()
+        array = pa.array(numbers if kind == "integer" else [str(n) for n in numbers])
+        return array.dictionary_encode() if kind == "dictionary" else array
 
     first = write(tmp_path / "a.parquet", {"id": ids([1, 2, 3]), "text": ["x"] * 3})
     second = write(tmp_path / "b.parquet", {"id": ids([4, 5, 2, 1]), "text": ["x"] * 4})
@@ -223,24 +203,21 @@ def test_duplicate_ids_within_and_across_files(tmp_path: Path, kind: str) -> Non
     refused(second, f"{second}, row 1", f"id '7' of {second}, row 0", "49999 rows in all")
 
 
-@pytest.mark.parametrize(
-    ("ids", "what"),
-    [
+def test_rows_without_an_id(tmp_path: Path) -> None:
+    for ids, what in (
         (pa.array(["a", "b", None, "d"]), "column 'id' is null"),
         (pa.array([1, 2, None, 4]), "column 'id' is null"),
         (utf8([b"a", b"b", b"\xffc", b"d"]), "column 'id' is not UTF-8 at byte 0"),
-    ],
-    ids=["string", "integer", "utf8"],
-)
-def test_rows_without_an_id(tmp_path: Path, ids: Any, what: str) -> None:
-    file = write(tmp_path / "a.parquet", {"id": ids, "text": ["x"] * 4}, row_group_size=2)
-    refused(file, f"{file}, row 2", what, "captions.id_column")
-    with pytest.raises(InputError, match=rf"a\.parquet, row 2 .*{what}"):
-        opened(file).reader().read(2, 2)
+    ):
+        file = write(tmp_path / "a.parquet", {"id": ids, "text": ["x"] * 4}, row_group_size=2)
+        refused(file, f"{file}, row 2", what, "captions.id_column")
+        with pytest.raises(InputError, match=rf"a\.parquet, row 2 .*{what}"):
+            opened(file).reader().read(2, 2)
 
 
 # --- text --------------------------------------------------------------------------------------
 
+NUMBERED = TemplateRecipe(template="{text} {n}")
 BYTES = [b"good", b"ab\xff\xfe", None, b"", b"cut \xe2\x98", b"\xed\xa0\x80", "é".encode()]
 OK, NULL, INVALID = Status.OK, Status.NULL_TEXT, Status.INVALID_TEXT
 
@@ -274,9 +251,8 @@ def test_bad_text_in_a_list_and_in_a_recipe_column(tmp_path: Path) -> None:
     assert samples[4] == Sample("c#0", 2, None, INVALID, error)
 
 
-@pytest.mark.parametrize(
-    ("array", "row", "what", "fields"),
-    [
+def test_on_bad_text_fail(tmp_path: Path) -> None:
+    cases: list[tuple[Any, int, str, dict[str, Any]]] = [
         (pa.array(["x", "y", None]), 2, "column 'text' is null", {}),
         (utf8([b"x", b"\xff", b"z"]), 1, "column 'text' is not UTF-8", {}),
         (pa.array([["x"], ["y"], []]), 2, "column 'text' is an empty list", {}),
@@ -284,22 +260,13 @@ def test_bad_text_in_a_list_and_in_a_recipe_column(tmp_path: Path) -> None:
         (pa.array(["x", "", "z"]), 1, "column 'text' is empty", {}),
         (pa.array([["x"], ["y"], ["z", ""]]), 2, "column 'text' is empty", {}),
         (pa.array(["x", "y", " "]), 2, "column 'text' is empty", {"normalize": ("whitespace",)}),
-        (
-            pa.array(["x", "y", "z"]),
-            1,
-            "column 'n' is null",
-            {"recipe": TemplateRecipe(template="{text} {n}")},
-        ),
-    ],
-    ids=["null", "utf8", "list", "entry", "empty", "empty entry", "blank", "recipe"],
-)
-def test_on_bad_text_fail(
-    tmp_path: Path, array: Any, row: int, what: str, fields: dict[str, Any]
-) -> None:
-    write(tmp_path / "a.parquet", {"id": ["p"], "text": array.slice(0, 1), "n": [0]})
-    file = write(tmp_path / "b.parquet", {**GOOD, "text": array, "n": [1, None, 3]})
-    remedy = "captions.on_bad_text to record"
-    refused(tmp_path, f"{file}, row {row}", what, remedy, on_bad_text="fail", **fields)
+        (pa.array(["x", "y", "z"]), 1, "column 'n' is null", {"recipe": NUMBERED}),
+    ]
+    for array, row, what, fields in cases:
+        write(tmp_path / "a.parquet", {"id": ["p"], "text": array.slice(0, 1), "n": [0]})
+        file = write(tmp_path / "b.parquet", {**GOOD, "text": array, "n": [1, None, 3]})
+        remedy = "captions.on_bad_text to record"
+        refused(tmp_path, f"{file}, row {row}", what, remedy, on_bad_text="fail", **fields)
 
 
 # --- damage ------------------------------------------------------------------------------------
@@ -335,12 +302,7 @@ def test_flipped_bits_never_end_the_process(tmp_path: Path) -> None:
     columns = {"id": [f"s{i}" for i in range(200)], "text": ["x", "yy"] * 100, "fps": fps}
     options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
     file = write(tmp_path / "a.parquet", columns, row_group_size=80, **options)
-    command = [sys.executable, "-c", FLIPS, str(file)]
-    done = subprocess.run(
-        command, env=clean_environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    same, refusals, other = map(int, done.stdout.split())
+    same, refusals, other = map(int, run_code(FLIPS, file).split())
     assert other == 0
     assert min(same, refusals) > 40
 
@@ -348,8 +310,7 @@ def test_flipped_bits_never_end_the_process(tmp_path: Path) -> None:
 FLIPS = """
 import sys
 from pathlib import Path
-from embed_precompute.captions.recipes import OpenSoraRecipe
-from embed_precompute.captions.recipes import CaptionsConfig
+from embed_precompute.captions.recipes import CaptionsConfig, OpenSoraRecipe
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.errors import InputError
 

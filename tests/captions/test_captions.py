@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import types
 from pathlib import Path
 from typing import Any
@@ -131,24 +132,20 @@ def test_other_uris_go_through_pyarrow(tmp_path: Path, monkeypatch: pytest.Monke
         opened("s3://bucket/nowhere")
 
 
-def make_dataset(folder: Path) -> None:
-    """A folder with the files by which a dataset of ours is known, and its parquet files."""
-    write(folder / "shards" / "000" / "shard-000000-0123456789abcdef.rows.parquet", rows(2, 90))
-    write(folder / "manifest.parquet", rows(2, 90))
-    (folder / "plan.json").write_text("{}")
-
-
 def test_datasets_of_ours_are_skipped_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("embed_precompute"), "propagate", True)
     write(tmp_path / "data" / "a.parquet", rows(2))
-    make_dataset(tmp_path / "data" / "old" / "out")
+    old = tmp_path / "data" / "old" / "out"  # with the files by which a dataset of ours is known
+    write(old / "shards" / "000" / "shard-000000-0123456789abcdef.rows.parquet", rows(2, 90))
+    write(old / "manifest.parquet", rows(2, 90))
+    (old / "plan.json").write_text("{}")
     assert paths(tmp_path / "data") == ["a.parquet"]
-    assert f"{tmp_path}/data/old/out holds a dataset of ours" in caplog.text
+    assert f"{old} holds a dataset of ours" in caplog.text
     assert paths(tmp_path / "**" / "*.parquet") == ["data/a.parquet"]
     with pytest.raises(InputError, match="holds no parquet file"):
-        opened(tmp_path / "data" / "old" / "out")
+        opened(old)
 
 
 def test_an_output_inside_the_captions_is_refused(tmp_path: Path) -> None:
@@ -286,48 +283,43 @@ def test_list_text_gives_a_sample_per_caption(tmp_path: Path, arrow_type: Any) -
     assert table.reader().read(1, 2) == expected[2:4]
 
 
-@pytest.mark.parametrize(
-    ("array", "expected"),
-    [
+def test_ids(tmp_path: Path) -> None:
+    for array, expected in (
         (pa.array([7, -3, 2**40]), ["7", "-3", "1099511627776"]),
         (pa.array([7, 3, 2**64 - 1], pa.uint64()), ["7", "3", "18446744073709551615"]),
         (pa.array([1, 2, 3], pa.int8()), ["1", "2", "3"]),
         (pa.array(["b", "", "é"]), ["b", "", "é"]),
         (pa.array(["b", "a", "c"]).dictionary_encode(), ["b", "a", "c"]),
         (pa.array(["01", "1", "1#0"], pa.large_string()), ["01", "1", "1#0"]),
-    ],
-    ids=str,
-)
-def test_ids(tmp_path: Path, array: Any, expected: list[str]) -> None:
-    file = write(tmp_path / "a.parquet", {"key": array, "cap": ["x", "y", "z"]})
-    fields = {"id_column": "key", "text_column": "cap"}
-    assert opened(file, **fields).scan().num_rows == 3
-    assert [sample.sample_id for sample in samples_of(file, **fields)] == expected
+    ):
+        file = write(tmp_path / "a.parquet", {"key": array, "cap": ["x", "y", "z"]})
+        fields = {"id_column": "key", "text_column": "cap"}
+        assert opened(file, **fields).scan().num_rows == 3
+        assert [sample.sample_id for sample in samples_of(file, **fields)] == expected
 
 
 def test_no_id_column_counts_rows_over_files(tmp_path: Path) -> None:
-    folder = folder_of_groups(tmp_path)
-    ids = [sample.sample_id for sample in samples_of(folder, id_column=None)]
-    assert ids == [str(i) for i in range(33)]
-    assert opened(folder, id_column=None).scan() == Scan(33, 33, None, {})
-    assert opened(folder, id_column=None).scan(limit=5) == Scan(5, 5, None, {})
+    table = opened(folder_of_groups(tmp_path), id_column=None)
+    samples = table.reader().read(0, 33)
+    assert [sample.sample_id for sample in samples] == [str(i) for i in range(33)]
+    assert (table.scan(), table.scan(limit=5)) == (Scan(33, 33, None, {}), Scan(5, 5, None, {}))
 
 
-def test_equal_hashes_of_different_ids_are_no_duplicates(
+def test_ids_that_only_look_equal_are_no_duplicates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Signed and unsigned ids of the same bits; different ids of the same hash."""
+    write(tmp_path / "int" / "a.parquet", {"id": pa.array([-1]), "text": ["x"]})
+    unsigned = pa.array([2**64 - 1], pa.uint64())
+    write(tmp_path / "int" / "b.parquet", {"id": unsigned, "text": ["x"]})
+    assert opened(tmp_path / "int").scan().num_rows == 2
+    shutil.rmtree(tmp_path / "int")
     monkeypatch.setattr(table_module, "xxhash", types.SimpleNamespace(xxh3_64_intdigest=len))
     monkeypatch.setattr(table_module, "SUSPECTS", 1)
     assert opened(folder_of_groups(tmp_path)).scan().num_rows == 33
     write(tmp_path / "d.parquet", {"id": ["c100", "c32"], "text": ["x", "y"]})
     with pytest.raises(InputError, match=r"d\.parquet, row 1 .* repeats id 'c32'"):
         opened(tmp_path).scan()
-
-
-def test_signed_and_unsigned_ids_that_share_bits_are_not_equal(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", {"id": pa.array([-1]), "text": ["x"]})
-    write(tmp_path / "b.parquet", {"id": pa.array([2**64 - 1], pa.uint64()), "text": ["x"]})
-    assert opened(tmp_path).scan().num_rows == 2
 
 
 # --- limits and added tokens -------------------------------------------------------------------

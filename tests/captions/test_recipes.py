@@ -31,8 +31,8 @@ TYPES = {"fps": FLOAT, "score": FLOAT, "place": STRING, "n": INTEGER}
 OPENSORA = OpenSoraRecipe(motion_column="score")
 
 
-def bound(recipe: Recipe, holds_null: bool = False, **types: str) -> Recipe:
-    return recipe.bind("captions.recipe", {**TYPES, **types}, lambda column: holds_null)
+def bound(recipe: Recipe, **types: str) -> Recipe:
+    return recipe.bind("captions.recipe", {**TYPES, **types}, lambda column: False)
 
 
 def rendered(recipe: Recipe, *rows: Sequence[Any]) -> list[str | Problem]:
@@ -53,26 +53,18 @@ def test_template() -> None:
     assert rendered(TemplateRecipe(template="{text} {n}"), (24,), (24.0,)) == ["a 24", "a 24.0"]
 
 
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        ("{text.__class__}", "plain column names"),
-        ("{text[0]}", "plain column names"),
-        ("{text!r}", "plain column names"),
+def test_a_template_cannot_reach_beyond_columns_and_must_fit_rows() -> None:
+    for template, said in (
+        *((each, "plain column names") for each in ("{text.__class__}", "{text[0]}", "{text!r}")),
         ("{text:{fps}}", "plain column names"),
         ("{fps} only", "does not use"),
         ("{text", "not a format string"),
-    ],
-)
-def test_a_template_cannot_reach_beyond_columns(template: str, said: str) -> None:
-    with pytest.raises(InputError, match=f"^template .*{said}"):
-        TemplateRecipe(template=template)
-
-
-@pytest.mark.parametrize("template", ["{text} {fps:d}", "{text} {0}", "{text:.2f}"])
-def test_a_template_that_fits_no_row_is_refused(template: str) -> None:
-    with pytest.raises(InputError, match=r"captions\.recipe\.template .* does not fit"):
-        bound(TemplateRecipe(template=template), **{"0": STRING})
+    ):
+        with pytest.raises(InputError, match=f"^template .*{said}"):
+            TemplateRecipe(template=template)
+    for template in ("{text} {fps:d}", "{text} {0}", "{text:.2f}"):
+        with pytest.raises(InputError, match=r"captions\.recipe\.template .* does not fit"):
+            bound(TemplateRecipe(template=template), **{"0": STRING})
 
 
 # --- Open-Sora ---------------------------------------------------------------------------------
@@ -95,32 +87,18 @@ def test_opensora_float_fps_and_missing_values() -> None:
     assert rendered(bound(OPENSORA), *rows) == list(rows.values())
 
 
-@pytest.mark.parametrize("holds_null", [False, True])
-def test_opensora_integer_fps_prints_as_pandas_reads_it(holds_null: bool) -> None:
-    """One null anywhere makes the whole column float64 in pandas, of every file."""
-    recipe = bound(OpenSoraRecipe(), holds_null, fps=INTEGER)
-    assert recipe.float_columns() == (("fps",) if holds_null else ())
-    expected = ["a 15.0 FPS.", "a 12 FPS."] if holds_null else ["a 15 FPS.", "a 12 FPS."]
-    assert rendered(recipe, (15,), (24,)) == expected
+def test_opensora_limits() -> None:
+    """A null in an integer column: test_captions. From 999 on, not even the column is needed."""
     explicit = bound(OpenSoraRecipe(fps_format="float"), fps=INTEGER)
     assert rendered(explicit, (15,)) == ["a 15.0 FPS."]
-
-
-@pytest.mark.parametrize("fps_max", [None, 999, 5000])
-def test_opensora_without_a_maximum_leaves_fps_out(fps_max: int | None) -> None:
-    """The column is not even needed then."""
-    recipe = bound(OpenSoraRecipe(fps_max=fps_max))
-    assert (recipe.columns, rendered(recipe, ())) == ((), ["a"])
-    assert recipe == OpenSoraRecipe(fps_column=None, fps_max=None)
-    assert recipe.trainer_settings() == ["fps_max=None", "vmaf=False"]
-
-
-def test_opensora_limits() -> None:
-    whole = {"fps": INTEGER}
-    assert rendered(bound(OpenSoraRecipe(fps_max=998), **whole), (24,), (1000,)) == [
-        "a 24 FPS.",
-        "a 500 FPS.",
-    ]
+    for fps_max in (None, 999, 5000):
+        recipe = bound(OpenSoraRecipe(fps_max=fps_max))
+        assert (recipe.columns, rendered(recipe, ())) == ((), ["a"])
+        assert recipe == OpenSoraRecipe(fps_column=None, fps_max=None)
+        assert recipe.trainer_settings() == ["fps_max=None", "vmaf=False"]
+    large = bound(OpenSoraRecipe(fps_max=998), fps=INTEGER)
+    assert rendered(large, (24,), (1000,)) == ["a 24 FPS.", "a 500 FPS."]
+    assert (large.float_columns(), explicit.float_columns()) == ((), ("fps",))
     assert rendered(bound(OpenSoraRecipe(fps_max=1)), (1.5,), (1.0,)) == ["a", "a 1 FPS."]
     found = rendered(bound(OPENSORA), (math.inf, 1.0), (24.0, math.inf), (-math.inf, 1.0))
     reasons = ["column 'fps' is inf", "column 'score' is inf", "column 'fps' is -inf"]
@@ -143,30 +121,20 @@ def test_recipes_follow_one_another() -> None:
     recipe = bound(chain, fps=INTEGER)
     assert recipe.columns == ("place", "fps", "score")
     assert recipe.render("a", ("sea", 24, 1.0)) == "a at sea 12 FPS, 1 motion score."
-    assert recipe.render("a", (None, 24, 1.0)) == Problem(
-        Status.NULL_TEXT, "column 'place' is null"
-    )
+    null = Problem(Status.NULL_TEXT, "column 'place' is null")
+    assert recipe.render("a", (None, 24, 1.0)) == null
     assert recipe.trainer_settings() == ["fps_max=16", "vmaf=True"]
     assert PlainRecipe().trainer_settings() == []
     assert bound(chain).float_columns() == ("fps",)
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        PlainRecipe(),
-        TemplateRecipe(template="{text}."),
-        OPENSORA,
-        as_one((OPENSORA, PlainRecipe())),
-    ],
-)
-def test_a_bound_recipe_is_read_back_from_the_plan(recipe: Recipe) -> None:
-    made = bound(recipe)
-    assert recipe_of(made.resolved()) == made
-    assert canonical_json(made.resolved())
-
-
 def test_the_spec_of_the_plan() -> None:
+    """A bound recipe is read back from it."""
+    template, chain = TemplateRecipe(template="{text}."), as_one((OPENSORA, PlainRecipe()))
+    for recipe in (PlainRecipe(), template, OPENSORA, chain):
+        made = bound(recipe)
+        assert recipe_of(made.resolved()) == made
+        assert canonical_json(made.resolved())
     assert canonical_json(bound(OPENSORA, fps=INTEGER).resolved()) == (
         b'{"fps_column":"fps","fps_format":"int","fps_max":16,"kind":"opensora",'
         b'"motion_column":"score"}'

@@ -19,6 +19,7 @@ from embed_precompute.encoders.families.clip import ClipOptions
 from embed_precompute.encoders.families.t5 import T5Options
 from embed_precompute.encoders.resolve import open_encoder
 from embed_precompute.errors import InputError
+from make_demo import write_t5
 
 
 def t5(folder: Path, **fields: Any) -> EncoderConfig:
@@ -73,12 +74,18 @@ def test_digest_changes_with_weights_config_and_what_the_tokenizer_does(
 def test_file_digest_is_remembered_until_the_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A damaged or unwritable cache only costs time."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     path = tmp_path / "weights"
     path.write_bytes(b"abc")
     first = file_sha256(path)
     (entry,) = (cache / "embed_precompute" / "sha256").iterdir()
+    for damage in (b"", b"[]", b'{"file":1,"sha256":"zz"}', b"\xff"):
+        sound = entry.read_bytes()
+        entry.write_bytes(damage)
+        assert file_sha256(path) == first
+        assert entry.read_bytes() == sound
     marked = json.loads(entry.read_bytes()) | {"sha256": "f" * 64}
     entry.write_bytes(canonical_json(marked))
     assert file_sha256(path) == "f" * 64
@@ -93,22 +100,8 @@ def test_file_digest_is_remembered_until_the_file_changes(
     entries = set(entry.parent.iterdir())
     assert file_sha256(path) == first
     assert len(set(entry.parent.iterdir()) - entries) == 1
-
-
-def test_a_damaged_or_unwritable_cache_only_costs_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    path = tmp_path / "weights"
-    path.write_bytes(b"abc")
-    digest = file_sha256(path)
-    (entry,) = (tmp_path / "cache" / "embed_precompute" / "sha256").iterdir()
-    for damage in (b"", b"[]", b'{"file":1,"sha256":"zz"}', b"\xff"):
-        entry.write_bytes(damage)
-        assert file_sha256(path) == digest
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert file_sha256(path) == digest
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))  # a file
+    assert file_sha256(path) == first
 
 
 # -- where it is -----------------------------------------------------------------------------------
@@ -163,8 +156,6 @@ def test_pickles_are_never_loaded(tmp_path: Path, tiny_t5: Path) -> None:
 
 
 def test_tokenizer_of_another_model(tiny_t5: Path, tmp_path: Path, corpus: list[str]) -> None:
-    from make_demo import write_t5
-
     larger = write_t5(tmp_path / "larger", corpus, vocab_size=1200)
     message = failure(t5(tiny_t5, tokenizer=str(larger)))
     assert message.startswith("encoders.enc.tokenizer")

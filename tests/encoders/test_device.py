@@ -12,12 +12,7 @@ import torch
 from jobs import call, write_captions, write_job
 
 from embed_precompute.encoders import device
-from embed_precompute.encoders.device import (
-    difference,
-    distance,
-    log_device,
-    resolve_device,
-)
+from embed_precompute.encoders.device import difference, distance, log_device, resolve_device
 from embed_precompute.encoders.encoder import FusedEncoder
 from embed_precompute.errors import InputError
 
@@ -31,13 +26,8 @@ def job(tmp_path: Path, tiny_t5: Path) -> Path:
 @pytest.mark.parametrize(
     ("setting", "count", "expected"),
     [
-        ("auto", 0, "cpu"),
-        ("cpu", 4, "cpu"),
-        ("auto", 4, "cuda:1"),
-        ("cuda", 4, "cuda:1"),
-        ("cuda:3", 4, "cuda:3"),
-        ("cuda", 0, None),
-        ("cuda:4", 4, None),
+        *(("auto", 0, "cpu"), ("cpu", 4, "cpu"), ("auto", 4, "cuda:1"), ("cuda", 4, "cuda:1")),
+        *(("cuda:3", 4, "cuda:3"), ("cuda", 0, None), ("cuda:4", 4, None)),
     ],
 )
 def test_which_device(
@@ -46,11 +36,11 @@ def test_which_device(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda name: "a GPU")
-    if expected is not None:
+    if expected is None:
+        with pytest.raises(InputError, match=rf"{setting} but torch .* sees {count} GPUs: instal"):
+            resolve_device(setting, 5)
+    else:
         assert resolve_device(setting, 5) == expected
-        return
-    with pytest.raises(InputError, match=rf"{setting} but torch .* sees {count} GPUs: install a"):
-        resolve_device(setting, 5)
 
 
 @pytest.mark.parametrize(("cuda", "level"), [("12.4", "WARNING"), (None, "INFO")])
@@ -118,9 +108,8 @@ def test_difference_and_distance() -> None:
     assert distance(torch.tensor([1.0, torch.nan]), torch.ones(2)) == (torch.inf, -1.0)
     assert difference(a, a, exact=True) is None
     assert difference(a * 1.001, a, exact=False) is None
-    assert (
-        difference(a * 1.001, a, exact=True) == "a relative difference of 1.00e-03 (at most 1e-05)"
-    )
+    found = difference(a * 1.001, a, exact=True)
+    assert found == "a relative difference of 1.00e-03 (at most 1e-05)"
     assert "a cosine of 0.96" in str(difference(a.flip(1), a, exact=False))
     assert "shape [2], not [2, 2]" in str(difference(a[0], a, exact=False))
     assert "inf" in str(difference(a / 0, a, exact=True))

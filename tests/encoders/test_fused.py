@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import family_case
 import pytest
 import torch
 from family_case import copied, resolved_of
@@ -21,9 +22,6 @@ from embed_precompute.encoders.fused import graph, layers, stream
 from embed_precompute.encoders.resolve import ResolvedEncoder, resolve
 from embed_precompute.errors import InputError
 from make_demo import write_t5
-
-if TYPE_CHECKING:
-    from conftest import Encode
 
 RELATIVE = 3e-6
 """Largest relative difference from hf in float32."""
@@ -57,8 +55,12 @@ def encoder_of(mode: str, folders: dict[str, Path], **fields: Any) -> TextEncode
     return build(resolved(mode, folders, **fields), "cpu", "float32")
 
 
+def encode(encoder: TextEncoder, texts: list[str]) -> list[torch.Tensor]:
+    return family_case.encode(encoder, texts)[""]
+
+
 @pytest.fixture(scope="module")
-def expected_of(encode: Encode, folders: dict[str, Path], texts: list[str]) -> Any:
+def expected_of(folders: dict[str, Path], texts: list[str]) -> Any:
     @cache
     def run(mode: str) -> list[torch.Tensor]:
         return encode(encoder_of(mode, folders, implementation="hf"), texts)
@@ -79,12 +81,7 @@ def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None
 
 @pytest.mark.parametrize("mode", MODES)
 def test_several_products_and_attention_calls(
-    encode: Encode,
-    folders: dict[str, Path],
-    texts: list[str],
-    expected_of: Any,
-    mode: str,
-    monkeypatch: pytest.MonkeyPatch,
+    folders: dict[str, Path], texts: list[str], expected_of: Any, mode: str, monkeypatch: Any
 ) -> None:
     """Real batches take several; tests' are as short as one. The last reaches past the end."""
     monkeypatch.setattr(stream, "ATTENTION_TOKENS", 60)
@@ -99,9 +96,8 @@ def test_several_products_and_attention_calls(
 
 def test_row_blocks_have_one_size_and_cover_all_rows() -> None:
     def blocks(num_tokens: int, weights: torch.Tensor, row_width: int = 1 << 30) -> list[slice]:
-        return stream.Workspace(weights, layers.PRODUCT_BYTES, row_width=row_width).row_blocks(
-            num_tokens
-        )
+        workspace = stream.Workspace(weights, layers.PRODUCT_BYTES, row_width=row_width)
+        return workspace.row_blocks(num_tokens)
 
     weights = torch.zeros(1)
     assert blocks(4096, weights) == [slice(0, 2048), slice(2048, 4096)]
@@ -117,14 +113,13 @@ def test_an_activation_it_does_not_compute(tmp_path: Path, folders: dict[str, Pa
     with pytest.raises(InputError, match="'gated-silu', and fused computes relu, gated-gelu"):
         resolved("t5-masked", silu)
 
-    def auto(folders: dict[str, Path], **fields: Any) -> str:
-        return resolved(
-            "t5-masked", folders, implementation="auto", **fields
-        ).decision.implementation
-
-    assert auto(silu) == "hf"
-    assert auto(folders) == "fused"
-    assert auto(folders, buckets=(16,)) == "hf"
+    for given, fields, chosen in (
+        (silu, {}, "hf"),
+        (folders, {}, "fused"),
+        (folders, {"buckets": (16,)}, "hf"),
+    ):
+        auto = resolved("t5-masked", given, implementation="auto", **fields)
+        assert auto.decision.implementation == chosen
 
 
 def test_the_plans_choice_stands_where_it_can(folders: dict[str, Path]) -> None:
@@ -158,20 +153,12 @@ def static_encoder(mode: str, folders: dict[str, Path], *, compiled: bool, **fie
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_graphs_have_the_references_numbers(
-    encode: Encode, folders: dict[str, Path], texts: list[str], expected_of: Any, mode: str
+def test_graphs_have_the_references_numbers_and_neighbours_change_no_bit(
+    folders: dict[str, Path], texts: list[str], expected_of: Any, mode: str
 ) -> None:
-    encoder = static_encoder(mode, folders, compiled=False)
-    assert_near(encode(encoder, texts[:12]), expected_of(mode)[:12])
-
-
-@pytest.mark.parametrize("mode", ["t5-masked", "umt5-masked", "clip"])
-def test_in_graphs_too_neighbours_and_place_change_no_bit(
-    encode: Encode, corpus: list[str], folders: dict[str, Path], mode: str
-) -> None:
-    encoder = static_encoder(mode, folders, compiled=False)
-    texts = ["", *corpus[:20], "x"]
+    encoder, texts = static_encoder(mode, folders, compiled=False), texts[:20]
     together = encode(encoder, texts)
+    assert_near(together, expected_of(mode)[:20])
     backwards = encode(encoder, texts[::-1])[::-1]
     for ours, theirs in zip(together, backwards, strict=True):
         assert torch.equal(ours, theirs)
@@ -181,12 +168,7 @@ def test_in_graphs_too_neighbours_and_place_change_no_bit(
 
 @pytest.mark.parametrize("mode", ["t5-padded", "umt5-masked", "clip"])
 def test_the_layers_are_one_graph_for_the_compiler(
-    encode: Encode,
-    folders: dict[str, Path],
-    texts: list[str],
-    expected_of: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    mode: str,
+    folders: dict[str, Path], texts: list[str], expected_of: Any, monkeypatch: Any, mode: str
 ) -> None:
     """torch traces them whole, also in versions that make no code of flex_attention for a CPU."""
     encoder = static_encoder(mode, folders, compiled=True)
@@ -201,14 +183,13 @@ def test_the_layers_are_one_graph_for_the_compiler(
     assert traced == [{"fullgraph": True, "dynamic": False}]
 
 
-def test_captions_longer_than_a_block(encode: Encode, folders: dict[str, Path]) -> None:
+def test_captions_longer_than_a_block(folders: dict[str, Path]) -> None:
     texts = ["a fox " * n for n in (1, 70, 20, 100, 3)]
     fields = {"max_length": 300, "stream_tokens": 600}
     expected = encode(encoder_of("t5-masked", folders, implementation="hf", **fields), texts)
     assert max(map(len, expected)) > graph.BLOCK
-    assert_near(
-        encode(static_encoder("t5-masked", folders, compiled=False, **fields), texts), expected
-    )
+    encoder = static_encoder("t5-masked", folders, compiled=False, **fields)
+    assert_near(encode(encoder, texts), expected)
 
 
 def test_a_packed_stream_is_run_in_parts() -> None:
@@ -227,20 +208,12 @@ def test_a_packed_stream_is_run_in_parts() -> None:
     [("t5-padded", "kernels"), ("clip", "kernels"), ("t5-padded", "graph"), ("t5-masked", "graph")],
 )
 def test_compiled_layers_have_the_references_numbers(
-    encode: Encode,
-    folders: dict[str, Path],
-    texts: list[str],
-    expected_of: Any,
-    mode: str,
-    layers: str,
+    folders: dict[str, Path], texts: list[str], expected_of: Any, mode: str, layers: str
 ) -> None:
     if layers == "graph" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         pytest.skip("torch compiles flex_attention for a CPU from 2.6 on")
-    encoder = (
-        static_encoder(mode, folders, compiled=True)
-        if layers == "graph"
-        else encoder_of(mode, folders, compile=True)
-    )
+    fields: dict[str, Any] = {"compile": True} if layers == "kernels" else {"compiled": True}
+    encoder = (encoder_of if layers == "kernels" else static_encoder)(mode, folders, **fields)
     ours = encode(encoder, texts[:12])
     assert_near(ours, expected_of(mode)[:12])
     assert torch.equal(ours[5], encode(encoder, [texts[5]])[0])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from embed_precompute.encoders.loading import Source, load_model, loaded_bytes, 
 from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.job.stages import IN_FLIGHT, overlapped
 
-Encode = Callable[[TextEncoder, Sequence[str]], "list[torch.Tensor]"]
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 MODES = ["t5-padded", "t5-masked", "umt5-masked", "clip"]
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -79,6 +78,10 @@ def resolved_of(mode: str, folders: dict[str, Path], **fields: Any) -> ResolvedE
     return family_case.resolved_of("clip" if name == "clip" else "t5", folders[name], **fields)
 
 
+def encode(encoder: TextEncoder, texts: list[str]) -> list[torch.Tensor]:
+    return family_case.encode(encoder, texts)[""]
+
+
 def texts_of(corpus: list[str]) -> list[str]:
     """Of many lengths, some longer than a block of attention."""
     return ["", "x", *corpus[:40], " ".join(corpus[:12]), " ".join(corpus[5:12]), "a red fox"]
@@ -88,12 +91,7 @@ def texts_of(corpus: list[str]) -> list[str]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_numbers_and_bits(
-    encode: Encode,
-    corpus: list[str],
-    wide: dict[str, Path],
-    mode: str,
-    dtype: str,
-    implementation: str,
+    corpus: list[str], wide: dict[str, Path], mode: str, dtype: str, implementation: str
 ) -> None:
     """The reference's numbers; neighbours, place and order change no bit."""
     texts = texts_of(corpus)
@@ -142,21 +140,15 @@ def test_a_download_does_not_wait_for_the_device() -> None:
     size = 4096
     left = torch.randn(size, size, device=GPU)
     product = torch.empty_like(left)
-    engine = copy_engine(GPU)
-
-    def whole(suffix: str, values: torch.Tensor) -> torch.Tensor:
-        return values
-
+    arguments = (torch.float32, copy_engine(GPU), lambda suffix, values: values)
     torch.mm(left, left, out=product)
     expected = product.cpu()
-    download(
-        {"": product}, torch.float32, engine, whole, reused=True
-    ).wait()  # page-locked memory is there now
+    download({"": product}, *arguments, reused=True).wait()  # page-locked memory is there now
     gc.collect()
     product.zero_()
     for _ in range(60):
         torch.mm(left, left, out=product)
-    pending = download({"": product}, torch.float32, engine, whole, reused=True)
+    pending = download({"": product}, *arguments, reused=True)
     product.zero_()
     assert not pending.ready()
     found = pending.wait()[""]
@@ -181,11 +173,7 @@ def test_weights_go_straight_to_the_gpu(wide: dict[str, Path], mode: str, dtype:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_does_not_fit_stays_in_host_memory_and_changes_no_bit(
-    encode: Encode,
-    corpus: list[str],
-    wide: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    mode: str,
+    corpus: list[str], wide: dict[str, Path], monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     resolved = resolved_of(mode, wide, implementation="hf", dtype="bfloat16")
     whole = build(resolved, "cuda", "float32")
@@ -200,9 +188,7 @@ def test_what_does_not_fit_stays_in_host_memory_and_changes_no_bit(
         assert torch.equal(ours, wanted)
 
 
-def test_the_estimate_of_a_forward_holds(
-    encode: Encode, corpus: list[str], wide: dict[str, Path]
-) -> None:
+def test_the_estimate_of_a_forward_holds(corpus: list[str], wide: dict[str, Path]) -> None:
     for implementation in ("hf", "fused"):
         for mode in MODES:
             resolved = resolved_of(mode, wide, implementation=implementation, dtype="bfloat16")

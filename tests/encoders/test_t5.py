@@ -27,6 +27,7 @@ CASES = [
 ]
 
 
+MASK = {"attention_mask": "padding"}
 OPTIONS: dict[str, Any] = {"max_length": 48, "batch_tokens": 192, "implementation": "hf"}
 
 
@@ -74,37 +75,19 @@ def test_the_padded_length_of_a_column(tiny_t5: Path) -> None:
     ("fields", "words"),
     [
         ({"buckets": (16,)}, "buckets are for attention_mask padding"),
-        ({"attention_mask": "padding", "seq_align": 2}, "belong to attention_mask none"),
-        ({"attention_mask": "padding", "added_tokens": 2}, "belong to attention_mask none"),
+        ({**MASK, "seq_align": 2}, "belong to attention_mask none"),
+        ({**MASK, "added_tokens": 2}, "belong to attention_mask none"),
         ({"implementation": "hf", "compile": True}, "compile is true: hf is never compiled"),
         ({"tf32": True}, "tf32 is true with dtype bfloat16"),
         ({"stream_tokens": 400}, "stream_tokens is 400: expected at least max_length"),
         ({"seq_align": 0}, "seq_align is 0: expected 1 or more"),
         ({"batch_tokens": 1 << 40}, "at most 67108864"),
         ({"added_tokens": -1}, "added_tokens is -1: below 0"),
-        (
-            {"attention_mask": "padding", "buckets": (16,), "implementation": "fused"},
-            "buckets are for the implementation hf",
-        ),
-        (
-            {"attention_mask": "padding", "buckets": (600,)},
-            "512, and buckets has 600: expected 1 to",
-        ),
-        (
-            {"attention_mask": "padding", "buckets": (0, 9)},
-            r"buckets is \[0, 9\]: expected lengths",
-        ),
+        ({**MASK, "buckets": (16,), "implementation": "fused"}, "are for the implementation hf"),
+        ({**MASK, "buckets": (600,)}, "512, and buckets has 600: expected 1 to"),
+        ({**MASK, "buckets": (0, 9)}, r"buckets is \[0, 9\]: expected lengths"),
     ],
 )
 def test_settings_that_cannot_be(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         T5Options(pretrained="x", **fields)
-
-
-@pytest.mark.parametrize("seq_align", [1, 2, 4, 8])
-@pytest.mark.parametrize("added_tokens", [0, 1, 7, 1000])
-def test_padded_length_is_the_smallest_that_fits(seq_align: int, added_tokens: int) -> None:
-    options = T5Options(pretrained="x", max_length=77, seq_align=seq_align)
-    length = options.padded_length(added_tokens)
-    assert (length + added_tokens) % seq_align == 0
-    assert 77 <= length < 77 + seq_align

@@ -46,25 +46,17 @@ def test_a_tokenizer_from_another_folder(tmp_path: Path, tiny_t5: Path) -> None:
         open_encoder("enc", T5Options(pretrained=str(bare), tokenizer=str(tmp_path / "nowhere")))
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
+def test_unfit_slow_missing_and_damaged_tokenizers(tmp_path: Path, tiny_t5: Path) -> None:
+    """A pad token is needed where pads can be attended: test_decoder has one without."""
+    changes: dict[str, Any]
+    for changes, words in (
         ({"padding_side": "left"}, "pads on the left"),
         ({"pad_token": None}, "no pad_token"),
-    ],
-)
-def test_unfit_tokenizer_config(
-    tmp_path: Path, tiny_t5: Path, changes: dict[str, Any], words: str
-) -> None:
-    """Only where pads can be attended: test_decoder has a tokenizer without pad token."""
-    folder = copied(tiny_t5, tmp_path / "t5", "tokenizer_config.json", **changes)
-    with pytest.raises(InputError, match=words):
-        tokenizer(folder)
-
-
-def test_slow_missing_and_damaged_tokenizers(tmp_path: Path, tiny_t5: Path) -> None:
-    folder = tmp_path / "t5"
-    shutil.copytree(tiny_t5, folder)
+    ):
+        folder = copied(tiny_t5, tmp_path / words, "tokenizer_config.json", **changes)
+        with pytest.raises(InputError, match=words):
+            tokenizer(folder)
+    folder = shutil.copytree(tiny_t5, tmp_path / "t5")
     (folder / "tokenizer.json").write_bytes(b'{"version"')
     with pytest.raises(InputError, match="gives no tokenizer"):
         tokenizer(folder)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from jobs import call, dataset_bytes, write_captions, write_job
+from jobs import call, dataset_bytes, edit, write_captions, write_job
 
 from embed_precompute.encoders import encoder as encoder_module
 from embed_precompute.encoders.encoder import download
@@ -85,14 +87,6 @@ def test_on_a_cpu_nothing_is_copied_and_nothing_waits() -> None:
     assert again.wait()[""] is not output
 
 
-class Begun:
-    def __init__(self, number: int, ready: Callable[[int], bool]) -> None:
-        self.number, self._ready = number, ready
-
-    def ready(self) -> bool:
-        return self._ready(self.number)
-
-
 @pytest.mark.parametrize(
     ("ready", "begun_at_each"),
     [
@@ -109,7 +103,7 @@ def test_the_next_is_begun_before_one_is_waited_for(
     def forwards() -> Iterator[tuple[int, Any]]:
         for number in range(5):
             begun.append(number)
-            yield number, Begun(number, ready)
+            yield number, SimpleNamespace(ready=partial(ready, number))
 
     seen = [(number, len(begun)) for number, _ in overlapped(forwards())]
     assert seen == list(enumerate(begun_at_each))
@@ -125,19 +119,11 @@ def job(tmp_path: Path, tiny_t5: Path, tiny_clip: Path, corpus: list[str]) -> Pa
 def test_a_job_with_late_copies_gives_the_same_bytes(
     job: Path, tmp_path: Path, engine: Any, implementation: str
 ) -> None:
-    words = [
-        *(
-            "--encoders.t5.implementation",
-            implementation,
-            "--encoders.t5.attention_mask",
-            "padding",
-        ),
-        *("--encoders.clip.implementation", implementation),
-        *("--runtime.write_queue_batches", str(SLOTS)),
-    ]
-    if implementation == "fused":
-        words += ["--encoders.clip.stream_tokens", "96", "--encoders.t5.stream_tokens", "96"]
-    code, _, said = call("run", str(job), *words)
+    streams = {"stream_tokens": 96} if implementation == "fused" else {}
+    edit(job, "encoders.t5", implementation=implementation, attention_mask="padding", **streams)
+    edit(job, "encoders.clip", implementation=implementation, **streams)
+    edit(job, "runtime", write_queue_batches=SLOTS)
+    code, _, said = call("run", str(job))
     assert code == 0, said
     late = dataset_bytes(tmp_path / "out")
     # The fused layers had written their outputs again when these were copied at last.
@@ -147,7 +133,7 @@ def test_a_job_with_late_copies_gives_the_same_bytes(
     assert engine.most_live <= IN_FLIGHT + SLOTS + 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder_module, "copy_engine", lambda device: None)
-        assert call("run", str(job), *words, "--output.path", str(tmp_path / "again"))[0] == 0
+        assert call("run", str(job), "--output.path", str(tmp_path / "again"))[0] == 0
     assert dataset_bytes(tmp_path / "again") == late
 
 

@@ -100,20 +100,12 @@ def test_it_gives_what_an_export_gives(
 def test_in_a_data_loader(drop_in: Any, root: Path) -> None:
     """Its class is made at run time, and is pickled into a worker all the same."""
     dataset, stored = drop_in(), EmbeddingDataset(root)
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=[[index_of(i) for i in range(k, k + 4)] for k in range(0, 28, 4)],
-        num_workers=1,
-        multiprocessing_context="spawn",
-        collate_fn=default_collate,
-    )
-    rows = [
-        (i, text_t5)
-        for batch in loader
-        for i, text_t5 in zip(batch["index"].tolist(), batch["text_t5"], strict=True)
-    ]
-    assert [i for i, _ in rows] == list(range(28))
-    assert all(torch.equal(text_t5, stored[i]["text_t5"]) for i, text_t5 in rows)
+    options: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": "spawn"}
+    batches = [[index_of(i) for i in range(k, k + 4)] for k in range(0, 28, 4)]
+    found = list(DataLoader(dataset, batch_sampler=batches, collate_fn=default_collate, **options))
+    assert torch.equal(torch.cat([batch["index"] for batch in found]), torch.arange(28))
+    expected = torch.stack([stored[i]["text_t5"] for i in range(28)])
+    assert torch.equal(torch.cat([batch["text_t5"] for batch in found]), expected)
 
 
 def test_videos_latents_and_damage(drop_in: Any, tmp_path: Path, root: Path) -> None:
@@ -127,10 +119,8 @@ def test_videos_latents_and_damage(drop_in: Any, tmp_path: Path, root: Path) -> 
     dataset.cached_video = dataset.return_latents_path = True
     dataset.load_original_video = False
     sample = dataset[index_of(0)]
-    assert sample.keys() == {
-        *("video_latents", "latents_path", "text_t5", "text_clip", "text_t5_path"),
-        "text_clip_path",
-    }
+    names = {"text_t5", "text_clip", "text_t5_path", "text_clip_path"}
+    assert sample.keys() == {"video_latents", "latents_path", *names}
     assert torch.equal(sample["video_latents"], torch.ones(2))
     next(copied.rglob("shard-000004*.safetensors")).unlink()
     with pytest.raises(VerificationError, match="shard-000004"):
@@ -154,9 +144,8 @@ def test_the_datasets_id_column_decides(
 ) -> None:
     """The table also has `id`, with the same ids in other rows: these once were trained."""
     table = captions_table().rename_columns(["clip_id", *captions_table().column_names[1:]])
-    embeddings = make(
-        tmp_path / "d", table, tiny_t5, tiny_clip, *RECIPE, "--captions.id_column", "clip_id"
-    )
+    words = (*RECIPE, "--captions.id_column", "clip_id")
+    embeddings = make(tmp_path / "d", table, tiny_t5, tiny_clip, *words)
     shifted = with_column(table, "id", [f"s{(i + 1) % ROWS}" for i in range(ROWS)])
     turned = shifted.take([*range(10, ROWS), *range(10)])
     path = write(tmp_path, turned)
@@ -268,9 +257,7 @@ def test_changed_captions_do_not_train(drop_in: Any, tmp_path: Path) -> None:
         drop_in(data_path=path)
     said = str(caught.value).splitlines()
     assert said[0] == "5 of 28 rows have another text than their sample:"
-    assert said[1].startswith(
-        "  row 9, sample 's9': the trainer makes 'new 15.0 FPS.', encoded was"
-    )
+    assert "  row 9, sample 's9': the trainer makes 'new 15.0 FPS.', encoded was" in said[1]
     assert "take 9, of very very very very old ships 15.0 FPS.'" in said[1]
     assert said[3].startswith("  row 21,")
     assert "and fps_max=24, vmaf=False in dataset" in said[4]

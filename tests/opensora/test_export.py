@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,12 +96,8 @@ def test_every_sample_and_the_table(root: Path, tmp_path: Path) -> None:
 
 def test_folders_are_bounded() -> None:
     some: Any = SimpleNamespace(out=Path("e"))
-    for number, name in (
-        (0, "000/000"),
-        (999, "000/000"),
-        (1000, "000/001"),
-        (12_345_678, "012/345"),
-    ):
+    names = {0: "000/000", 999: "000/000", 1000: "000/001", 12_345_678: "012/345"}
+    for number, name in names.items():
         path = Export._path(some, "text_t5", Entry(number, 0, "", 0, ""))
         assert path == f"e/text_t5/{name}/{number:09d}.pt"
 
@@ -255,29 +250,24 @@ def test_another_datasets_export_is_refused(root: Path, masked: Path, tmp_path: 
             export(root, inside)
 
 
-def other_captions() -> Iterator[tuple[pa.Table, str]]:
-    """Tables that were not encoded, and what is said of each."""
-    table = captions_table()
-    texts = table["text"].to_pylist()
+def test_other_captions_are_refused(root: Path, tmp_path: Path) -> None:
+    table, path = captions_table(), tmp_path / "captions.parquet"
+    texts, fps = table["text"].to_pylist(), table["fps"].to_pylist()
     changed = with_column(table, "text", [*texts[:8], "a new caption", *texts[9:]])
-    yield changed, r"row 8 .* have the text 'a new caption 15.0 FPS.' for sample 's8', .* take 8"
-    fps = table["fps"].to_pylist()
     faster = with_column(table, "fps", [*fps[:20], 12, *fps[21:]])
-    yield faster, r"row 20 .*ships 12.0 FPS.' for sample 's20', but .* ships 15.0 FPS.'"
-    turned = table.take(list(range(ROWS))[::-1])
-    yield turned, r"row 0 .* have sample 's29', but what was encoded is sample 's0'"
-    yield table.slice(0, 29), "has 29 rows: the dataset was made of 30"
-    yield pa.concat_tables([table, table.slice(0, 1)]), "has 31 rows: the dataset was made of 30"
-
-
-@pytest.mark.parametrize("case", range(5))
-def test_other_captions_are_refused(root: Path, tmp_path: Path, case: int) -> None:
-    table, said = list(other_captions())[case]
-    pq.write_table(table, tmp_path / "captions.parquet")
-    with pytest.raises(ConflictError, match=said) as caught:
-        export(root, tmp_path / "e", captions=str(tmp_path / "captions.parquet"))
-    assert str(tmp_path / "captions.parquet") in str(caught.value)
-    assert not (tmp_path / "e" / "export.json").exists()
+    turned, more = table.take(list(range(ROWS))[::-1]), pa.concat_tables([table, table.slice(0, 1)])
+    for other, said in (
+        (changed, r"row 8 .* have the text 'a new caption 15.0 FPS.' for sample 's8', .* take 8"),
+        (faster, r"row 20 .*ships 12.0 FPS.' for sample 's20', but .* ships 15.0 FPS.'"),
+        (turned, r"row 0 .* have sample 's29', but what was encoded is sample 's0'"),
+        (table.slice(0, 29), "has 29 rows: the dataset was made of 30"),
+        (more, "has 31 rows: the dataset was made of 30"),
+    ):
+        pq.write_table(other, path)
+        with pytest.raises(ConflictError, match=said) as caught:
+            export(root, tmp_path / "e", captions=str(path))
+        assert str(path) in str(caught.value)
+        assert not (tmp_path / "e" / "export.json").exists()
 
 
 def test_lists_of_other_lengths_are_refused(tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
@@ -299,16 +289,13 @@ def test_the_same_captions_are_the_same_whatever_their_file(root: Path, tmp_path
     latents = with_column(latents, "fps", [15] * ROWS)  # the null is gone: it had no caption
     pq.write_table(latents, tmp_path / "renamed.parquet", row_group_size=3)
     done = export(root, tmp_path / "e", captions=str(tmp_path / "renamed.parquet"))
-    assert [row["latents_path"] for row in rows_of(tmp_path / "e")[:2]] == [
-        NO_LATENTS,
-        "latents.pt",
-    ]
+    rows = rows_of(tmp_path / "e")
+    assert [row["latents_path"] for row in rows[:2]] == [NO_LATENTS, "latents.pt"]
     assert done.table.filled_latents == 1
-    check_tensors(root, rows_of(tmp_path / "e"))
+    check_tensors(root, rows)
 
 
 def test_captions_that_are_not_found(root: Path, tmp_path: Path) -> None:
-    """`captions` names them: test_the_same_captions_are_the_same_whatever_their_file."""
     copied = shutil.copytree(root, tmp_path / "out")
     config = copied / "config.yaml"
     config.write_text(config.read_text().replace("captions.parquet", "moved.parquet"))

@@ -16,11 +16,16 @@ from embed_precompute.errors import InputError
 VIDEO_TOKENS = 2 * 2 * 3  # of train_example.LATENT_SHAPE with its patch size
 
 
-def made(folder: Path, texts: list[str], t5: Path, clip: Path, **fields: Any) -> EmbeddingDataset:
-    captions = write_captions(folder / "captions.parquet", texts)
-    code, _, said = call("run", str(write_job(folder, captions, t5, clip, **fields)))
-    assert code == 0, said
-    return EmbeddingDataset(folder / "out")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: Any, corpus: list[str], tiny_t5: Path, tiny_clip: Path) -> Any:
+    def make(num_captions: int, **fields: Any) -> EmbeddingDataset:
+        folder = tmp_path_factory.mktemp("example")
+        captions = write_captions(folder / "captions.parquet", corpus[:num_captions])
+        code, _, said = call("run", str(write_job(folder, captions, tiny_t5, tiny_clip, **fields)))
+        assert code == 0, said
+        return EmbeddingDataset(folder / "out")
+
+    return make
 
 
 def trainer(dataset: EmbeddingDataset, seq_align: int = 1) -> train_example.Trainer:
@@ -28,10 +33,9 @@ def trainer(dataset: EmbeddingDataset, seq_align: int = 1) -> train_example.Trai
 
 
 @pytest.fixture(scope="module")
-def plain(
-    tmp_path_factory: pytest.TempPathFactory, corpus: list[str], tiny_t5: Path, tiny_clip: Path
-) -> EmbeddingDataset:
-    return made(tmp_path_factory.mktemp("example"), corpus[:24], tiny_t5, tiny_clip)
+def plain(made: Any) -> EmbeddingDataset:
+    dataset: EmbeddingDataset = made(24)
+    return dataset
 
 
 def test_it_learns_and_uses_its_condition(plain: EmbeddingDataset) -> None:
@@ -42,23 +46,16 @@ def test_it_learns_and_uses_its_condition(plain: EmbeddingDataset) -> None:
     assert trainer(plain).train(3) == trainer(plain).train(3)
 
 
-def test_seq_align_must_be_the_datasets(
-    plain: EmbeddingDataset, tmp_path: Path, corpus: list[str], tiny_t5: Path, tiny_clip: Path
-) -> None:
-    with pytest.raises(
-        InputError, match=f"seq_align 5 and encoders.t5.added_tokens {VIDEO_TOKENS}"
-    ):
+def test_seq_align_must_be_the_datasets(plain: EmbeddingDataset, made: Any) -> None:
+    said = f"seq_align 5 and encoders.t5.added_tokens {VIDEO_TOKENS}"
+    with pytest.raises(InputError, match=said):
         trainer(plain, seq_align=5).train(1)
-    asked = {"seq_align": 5, "added_tokens": VIDEO_TOKENS}
-    fitting = made(tmp_path / "fitting", corpus[:8], tiny_t5, tiny_clip, **asked)
+    fitting = made(8, seq_align=5, added_tokens=VIDEO_TOKENS)
     assert fitting[0]["text_t5"].shape[0] == 28  # 24, padded until it fits
     assert fitting.null["text_t5"].shape[0] == 25  # padded with 0 added tokens, as Open-Sora's
     assert len(trainer(fitting, seq_align=5).train(2)) == 2
 
 
-def test_what_it_cannot_train_on_is_said(
-    tmp_path: Path, corpus: list[str], tiny_t5: Path, tiny_clip: Path
-) -> None:
-    masked = made(tmp_path, corpus[:8], tiny_t5, tiny_clip, attention_mask="padding")
+def test_what_it_cannot_train_on_is_said(made: Any) -> None:
     with pytest.raises(SystemExit, match="attention_mask none"):
-        trainer(masked)
+        trainer(made(8, attention_mask="padding"))
