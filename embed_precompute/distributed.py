@@ -69,13 +69,14 @@ class DistContext:
     @classmethod
     def _from_slurm(cls, env: Mapping[str, str]) -> DistContext:
         tasks = _number(env, "SLURM_NTASKS", 1)
-        # An array of steps is one long row of ranks: element i holds ranks [i * tasks, (i+1) *
-        # tasks).
+        # All elements of a Slurm job array form one world: element i holds ranks [i * tasks,
+        # (i+1) * tasks).
         count = _number(env, "SLURM_ARRAY_TASK_COUNT", 1)
         first = _number(env, "SLURM_ARRAY_TASK_MIN", 0)
         step = max(1, _number(env, "SLURM_ARRAY_TASK_STEP", 1))
-        # A list with gaps (--array=1,5,9) wraps around. Two elements may then get the same ranks:
-        # they choose the same units first, and share the rest.
+        # If the array has gaps (--array=1,5,9), the element is taken modulo the number of elements.
+        # Two elements may then get the same ranks and begin with the same units. Units that were
+        # dealt to no rank are computed at the end, in the sweep (see `Claims`).
         element = (_number(env, "SLURM_ARRAY_TASK_ID", first) - first) // step % count
         return cls(
             rank=element * tasks + _number(env, "SLURM_PROCID", 0),
@@ -116,7 +117,7 @@ def _number(env: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _leading_number(text: str) -> int:
-    """Slurm writes "4(x2),3": the first number is enough, for it is only shown."""
+    """Slurm writes "4(x2),3": the first number is enough, because it is only shown."""
     digits = "".join(c for c in text.split("(")[0].split(",")[0] if c.isdigit())
     return int(digits) if digits else 1
 

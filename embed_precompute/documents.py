@@ -1,4 +1,4 @@
-"""Converts dataclasses from and to plain JSON or YAML values; makes the digests that name them.
+"""Converts dataclasses from and to plain JSON or YAML values; makes digests of plain values.
 
 `from_plain` accepts exactly what a dataclass declares, and says which key is wrong, what was found
 and what was expected. The plan, the records, the manifest and the configuration are read by it.
@@ -203,7 +203,8 @@ def _union(declared: Any, choices: tuple[Any, ...], value: Any, where: str) -> A
         except MismatchError as error:
             # The traceback would keep this frame and its callers' alive, with all their variables.
             errors.append(error.with_traceback(None))
-    # A mapping or a list was meant for the choice that takes one, so its error is the one to show.
+    # A mapping was meant for the choice that takes mappings, a list for the one that takes lists:
+    # show the error of that choice.
     for choice, problem in zip(choices, errors, strict=True):
         takes_list = typing.get_origin(choice) in (list, tuple)
         if isinstance(value, Mapping) and takes_mapping(choice):

@@ -99,7 +99,9 @@ def compare_samples(
     seed: int,
     problem: Problem,
 ) -> str:
-    """Adds a problem for every embedding that its text does not give; returns the outcome.
+    """Adds a problem for every stored embedding that is not close to a new encoding of its text.
+
+    Returns one line that says how many were compared, and how close they are.
 
     `num_ok`: the units to draw from, and how many samples of each are ok. `null`: whether the null
     embedding is compared too.

@@ -31,7 +31,7 @@ from embed_precompute.store.shards import ShardReader
 
 @dataclass(frozen=True)
 class DatasetStatus:
-    """How far a dataset is."""
+    """How much of a dataset is made."""
 
     root: Path
     plan: Plan

@@ -1,6 +1,6 @@
 """Repair: files that verify rejects go to quarantine, and a run makes just their units again.
 
-Guarantees: nothing is deleted but files that `finalize` makes again. The root manifest is removed
+Guarantees: nothing is deleted but files that `finalize` makes again. manifest.json is removed
 first, so a reader never finds a dataset that is being taken apart. A unit's record is moved before
 its damaged files, so at every moment a unit is committed or open (without a record, to be made
 again). A shard or rows part stays if its bytes match the digest in its name: a job that runs
@@ -110,8 +110,8 @@ def repair(root: Path, *, failed: bool = False) -> Repaired:
 def _foreign_plan(root: Path) -> str:
     """A problem line if plan.json is sound but no record belongs to that plan; else "".
 
-    Then plan.json does not belong here: it is moved away, each unit is judged by its own record,
-    and no unit is rejected because of the wrong plan.
+    If there is a line, plan.json does not belong here: it is moved away, each unit is checked by
+    its own record, and no unit is rejected because of the wrong plan.
     """
     others = set()
     try:
@@ -130,7 +130,7 @@ def _foreign_plan(root: Path) -> str:
 
 
 def _open(done: Repaired, blocked: list[Path]) -> None:
-    """Move away the root manifest, then each unit's record and damaged files, then `blocked`."""
+    """Remove manifest.json, then move away each unit's record and damaged files and `blocked`."""
     manifest = done.root / MANIFEST
     if manifest not in blocked:
         remove_file(manifest)

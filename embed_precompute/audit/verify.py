@@ -230,7 +230,8 @@ def _check(root: Path, plan: Plan | None, full: bool, unit: int) -> CheckedUnit 
 
 
 def _note_strays(report: Report, plan: Plan | None) -> None:
-    """Notes for files that nobody reads: leftovers, other names, data that no record names."""
+    """Adds a note for each file that nobody reads: temporary files, files with names that we do not
+    use, shards and rows parts that no record names."""
     root = report.root
     provenance = ("config.yaml", "run.json", "logs", QUARANTINE)
     ours = (PLAN_FILE, "null.json", MANIFEST, TABLE, "shards", "index", *provenance)

@@ -197,7 +197,7 @@ def as_implementation(
 def topped_up(captions: Tokenized, num_tokens: int) -> Tokenized:
     """`captions`, and so many of them again as their last packed stream has space for.
 
-    A job's streams are full. One that is not would seem cheap, for its attention has little to do.
+    A job's streams are full. One that is not would seem cheap: its attention has little to do.
     """
     rows = list(range(len(captions)))
     left = -sum(captions.num_ids) % num_tokens

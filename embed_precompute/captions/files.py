@@ -266,7 +266,7 @@ def _listed(search: _Search, location: str) -> tuple[list[str], list[str]]:
     try:
         if search.is_local:
             with os.scandir(location) as entries:
-                # isdir, for a link that leads to itself has no answer to `entry.is_dir()`.
+                # isdir, because a link that leads to itself has no answer to `entry.is_dir()`.
                 found = [
                     (entry.name, os.path.isdir(entry) if entry.is_symlink() else entry.is_dir())
                     for entry in entries

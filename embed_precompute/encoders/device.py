@@ -34,7 +34,7 @@ LARGE = 10**9
 MAX_RELATIVE_DIFFERENCE = 1e-5
 """Largest max|a - b| / max|b| between float32 numbers that were computed in float32."""
 MIN_COSINE = 0.999
-"""Smallest cosine between numbers of half precision, for every token."""
+"""Smallest allowed cosine between the two vectors of a token, in any precision."""
 CAPTIONS = (
     "",
     "a red fox",
@@ -162,8 +162,8 @@ def start(
 def check_numbers(encoder: TextEncoder) -> None:
     """Compare the embeddings of a few captions with those of transformers' model.
 
-    The captions run in the decided shapes, and in transformers' model one at a time. Raises
-    InputError if the embeddings differ too much.
+    `encoder` runs the captions in batches of the decided shapes, transformers' model one at a time.
+    Raises InputError if the embeddings differ too much.
     """
     resolved = encoder.resolved
     captions = resolved.opened.tokenizer.encode(CAPTIONS)

@@ -13,7 +13,8 @@ captions. To use a slow tokenizer, assign it to `tokenizer` (transformers 4 only
 ones).
 
 Follows opensora/models/text/conditioner.py of hpcaitech/Open-Sora. Different here: the kind of
-model is an argument instead of a look at the name, and mT5 and umT5 load in their own classes.
+model is an argument (Open-Sora guesses it from the checkpoint's name), and mT5 and umT5 load in
+their own classes.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ class HFEmbedder(nn.Module):
         """Embeddings of captions, on the model's device and in its dtype.
 
         T5: [B, L, D]. L is the smallest length, at least max_length, for which `added_tokens` + L
-        is a multiple of `seq_align`. CLIP: [B, C]; InputError if seq_align would pad, for CLIP has
-        no positions after its last.
+        is a multiple of `seq_align`. CLIP: [B, C]. Raises InputError if `seq_align` would make
+        CLIP's captions longer: CLIP has no more positions.
         """
         captions = [text] if isinstance(text, str) else list(text)
         if not captions:

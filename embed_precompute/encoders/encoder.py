@@ -129,15 +129,18 @@ class TextEncoder(abc.ABC):
 
     @abc.abstractmethod
     def forward(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
-        """Suffix -> [B, L, D] or [C, D] on the device; packed: [T, D]."""
+        """Suffix -> the output on the device.
+
+        Per token: [B, L, D], or [T, D] if packed. Per caption: [number of captions, D].
+        """
 
     def submit(self, batch: TokenBatch) -> PendingOutput:
         """Begin the forward of a batch that `ResolvedEncoder.batches` made.
 
         `PendingOutput.wait` returns, by suffix, what is stored of each caption, on the CPU,
         contiguous, in the output dtype: [B, L, D] if all positions are stored, a list of [length,
-        D] if real positions are stored, [C, D] for an output per caption. Captions that only fill
-        up the batch are included. On a CPU the forward is over when this returns.
+        D] if real positions are stored, [number of captions, D] for an output per caption. Captions
+        that only fill up the batch are included. On a CPU the forward is over when this returns.
         """
         self._require_decided(batch)
         with self.computing(batch):

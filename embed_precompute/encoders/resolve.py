@@ -109,7 +109,8 @@ def open_encoder(name: str, options: EncoderConfig) -> OpenEncoder[Any]:
     if options.tokenizer is not None:
         tokenizer_where = f"{where}.tokenizer"
         folder = locate(tokenizer_where, options.tokenizer, None)
-    rows = family.sizes(checkpoint).vocabulary  # before the tokenizer, which reads the config too
+    # First: the tokenizer reads config.json too, and its error would not blame a bad config.json.
+    rows = family.sizes(checkpoint).vocabulary
     tokenizer = family.open_tokenizer(tokenizer_where, folder, options)
     if tokenizer.max_id >= rows:
         raise InputError(

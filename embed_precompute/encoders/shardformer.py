@@ -8,8 +8,9 @@ first model is optimised. For each residual ColossalAI makes a tensor of zeros t
 transformers does not, so it is neither smaller nor faster: see `embed-precompute bench`.
 
 Follows opensora/models/text/conditioner.py and opensora/acceleration/shardformer/policy/
-t5_encoder.py of hpcaitech/Open-Sora. Different here: no cast at the end, which would take T5's wo
-from the float32 it needs to float16; mT5, whose layers are T5's, is optimised too.
+t5_encoder.py of hpcaitech/Open-Sora. Different here: the model is not cast at the end, because the
+cast would make T5's wo float16 and wo must stay float32; mT5, whose layers are T5's, is optimised
+too.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Tokenized:
     """How many positions are stored from there."""
     tokens: list[int]
     """Number of the caption's own tokens: without the template's, with special tokens. If the end
-    is cut off, what is left of the template's text after the caption counts, too."""
+    is cut off, tokens of the template that are left after the caption are counted too."""
     truncated: list[bool]
     """Whether the caption in its template had more tokens than `CaptionTokenizer.longest`."""
     unknown: list[int]
@@ -155,7 +155,7 @@ class CaptionTokenizer:
         self.name = type(tokenizer).__name__
         self.eos_id, self._unk_id = tokenizer.eos_token_id, tokenizer.unk_token_id
         self.pad_id = tokenizer.pad_token_id if "pad_token" in special_tokens else None
-        # The Rust tokenizer inside transformers' object, which is dropped: its __call__ would
+        # Only the Rust tokenizer is kept. transformers' own object is dropped: its __call__ would
         # set truncation and padding again.
         self._backend = tokenizer.backend_tokenizer
         self._backend.encode_special_tokens = bool(tokenizer.split_special_tokens)
@@ -206,8 +206,8 @@ class CaptionTokenizer:
             stored=[max(0, count - cropped) for count in num_ids],
             tokens=[max(0, count - other) for count, other in zip(num_ids, others, strict=True)],
             truncated=truncated,
-            # CLIP's unknown token is its end token, which every caption has: as many as the empty
-            # caption has are not counted as unknown.
+            # CLIP uses one token as unknown token and as end token. So the number of these in the
+            # empty caption is subtracted.
             unknown=[
                 max(0, int((each == self._unk_id).sum()) - self._unknown_in_empty) for each in ids
             ],
@@ -320,8 +320,8 @@ class TokenBatch:
     stored: NDArray[np.int32]
     """[C] how many positions are stored from there."""
     rows: NDArray[np.int64]
-    """[n], n <= C: positions in the input of the first n captions of the batch. The other captions
-    are empty and fill the batch up."""
+    """[n], n <= C: for each of the first n captions of the batch, its index in the list of input
+    captions. The other captions are empty and fill the batch up."""
     packed: bool = False
 
     @property

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from embed_precompute.errors import InputError, require
 
-# Width to height; the sampler uses each of them upright and on its side.
+# Ratios of width to height. The sampler uses each, and the same turned by 90 degrees.
 ASPECT_RATIOS = (
     (2.39, 1.0), (2.0, 1.0), (16.0, 9.0), (1.85, 1.0), (9.0, 16.0), (5.0, 8.0), (3.0, 2.0),
     (4.0, 3.0), (1.0, 1.0),
@@ -118,7 +118,7 @@ class VideoTokensConfig:
 
 
 def resolution_sizes(resolution: str, size_multiple: int) -> list[Size]:
-    """The sizes of a resolution: "256px" (256 x 256 pixels in all), "720p" (720 x 1280 in all).
+    """The sizes of a resolution. "256px": an area of about 256 x 256 pixels; "720p": 720 x 1280.
 
     "256px_max" is the size with most pixels, "256px_ar16:9" the size of that ratio.
     """

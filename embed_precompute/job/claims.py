@@ -3,8 +3,9 @@
 Guarantees: correctness rests on the unit records alone. A rank ends only when every unit has a
 record, whatever torchrun's store answers and even if the store is gone. A unit that two ranks
 compute is published once. A run refuses an output folder whose units belong to another plan.
-Costs: two listings of the shard folders, at the start and before the sweep; per unit a `stat` and a
-round trip to torchrun's store. No collective, no lock, no clock.
+Costs: two listings of the shard folders, one at the start and one before the sweep (a rank's last
+pass over all units); per unit a `stat` and a round trip to torchrun's store. There is no collective
+and no lock, and no times are compared.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Committed:
         units = committed_units(self._root) & self._all
         if record_path(self._root, NULL_UNIT).exists():
             units.add(NULL_UNIT)
-        self._units = units  # at once: another thread reads it
+        self._units = units  # in one assignment: another thread reads it
 
     @property
     def units(self) -> int:
@@ -201,9 +202,11 @@ class Claims:
     def _prefix_of_rendezvous(self, store: CounterStore) -> str:
         """The key prefix of this rendezvous. The store outlives a rendezvous and keeps its keys.
 
-        Every rank arrives once, so the arrivals of one rendezvous are one block of `world_size`
-        numbers. A rank that died before it arrived shifts the blocks of a later rendezvous of the
-        same size: its ranks then share units badly, and the sweep makes up for it.
+        Every rank adds 1 to the counter `arrivals` once. So the ranks of one rendezvous get
+        consecutive numbers, and number // world_size is the same for all of them. A rank that died
+        before it added 1 shifts the numbers of a later rendezvous of the same size. The ranks of
+        that rendezvous may then use two counters and compute units twice; with the sweep, every
+        unit is still computed.
         """
         if self._rendezvous_prefix is None:
             arrival = store.add(f"{self._prefix}/arrivals", 1) - 1

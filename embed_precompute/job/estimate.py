@@ -1,9 +1,9 @@
 """What the first captions tell about a job: tokens, bytes, duplicates; the report of `plan`.
 
 The shard size, the free space that is needed and the report are estimated from one reading of the
-first captions. In the report, rows, samples and shards are exact; figures that need tokens are
-those of the first captions, as many as the report says, or of all. Only the disk size is scaled up
-to the whole dataset. Nothing is written.
+first captions. In the report the numbers of rows, samples and shards are exact. Figures that need
+tokens come from the first captions, or from all; the report says how many were read. Only the disk
+size is scaled up to the whole dataset. Nothing is written.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Figures:
     text_bytes: int = 0
     distinct: int = 0
     noted: Counter[str] = field(default_factory=Counter)
-    """What may surprise, counted: empty captions, rows where a column of the recipe is null."""
+    """Counts of unusual input: empty captions, rows where a column of the recipe is null."""
     encoders: dict[str, TokenFigures] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
     """The first texts as they are encoded."""

@@ -60,7 +60,10 @@ PLAN_POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job that is ready to run (or, before `publish`, to be looked at)."""
+    """A job that is ready to run.
+
+    Until `publish` nothing is written: without `--write` the command `plan` only prints a report.
+    """
 
     config: Config
     dist: DistContext
@@ -75,8 +78,9 @@ class Prepared:
 def prepare(config: Config, limit: int | None = None, dist: DistContext | None = None) -> Prepared:
     """Check everything and find the plan: the stored one, rank 0's, or one made here.
 
-    Nothing is written. Rank 0, or a process without peers, makes the plan at once; another rank
-    waits at most `runtime.plan_timeout_s` for that plan and then makes the same one.
+    Nothing is written. Rank 0, or a process without peers, makes the plan at once. Another rank
+    waits for rank 0's plan, at most `runtime.plan_timeout_s`. If the plan does not come, the rank
+    makes it itself; the result is the same.
     """
     dist = dist or DistContext()
     root = output_folder(config)

@@ -1,7 +1,8 @@
 """A run: prepare, load the encoders, do the units that are left, finalise; resumed by a rerun.
 
 Guarantees: a run returns only when every unit of the plan has a record, and the dataset is
-finalised or a peer has begun to finalise it. There is no collective and no rank waits for another.
+finalised or a peer has begun to finalise it. There is no collective. A rank waits for another only
+in `prepare`: at most `runtime.plan_timeout_s` for rank 0's plan.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RunResult:
-    """What a finished `run` leaves: the root manifest, and what this rank did."""
+    """What `run` returns: the dataset's folder, its manifest.json, and what this rank did."""
 
     root: Path
     manifest: Manifest | None

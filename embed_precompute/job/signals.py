@@ -29,7 +29,7 @@ SAME_REQUEST_S = 0.5
 a worker directly and through torchrun's agent."""
 PARENT_POLL_S = 1.0
 ORPHAN_GRACE_S = 20.0
-"""A worker whose agent died has at most this grace, for nobody waits for it. It notices the death
+"""The longest grace of a worker whose agent died, because nobody waits for it. It notices the death
 within PARENT_POLL_S, so it ends within 30 s, the time that torchrun itself gives a worker."""
 
 

@@ -78,7 +78,7 @@ class _Channel(Generic[T]):
 
 @dataclass
 class _Encoded:
-    """A message to the writer: the output of a forward, or without `rows` the end of `unit`."""
+    """A message to the writer: the output of a forward or, if `rows` is None, the end of `unit`."""
 
     unit: Unit
     rows: np.ndarray | None = None
@@ -90,7 +90,9 @@ class _Encoded:
 def overlapped(
     forwards: Iterable[tuple[T, PendingOutput]],
 ) -> Iterator[tuple[T, PendingOutput]]:
-    """Yields `forwards` in order, the oldest when it is ready or `IN_FLIGHT` of them are begun.
+    """Yields `forwards` in order.
+
+    The oldest is yielded when it is ready, or when `IN_FLIGHT` forwards have been begun.
 
     Asking `forwards` for the next item begins a forward. So a GPU runs that forward while the
     output of the one before is handed to the writer.
@@ -177,7 +179,8 @@ class Stages:
         self._guard(self._encode)
         reader, writer = threads
         writer.join()
-        # A reader that waits for a store whose agent died must not use up the grace.
+        # If torchrun's agent died, the reader may hang in a call to torchrun's store. Waiting for
+        # the reader must not use up the grace.
         reader.join(READER_JOIN_S if self._stop.is_set() else None)
         if self._error is not None:
             raise self._error

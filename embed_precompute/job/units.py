@@ -28,7 +28,7 @@ class Unit:
     lengths: dict[str, list[int]]
     """For each tensor, the number of vectors of each stored row."""
     swept: bool = False
-    """Another rank may be computing the same unit."""
+    """True in the sweep (see `Claims`): another rank may be computing the same unit."""
     failures: dict[int, tuple[Status, str]] = field(default_factory=dict)
     """Stored row that is dropped because its embedding holds inf or nan -> its status and error."""
 

@@ -95,7 +95,7 @@ class UnitWriter:
                 self._shard.reject(row)
 
     def commit(self) -> Record:
-        """Publish shard, rows part and record; return the record in force (ours or a peer's)."""
+        """Publish shard, rows part and record. Return the record that counts: the first one."""
         if self._unit.is_null and self._unit.failures:
             reason = self._unit.failures[0][1]
             raise InputError(

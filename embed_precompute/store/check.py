@@ -165,7 +165,8 @@ def _check_plan(root: Path, plan: Plan, record: Record) -> None:
 
 
 def _open_shard(root: Path, plan: Plan, record: Record, num_rows: int) -> ShardReader:
-    """Opens a shard, which must have the size and the numbers of rows and vectors in its record."""
+    """Opens a shard. Its size and its number of vectors must be those that its record says, and its
+    number of rows `num_rows`."""
     path = record.shard_path(root)
     check_size(path, record.files.shard)
     shard = ShardReader(path, plan.fingerprint, record.number, plan.tensors)
@@ -204,7 +205,8 @@ def _check_checksums(shard: ShardReader, tensors: Tensors) -> None:
 
 
 def _check_texts(path: Path, tensors: Tensors, record: UnitRecord, payload: bytes) -> None:
-    """Texts must fit their digests; an ok sample has a text and no error, a bad input no text."""
+    """Texts must match their digests. An ok sample has a text and no error; a sample with a status
+    of `INPUT_FACTS` has no text."""
     facts = {status.label for status in INPUT_FACTS}
     names = ("sample_id", "text", "text_sha256", "status", "error")
     sha = hashlib.sha256()

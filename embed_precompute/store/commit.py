@@ -4,7 +4,7 @@ Guarantees: under a final name there is either nothing or a whole file that was 
 got the name. The order is: bytes, sha256, fsync(file), close, link or rename, fsync(folder). A
 process that dies leaves at most a `.tmp-*` file.
 Costs: one fsync of the file and one of its folder; the digest reads the file back once, in pieces
-of 8 MiB, from the page cache. No locks, no clocks.
+of 8 MiB, from the page cache. There are no locks, and no times are compared.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def this_host() -> str:
 def make_folder(folder: Path) -> None:
     """Makes `folder` and its parents, each durably."""
     missing = []
-    while not os.path.isdir(folder):  # unlike Path.is_dir(), False without permission
+    # Without permission os.path.isdir returns False; Path.is_dir() may raise.
+    while not os.path.isdir(folder):
         missing.append(folder)
         folder = folder.parent
     for new in reversed(missing):
@@ -425,8 +426,8 @@ def remove_leftovers(*folders: Path) -> None:
     """Removes all temporary files from the folders of a dataset that is complete.
 
     Another process may still be writing one of them. When it publishes, it finds that the equal
-    final file exists already. In another environment its file would not be equal: that process
-    ends with StorageError, and the dataset is complete without it.
+    final file exists already. If it runs in another environment, its file is not equal to that one,
+    and it ends with StorageError. The dataset is complete all the same.
     """
     for path in _temporaries(*folders):
         with contextlib.suppress(OSError):

@@ -257,7 +257,7 @@ def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
 class DatasetIndex:
     """A finalised dataset's index, mapped: nothing is loaded until it is asked for.
 
-    Opening checks the root manifest, and compares each array's size, dtype and shape with it;
+    Opening checks manifest.json, and compares each array's size, dtype and shape with it;
     `verify` checks the digests. Samples are numbered in input order, those without an embedding
     too. A pickle holds the folder's path only; unpickling opens the index again.
     """

@@ -1,8 +1,9 @@
 """Writes and checks the files that describe all units: manifest.parquet, index, manifest.json.
 
-Guarantees: finalize is idempotent and a function of the committed files. It checks every unit
-against its record before it counts it. manifest.json is written last, and there are never files
-next to it that it does not describe. Shards and rows parts that no record names are removed.
+Guarantees: finalize is idempotent and a function of the committed files. It checks each unit
+against its record before it adds the unit to the sums. manifest.json is written last, and an
+outdated one is removed before any other file is replaced: it never lies beside a manifest.parquet
+or an index that it does not describe. Shards and rows parts that no record names are removed.
 Costs: one pass over all records, rows parts (without their text) and shard headers; memory holds a
 row group of manifest.parquet and 24 bytes per sample.
 """

@@ -2,8 +2,8 @@
 
 Guarantees: a document that is returned has exactly the keys and types of the format, and its file
 is byte for byte what `document_bytes` makes of it. The names of files follow from unit numbers and
-digests, so no path that is written in a file is ever opened. Which units are committed is a folder
-listing.
+digests, so no path that is written in a file is ever opened. A listing of the folders shows which
+units are committed.
 """
 
 from __future__ import annotations
@@ -340,12 +340,12 @@ def unit_folders(root: Path) -> list[Path]:
 
 
 def unnamed_files(root: Path) -> Iterator[Path]:
-    """Yields the shards and rows parts of committed units that no record names.
+    """Yields shards and rows parts that belong to a committed unit and are not named by its record.
 
-    Their writers died, or were not the first. The files of a unit without a record are left out: a
-    writer may be about to publish that record. The files of a unit with a damaged record are left
-    out too: the record may have named any of them. Only records of units with too many files are
-    read.
+    Their writer died, or another writer committed the unit first. The files of a unit without a
+    record are left out: a writer may be about to publish that record. The files of a unit with a
+    damaged record are left out too: the record may have named any of them. Only records of units
+    with too many files are read.
     """
     for folder in (root, *unit_folders(root)):
         found: dict[int, list[str]] = {}

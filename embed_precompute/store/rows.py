@@ -89,7 +89,7 @@ def rows_digest(samples: Iterable[StoredSample]) -> str:
 
 
 def digested_row(sample_id: str, text: str | None) -> bytes:
-    """The bytes that a sample adds to those that `rows_sha256` is the digest of."""
+    """One sample's bytes in the input of the digest `rows_sha256`."""
     return canonical_json([sample_id, text]) + b"\n"
 
 
@@ -189,7 +189,8 @@ def iter_batches(
                 yield from file.iter_batches(rows, columns=names, use_threads=False)
     except FileNotFoundError:
         raise VerificationError(f"{path} is missing, though its unit is committed.") from None
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names not in UTF-8
+    # pyarrow raises ValueError if a column's name is not UTF-8.
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise VerificationError(f"{path} is damaged: {error}.") from error
 
 

@@ -187,8 +187,10 @@ class ShardWriter:
         self._rejected.add(row)
 
     def publish(self) -> tuple[StoredFile, list[int]]:
-        """Completes the file and names it by its content; the second value lists the file's
-        rows."""
+        """Completes the file and names it by its content.
+
+        Returns the file, and the numbers that its rows had before rejected rows were left out.
+        """
         kept = [row for row in range(self._num_rows) if row not in self._rejected]
         for name, missing in self._missing.items():
             if missing[kept].any():
@@ -206,7 +208,7 @@ class ShardWriter:
         return self._staged.publish_by_content(), kept
 
     def _stage(self, target: Path) -> None:
-        """Begins a temporary file with the layout of the present rows."""
+        """Begins a temporary file for `_num_rows` rows that begin at `_starts`."""
         totals = {name: int(starts[-1]) for name, starts in self._starts.items()}
         tensors = list(self._tensors.values())
         self._layout = _Layout(self._fingerprint, self._unit, tensors, self._num_rows, totals)
@@ -314,8 +316,9 @@ class ShardReader:
     def _map(self) -> torch.Tensor:
         """The file as uint8, mapped copy-on-write.
 
-        Torch then has nothing to warn about, and a write to a row is neither a crash nor a damaged
-        dataset. Unlike mmap.mmap this keeps no descriptor: thousands of shards can stay open.
+        torch warns about a read-only mapping, and a write to a row would crash. In a shared mapping
+        a write would change the file. Unlike mmap.mmap this keeps no descriptor: thousands of
+        shards can stay open.
         """
         try:
             size = self.path.stat().st_size

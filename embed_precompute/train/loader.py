@@ -417,7 +417,7 @@ class EmbeddingLoader:
 def _identity_of(dataset: Any) -> dict[str, str | None]:
     """`fingerprint` and `samples_digest` of a dataset or of the one that it wraps; else None.
 
-    The digest of a torch Subset covers its indices, for they say which samples it has.
+    The digest of a torch Subset covers its indices, because they say which samples it has.
     """
     keys = ("fingerprint", "samples_digest")
     found = {key: getattr(dataset, key, None) for key in keys}

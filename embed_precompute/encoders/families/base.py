@@ -44,11 +44,11 @@ class EncoderConfig:
     dtype: DType = "bfloat16"
     """The dtype that the encoder computes in."""
     implementation: str = "auto"
-    """hf: transformers, the reference. auto: fused if the family has it and it fits, else hf."""
+    """hf: transformers, the reference. auto: fused if it can run this encoder, else hf."""
     compile: bool = False
-    """fused: run its layers through torch.compile, which changes bits; needs a C++ compiler."""
+    """Only for fused: compile its layers with torch.compile. Changes bits; needs a C++ compiler."""
     tf32: bool = False
-    """float32 on an NVIDIA GPU: multiply in TF32, faster, with 10 bits of mantissa."""
+    """Only for float32 on an NVIDIA GPU: multiply in TF32, faster, with 10 bits of mantissa."""
 
     def __post_init__(self) -> None:
         self.require_positive("max_length")
@@ -155,8 +155,8 @@ class Facts:
     stored: Mapping[str, Any] | None
     """The plan's spec of this encoder; empty if it is not in the plan, None if there is no plan."""
     added_tokens: Mapping[int, int] | None = None
-    """Value -> number of rows that have it, in the column that `added_tokens` names; None if the
-    captions were not scanned."""
+    """Value -> number of rows that have it, in the column that `integer_column` names (for T5 its
+    option `added_tokens`); None if the captions were not scanned."""
 
 
 Options = TypeVar("Options", bound=EncoderConfig)
@@ -198,8 +198,8 @@ class Family(abc.ABC, Generic[Options]):
     """Arguments of the transformers class, such as `add_pooling_layer=False`: a part that is never
     run is then not made, and its weights may be missing."""
     encoder_prefixes: ClassVar[tuple[str, ...]]
-    """How the names of the encoder's weights begin. A weight with such a name that the model does
-    not know is an error; any other belongs to a part that is not wanted."""
+    """How the names of the encoder's weights begin. A weight of such a name that the model does not
+    know is an error. Other unknown weights are ignored: they belong to parts that are not used."""
     implementations: ClassVar[tuple[str, ...]] = ("hf",)
     special_tokens: ClassVar[tuple[str, ...]] = ("eos_token", "pad_token")
     """Special tokens that the tokenizer must have; pad_token among them if pads can be attended."""
@@ -278,7 +278,7 @@ class Family(abc.ABC, Generic[Options]):
         """The same embeddings in about ten lines of plain transformers: one caption at a time, no
         mask of ours, nothing of this package but `in_dtype`.
 
-        `verify --level deep` and the conformance kit compare with it.
+        `verify --level deep` and the conformance kit (docs/encoders.md) compare with it.
         """
 
 
@@ -294,10 +294,12 @@ def in_dtype(name: str) -> dict[str, Any]:
 def choose_implementation(
     opened: OpenEncoder[Any], family: Family[Any], facts: Facts, why_not_fused: str | None
 ) -> str:
-    """The implementation that runs; for `auto` the plan's or else fused, if they can run, else hf.
+    """The implementation that runs.
 
-    `why_not_fused` says why the fused layers cannot run this encoder. Raises InputError if fused is
-    asked for nevertheless, or an implementation that the family does not have.
+    For `auto` it is the plan's, if that one can run; otherwise fused, if it can run; otherwise hf.
+    With `compile`, `auto` means fused. `why_not_fused` says why the fused layers cannot run this
+    encoder. Raises InputError if fused is asked for nevertheless, or an implementation that the
+    family does not have.
     """
     options, possible = opened.options, family.implementations
     asked: str = options.implementation

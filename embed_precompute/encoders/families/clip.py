@@ -58,11 +58,11 @@ class ClipOptions(EncoderConfig):
     (text_embeds); by hf only. With false it is pooler_output. With null it is pooler_output, and an
     error for a checkpoint that was saved with its projection."""
     batch_size: int = 256
-    """hf: captions in one forward."""
+    """Only for hf: captions in one forward."""
     buckets: tuple[int, ...] | None = None
-    """hf, pooled: lengths below max_length that a forward may have."""
+    """Only for hf with pooled output: lengths below max_length that a forward may have."""
     stream_tokens: int = 4096
-    """fused: tokens in one forward, captions packed end to end."""
+    """Only for fused: tokens in one forward of packed captions."""
     implementation: Literal["auto", "hf", "fused"] = "auto"
     """hf: transformers, the reference. fused: our own layers, pooled without a projection. auto:
     fused if it has the model's activation and no buckets are given, else hf."""

@@ -1,8 +1,9 @@
 """T5 encoders: T5 v1.0 and v1.1, mT5 and umT5; a vector for each token.
 
-Two recipes. `attention_mask: none` is Open-Sora's: captions are padded to one length, every
-position attends to the pads, and all positions are stored, so the padded length is part of what an
-embedding is. `attention_mask: padding`: only real tokens attend, are attended and are stored.
+Pads are treated in one of two ways. `attention_mask: none` is Open-Sora's way: captions are padded
+to one length, every position attends to the pads, and all positions are stored. So another padded
+length gives another embedding. `attention_mask: padding`: only real tokens attend, are attended and
+are stored.
 """
 
 from __future__ import annotations
@@ -51,15 +52,15 @@ class T5Options(EncoderConfig):
     attention_mask: Literal["none", "padding"] = "none"
     """none: pads are attended and stored, as in Open-Sora. padding: only real tokens are."""
     seq_align: int = 1
-    """attention_mask none: pad until (added_tokens + length) is a multiple of this."""
+    """Only for attention_mask none: pad until (added_tokens + length) is a multiple of this."""
     added_tokens: int | VideoTokensConfig | str = 0
-    """How many tokens the video adds: a number, an integer column's name, or buckets (below)."""
+    """How many tokens the video adds: a number, an integer column's name, or video buckets."""
     batch_tokens: int = 16384
     """Tokens of one forward: a forward of length L has batch_tokens / L captions, at least 1."""
     buckets: tuple[int, ...] | None = None
-    """hf with attention_mask padding: lengths below max_length that a forward may have."""
+    """Only for hf with attention_mask padding: lengths below max_length that a forward may have."""
     stream_tokens: int = 4096
-    """fused with attention_mask padding: tokens in one forward, captions packed end to end."""
+    """Only for fused with attention_mask padding: tokens in one forward of packed captions."""
     implementation: Literal["auto", "hf", "fused", "shardformer"] = "auto"
     """hf: transformers, the reference. fused: our own layers. shardformer: ColossalAI's jit-fused
     layers. auto: fused if it has the model's activation and no buckets are given, else hf."""

@@ -1,6 +1,7 @@
 """The fused layers as one static graph, for a GPU: torch.compile, flex_attention, a CUDA graph.
 
-Guarantees: the numbers of the transformers model up to rounding, and one shape for every forward.
+Guarantees: the numbers equal those of the transformers model up to rounding. Every forward of a
+graph has the same shape.
 For attention each packed caption gets blocks of its own, with its first token at the start of a
 block. So the sums of a caption's attention depend on its length alone: neighbours, place and order
 change no bit.
@@ -29,7 +30,8 @@ from embed_precompute.encoders.tokenizer import TokenBatch
 BLOCK = 128
 """Number of positions in a block of flex_attention; a packed caption takes whole blocks."""
 TOKENS_PER_BLOCK = 32
-"""Attention has one block for this many tokens of a packed stream."""
+"""Attention has one block of `BLOCK` positions for this many tokens of a packed stream: more
+positions than tokens, because a short caption leaves most of its block empty."""
 CAPTURE_WARM_UP = 3
 """Number of forwards before a CUDA graph is captured: allocations and tuning are over by then."""
 
@@ -49,9 +51,10 @@ class Packing:
     """Maps the tokens of one packed forward to slots of the attention.
 
     Its tensors are fixed inputs of a CUDA graph, filled in place. Attention runs over S slots in
-    `num_blocks` blocks. `source` [S] is the token row that a slot is filled from, `slot` [T] the
-    slot of each token row, `caption` [S] the number of the caption in a slot (-1: none),
-    `slot_position` [S] and `position` [T] the position in that caption.
+    `num_blocks` blocks. `source` [S]: for each slot, the index in the stream of the token that
+    fills it. `slot` [T]: for each token of the stream, its slot. `caption` [S]: the number of the
+    caption in a slot (-1: none). `slot_position` [S] and `position` [T]: the position in that
+    caption.
     """
 
     def __init__(self, num_tokens: int, longest: int, device: torch.device) -> None:
@@ -137,7 +140,7 @@ class GraphLayers:
     """See `stream.FusedLayers`; has a graph for each shape."""
 
     def __init__(self, model: T5Graph | ClipGraph, *, compiled: bool = True) -> None:
-        """Rearranges the model's weights."""
+        """`model` holds the weights, already rearranged."""
         self._model, self._compiled = model, compiled
         self._graphs: dict[tuple[int, int], StaticGraph] = {}
 

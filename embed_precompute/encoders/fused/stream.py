@@ -2,8 +2,8 @@
 
 Guarantees: attention is strictly inside a caption, at the caption's own length. A matrix product
 takes the same number of rows wherever in the batch they are, and every kernel works row by row. So
-neither a caption's neighbours nor its place change a bit of it. Compiled and uncompiled kernels
-differ in rounding only.
+the embedding of a caption has the same bits whatever the caption's neighbours and place are.
+Compiled and uncompiled kernels differ in rounding only.
 Costs: one set of buffers, which every forward uses again, so that the C library does not map their
 pages each time. Compiled kernels cost seconds of torch.compile at the first call of each; all ranks
 and runs of a node share its cache.
@@ -95,7 +95,8 @@ class Workspace:
         self.device, self.dtype = weights.device, compute_dtype(weights.dtype, weights.device)
         self._product_rows = max(2048, product_bytes // (row_width * self.dtype.itemsize))
         if self.device.type != "cpu" or self.dtype != weights.dtype:
-            # A GPU needs no parts. A weight of another dtype is converted for each product.
+            # One product, no parts: a GPU needs none, and for each part a weight of another dtype
+            # would be converted again.
             self._product_rows = 1 << 62
         self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
@@ -163,8 +164,8 @@ def attend(
     """Attention of every caption to itself alone.
 
     Each of `qkv` is [T, H*dk]. `causal`: a token attends to no later token. `bias` [H, L, L] is
-    added to the scaled attention scores, from a caption's first token on. Rows of `out` [T, H*dk]
-    that belong to no caption are left as they are.
+    added to the scaled attention scores; its index 0 is the first token of each caption. Rows of
+    `out` [T, H*dk] that belong to no caption are left as they are.
     """
     for run in runs:
         at_once = max(1, ATTENTION_TOKENS // run.length)
