@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from faults.hooks import Hook
 from faults.processes import Gang, finish, start, start_gang
-from jobs import call, dataset_bytes, edit, write_captions, write_job
+from jobs import dataset_bytes, edit, expect, write_captions, write_job
 
 TEXTS = [f"a video of scene {i} with {'many ' * (i % 9)}people" for i in range(120)]
 UNIT_S = 0.03
@@ -76,8 +76,7 @@ class Job:
 
     def assert_resumes(self) -> None:
         """The same command, undisturbed, ends with the undisturbed bytes."""
-        code, _, said = call("run", str(self.path))
-        assert code == 0, said
+        expect(0, "run", self.path)
         self.assert_undisturbed()
 
     def assert_undisturbed(self) -> None:
@@ -115,8 +114,7 @@ class Undisturbed:
         """The bytes of a run that nothing disturbs."""
         if (rows, per_shard) not in self.made:
             path = self.write_job(self.folder / f"{rows}-{per_shard}", rows, per_shard)
-            code, _, said = call("run", str(path))
-            assert code == 0, said
+            expect(0, "run", path)
             ids = pq.read_table(path.parent / "out/manifest.parquet", columns=["sample_id"])
             assert ids.column(0).to_pylist() == [f"s{i}" for i in range(rows)]
             self.made[rows, per_shard] = dataset_bytes(path.parent / "out")

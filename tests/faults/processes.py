@@ -198,7 +198,7 @@ def _agent(
                 "TORCHELASTIC_USE_AGENT_STORE": True,
             }
             env = clean_environment({name: str(value) for name, value in variables.items()})
-            pids.append(_fork(_program, words, log, env, each))
+            pids.append(fork(_program, words, log, env, each))
         Path(f"{board}.new").write_text(" ".join(map(str, pids)))
         os.replace(f"{board}.new", board)
         if _all_succeed(set(pids)):
@@ -208,13 +208,15 @@ def _agent(
     os._exit(code)
 
 
-def _fork(function: Callable[..., None], *args: Any) -> int:
-    pid = os.fork()
+def fork(function: Callable[..., None], *args: Any) -> int:
+    """The pid of a child that calls `function(*args)`, and ends with 0 if that returns."""
+    pid, code = os.fork(), 1
     if pid == 0:
         try:
             function(*args)
+            code = 0
         finally:
-            os._exit(1)
+            os._exit(code)
     return pid
 
 
@@ -256,7 +258,7 @@ def _serve() -> tuple[int, int]:
             time.sleep(0.2)
         del store
 
-    pid = _fork(serve)
+    pid = fork(serve)
     while True:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return port, pid

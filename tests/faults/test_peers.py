@@ -12,7 +12,7 @@ import pytest
 from faults.lab import TEXTS, UNIT_S, Job, Lab, pace
 from faults.processes import finish, wait_for
 from faults.test_kills import begun
-from jobs import call, dataset_bytes, edit, write_captions
+from jobs import dataset_bytes, edit, expect, write_captions
 
 
 def test_f8_two_jobs_on_one_output(lab: Lab) -> None:
@@ -70,8 +70,7 @@ def test_f9_another_spec_beside_a_running_job(lab: Lab) -> None:
     wait_for((job.root / "plan.json").exists)
     for section, fields, named in FIELDS:
         edit(job.path, section, **fields)
-        code, _, said = call("run", str(job.path))
-        assert code == 3, said
+        said = expect(3, "run", job.path)
         assert named in said
         assert "->" in said
         assert "new output.path" in said
@@ -105,13 +104,12 @@ def test_f9_a_changed_input_is_refused_by_name(layout: dict[str, Any], lab: Lab)
 
     write(texts)
     edit(job.path, "captions", path=str(captions))
-    assert call("run", str(job.path))[0] == 0
+    expect(0, "run", job.path)
     reopen(job)
     before = dataset_bytes(job.root)
     for change in CHANGES.values():
         write(change(texts))
-        code, _, said = call("run", str(job.path))
-        assert code == 3, said
+        said = expect(3, "run", job.path)
         assert "captions.parquet: changed" in said
     assert dataset_bytes(job.root) == before
 

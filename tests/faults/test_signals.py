@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from faults.lab import Lab, pace
 from faults.processes import finish, launch, signal_to, wait_for
-from jobs import call, write_captions, write_job
+from jobs import expect, write_captions, write_job
 
 from embed_precompute.encoders.encoder import TextEncoder
 from embed_precompute.errors import InterruptedRunError
@@ -115,14 +115,13 @@ def test_f3_the_unit_at_hand_is_committed_if_that_fits_the_grace(
         terminate_at_batch(patch, 9 if fits else 7)
         if not fits:  # as if a commit took longer than the grace
             patch.setattr("embed_precompute.job.stages.COMMIT_SHARE", 10.0)
-        code, _, said = call("run", str(job))
-    assert code == 75, said
+        said = expect(75, "run", job)
     assert "signal SIGTERM" in said
     committed = committed_units(tmp_path / "out")
     assert len(committed) < 4, "no other unit is begun"
     assert bool(committed) == fits
     assert not list((tmp_path / "out").rglob(".tmp-*"))
-    assert call("run", str(job))[0] == 0
+    expect(0, "run", job)
 
 
 # --- F19 ------------------------------------------------------------------------------------------

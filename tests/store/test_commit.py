@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 from breaking import raiser
 from handmade import leftovers
 
-from embed_precompute.errors import StorageError
 from embed_precompute.store.commit import (
     StagedFile,
     content_name,
@@ -79,44 +77,6 @@ def test_data_is_named_by_its_content(tmp_path: Path) -> None:
     assert path.read_bytes() == b"one"
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
-def test_modes_follow_umask(tmp_path: Path, umask: int) -> None:
-    before = os.umask(umask)
-    try:
-        publish_bytes(tmp_path / "published", b"x")
-        replace_bytes(tmp_path / "replaced", b"x")
-        data = publish_bytes_by_content(tmp_path / "data.x", b"x").name
-    finally:
-        os.umask(before)
-    for name in ("published", "replaced", data):
-        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask
-
-
-def test_commit_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fsync(file), close, link, fsync(folder); the folder is made durable in its parent too."""
-    calls: list[tuple[str, str]] = []
-
-    def traced(name: str) -> None:
-        original = getattr(os, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            subject = os.readlink(f"/proc/self/fd/{args[0]}") if type(args[0]) is int else args[0]
-            calls.append((name, Path(subject).name[:5]))
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(os, name, call)
-
-    for name in ("pwrite", "fsync", "close", "link", "unlink"):
-        traced(name)
-    publish_bytes(tmp_path / "folder" / "x", b"payload")
-    parent, temp = tmp_path.name[:5], ".tmp-"
-    assert calls[: calls.index(("unlink", temp))] == [
-        *[("fsync", parent), ("close", parent)],
-        *[("pwrite", temp), ("fsync", temp), ("close", temp), ("link", temp)],
-    ]
-    assert ("fsync", "folde") in calls[calls.index(("link", temp)) :]
-
-
 def test_staged_file(tmp_path: Path) -> None:
     with contextlib.suppress(ZeroDivisionError), StagedFile(tmp_path / "x") as staged:
         raise ZeroDivisionError
@@ -161,29 +121,6 @@ def test_staged_file_removed_by_finaliser(tmp_path: Path) -> None:
         assert staged.publish()
         assert not other.publish()
         assert not third.replace()
-
-
-@pytest.mark.parametrize(
-    ("name", "code"),
-    [("pwrite", "ENOSPC"), ("fsync", "EIO"), ("link", "EDQUOT"), ("mkdir", "EIO")],
-)
-def test_storage_errors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str
-) -> None:
-    target = tmp_path / "folder" / "x"
-    if name != "mkdir":
-        target.parent.mkdir()
-    monkeypatch.setattr(os, name, raiser(getattr(errno, code)))
-    with pytest.raises(StorageError, match=code) as caught:
-        publish_bytes(target, b"payload")
-    monkeypatch.undo()
-    assert "folder" in str(caught.value)
-    if name != "mkdir":
-        assert f"{target}: " in str(caught.value)
-        assert "needs 7 bytes" in str(caught.value)
-    assert not target.exists()
-    assert leftovers(tmp_path) == []
-    assert publish_bytes(target, b"payload")
 
 
 def test_file_size_limit(tmp_path: Path) -> None:

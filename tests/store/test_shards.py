@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 import xxhash
-from breaking import fail_at, flips
+from breaking import flips
 from handmade import leftovers
 from safetensors import safe_open
 
-from embed_precompute.errors import InternalError, StorageError, VerificationError
+from embed_precompute.errors import InternalError, VerificationError
 from embed_precompute.store.commit import digest_file
 from embed_precompute.store.records import NULL_UNIT, SHARD, StoredTensor, unit_path
 from embed_precompute.store.shards import ShardReader, ShardWriter
@@ -146,26 +146,6 @@ def test_writer_refuses_what_would_be_wrong(tmp_path: Path) -> None:
     with pytest.raises(InternalError, match="2 lengths of t5, not 1"):
         ShardWriter(target, FINGERPRINT, 0, TENSORS, {"t5": [3, 1]}, num_rows=1)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_disk_full_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The n-th write, fsync, close or rename fails, for all n: exit 74 and never a wrong file."""
-    whole = write_shard(tmp_path / "whole", 0)[0]
-    for name in ("pwrite", "fsync", "close", "replace"):
-        for n in range(100):
-            folder = tmp_path / f"{name}-{n}"
-            folder.mkdir()
-            with monkeypatch.context() as patch:
-                left = fail_at(patch, name, n)
-                with contextlib.suppress(StorageError):  # anything else is a failure here
-                    write_shard(folder, 0)
-            path = folder / "shards/000" / whole.name
-            assert not path.exists() or path.read_bytes() == whole.read_bytes()
-            assert write_shard(folder, 0)[0] == path
-            if left[0] >= 0:
-                break
-        else:
-            pytest.fail("the calls do not end")
 
 
 def test_reader_neither_warns_nor_writes_nor_keeps_descriptors(tmp_path: Path) -> None:
