@@ -24,10 +24,7 @@ CONFIG_OPTIONS = {"--help-config", "--print_config", "--print-config"}
 COMMANDS = {
     "run": {"--limit", *CONFIG_OPTIONS},
     "plan": {"--limit", "--sample", "--write", *CONFIG_OPTIONS},
-    "bench": {
-        *("--captions", "--json", "--rounds", "--variants"),
-        *CONFIG_OPTIONS,
-    },
+    "bench": {*("--captions", "--json", "--rounds", "--variants"), *CONFIG_OPTIONS},
     "status": {"--json"},
     "verify": {"--level", "--sample", "--seed", "--device"},
     "repair": {"--failed"},
@@ -39,20 +36,9 @@ COMMANDS = {
     },
 }
 PUBLIC = {
-    "ConditionDropout",
-    "Config",
-    "EmbeddingDataset",
-    "EmbeddingLoader",
-    "HFEmbedder",
-    "collate_embeddings",
-    "dropout_condition",
-    "load_config",
-    "nearest_captions",
-    "prepare",
-    "prepare_ids",
-    "prompt_similarity",
-    "run",
-    "shardformer_t5",
+    *("ConditionDropout", "Config", "EmbeddingDataset", "EmbeddingLoader", "HFEmbedder"),
+    *("collate_embeddings", "dropout_condition", "load_config", "nearest_captions", "prepare"),
+    *("prepare_ids", "prompt_similarity", "run", "shardformer_t5"),
 }
 ENCODER = "kind pretrained revision tokenizer max_length dtype implementation compile tf32"
 SECTIONS = {
@@ -145,9 +131,8 @@ def test_exit_codes_are_frozen() -> None:
 )
 def test_help_and_listings_bring_no_heavy_library(code: str, heavy: str) -> None:
     absent = {*heavy.split(), "transformers", "pyarrow"}
-    code = (
-        f"import atexit, sys; atexit.register(lambda: print({absent} & set(sys.modules))); {code}"
-    )
+    at_exit = f"lambda: print({absent} & set(sys.modules))"
+    code = f"import atexit, sys; atexit.register({at_exit}); {code}"
     out = subprocess.check_output([sys.executable, "-c", code], env=clean_environment(), text=True)
     assert out.splitlines()[-1] == "set()"
 

@@ -102,11 +102,7 @@ def test_only_what_is_damaged_is_moved(root: Path) -> None:
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
 def test_a_job_that_makes_the_units_while_repair_opens_them(
-    after: int,
-    root: Path,
-    job: Path,
-    again: Again,
-    monkeypatch: pytest.MonkeyPatch,
+    after: int, root: Path, job: Path, again: Again, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After each of repair's moves the job comes to its end: what it made is not taken away."""
     flip(paths_of(root, 0).shard)
@@ -151,10 +147,7 @@ def test_repair_that_dies_half_way(
 
 
 def test_failed_samples_are_made_again(
-    job: Path,
-    tmp_path: Path,
-    again: Again,
-    monkeypatch: pytest.MonkeyPatch,
+    job: Path, tmp_path: Path, again: Again, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A forward that gives nan once; `repair --failed` opens that unit only."""
     out = tmp_path / "again"

@@ -110,26 +110,22 @@ def damages(whole: Path, other: Path, lab: Lab) -> Iterator[Damage]:
     """(what, the damaged file's name, a function that does it to a copy of the dataset)."""
     for path in [path for path in sorted(whole.rglob("*")) if path.is_file()]:
         name, payload = path.relative_to(whole), path.read_bytes()
+        written = [("append", payload + b"\0")]
         for end in lab.sample(range(0, len(payload), 512), 1):
-            yield "cut", path.name, lambda r, n=name, p=payload[:end]: (r / n).write_bytes(p)
-        yield "append", path.name, lambda r, n=name, p=payload: (r / n).write_bytes(p + b"\0")
+            written.append(("cut", payload[:end]))
         for begin in lab.sample(range(0, len(payload), 4096), 1):
-            if any(payload[begin : begin + 4096]):
-                yield "zero", path.name, lambda r, n=name, b=begin: zero(r / n, b)
-        yield "delete", path.name, lambda r, n=name: (r / n).unlink()
+            head, page, tail = payload[:begin], payload[begin:][:4096], payload[begin + 4096 :]
+            written.append(("zero", head + bytes(len(page)) + tail))
         # The other dataset's file in the same place; data files have other names there.
         for foreign in other.glob(re.sub(r"-[0-9a-f]{16}\.", "-*.", str(name))):
-            if foreign.read_bytes() != payload:
-                yield "foreign", path.name, lambda r, f=foreign, n=name: shutil.copy(f, r / n)
+            written.append(("foreign", foreign.read_bytes()))
+        for what, hurt in written:
+            if hurt != payload:
+                yield what, path.name, lambda r, n=name, h=hurt: (r / n).write_bytes(h)
+        yield "delete", path.name, lambda r, n=name: (r / n).unlink()
     for one, two in zip(paths_of(whole, 0), paths_of(whole, 1), strict=True):
         names = one.relative_to(whole), two.relative_to(whole)
         yield "swap", one.name, lambda r, n=names: swap(r / n[0], r / n[1])
-
-
-def zero(path: Path, begin: int) -> None:
-    payload = path.read_bytes()
-    end = min(begin + 4096, len(payload))
-    path.write_bytes(payload[:begin] + bytes(end - begin) + payload[end:])
 
 
 # --- F10 ------------------------------------------------------------------------------------------

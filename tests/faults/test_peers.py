@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from faults.lab import TEXTS, UNIT_S, Job, Lab, pace
+from faults.lab import TEXTS, UNIT_S, Lab, pace
 from faults.processes import finish, wait_for
 from faults.test_kills import begun
 from jobs import dataset_bytes, edit, expect, write_captions
@@ -105,19 +105,14 @@ def test_f9_a_changed_input_is_refused_by_name(layout: dict[str, Any], lab: Lab)
     write(texts)
     edit(job.path, "captions", path=str(captions))
     expect(0, "run", job.path)
-    reopen(job)
+    (job.root / "manifest.json").unlink()  # as if killed before the last unit
+    job.records()[-1].unlink()
     before = dataset_bytes(job.root)
     for change in CHANGES.values():
         write(change(texts))
         said = expect(3, "run", job.path)
         assert "captions.parquet: changed" in said
     assert dataset_bytes(job.root) == before
-
-
-def reopen(job: Job) -> None:
-    """As if the job had been killed before its last unit."""
-    (job.root / "manifest.json").unlink()
-    job.records()[-1].unlink()
 
 
 # --- F11, F12 -------------------------------------------------------------------------------------

@@ -37,14 +37,10 @@ class Counters:
 
 
 def ranks_of(
-    world_size: int, num_units: int, done: set[int], store: Counters | None, run_id: str = "j"
+    world_size: int, num_units: int, done: set[int], store: Counters | None
 ) -> list[Claims]:
-    return [
-        Claims(
-            DistContext(rank, world_size, run_id=run_id), "p", num_units, done.__contains__, store
-        )
-        for rank in range(world_size)
-    ]
+    dists = [DistContext(rank, world_size, run_id="j") for rank in range(world_size)]
+    return [Claims(dist, "p", num_units, done.__contains__, store) for dist in dists]
 
 
 def drain(ranks: list[Claims], done: set[int]) -> list[list[int]]:

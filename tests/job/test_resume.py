@@ -15,45 +15,27 @@ from pathlib import Path
 import pytest
 from breaking import flip
 from handmade import paths_of
-from jobs import dataset_bytes, expect, write_captions, write_job
+from jobs import dataset_bytes, edit, expect, write_captions, write_job
 
 from embed_precompute.job import run as pipeline
 from embed_precompute.store.commit import StagedFile, remove_dead, this_host
-from embed_precompute.store.records import committed_units
+from embed_precompute.store.records import committed_units, record_path
 
 TEXTS = [f"a video of scene {i} with {'many ' * (i % 9)}people" for i in range(30)]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path, tiny_clip: Path
-) -> tuple[Path, dict[str, bytes]]:
-    """(captions, the bytes of a run that nothing disturbs)."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    captions = write_captions(folder / "captions.parquet", TEXTS)
-    job = write_job(folder, captions, tiny_t5, tiny_clip, samples_per_shard=6)
-    expect(0, "run", job)
-    return captions, dataset_bytes(folder / "out")
-
-
 @pytest.fixture
-def job(
-    undisturbed: tuple[Path, dict[str, bytes]], tiny_t5: Path, tiny_clip: Path, tmp_path: Path
-) -> Path:
-    return write_job(tmp_path, undisturbed[0], tiny_t5, tiny_clip, samples_per_shard=6)
+def job(tiny_t5: Path, tiny_clip: Path, tmp_path: Path) -> Path:
+    captions = write_captions(tmp_path / "captions.parquet", TEXTS)
+    return write_job(tmp_path, captions, tiny_t5, tiny_clip, samples_per_shard=6)
 
 
-def records(root: Path) -> list[Path]:
-    return sorted(root.glob("shards/*/shard-*.json"))
-
-
-def test_data_without_a_record_is_used_again_or_replaced(
-    job: Path, undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path
-) -> None:
+def test_data_without_a_record_is_used_again_or_replaced(job: Path, tmp_path: Path) -> None:
     """Their writers died before the record: equal bytes have the name already, damage is replaced,
     and a shard of other bytes is removed at the end."""
     root = tmp_path / "out"
     expect(0, "run", job)
+    undisturbed = dataset_bytes(root)
     kept, torn = (paths_of(root, unit) for unit in (0, 1))
     inode = kept.shard.stat().st_ino
     for path in (root / "manifest.json", kept.record, torn.record):
@@ -63,20 +45,17 @@ def test_data_without_a_record_is_used_again_or_replaced(
     other.write_bytes(b"of other captions, or of another environment")
     said = expect(0, "run", job)
     assert "removed 1 files (44 bytes) that no record names" in said
-    assert dataset_bytes(root) == undisturbed[1]
+    assert dataset_bytes(root) == undisturbed
     assert kept.shard.stat().st_ino == inode
 
 
 def test_weights_changed_under_the_same_name_are_refused(
-    undisturbed: tuple[Path, dict[str, bytes]], tiny_t5: Path, tmp_path: Path
+    job: Path, tiny_t5: Path, tmp_path: Path
 ) -> None:
     mine = shutil.copytree(tiny_t5, tmp_path / "model")
-    job = write_job(tmp_path, undisturbed[0], mine, None)
+    edit(job, "encoders.t5", pretrained=str(mine))
     expect(0, "plan", job, "--write")
-    weights = mine / "model.safetensors"
-    payload = bytearray(weights.read_bytes())
-    payload[-1] ^= 1
-    weights.write_bytes(payload)
+    flip(mine / "model.safetensors")
     said = expect(3, "run", job)
     assert "encoders.t5.weights" in said
 
@@ -95,7 +74,7 @@ def test_another_environment_warns_or_refuses(
 ) -> None:
     expect(0, "run", job, "--limit", "13")
     (tmp_path / "out/manifest.json").unlink()
-    records(tmp_path / "out")[0].unlink()
+    record_path(tmp_path / "out", 0).unlink()
     here = pipeline.environment("cpu")
     monkeypatch.setattr(pipeline, "environment", lambda *_: {**here, "device": "another"})
     refuse = ["--runtime.on_environment_change", "refuse"]

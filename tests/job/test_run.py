@@ -20,25 +20,14 @@ TEXTS = [f"scene {i} of a film" for i in range(30)]
 
 
 @pytest.fixture
-def captions(tmp_path: Path) -> Path:
-    return write_captions(tmp_path / "in" / "captions.parquet", TEXTS)
-
-
-@pytest.fixture
-def job(captions: Path, tiny_t5: Path, tmp_path: Path) -> Path:
+def job(tiny_t5: Path, tmp_path: Path) -> Path:
+    captions = write_captions(tmp_path / "in" / "captions.parquet", TEXTS)
     return write_job(tmp_path, captions, tiny_t5, None)
 
 
 def counts(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((root / "manifest.json").read_text())["counts"]
     return found
-
-
-def test_only_clip(captions: Path, tiny_clip: Path, tmp_path: Path) -> None:
-    expect(0, "run", write_job(tmp_path, captions, None, tiny_clip))
-    dataset = EmbeddingDataset(tmp_path / "out", verify="rows")
-    assert set(dataset[0]) == {"id", "text_clip"}
-    assert len(dataset) == len(TEXTS)
 
 
 def test_only_bad_captions_make_a_dataset_without_samples(tiny_t5: Path, tmp_path: Path) -> None:
@@ -66,17 +55,14 @@ def test_a_row_with_a_list_is_a_sample_per_caption(tiny_t5: Path, tmp_path: Path
     assert counts(tmp_path / "out")["samples"] == 6
 
 
-@pytest.mark.parametrize("name", ["exp:3", "~job", "~", "name with % and spaces"])
+@pytest.mark.parametrize("name", ["made/exp:3", "./~job", "~", "made/name with % and spaces"])
 def test_output_folders_with_odd_names(
     name: str, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    where = name if name.startswith("~") else f"made/{name}"
-    if name == "~job":
-        where = "./~job"
-    expect(0, "run", job, "--output.path", where)
-    expect(0, "verify", os.path.expanduser(where))
+    expect(0, "run", job, "--output.path", name)
+    expect(0, "verify", os.path.expanduser(name))
 
 
 def test_an_output_that_cannot_be_is_refused_before_the_scan(job: Path, tmp_path: Path) -> None:
@@ -158,9 +144,7 @@ def test_several_padded_lengths_are_listed_and_refused(tiny_t5: Path, tmp_path: 
 def test_a_damaged_root_file_is_named(name: str, job: Path, tmp_path: Path) -> None:
     expect(0, "run", job)
     path = tmp_path / "out" / name
-    payload = path.read_bytes()
-    path.unlink()
-    path.write_bytes(payload[:-20])
+    path.write_bytes(path.read_bytes()[:-20])
     error = expect(4, "run", job)
     assert name in error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -18,12 +17,10 @@ from handmade import leftovers
 from embed_precompute.store.commit import (
     StagedFile,
     content_name,
-    digest_file,
     publish_bytes,
     publish_bytes_by_content,
     remove_dead,
     remove_leftovers,
-    replace_bytes,
     this_host,
 )
 
@@ -42,17 +39,6 @@ def test_publish_first_wins(
     assert not publish_bytes(target, b"longer")
     assert target.read_bytes() == b"one"
     assert os.stat(target).st_nlink == 1
-    assert leftovers(tmp_path) == []
-
-
-def test_replace_writes_only_what_differs(tmp_path: Path) -> None:
-    target = tmp_path / "x"
-    replace_bytes(target, b"one")
-    inode = target.stat().st_ino
-    replace_bytes(target, b"one")
-    assert target.stat().st_ino == inode
-    replace_bytes(target, b"two")
-    assert target.read_bytes() == b"two"
     assert leftovers(tmp_path) == []
 
 
@@ -75,20 +61,6 @@ def test_data_is_named_by_its_content(tmp_path: Path) -> None:
     publish_bytes_by_content(tmp_path / "a.rows.parquet", b"one")
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == b"one"
-
-
-def test_staged_file(tmp_path: Path) -> None:
-    with contextlib.suppress(ZeroDivisionError), StagedFile(tmp_path / "x") as staged:
-        raise ZeroDivisionError
-    assert list(tmp_path.iterdir()) == []
-    with StagedFile(tmp_path / "x") as staged:
-        staged.pwrite(b"world", 6)
-        staged.write(b"hello ")
-        assert staged.pread(5, 6) == b"world"
-        stored = staged.digest()
-        staged.publish()
-    assert stored == digest_file(tmp_path / "x")
-    assert (stored.bytes, stored.sha256) == (11, hashlib.sha256(b"hello world").hexdigest())
 
 
 @pytest.mark.parametrize("name", ["link", "rename"])

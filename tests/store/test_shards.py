@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import xxhash
 from breaking import flips
 from handmade import leftovers
 from safetensors import safe_open
@@ -58,22 +56,11 @@ def test_shard_round_trip(tmp_path: Path) -> None:
     path, kept = write_shard(tmp_path, 7)
     assert kept == [0, 1, 2, 3, 4]
     assert path.name == f"shard-000007-{digest_file(path).sha256[:16]}.safetensors"
-    raw = path.read_bytes()
-    assert (8 + int.from_bytes(raw[:8], "little")) % 64 == 0
     rows = [values(7, row, length) for row, length in enumerate(LENGTHS)]
     with safe_open(path, framework="pt") as stored:
-        metadata = json.loads(stored.metadata()["embed_precompute"])
-        assert metadata == {"fingerprint": FINGERPRINT, "format_version": 1, "unit": 7}
         assert stored.get_tensor("text_t5_offsets").tolist() == [0, 3, 4, 8, 10, 16]
         assert torch.equal(stored.get_tensor("text_t5"), torch.cat([row[1] for row in rows]))
         assert torch.equal(stored.get_tensor("text_clip"), torch.stack([row[0] for row in rows]))
-        for i, name in enumerate(("clip", "t5")):
-            sums = stored.get_tensor(f"text_{name}_xxh3")
-            assert sums.dtype == torch.uint64
-            expected = [
-                xxhash.xxh3_64_intdigest(row[i].view(torch.int16).numpy().tobytes()) for row in rows
-            ]
-            assert sums.tolist() == expected
     reader = ShardReader(path, FINGERPRINT, 7, TENSORS)
     assert reader.num_rows == 5
     for row, length in enumerate(LENGTHS):
