@@ -46,20 +46,12 @@ SECTIONS = {
     recipes.PlainRecipe: "kind",
     recipes.TemplateRecipe: "kind template",
     recipes.OpenSoraRecipe: "kind fps_column fps_max fps_format motion_column",
-    **{
-        family.options: f"{ENCODER} {keys}"
-        for family, keys in (
-            (
-                FAMILIES["t5"],
-                "attention_mask seq_align added_tokens batch_tokens buckets stream_tokens",
-            ),
-            (FAMILIES["clip"], "outputs hidden_state projection batch_size buckets stream_tokens"),
-            (
-                FAMILIES["decoder"],
-                "template crop_start crop_end hidden_state norm batch_tokens buckets",
-            ),
-        )
-    },
+    FAMILIES["t5"].options: f"{ENCODER} attention_mask seq_align added_tokens batch_tokens "
+    "buckets stream_tokens",
+    FAMILIES["clip"].options: f"{ENCODER} outputs hidden_state projection batch_size "
+    "buckets stream_tokens",
+    FAMILIES["decoder"].options: f"{ENCODER} template crop_start crop_end hidden_state norm "
+    "batch_tokens buckets",
     video_buckets.VideoTokensConfig: "buckets bucket_config time_compression_ratio "
     "spatial_compression_ratio patch_size",
     config.OutputConfig: "path samples_per_shard dtype codec",
@@ -68,15 +60,9 @@ SECTIONS = {
     config.Config: "captions encoders output runtime",
 }
 EXIT_CODES = {
-    "EXIT_COMPLETE": 0,
-    "EXIT_BUG": 1,
-    "EXIT_USAGE": 2,
-    "EXIT_CONFLICT": 3,
-    "EXIT_VERIFICATION": 4,
-    "EXIT_INCOMPLETE": 5,
-    "EXIT_FAILED_SAMPLES": 6,
-    "EXIT_IO": 74,
-    "EXIT_INTERRUPTED": 75,
+    **{"EXIT_COMPLETE": 0, "EXIT_BUG": 1, "EXIT_USAGE": 2, "EXIT_CONFLICT": 3},
+    **{"EXIT_VERIFICATION": 4, "EXIT_INCOMPLETE": 5, "EXIT_FAILED_SAMPLES": 6},
+    **{"EXIT_IO": 74, "EXIT_INTERRUPTED": 75},
 }
 
 

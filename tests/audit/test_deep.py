@@ -22,8 +22,7 @@ def test_deep_compares_samples_and_the_null_embedding(root: Path) -> None:
     said = expect(0, "verify", root, "--level", "deep", "--sample", "9", "--seed", "5")
     assert "9 samples and the null embedding encoded again by plain transformers (seed 5)" in said
     assert "20 embeddings within the tolerance" in said
-    said = expect(0, "verify", root, "--level", "deep", "--sample", "1000")
-    assert "30 samples" in said
+    assert "30 samples" in expect(0, "verify", root, "--level", "deep", "--sample", "1000")
 
 
 @pytest.mark.parametrize(
@@ -104,11 +103,9 @@ def test_deep_needs_the_checkpoint_of_the_dataset(
     folder = json.loads((root / "run.json").read_bytes())["checkpoints"]["t5"]
     assert folder in text
     config.write_text(text.replace(f"pretrained: {folder}", "pretrained: owner/t5"))
-    said = expect(0, "verify", root, "--level", "deep", "--sample", "2")
+    expect(0, "verify", root, "--level", "deep", "--sample", "2")
     monkeypatch.setattr(verify_module, "check_unit", lambda *_, **__: pytest.fail("it has begun"))
     config.write_text(text.replace("max_length: 24", "max_length: 23"))
-    said = expect(3, "verify", root, "--level", "deep")
-    assert "max_length: 24 -> 23" in said
+    assert "max_length: 24 -> 23" in expect(3, "verify", root, "--level", "deep")
     config.unlink()
-    said = expect(2, "verify", root, "--level", "deep")
-    assert "config.yaml" in said
+    assert "config.yaml" in expect(2, "verify", root, "--level", "deep")

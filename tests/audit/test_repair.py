@@ -43,8 +43,7 @@ def again(job: Path, sound: dict[str, bytes]) -> Again:
 
 
 def test_nothing_to_repair(root: Path, sound: dict[str, bytes]) -> None:
-    said = expect(0, "repair", root)
-    assert "0 files moved" in said
+    assert "0 files moved" in expect(0, "repair", root)
     assert dataset_bytes(root) == sound
 
 
@@ -95,8 +94,7 @@ def test_only_what_is_damaged_is_moved(root: Path) -> None:
     """A job that makes the unit again meanwhile may rely on a sound file."""
     paths = paths_of(root, 1)
     flip(paths.rows)
-    said = expect(5, "repair", root)
-    assert "2 files moved" in said
+    assert "2 files moved" in expect(5, "repair", root)
     assert [path.exists() for path in paths] == [True, False, False]
 
 
@@ -186,8 +184,7 @@ def test_derived_files_are_made_again_at_once(
 
 def test_a_damaged_plan_is_made_again(root: Path, again: Again) -> None:
     flip(root / "plan.json", 30)
-    said = expect(5, "repair", root)
-    assert "plan CONFIG --write" in said
+    assert "plan CONFIG --write" in expect(5, "repair", root)
     assert not (root / "plan.json").exists()
     assert again(root)
 
@@ -197,8 +194,7 @@ def test_plan_and_record_damaged_at_once(root: Path, job: Path, again: Again) ->
     flip(root / "plan.json", 30)
     flip(record_path(root, 0), 40)
     flip(paths_of(root, 1).shard)
-    said = expect(5, "repair", root)
-    assert "2 units (0, 1)" in said
+    assert "2 units (0, 1)" in expect(5, "repair", root)
     expect(0, "plan", job, "--output.path", root, "--write")
     expect(5, "repair", root)
     assert again(root)
@@ -230,8 +226,7 @@ def test_nothing_is_moved_or_removed_through_a_link(
     mine.parent.mkdir()
     mine.touch()
     (root / "shards" / "zzz").symlink_to(mine.parent)
-    said = expect(2, command, root)
-    assert "is a link" in said
+    assert "is a link" in expect(2, command, root)
     assert mine.exists()
 
 
@@ -267,9 +262,7 @@ def test_a_plan_of_absurd_size_is_checked_in_no_time(tmp_path: Path) -> None:
 def test_unfinished_and_sound(tmp_path: Path) -> None:
     write_units(tmp_path, ["a", "b", "c", "d"], samples_per_shard=1)
     record_path(tmp_path, 2).unlink()
-    said = expect(5, "repair", tmp_path)
-    assert "0 files moved" in said
+    assert "0 files moved" in expect(5, "repair", tmp_path)
     assert record_path(tmp_path, 1).exists()
     record_path(tmp_path, NULL_UNIT).unlink()
-    said = expect(5, "status", tmp_path)
-    assert "the null embedding is not made yet" in said
+    assert "the null embedding is not made yet" in expect(5, "status", tmp_path)

@@ -110,8 +110,7 @@ def test_f9_a_changed_input_is_refused_by_name(layout: dict[str, Any], lab: Lab)
     before = dataset_bytes(job.root)
     for change in CHANGES.values():
         write(change(texts))
-        said = expect(3, "run", job.path)
-        assert "captions.parquet: changed" in said
+        assert "captions.parquet: changed" in expect(3, "run", job.path)
     assert dataset_bytes(job.root) == before
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from jobs import call, expect, write_captions, write_job
 from embed_precompute.captions.reader import CaptionReader
 from embed_precompute.job import prepare
 from embed_precompute.store.commit import UNLIMITED, free_space, this_host
+from embed_precompute.store.plan import read_plan
 
 TEXTS = [f"scene {i} with {'many ' * (i % 5)}people" for i in range(20)]
 
@@ -24,25 +24,19 @@ def job(tiny_clip: Path, tmp_path: Path) -> Path:
     return write_job(tmp_path, captions, None, tiny_clip, samples_per_shard=10)
 
 
-def set_free(patch: pytest.MonkeyPatch, free_bytes: int, free_files: int) -> None:
-    patch.setattr(prepare, "free_space", lambda root: (free_bytes, free_files))
-
-
-@pytest.mark.parametrize("free", [(100, UNLIMITED), (UNLIMITED, 2)])
-def test_a_shard_that_does_not_fit(
-    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: tuple[int, int]
+@pytest.mark.parametrize(
+    ("free", "code", "message"),
+    [
+        ((100, UNLIMITED), 74, "out: a shard needs about"),
+        ((UNLIMITED, 2), 74, "out: a shard needs about"),
+        ((3000, 5), 0, "3,000 bytes and 5 files are free"),
+    ],
+)
+def test_a_shard_that_does_not_fit_is_refused_and_a_dataset_warned_of(
+    job: Path, monkeypatch: pytest.MonkeyPatch, free: tuple[int, int], code: int, message: str
 ) -> None:
-    set_free(monkeypatch, *free)
-    said = expect(74, "run", job)
-    assert f"{tmp_path / 'out'}: a shard needs about" in said
-
-
-def test_a_dataset_that_does_not_fit_is_a_warning(
-    job: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_free(monkeypatch, 3000, 5)
-    said = expect(0, "run", job)
-    assert "3,000 bytes and 5 files are free" in said
+    monkeypatch.setattr(prepare, "free_space", lambda root: free)
+    assert message in expect(code, "run", job)
 
 
 def test_free_space_of_a_folder_that_is_not_there_yet(
@@ -72,9 +66,9 @@ def test_space_for_the_last_small_shard_is_enough(
     config = [str(job), "--output.samples_per_shard", "19"]
     expect(0, "run", *config)
     whole, last = (paths_of(tmp_path / "out", unit) for unit in (0, 1))
-    free = whole.shard.stat().st_size // 2
+    free = (whole.shard.stat().st_size // 2, 99)
     last.record.unlink()
-    set_free(monkeypatch, free, 99)
+    monkeypatch.setattr(prepare, "free_space", lambda root: free)
     expect(0, "run", *config)
 
 
@@ -119,16 +113,12 @@ def test_another_models_tokenizer_is_warned_of(
     said = expect(0, "plan", job, *words)
     assert "WARNING    tokenizer " in said
     assert "it may be another model's tokenizer" in said
-    said = expect(0, "run", job, *words)
-    assert "WARNING encoders.t5: tokenizer " in said
+    assert "WARNING encoders.t5: tokenizer " in expect(0, "run", job, *words)
 
 
-def test_a_rerun_takes_the_plans_implementation(tmp_path: Path, tiny_t5: Path) -> None:
-    captions = write_captions(tmp_path / "captions.parquet", TEXTS)
-    job = write_job(tmp_path, captions, tiny_t5, None, implementation="hf")
-    expect(0, "run", job)
-    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert plan["spec"]["encoders"]["t5"]["implementation"] == "hf"
-    expect(0, "run", job, "--encoders.t5.implementation", "auto")
-    said = expect(3, "run", job, "--encoders.t5.implementation", "fused")
-    assert "encoders.t5.implementation: hf -> fused" in said
+def test_a_rerun_takes_the_plans_implementation(job: Path, tmp_path: Path) -> None:
+    option = "--encoders.clip.implementation"
+    expect(0, "run", job, option, "hf")
+    assert read_plan(tmp_path / "out").spec["encoders"]["clip"]["implementation"] == "hf"
+    expect(0, "run", job, option, "auto")
+    assert "clip.implementation: hf -> fused" in expect(3, "run", job, option, "fused")

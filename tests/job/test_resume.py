@@ -43,8 +43,7 @@ def test_data_without_a_record_is_used_again_or_replaced(job: Path, tmp_path: Pa
     flip(torn.shard, -5)
     other = torn.shard.with_name("shard-000001-0123456789abcdef.safetensors")
     other.write_bytes(b"of other captions, or of another environment")
-    said = expect(0, "run", job)
-    assert "removed 1 files (44 bytes) that no record names" in said
+    assert "removed 1 files (44 bytes) that no record names" in expect(0, "run", job)
     assert dataset_bytes(root) == undisturbed
     assert kept.shard.stat().st_ino == inode
 
@@ -56,8 +55,7 @@ def test_weights_changed_under_the_same_name_are_refused(
     edit(job, "encoders.t5", pretrained=str(mine))
     expect(0, "plan", job, "--write")
     flip(mine / "model.safetensors")
-    said = expect(3, "run", job)
-    assert "encoders.t5.weights" in said
+    assert "encoders.t5.weights" in expect(3, "run", job)
 
 
 def test_limit_is_a_dataset_of_its_own(job: Path, tmp_path: Path) -> None:
@@ -65,8 +63,7 @@ def test_limit_is_a_dataset_of_its_own(job: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["counts"]["samples"] == 13
     assert manifest["counts"]["units"] == 3
-    said = expect(3, "run", job)
-    assert "limit: 13 -> None" in said
+    assert "limit: 13 -> None" in expect(3, "run", job)
 
 
 def test_another_environment_warns_or_refuses(
@@ -78,10 +75,8 @@ def test_another_environment_warns_or_refuses(
     here = pipeline.environment("cpu")
     monkeypatch.setattr(pipeline, "environment", lambda *_: {**here, "device": "another"})
     refuse = ["--runtime.on_environment_change", "refuse"]
-    said = expect(3, "run", job, "--limit", "13", *refuse)
-    assert "-> another" in said
-    said = expect(0, "run", job, "--limit", "13")
-    assert "another environment" in said
+    assert "-> another" in expect(3, "run", job, "--limit", "13", *refuse)
+    assert "another environment" in expect(0, "run", job, "--limit", "13")
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert sorted(e["units"] for e in manifest["environments"]) == [1, 2]
 

@@ -17,16 +17,9 @@ from embed_precompute.store.rows import StoredSample, iter_batches, read_samples
 
 TENSORS = make_plan(1, 1).tensors
 FIRST = StoredSample(
-    "id-0",
-    12,
-    Status.OK,
-    None,
-    0,
-    tokens={"clip": 4, "t5": 5},
-    truncated={"clip": False, "t5": True},
-    lengths={"clip": 1, "t5": 5},
-    text="caption 12 é",
-)
+    "id-0", 12, Status.OK, None, 0, {"clip": 4, "t5": 5}, {"clip": False, "t5": True},
+    {"clip": 1, "t5": 5}, "caption 12 é",
+)  # fmt: skip
 SAMPLES = [
     FIRST,
     StoredSample("id-1", 13, Status.NULL_TEXT, "text is null"),
