@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from faults.lab import TEXTS, UNIT_S, Lab, pace
-from faults.processes import finish, wait_for
+from faults.lab import TEXTS, UNIT_S, Lab, assert_same, pace
+from faults.processes import finish, launch, wait_for
 from faults.test_kills import begun
+from handmade import write_dataset, write_units
 from jobs import dataset_bytes, edit, expect, write_captions
+
+from embed_precompute.store.manifest import finalize
 
 
 def test_f8_two_jobs_on_one_output(lab: Lab) -> None:
@@ -33,6 +37,20 @@ def test_f8_two_jobs_on_one_output(lab: Lab) -> None:
         wasted += max(0, twice - 3 * sum(worlds))
         units += job.num_units
     assert wasted <= 0.05 * units
+
+
+def finalize_often(root: Path) -> None:
+    for _ in range(8):
+        finalize(root)
+
+
+def test_f8_finalized_by_several_at_once(lab: Lab) -> None:
+    alone, together = lab.new(), lab.new()
+    write_dataset(alone, TEXTS[:12])
+    write_units(together, TEXTS[:12])
+    started = [launch(finalize_often, together) for _ in range(2)]
+    assert [finish(process) for process in started] == [0, 0]
+    assert_same(dataset_bytes(together), dataset_bytes(alone))
 
 
 # --- F9 -------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_committed_twice_is_committed_once(tmp_path: Path) -> None:
 def test_other_bytes_are_a_bug_or_of_another_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What another environment makes is not stored; in one environment nothing differs."""
+    """What another environment makes has no record; in one environment nothing may differ."""
     plan = make_plan(4, 4)
     first = write_unit(tmp_path, plan, 0, samples_of(TEXTS))
     write_null(tmp_path, plan)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -90,26 +88,6 @@ def test_finalize_is_idempotent(tmp_path: Path) -> None:
     (tmp_path / "index/ids.npy").write_bytes(b"damaged")
     finalize(tmp_path)
     assert dataset_bytes(tmp_path) == before
-
-
-def test_finalize_by_several_at_once(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "alone", TEXTS)
-    root = tmp_path / "together"
-    write_units(root, TEXTS)
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from embed_precompute.store.manifest import finalize\n"
-        "sys.stdin.readline()\n"
-        "for _ in range(8): finalize(Path(sys.argv[1]))\n"
-    )
-    run = [sys.executable, "-c", code, str(root)]
-    started = [subprocess.Popen(run, stdin=subprocess.PIPE) for _ in range(2)]
-    for process in started:
-        assert process.stdin is not None
-        process.stdin.write(b"\n")
-        process.stdin.close()  # all are ready to start together
-    assert [process.wait(120) for process in started] == [0, 0]
-    assert dataset_bytes(root) == dataset_bytes(tmp_path / "alone")
 
 
 # --- what no record names -------------------------------------------------------------------------
