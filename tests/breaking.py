@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 
 def flip(path: Path, offset: int = -1) -> None:
@@ -28,22 +25,15 @@ def flips(path: Path, payload: bytes, bits: Iterable[int]) -> Iterator[int]:
             os.pwrite(file.fileno(), payload[bit // 8 : bit // 8 + 1], bit // 8)
 
 
+def swap(one: Path, two: Path) -> None:
+    """Each file gets the other's bytes."""
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+
+
 def raiser(code: int) -> Any:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(code, os.strerror(code))
 
     return fail
-
-
-def fail_at(patch: pytest.MonkeyPatch, name: str, n: int) -> list[int]:
-    """The n-th call of os.<name> finds the disk full; below 0 once that has happened."""
-    original, left = getattr(os, name), [n]
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        left[0] -= 1
-        if left[0] == -1:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(*args, **kwargs)
-
-    patch.setattr(os, name, call)
-    return left

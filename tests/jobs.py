@@ -141,6 +141,13 @@ def call(*words: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
+def expect(code: int, *words: object) -> str:
+    """A command in this process that has to end with `code`: what it said."""
+    found, out, err = call(*map(str, words))
+    assert found == code, out + err
+    return out + err
+
+
 def dataset_bytes(root: Path) -> dict[str, bytes]:
     """Every file under the digests, by relative path: what must not depend on how a job ran."""
     provenance = {"config.yaml", "run.json"}

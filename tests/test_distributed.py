@@ -7,26 +7,22 @@ import pytest
 from embed_precompute.distributed import DistContext
 from embed_precompute.errors import InputError
 
-TORCHRUN = {
-    "RANK": "3",
-    "WORLD_SIZE": "8",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "localhost",
-    "MASTER_PORT": "29500",
-    "TORCHELASTIC_RUN_ID": "abc",
-    "TORCHELASTIC_RESTART_COUNT": "1",
-    "TORCHELASTIC_USE_AGENT_STORE": "True",
-}
-SRUN = {
-    "SLURM_PROCID": "2",
-    "SLURM_NTASKS": "4",
-    "SLURM_LOCALID": "0",
-    "SLURM_TASKS_PER_NODE": "2(x2)",
-    "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NODELIST": "n[1-2]",
-    "SLURM_JOB_ID": "77",
-}
+
+def variables(text: str) -> dict[str, str]:
+    return dict(word.split("=") for word in text.split())
+
+
+TORCHRUN = variables("""
+    RANK=3 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29500
+    TORCHELASTIC_RUN_ID=abc TORCHELASTIC_RESTART_COUNT=1 TORCHELASTIC_USE_AGENT_STORE=True
+""")
+SRUN = variables("""
+    SLURM_PROCID=2 SLURM_NTASKS=4 SLURM_LOCALID=0 SLURM_TASKS_PER_NODE=2(x2) SLURM_STEP_ID=0
+    SLURM_STEP_NODELIST=n[1-2] SLURM_JOB_ID=77
+""")
+ARRAY = variables("""
+    SLURM_ARRAY_TASK_ID=7 SLURM_ARRAY_TASK_MIN=3 SLURM_ARRAY_TASK_STEP=2 SLURM_ARRAY_TASK_COUNT=5
+""")
 
 
 def test_detects_torchrun_before_slurm() -> None:
@@ -42,15 +38,9 @@ def test_detects_srun() -> None:
 
 
 def test_a_slurm_array_of_steps_is_one_row_of_ranks() -> None:
-    array = {
-        "SLURM_ARRAY_TASK_ID": "7",
-        "SLURM_ARRAY_TASK_MIN": "3",
-        "SLURM_ARRAY_TASK_STEP": "2",
-        "SLURM_ARRAY_TASK_COUNT": "5",
-    }
-    dist = DistContext.detect({**SRUN, **array})
+    dist = DistContext.detect({**SRUN, **ARRAY})
     assert (dist.rank, dist.world_size) == (2 * 4 + 2, 20)
-    alone = DistContext.of_training({**SRUN, **array})  # a training is one element's
+    alone = DistContext.of_training({**SRUN, **ARRAY})  # a training is one element's
     assert (alone.rank, alone.world_size) == (2, 4)
 
 

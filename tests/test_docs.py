@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from jobs import PACKAGE_ROOT, call, clean_environment
+from jobs import PACKAGE_ROOT, clean_environment, expect
 
 import configuration_page
 from embed_precompute.cli.arguments import command_parser
@@ -118,8 +118,7 @@ def test_the_blocks_of_the_training_page_run(
     monkeypatch.chdir(checkout)
     words = ["run", str(PRESET), "--captions.path", "captions.parquet", "--output.path"]
     for out in ("out", "demo/out"):
-        code, _, said = call(*words, out)
-        assert code == 0, said
+        expect(0, *words, out)
     run_blocks(DOCS / "training.md", checkout, elsewhere=set())
 
 

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from jobs import call, clean_environment, execute
+from jobs import call, clean_environment, execute, expect
 
 import embed_precompute
 from embed_precompute import errors
@@ -24,10 +24,7 @@ CONFIG_OPTIONS = {"--help-config", "--print_config", "--print-config"}
 COMMANDS = {
     "run": {"--limit", *CONFIG_OPTIONS},
     "plan": {"--limit", "--sample", "--write", *CONFIG_OPTIONS},
-    "bench": {
-        *("--captions", "--json", "--rounds", "--variants"),
-        *CONFIG_OPTIONS,
-    },
+    "bench": {*("--captions", "--json", "--rounds", "--variants"), *CONFIG_OPTIONS},
     "status": {"--json"},
     "verify": {"--level", "--sample", "--seed", "--device"},
     "repair": {"--failed"},
@@ -39,20 +36,9 @@ COMMANDS = {
     },
 }
 PUBLIC = {
-    "ConditionDropout",
-    "Config",
-    "EmbeddingDataset",
-    "EmbeddingLoader",
-    "HFEmbedder",
-    "collate_embeddings",
-    "dropout_condition",
-    "load_config",
-    "nearest_captions",
-    "prepare",
-    "prepare_ids",
-    "prompt_similarity",
-    "run",
-    "shardformer_t5",
+    *("ConditionDropout", "Config", "EmbeddingDataset", "EmbeddingLoader", "HFEmbedder"),
+    *("collate_embeddings", "dropout_condition", "load_config", "nearest_captions", "prepare"),
+    *("prepare_ids", "prompt_similarity", "run", "shardformer_t5"),
 }
 ENCODER = "kind pretrained revision tokenizer max_length dtype implementation compile tf32"
 SECTIONS = {
@@ -60,20 +46,12 @@ SECTIONS = {
     recipes.PlainRecipe: "kind",
     recipes.TemplateRecipe: "kind template",
     recipes.OpenSoraRecipe: "kind fps_column fps_max fps_format motion_column",
-    **{
-        family.options: f"{ENCODER} {keys}"
-        for family, keys in (
-            (
-                FAMILIES["t5"],
-                "attention_mask seq_align added_tokens batch_tokens buckets stream_tokens",
-            ),
-            (FAMILIES["clip"], "outputs hidden_state projection batch_size buckets stream_tokens"),
-            (
-                FAMILIES["decoder"],
-                "template crop_start crop_end hidden_state norm batch_tokens buckets",
-            ),
-        )
-    },
+    FAMILIES["t5"].options: f"{ENCODER} attention_mask seq_align added_tokens batch_tokens "
+    "buckets stream_tokens",
+    FAMILIES["clip"].options: f"{ENCODER} outputs hidden_state projection batch_size "
+    "buckets stream_tokens",
+    FAMILIES["decoder"].options: f"{ENCODER} template crop_start crop_end hidden_state norm "
+    "batch_tokens buckets",
     video_buckets.VideoTokensConfig: "buckets bucket_config time_compression_ratio "
     "spatial_compression_ratio patch_size",
     config.OutputConfig: "path samples_per_shard dtype codec",
@@ -82,15 +60,9 @@ SECTIONS = {
     config.Config: "captions encoders output runtime",
 }
 EXIT_CODES = {
-    "EXIT_COMPLETE": 0,
-    "EXIT_BUG": 1,
-    "EXIT_USAGE": 2,
-    "EXIT_CONFLICT": 3,
-    "EXIT_VERIFICATION": 4,
-    "EXIT_INCOMPLETE": 5,
-    "EXIT_FAILED_SAMPLES": 6,
-    "EXIT_IO": 74,
-    "EXIT_INTERRUPTED": 75,
+    **{"EXIT_COMPLETE": 0, "EXIT_BUG": 1, "EXIT_USAGE": 2, "EXIT_CONFLICT": 3},
+    **{"EXIT_VERIFICATION": 4, "EXIT_INCOMPLETE": 5, "EXIT_FAILED_SAMPLES": 6},
+    **{"EXIT_IO": 74, "EXIT_INTERRUPTED": 75},
 }
 
 
@@ -137,22 +109,19 @@ def test_exit_codes_are_frozen() -> None:
     assert found == EXIT_CODES
 
 
-def test_import_and_help_bring_no_heavy_library() -> None:
-    code = (
-        "import sys, embed_precompute.cli.main as cli\n"
-        "try: cli.main(['run', '--help'])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("import embed_precompute.cli.main as cli; cli.main(['run', '--help'])", "torch numpy"),
+        ("import embed_precompute.store.plan, embed_precompute.store.index", "torch"),
+    ],
+)
+def test_help_and_listings_bring_no_heavy_library(code: str, heavy: str) -> None:
+    absent = {*heavy.split(), "transformers", "pyarrow"}
+    at_exit = f"lambda: print({absent} & set(sys.modules))"
+    code = f"import atexit, sys; atexit.register({at_exit}); {code}"
+    out = subprocess.check_output([sys.executable, "-c", code], env=clean_environment(), text=True)
+    assert out.splitlines()[-1] == "set()"
 
 
 @pytest.mark.parametrize("name", ["status", "verify", "repair", "finalize", "info", "export"])
@@ -167,8 +136,7 @@ def test_a_file_in_the_place_of_a_dataset_is_a_mistake(name: str, tmp_path: Path
 
 def test_a_mistake_has_no_traceback() -> None:
     for words in (["run", "absent.yaml"], ["status", "absent"], ["info", "absent"]):
-        code, _, said = call(*words)
-        assert code == 2, said
+        said = expect(2, *words)
         assert said.startswith("embed-precompute: error:")
         assert "Traceback" not in said
     unknown = execute("status", "absent", "--nope")

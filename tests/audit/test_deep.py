@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import call, write_captions, write_job
+from jobs import call, expect, write_captions, write_job
 
 from embed_precompute.audit import verify as verify_module
 from embed_precompute.encoders import shardformer
@@ -19,13 +19,10 @@ TEXTS = [f"a video of scene {i} with {'many ' * (i % 9)}people" for i in range(3
 
 
 def test_deep_compares_samples_and_the_null_embedding(root: Path) -> None:
-    code, said, _ = call("verify", str(root), "--level", "deep", "--sample", "9", "--seed", "5")
-    assert code == 0, said
+    said = expect(0, "verify", root, "--level", "deep", "--sample", "9", "--seed", "5")
     assert "9 samples and the null embedding encoded again by plain transformers (seed 5)" in said
     assert "20 embeddings within the tolerance" in said
-    code, said, _ = call("verify", str(root), "--level", "deep", "--sample", "1000")
-    assert code == 0, said
-    assert "30 samples" in said
+    assert "30 samples" in expect(0, "verify", root, "--level", "deep", "--sample", "1000")
 
 
 @pytest.mark.parametrize(
@@ -39,9 +36,8 @@ def test_deep_in_half_precision_and_with_padding(
     job = write_job(
         tmp_path, captions, tiny_t5, None, dtype=dtype, attention_mask=attention_mask, seq_align=1
     )
-    assert call("run", str(job), "--output.dtype", "bfloat16")[0] == 0
-    code, said, _ = call("verify", str(tmp_path / "out"), "--level", "deep", "--sample", "100")
-    assert code == 0, said
+    expect(0, "run", job, "--output.dtype", "bfloat16")
+    said = expect(0, "verify", tmp_path / "out", "--level", "deep", "--sample", "100")
     assert "33 embeddings within the tolerance" in said
 
 
@@ -70,7 +66,7 @@ def test_deep_finds_what_the_digests_cannot(
 ) -> None:
     """Every stored byte is as it was written; the encoder was another one."""
     disturb(monkeypatch, lambda values: values * factor)
-    assert call("verify", str(root))[0] == 0
+    expect(0, "verify", root)
     code, said, _ = call("verify", str(root), "--level", "deep", "--sample", "5")
     assert code == (0 if words is None else 4), said
     assert words is None or said.count(words) == 12
@@ -78,8 +74,7 @@ def test_deep_finds_what_the_digests_cannot(
 
 def test_other_lengths_are_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disturb(monkeypatch, lambda values: values[:-1] if values.dim() == 2 else values)
-    code, said, _ = call("verify", str(root), "--level", "deep", "--sample", "1")
-    assert code == 4
+    said = expect(4, "verify", root, "--level", "deep", "--sample", "1")
     assert "text_t5 of the empty caption with shape [1, 64], not [0, 64]" in said
 
 
@@ -94,9 +89,8 @@ def test_deep_needs_no_implementation_but_transformers(
         patch.setattr(shardformer, "shardformer_t5", lambda model: model)
         patch.setattr("embed_precompute.encoders.device.environment", lambda *_: {})
         patch.setattr("embed_precompute.job.run.environment", lambda *_: {"torch": "0"})
-        assert call("run", str(job))[0] == 0
-    code, said, _ = call("verify", str(tmp_path / "out"), "--level", "deep")
-    assert code == 0, said
+        expect(0, "run", job)
+    expect(0, "verify", tmp_path / "out", "--level", "deep")
 
 
 def test_deep_needs_the_checkpoint_of_the_dataset(
@@ -109,14 +103,9 @@ def test_deep_needs_the_checkpoint_of_the_dataset(
     folder = json.loads((root / "run.json").read_bytes())["checkpoints"]["t5"]
     assert folder in text
     config.write_text(text.replace(f"pretrained: {folder}", "pretrained: owner/t5"))
-    code, said, _ = call("verify", str(root), "--level", "deep", "--sample", "2")
-    assert code == 0, said
+    expect(0, "verify", root, "--level", "deep", "--sample", "2")
     monkeypatch.setattr(verify_module, "check_unit", lambda *_, **__: pytest.fail("it has begun"))
     config.write_text(text.replace("max_length: 24", "max_length: 23"))
-    code, _, said = call("verify", str(root), "--level", "deep")
-    assert code == 3, said
-    assert "max_length: 24 -> 23" in said
+    assert "max_length: 24 -> 23" in expect(3, "verify", root, "--level", "deep")
     config.unlink()
-    code, _, said = call("verify", str(root), "--level", "deep")
-    assert code == 2, said
-    assert "config.yaml" in said
+    assert "config.yaml" in expect(2, "verify", root, "--level", "deep")

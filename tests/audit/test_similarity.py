@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from handmade import write_dataset, write_units
-from jobs import call, write_captions, write_job
+from jobs import call, expect, write_captions, write_job
 
 from embed_precompute import EmbeddingDataset, HFEmbedder, nearest_captions, prompt_similarity
 from embed_precompute.audit.similarity import cosine
@@ -36,8 +36,7 @@ def dataset(
     """40 samples in four units, padded to 24, so that pads are stored."""
     folder = tmp_path_factory.mktemp("similar")
     captions = write_captions(folder / "captions.parquet", texts)
-    code, _, said = call("run", str(write_job(folder, captions, tiny_t5, tiny_clip)))
-    assert code == 0, said
+    expect(0, "run", write_job(folder, captions, tiny_t5, tiny_clip))
     return folder / "out"
 
 

@@ -168,10 +168,6 @@ def failing(root: str, kind: str, n: int, code: int, lasting: bool = False) -> t
     return Steps(root, before), lambda: seen[0] > n
 
 
-def _fail_at(**arguments: Any) -> None:
-    failing(**arguments)[0].install()
-
-
 def _trace(root: str, path: str) -> None:
     """A line for every step, with the target of link, rename and replace."""
     stream = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  open until the end
@@ -230,18 +226,13 @@ def _late(seconds: float, seed: int) -> None:
     os.link = link
 
 
-def _close_standard_streams() -> None:
-    for fd in (0, 1):
-        _REAL["close"](fd)
-
-
 _HOOKS: Mapping[str, Callable[..., Any]] = {
     "die_at": _die_at,
-    "fail_at": _fail_at,
+    "fail_at": lambda **arguments: failing(**arguments)[0].install(),
     "trace": _trace,
     "pace": _pace,
     "clock": _clock,
     "late": _late,
     "umask": lambda mask: os.umask(mask),
-    "close_standard_streams": _close_standard_streams,
+    "close_standard_streams": lambda: os.closerange(0, 2),
 }

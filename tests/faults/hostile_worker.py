@@ -6,7 +6,6 @@ Imports as little as a reader does, so that its memory is a reader's.
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import os
 import random
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from handmade import write_dataset
+from handmade import restate, restate_derived, rewrite_json, write_dataset
 
 from embed_precompute.audit.info import dataset_lines, read_status, sample_lines
 from embed_precompute.audit.verify import verify
@@ -29,7 +28,7 @@ from embed_precompute.captions.recipes import CaptionsConfig, OpenSoraRecipe
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.errors import EmbedPrecomputeError, InternalError
 from embed_precompute.store.manifest import finalize
-from embed_precompute.store.records import document_bytes
+from embed_precompute.store.records import NULL_UNIT, document_bytes
 from embed_precompute.train.dataset import EmbeddingDataset
 
 TEXTS = ["one", "two words", None, "three more words", "one", "last of all"]
@@ -118,10 +117,6 @@ def _watch(base: Path) -> list[str]:
     return seen
 
 
-class HostileError(Exception):
-    """What an inner action said."""
-
-
 def _guarded(action: Callable[[], object]) -> str | None:
     """What is wrong with how `action` ended: an error of ours is right."""
     try:
@@ -130,8 +125,6 @@ def _guarded(action: Callable[[], object]) -> str | None:
         return f"InternalError: {error}"
     except EmbedPrecomputeError:
         return None
-    except HostileError as error:
-        return str(error)
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)
         where = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "embed_pre" in f.filename]
@@ -140,13 +133,6 @@ def _guarded(action: Callable[[], object]) -> str | None:
 
 
 def _read(root: Path, captions: Path) -> None:
-    for action in (
-        lambda: read_status(root).lines(),
-        lambda: list(dataset_lines(root)),
-        lambda: list(sample_lines(root, "s1")),
-    ):
-        if problem := _guarded(action):
-            raise HostileError(problem)
     dataset = EmbeddingDataset(root)
     for i in range(len(dataset)):
         dataset[i]
@@ -164,6 +150,9 @@ def _read_captions(root: Path, captions: Path) -> None:
 
 READERS = (
     lambda root, captions: verify(root, "full"),
+    lambda root, captions: read_status(root).lines(),
+    lambda root, captions: list(dataset_lines(root)),
+    lambda root, captions: list(sample_lines(root, "s1")),
     _read,
     lambda root, captions: finalize(root),
 )
@@ -313,27 +302,23 @@ def _rows(root: Path, captions: Path, rng: random.Random) -> str:
 
 
 def _restate(root: Path, path: Path) -> None:
-    """State a file's new size and sha256 in the record or manifest that has it."""
-    payload = path.read_bytes()
-    now: dict[str, Any] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
-    before, name = str(path.relative_to(root)), path.name
-    if data := re.fullmatch(r"(null|shard-([0-9]+))-[0-9a-f]{16}(\..*)", name):
-        path = path.rename(path.with_name(f"{data[1]}-{now['sha256'][:16]}{data[3]}"))
-        if data[2] and data[3] == ".safetensors":
-            digests = np.load(root / "index/shard_digest.npy")
-            digests[int(data[2])] = int(now["sha256"][:16], 16)
-            np.save(root / "index/shard_digest.npy", digests)
-            _restate(root, root / "index/shard_digest.npy")
-    for owner in _files(root, ".json"):
-        content = json.loads(owner.read_bytes())
-        entries = content.get("files", {})
-        if before in entries:
-            del entries[before]
-            entries[str(path.relative_to(root))] = now
-        for entry in entries.values():
-            if entry.get("name") == name:
-                entry.update({**now, "name": path.name})
-        owner.write_bytes(document_bytes(content))
+    """The record or manifest that names a file has its new size, digest and content name."""
+    data = re.fullmatch(r"(null|shard-([0-9]+))-\w{16}\.(safetensors|rows\.parquet)", path.name)
+    if data is None:
+        restate_derived(root, str(path.relative_to(root)))
+        return
+    unit = NULL_UNIT if data[2] is None else int(data[2])
+    new = restate(root, unit, "shard" if data[3] == "safetensors" else "rows", path)
+    if new != path:
+        path.unlink()
+    if unit == NULL_UNIT:
+        rewrite_json(root / "manifest.json", lambda manifest: manifest["files"].pop(path.name))
+        restate_derived(root, new.name)
+    elif data[3] == "safetensors":
+        digests = np.load(root / "index/shard_digest.npy")
+        digests[unit] = int(new.name.split("-")[2][:16], 16)
+        np.save(root / "index/shard_digest.npy", digests)
+        restate_derived(root, "index/shard_digest.npy")
 
 
 def _captions(root: Path, captions: Path, rng: random.Random) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
@@ -16,8 +17,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from faults.hooks import Hook
-from faults.processes import Gang, finish, start, start_gang
-from jobs import call, dataset_bytes, edit, write_captions, write_job
+from faults.processes import Gang, agent, finish, launch, program
+from jobs import clean_environment, dataset_bytes, edit, expect, write_captions, write_job
 
 TEXTS = [f"a video of scene {i} with {'many ' * (i % 9)}people" for i in range(120)]
 UNIT_S = 0.03
@@ -46,12 +47,17 @@ class Job:
     def root(self) -> Path:
         return self.folder / "out"
 
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
     def records(self) -> list[Path]:
         return sorted(self.root.glob("shards/*/shard-*.json"))
 
     def start(self, *hooks: Hook) -> ForkServerProcess:
         """`run` in a process of its own; what it says is in the log."""
-        return start("run", str(self.path), log=self.folder / "log", hooks=hooks)
+        environment = clean_environment()
+        return launch(program, ["run", str(self.path)], str(self.log), environment, hooks)
 
     def gang(
         self,
@@ -62,22 +68,24 @@ class Job:
     ) -> Gang:
         """`run` on `world` ranks under an agent; `of` has more hooks for some ranks."""
         by_rank = [[*hooks, *(of or {}).get(rank, ())] for rank in range(world)]
-        log = self.folder / "log"
-        return start_gang("run", str(self.path), log=log, hooks=by_rank, max_restarts=max_restarts)
+        board = self.folder / f"{time.monotonic_ns()}.pids"
+        words = ["run", str(self.path)]
+        process = launch(agent, words, str(self.log), by_rank, max_restarts, str(board))
+        assert process.pid is not None
+        return Gang(process, process.pid, board)
 
     def said(self) -> str:
-        return (self.folder / "log").read_text(errors="replace")
+        return self.log.read_text(errors="replace")
 
     def execute(self, *hooks: Hook) -> tuple[int, str]:
         """`run` in a process of its own, to the end: (exit code, what it said)."""
-        (self.folder / "log").unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)
         code = finish(self.start(*hooks))
         return code, self.said()
 
     def assert_resumes(self) -> None:
         """The same command, undisturbed, ends with the undisturbed bytes."""
-        code, _, said = call("run", str(self.path))
-        assert code == 0, said
+        expect(0, "run", self.path)
         self.assert_undisturbed()
 
     def assert_undisturbed(self) -> None:
@@ -115,8 +123,7 @@ class Undisturbed:
         """The bytes of a run that nothing disturbs."""
         if (rows, per_shard) not in self.made:
             path = self.write_job(self.folder / f"{rows}-{per_shard}", rows, per_shard)
-            code, _, said = call("run", str(path))
-            assert code == 0, said
+            expect(0, "run", path)
             ids = pq.read_table(path.parent / "out/manifest.parquet", columns=["sample_id"])
             assert ids.column(0).to_pylist() == [f"s{i}" for i in range(rows)]
             self.made[rows, per_shard] = dataset_bytes(path.parent / "out")

@@ -44,11 +44,6 @@ def wait_for(condition: Callable[[], Any], timeout: float = 120.0, step: float =
     return True
 
 
-def start(*words: str, log: Path, hooks: Sequence[Hook] = ()) -> ForkServerProcess:
-    """`embed-precompute WORDS` in a process of its own; what it says is in `log`."""
-    return launch(_program, list(words), str(log), clean_environment(), list(hooks))
-
-
 def launch(function: Callable[..., None], *args: Any) -> ForkServerProcess:
     """`function(*args)` in a process of its own."""
     process = _CONTEXT.Process(target=function, args=args)
@@ -68,7 +63,7 @@ def finish(process: ForkServerProcess, timeout: float = 120.0) -> int:
     return code
 
 
-def _program(words: list[str], log: str, env: dict[str, str], hooks: Sequence[Hook]) -> None:
+def program(words: list[str], log: str, env: dict[str, str], hooks: Sequence[Hook]) -> None:
     """The body of a rank; never returns."""
     from embed_precompute.cli.main import main
 
@@ -109,11 +104,8 @@ class Gang:
 
     def ranks(self) -> list[int]:
         """Pids of the ranks that are now alive, by rank."""
-        try:
-            pids = [int(word) for word in self.board.read_text().split()]
-        except FileNotFoundError:
-            return []
-        return [pid for pid in pids if _state(pid)]
+        pids = self.board.read_text().split() if self.board.exists() else []
+        return [pid for pid in map(int, pids) if _state(pid)]
 
     def all_ranks(self) -> list[int]:
         """Every rank that is alive, of this start or an earlier one, on the board or not."""
@@ -161,22 +153,12 @@ def _state(pid: int) -> list[str]:
     return [] if state in "ZX" else [state, group]
 
 
-def start_gang(
-    *words: str, log: Path, hooks: Sequence[Sequence[Hook]], max_restarts: int = 0
-) -> Gang:
-    """A rank for each entry of `hooks`, under an agent."""
-    board = log.with_suffix(f".{time.monotonic_ns()}.pids")
-    agent = launch(_agent, list(words), str(log), hooks, max_restarts, str(board))
-    assert agent.pid is not None
-    return Gang(agent, agent.pid, board)
-
-
 def signal_to(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
-def _agent(
+def agent(
     words: list[str], log: str, hooks: list[list[Hook]], max_restarts: int, board: str
 ) -> None:
     os.setpgid(0, 0)
@@ -185,20 +167,14 @@ def _agent(
     for restart in range(max_restarts + 1):
         pids = []
         for rank, each in enumerate(hooks):
-            variables = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": len(hooks),
-                "LOCAL_WORLD_SIZE": len(hooks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "TORCHELASTIC_RUN_ID": f"gang-{port}",
-                "TORCHELASTIC_RESTART_COUNT": restart,
-                "TORCHELASTIC_MAX_RESTARTS": max_restarts,
-                "TORCHELASTIC_USE_AGENT_STORE": True,
-            }
+            variables: dict[str, Any] = dict.fromkeys(("RANK", "LOCAL_RANK"), rank)
+            variables |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), len(hooks))
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            elastic = {"RUN_ID": f"gang-{port}", "RESTART_COUNT": restart, "USE_AGENT_STORE": True}
+            elastic["MAX_RESTARTS"] = max_restarts
+            variables |= {f"TORCHELASTIC_{name}": value for name, value in elastic.items()}
             env = clean_environment({name: str(value) for name, value in variables.items()})
-            pids.append(_fork(_program, words, log, env, each))
+            pids.append(fork(program, words, log, env, each))
         Path(f"{board}.new").write_text(" ".join(map(str, pids)))
         os.replace(f"{board}.new", board)
         if _all_succeed(set(pids)):
@@ -208,13 +184,15 @@ def _agent(
     os._exit(code)
 
 
-def _fork(function: Callable[..., None], *args: Any) -> int:
-    pid = os.fork()
+def fork(function: Callable[..., None], *args: Any) -> int:
+    """The pid of a child that calls `function(*args)`, and ends with 0 if that returns."""
+    pid, code = os.fork(), 1
     if pid == 0:
         try:
             function(*args)
+            code = 0
         finally:
-            os._exit(1)
+            os._exit(code)
     return pid
 
 
@@ -256,7 +234,7 @@ def _serve() -> tuple[int, int]:
             time.sleep(0.2)
         del store
 
-    pid = _fork(serve)
+    pid = fork(serve)
     while True:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return port, pid

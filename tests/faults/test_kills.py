@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from breaking import flip
 from faults.hooks import CODES, Hook
 from faults.lab import UNIT_S, Job, Lab, pace
 from faults.processes import Gang, signal_to, wait_for
@@ -189,7 +190,5 @@ def hurt(lab: Lab, job: Job) -> None:
     files = sorted(job.root.glob("shards/*/shard-*"))
     if kind == "damage" and files:
         path = rng.choice(files)
-        payload = bytearray(path.read_bytes())
-        payload[rng.randrange(len(payload))] ^= 1 << rng.randrange(8)
-        path.write_bytes(payload)
+        flip(path, rng.randrange(path.stat().st_size))
         call("repair", str(job.root))

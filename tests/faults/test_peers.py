@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from faults.lab import TEXTS, UNIT_S, Job, Lab, pace
-from faults.processes import finish, wait_for
+from faults.lab import TEXTS, UNIT_S, Lab, assert_same, pace
+from faults.processes import finish, launch, wait_for
 from faults.test_kills import begun
-from jobs import call, dataset_bytes, edit, write_captions
+from handmade import write_dataset, write_units
+from jobs import dataset_bytes, edit, expect, write_captions
+
+from embed_precompute.store.manifest import finalize
 
 
 def test_f8_two_jobs_on_one_output(lab: Lab) -> None:
@@ -33,6 +37,20 @@ def test_f8_two_jobs_on_one_output(lab: Lab) -> None:
         wasted += max(0, twice - 3 * sum(worlds))
         units += job.num_units
     assert wasted <= 0.05 * units
+
+
+def finalize_often(root: Path) -> None:
+    for _ in range(8):
+        finalize(root)
+
+
+def test_f8_finalized_by_several_at_once(lab: Lab) -> None:
+    alone, together = lab.new(), lab.new()
+    write_dataset(alone, TEXTS[:12])
+    write_units(together, TEXTS[:12])
+    started = [launch(finalize_often, together) for _ in range(2)]
+    assert [finish(process) for process in started] == [0, 0]
+    assert_same(dataset_bytes(together), dataset_bytes(alone))
 
 
 # --- F9 -------------------------------------------------------------------------------------------
@@ -70,8 +88,7 @@ def test_f9_another_spec_beside_a_running_job(lab: Lab) -> None:
     wait_for((job.root / "plan.json").exists)
     for section, fields, named in FIELDS:
         edit(job.path, section, **fields)
-        code, _, said = call("run", str(job.path))
-        assert code == 3, said
+        said = expect(3, "run", job.path)
         assert named in said
         assert "->" in said
         assert "new output.path" in said
@@ -105,21 +122,14 @@ def test_f9_a_changed_input_is_refused_by_name(layout: dict[str, Any], lab: Lab)
 
     write(texts)
     edit(job.path, "captions", path=str(captions))
-    assert call("run", str(job.path))[0] == 0
-    reopen(job)
+    expect(0, "run", job.path)
+    (job.root / "manifest.json").unlink()  # as if killed before the last unit
+    job.records()[-1].unlink()
     before = dataset_bytes(job.root)
     for change in CHANGES.values():
         write(change(texts))
-        code, _, said = call("run", str(job.path))
-        assert code == 3, said
-        assert "captions.parquet: changed" in said
+        assert "captions.parquet: changed" in expect(3, "run", job.path)
     assert dataset_bytes(job.root) == before
-
-
-def reopen(job: Job) -> None:
-    """As if the job had been killed before its last unit."""
-    (job.root / "manifest.json").unlink()
-    job.records()[-1].unlink()
 
 
 # --- F11, F12 -------------------------------------------------------------------------------------

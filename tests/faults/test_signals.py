@@ -4,6 +4,7 @@ grace, leaves no temporary file, exit 75; the next run goes on."""
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from faults.lab import Lab, pace
 from faults.processes import finish, launch, signal_to, wait_for
-from jobs import call, write_captions, write_job
+from jobs import expect, write_captions, write_job
 
 from embed_precompute.encoders.encoder import TextEncoder
 from embed_precompute.errors import InterruptedRunError
@@ -91,38 +92,31 @@ def test_a_request_breaks_off_what_is_no_unit() -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def terminate_at_batch(patch: pytest.MonkeyPatch, n: int) -> None:
-    """SIGTERM before the n-th forward; warm-up forwards are counted too."""
-    original, count = TextEncoder.submit, [0]
-
-    def submit(self: TextEncoder, batch: Any) -> Any:
-        count[0] += 1
-        if count[0] == n:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch)
-
-    patch.setattr(TextEncoder, "submit", submit)
-
-
 @pytest.mark.parametrize("fits", [True, False])
 def test_f3_the_unit_at_hand_is_committed_if_that_fits_the_grace(
     fits: bool, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captions = write_captions(tmp_path / "captions.parquet", [f"scene {i}" for i in range(40)])
     job = write_job(tmp_path, captions, None, tiny_clip, implementation="hf")
+    original, number = TextEncoder.submit, itertools.count(1)
+
+    def submit(self: TextEncoder, batch: Any) -> Any:
+        # hf has several batches to a unit; the 7th is the first after the null embedding.
+        if next(number) == (9 if fits else 7):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
     with monkeypatch.context() as patch:
-        # hf has several batches to a unit; the 7th is the first behind the null embedding.
-        terminate_at_batch(patch, 9 if fits else 7)
+        patch.setattr(TextEncoder, "submit", submit)
         if not fits:  # as if a commit took longer than the grace
             patch.setattr("embed_precompute.job.stages.COMMIT_SHARE", 10.0)
-        code, _, said = call("run", str(job))
-    assert code == 75, said
+        said = expect(75, "run", job)
     assert "signal SIGTERM" in said
     committed = committed_units(tmp_path / "out")
     assert len(committed) < 4, "no other unit is begun"
     assert bool(committed) == fits
     assert not list((tmp_path / "out").rglob(".tmp-*"))
-    assert call("run", str(job))[0] == 0
+    expect(0, "run", job)
 
 
 # --- F19 ------------------------------------------------------------------------------------------

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from handmade import paths_of
-from jobs import call, write_captions, write_job
+from jobs import call, expect, write_captions, write_job
 
 from embed_precompute.captions.reader import CaptionReader
 from embed_precompute.job import prepare
 from embed_precompute.store.commit import UNLIMITED, free_space, this_host
+from embed_precompute.store.plan import read_plan
 
 TEXTS = [f"scene {i} with {'many ' * (i % 5)}people" for i in range(20)]
 
@@ -24,27 +24,19 @@ def job(tiny_clip: Path, tmp_path: Path) -> Path:
     return write_job(tmp_path, captions, None, tiny_clip, samples_per_shard=10)
 
 
-def set_free(patch: pytest.MonkeyPatch, free_bytes: int, free_files: int) -> None:
-    patch.setattr(prepare, "free_space", lambda root: (free_bytes, free_files))
-
-
-@pytest.mark.parametrize("free", [(100, UNLIMITED), (UNLIMITED, 2)])
-def test_a_shard_that_does_not_fit(
-    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: tuple[int, int]
+@pytest.mark.parametrize(
+    ("free", "code", "message"),
+    [
+        ((100, UNLIMITED), 74, "out: a shard needs about"),
+        ((UNLIMITED, 2), 74, "out: a shard needs about"),
+        ((3000, 5), 0, "3,000 bytes and 5 files are free"),
+    ],
+)
+def test_a_shard_that_does_not_fit_is_refused_and_a_dataset_warned_of(
+    job: Path, monkeypatch: pytest.MonkeyPatch, free: tuple[int, int], code: int, message: str
 ) -> None:
-    set_free(monkeypatch, *free)
-    code, _, said = call("run", str(job))
-    assert code == 74, said
-    assert f"{tmp_path / 'out'}: a shard needs about" in said
-
-
-def test_a_dataset_that_does_not_fit_is_a_warning(
-    job: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_free(monkeypatch, 3000, 5)
-    code, _, said = call("run", str(job))
-    assert code == 0
-    assert "3,000 bytes and 5 files are free" in said
+    monkeypatch.setattr(prepare, "free_space", lambda root: free)
+    assert message in expect(code, "run", job)
 
 
 def test_free_space_of_a_folder_that_is_not_there_yet(
@@ -65,21 +57,19 @@ def test_what_a_killed_job_left_is_removed_before_space_is_looked_at(
     monkeypatch.setattr(
         prepare, "free_space", lambda root: (0 if dead.exists() else UNLIMITED, UNLIMITED)
     )
-    code, _, said = call("run", str(job))
-    assert code == 0, said
+    expect(0, "run", job)
 
 
 def test_space_for_the_last_small_shard_is_enough(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = [str(job), "--output.samples_per_shard", "19"]
-    assert call("run", *config)[0] == 0
+    expect(0, "run", *config)
     whole, last = (paths_of(tmp_path / "out", unit) for unit in (0, 1))
-    free = whole.shard.stat().st_size // 2
+    free = (whole.shard.stat().st_size // 2, 99)
     last.record.unlink()
-    set_free(monkeypatch, free, 99)
-    code, _, said = call("run", *config)
-    assert code == 0, said
+    monkeypatch.setattr(prepare, "free_space", lambda root: free)
+    expect(0, "run", *config)
 
 
 def test_the_first_captions_are_read_once(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,10 +82,10 @@ def test_the_first_captions_are_read_once(job: Path, monkeypatch: pytest.MonkeyP
         return original(self, first_row, num_rows)
 
     monkeypatch.setattr(CaptionReader, "read", read)
-    assert call("plan", str(job), "--output.samples_per_shard", "auto")[0] == 0
+    expect(0, "plan", job, "--output.samples_per_shard", "auto")
     assert reads == [(0, 20)]
     reads.clear()
-    assert call("run", str(job), "--output.samples_per_shard", "auto")[0] == 0
+    expect(0, "run", job, "--output.samples_per_shard", "auto")
     assert reads == [(0, 20)] * 2  # and the one unit
 
 
@@ -114,50 +104,21 @@ def test_another_models_tokenizer_is_warned_of(
 ) -> None:
     captions = write_captions(tmp_path / "captions.parquet", corpus[:20])
     job = write_job(tmp_path, captions, tiny_t5, None)
-    code, said, _ = call("plan", str(job))
-    assert code == 0
+    said = expect(0, "plan", job)
     ratio = float(said.partition(" characters per token")[0].rpartition(" ")[2])
     assert ratio > 2
     assert "WARNING" not in said
     letters = write_captions(tmp_path / "letters.parquet", ["zzqxjkvwq " * 2] * 3)
     words = ("--captions.path", str(letters))
-    code, said, _ = call("plan", str(job), *words)
-    assert code == 0
+    said = expect(0, "plan", job, *words)
     assert "WARNING    tokenizer " in said
     assert "it may be another model's tokenizer" in said
-    code, _, said = call("run", str(job), *words)
-    assert code == 0
-    assert "WARNING encoders.t5: tokenizer " in said
+    assert "WARNING encoders.t5: tokenizer " in expect(0, "run", job, *words)
 
 
-def test_a_rerun_takes_the_plans_implementation(tmp_path: Path, tiny_t5: Path) -> None:
-    captions = write_captions(tmp_path / "captions.parquet", TEXTS)
-    job = write_job(tmp_path, captions, tiny_t5, None, implementation="hf")
-    assert call("run", str(job))[0] == 0
-    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert plan["spec"]["encoders"]["t5"]["implementation"] == "hf"
-    assert call("run", str(job), "--encoders.t5.implementation", "auto")[0] == 0
-    code, _, said = call("run", str(job), "--encoders.t5.implementation", "fused")
-    assert code == 3
-    assert "encoders.t5.implementation: hf -> fused" in said
-
-
-def test_an_exception_in_a_forward_names_unit_and_encoder(
-    job: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from embed_precompute.encoders.encoder import FusedEncoder
-
-    original, count = FusedEncoder.forward, [0]
-
-    def forward(self: Any, batch: Any) -> Any:
-        count[0] += 1
-        if count[0] == 3:
-            raise RuntimeError("the device is gone")
-        return original(self, batch)
-
-    monkeypatch.setattr(FusedEncoder, "forward", forward)
-    code, _, said = call("run", str(job))
-    assert code == 1
-    assert "encoder clip: a forward failed" in said
-    assert "the device is gone" in said
-    assert "Traceback" in said
+def test_a_rerun_takes_the_plans_implementation(job: Path, tmp_path: Path) -> None:
+    option = "--encoders.clip.implementation"
+    expect(0, "run", job, option, "hf")
+    assert read_plan(tmp_path / "out").spec["encoders"]["clip"]["implementation"] == "hf"
+    expect(0, "run", job, option, "auto")
+    assert "clip.implementation: hf -> fused" in expect(3, "run", job, option, "fused")

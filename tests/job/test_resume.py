@@ -15,46 +15,27 @@ from pathlib import Path
 import pytest
 from breaking import flip
 from handmade import paths_of
-from jobs import call, dataset_bytes, write_captions, write_job
+from jobs import dataset_bytes, edit, expect, write_captions, write_job
 
 from embed_precompute.job import run as pipeline
 from embed_precompute.store.commit import StagedFile, remove_dead, this_host
-from embed_precompute.store.records import committed_units
+from embed_precompute.store.records import committed_units, record_path
 
 TEXTS = [f"a video of scene {i} with {'many ' * (i % 9)}people" for i in range(30)]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path, tiny_clip: Path
-) -> tuple[Path, dict[str, bytes]]:
-    """(captions, the bytes of a run that nothing disturbs)."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    captions = write_captions(folder / "captions.parquet", TEXTS)
-    job = write_job(folder, captions, tiny_t5, tiny_clip, samples_per_shard=6)
-    code, _, said = call("run", str(job))
-    assert code == 0, said
-    return captions, dataset_bytes(folder / "out")
-
-
 @pytest.fixture
-def job(
-    undisturbed: tuple[Path, dict[str, bytes]], tiny_t5: Path, tiny_clip: Path, tmp_path: Path
-) -> Path:
-    return write_job(tmp_path, undisturbed[0], tiny_t5, tiny_clip, samples_per_shard=6)
+def job(tiny_t5: Path, tiny_clip: Path, tmp_path: Path) -> Path:
+    captions = write_captions(tmp_path / "captions.parquet", TEXTS)
+    return write_job(tmp_path, captions, tiny_t5, tiny_clip, samples_per_shard=6)
 
 
-def records(root: Path) -> list[Path]:
-    return sorted(root.glob("shards/*/shard-*.json"))
-
-
-def test_data_without_a_record_is_used_again_or_replaced(
-    job: Path, undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path
-) -> None:
+def test_data_without_a_record_is_used_again_or_replaced(job: Path, tmp_path: Path) -> None:
     """Their writers died before the record: equal bytes have the name already, damage is replaced,
     and a shard of other bytes is removed at the end."""
     root = tmp_path / "out"
-    assert call("run", str(job))[0] == 0
+    expect(0, "run", job)
+    undisturbed = dataset_bytes(root)
     kept, torn = (paths_of(root, unit) for unit in (0, 1))
     inode = kept.shard.stat().st_ino
     for path in (root / "manifest.json", kept.record, torn.record):
@@ -62,60 +43,47 @@ def test_data_without_a_record_is_used_again_or_replaced(
     flip(torn.shard, -5)
     other = torn.shard.with_name("shard-000001-0123456789abcdef.safetensors")
     other.write_bytes(b"of other captions, or of another environment")
-    code, _, said = call("run", str(job))
-    assert code == 0, said
-    assert "removed 1 files (44 bytes) that no record names" in said
-    assert dataset_bytes(root) == undisturbed[1]
+    assert "removed 1 files (44 bytes) that no record names" in expect(0, "run", job)
+    assert dataset_bytes(root) == undisturbed
     assert kept.shard.stat().st_ino == inode
 
 
 def test_weights_changed_under_the_same_name_are_refused(
-    undisturbed: tuple[Path, dict[str, bytes]], tiny_t5: Path, tmp_path: Path
+    job: Path, tiny_t5: Path, tmp_path: Path
 ) -> None:
     mine = shutil.copytree(tiny_t5, tmp_path / "model")
-    job = write_job(tmp_path, undisturbed[0], mine, None)
-    assert call("plan", str(job), "--write")[0] == 0
-    weights = mine / "model.safetensors"
-    payload = bytearray(weights.read_bytes())
-    payload[-1] ^= 1
-    weights.write_bytes(payload)
-    code, _, said = call("run", str(job))
-    assert code == 3, said
-    assert "encoders.t5.weights" in said
+    edit(job, "encoders.t5", pretrained=str(mine))
+    expect(0, "plan", job, "--write")
+    flip(mine / "model.safetensors")
+    assert "encoders.t5.weights" in expect(3, "run", job)
 
 
 def test_limit_is_a_dataset_of_its_own(job: Path, tmp_path: Path) -> None:
-    assert call("run", str(job), "--limit", "13")[0] == 0
+    expect(0, "run", job, "--limit", "13")
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["counts"]["samples"] == 13
     assert manifest["counts"]["units"] == 3
-    code, _, said = call("run", str(job))
-    assert code == 3, said
-    assert "limit: 13 -> None" in said
+    assert "limit: 13 -> None" in expect(3, "run", job)
 
 
 def test_another_environment_warns_or_refuses(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert call("run", str(job), "--limit", "13")[0] == 0
+    expect(0, "run", job, "--limit", "13")
     (tmp_path / "out/manifest.json").unlink()
-    records(tmp_path / "out")[0].unlink()
+    record_path(tmp_path / "out", 0).unlink()
     here = pipeline.environment("cpu")
     monkeypatch.setattr(pipeline, "environment", lambda *_: {**here, "device": "another"})
     refuse = ["--runtime.on_environment_change", "refuse"]
-    code, _, said = call("run", str(job), "--limit", "13", *refuse)
-    assert code == 3, said
-    assert "-> another" in said
-    code, _, said = call("run", str(job), "--limit", "13")
-    assert code == 0, said
-    assert "another environment" in said
+    assert "-> another" in expect(3, "run", job, "--limit", "13", *refuse)
+    assert "another environment" in expect(0, "run", job, "--limit", "13")
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert sorted(e["units"] for e in manifest["environments"]) == [1, 2]
 
 
 def test_temporary_files_of_dead_writers_go_with_the_next_run(job: Path, tmp_path: Path) -> None:
     root = tmp_path / "out"
-    assert call("run", str(job))[0] == 0
+    expect(0, "run", job)
     before = dataset_bytes(root)
     dead = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
     folder = root / "shards/000"
@@ -135,7 +103,7 @@ def test_temporary_files_of_dead_writers_go_with_the_next_run(job: Path, tmp_pat
         assert remove_dead(root) == len(gone)
         assert len(list(root.rglob(".tmp-*"))) == len(kept) + 1
     assert len(committed_units(root)) == 5
-    assert call("verify", str(root))[0] == 0
+    expect(0, "verify", root)
     (root / "manifest.json").unlink()
-    assert call("run", str(job))[0] == 0
+    expect(0, "run", job)
     assert dataset_bytes(root) == before  # finalize takes those of other machines too

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from jobs import call, edit, write_captions, write_job
+from jobs import edit, expect, write_captions, write_job
 
 from embed_precompute import EmbeddingDataset
 from embed_precompute.store.records import read_record
@@ -20,12 +20,8 @@ TEXTS = [f"scene {i} of a film" for i in range(30)]
 
 
 @pytest.fixture
-def captions(tmp_path: Path) -> Path:
-    return write_captions(tmp_path / "in" / "captions.parquet", TEXTS)
-
-
-@pytest.fixture
-def job(captions: Path, tiny_t5: Path, tmp_path: Path) -> Path:
+def job(tiny_t5: Path, tmp_path: Path) -> Path:
+    captions = write_captions(tmp_path / "captions.parquet", TEXTS)
     return write_job(tmp_path, captions, tiny_t5, None)
 
 
@@ -34,27 +30,20 @@ def counts(root: Path) -> dict[str, Any]:
     return found
 
 
-def test_only_clip(captions: Path, tiny_clip: Path, tmp_path: Path) -> None:
-    assert call("run", str(write_job(tmp_path, captions, None, tiny_clip)))[0] == 0
-    dataset = EmbeddingDataset(tmp_path / "out", verify="rows")
-    assert set(dataset[0]) == {"id", "text_clip"}
-    assert len(dataset) == len(TEXTS)
-
-
-def test_only_bad_captions_make_a_dataset_without_samples(tiny_t5: Path, tmp_path: Path) -> None:
-    captions = write_captions(tmp_path / "in" / "captions.parquet", [None] * 25)
-    assert call("run", str(write_job(tmp_path, captions, tiny_t5, None)))[0] == 0
+def test_only_bad_captions_make_a_dataset_without_samples(job: Path, tmp_path: Path) -> None:
+    write_captions(tmp_path / "captions.parquet", [None] * 25)
+    expect(0, "run", job)
     assert len(EmbeddingDataset(tmp_path / "out")) == 0
     assert counts(tmp_path / "out")["status"]["null_text"] == 25
-    assert call("verify", str(tmp_path / "out"))[0] == 0
+    expect(0, "verify", tmp_path / "out")
 
 
-def test_a_row_with_a_list_is_a_sample_per_caption(tiny_t5: Path, tmp_path: Path) -> None:
+def test_a_row_with_a_list_is_a_sample_per_caption(job: Path, tmp_path: Path) -> None:
     lists = [["a", "b"], [], None, ["c"], ["d", None, "e", "f"]] * 4
     table = {"id": list(range(20)), "text": pa.array(lists, pa.list_(pa.string()))}
     pq.write_table(pa.table(table), tmp_path / "captions.parquet", row_group_size=3)
-    job = write_job(tmp_path, tmp_path / "captions.parquet", tiny_t5, None, samples_per_shard=5)
-    assert call("run", str(job))[0] == 0
+    edit(job, "output", samples_per_shard=5)
+    expect(0, "run", job)
     found = counts(tmp_path / "out")
     assert (found["rows"], found["samples"]) == (20, 36)
     expected = {"ok": 24, "null_text": 8, "empty_list": 4}
@@ -62,51 +51,44 @@ def test_a_row_with_a_list_is_a_sample_per_caption(tiny_t5: Path, tmp_path: Path
     dataset = EmbeddingDataset(tmp_path / "out")
     assert [s["id"] for s in dataset][:4] == ["0#0", "0#1", "3#0", "4#0"]
     shutil.rmtree(tmp_path / "out")
-    assert call("run", str(job), "--limit", "6")[0] == 0
+    expect(0, "run", job, "--limit", "6")
     assert counts(tmp_path / "out")["samples"] == 6
 
 
-@pytest.mark.parametrize("name", ["exp:3", "~job", "~", "name with % and spaces"])
+@pytest.mark.parametrize("name", ["made/exp:3", "./~job", "~", "made/name with % and spaces"])
 def test_output_folders_with_odd_names(
     name: str, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    where = name if name.startswith("~") else f"made/{name}"
-    if name == "~job":
-        where = "./~job"
-    assert call("run", str(job), "--output.path", where)[0] == 0
-    assert call("verify", os.path.expanduser(where))[0] == 0
+    expect(0, "run", job, "--output.path", name)
+    expect(0, "verify", os.path.expanduser(name))
 
 
 def test_an_output_that_cannot_be_is_refused_before_the_scan(job: Path, tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.write_text("a file")
-    for where, said in ((str(taken), "not a folder"), ("s3://bucket/out", "not a URI")):
-        code, _, error = call("run", str(job), "--output.path", where)
-        assert (code, said in error) == (2, True), error
-    code, _, error = call("run", str(job), "--runtime.device", "cuda:99")
-    assert code == 2, error
+    for where, message in ((taken, "not a folder"), ("s3://bucket/out", "not a URI")):
+        assert message in expect(2, "run", job, "--output.path", where)
+    expect(2, "run", job, "--runtime.device", "cuda:99")
     assert not (tmp_path / "out").exists()
 
 
 def test_logs_that_cannot_be_written_do_not_stop_the_job(job: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/logs").write_text("in the way")
-    code, _, error = call("run", str(job))
-    assert code == 0, error
+    error = expect(0, "run", job)
     assert "Traceback" not in error
     assert "not written" in error
 
 
 def test_records_beyond_the_plan_are_not_counted(job: Path, tmp_path: Path) -> None:
-    assert call("run", str(job))[0] == 0
+    expect(0, "run", job)
     folder = tmp_path / "out/shards/000"
     shutil.copy(folder / "shard-000000.json", folder / "shard-000099.json")
     for left in folder.glob("shard-000001*"):
         left.unlink()
-    code, _, error = call("run", str(job))
-    assert code == 0, error
+    expect(0, "run", job)
     assert (folder / "shard-000001.json").exists()
 
 
@@ -114,62 +96,51 @@ def test_records_beyond_the_plan_are_not_counted(job: Path, tmp_path: Path) -> N
 def test_units_of_another_plan_are_refused_at_the_start(
     job: Path, tmp_path: Path, left: str
 ) -> None:
-    assert call("run", str(job))[0] == 0
+    expect(0, "run", job)
     (tmp_path / "out/plan.json").unlink()
     if left == "null":
         shutil.rmtree(tmp_path / "out/shards")
     edit(job, "encoders.t5", max_length=20)
-    code, _, error = call("run", str(job))
-    assert code == 3, error
-    assert "its units belong to another plan" in error
+    assert "its units belong to another plan" in expect(3, "run", job)
+    assert not (tmp_path / "out/plan.json").exists()
 
 
-def column_job(tmp_path: Path, tiny_t5: Path, added: list[int]) -> Path:
+def add_column(job: Path, added: list[int]) -> None:
     table = {"id": list(range(len(added))), "text": TEXTS[: len(added)], "added": added}
-    pq.write_table(pa.table(table), tmp_path / "captions.parquet")
-    captions = tmp_path / "captions.parquet"
-    return write_job(tmp_path, captions, tiny_t5, None, added_tokens="added", seq_align=8)
+    pq.write_table(pa.table(table), job.with_name("captions.parquet"))
+    edit(job, "encoders.t5", added_tokens="added", seq_align=8)
 
 
-def test_a_column_of_added_tokens_gives_the_padded_length(tiny_t5: Path, tmp_path: Path) -> None:
-    job = column_job(tmp_path, tiny_t5, [1003, 11, 19])
-    assert call("run", str(job))[0] == 0
+def test_a_column_of_added_tokens_gives_the_padded_length(job: Path, tmp_path: Path) -> None:
+    add_column(job, [1003, 11, 19])
+    expect(0, "run", job)
     dataset = EmbeddingDataset(tmp_path / "out")
     assert dataset[0]["text_t5"].shape[0] == 29  # 24 tokens, until 3 more is a multiple of 8
     assert dataset.null["text_t5"].shape[0] == 24
     edit(job, "encoders.t5", attention_mask="padding", added_tokens=0, seq_align=1)
-    code, _, error = call("run", str(job))
-    assert code == 3, error
-    assert "encoders.t5.added_tokens: added -> 0" in error
+    assert "encoders.t5.added_tokens: added -> 0" in expect(3, "run", job)
 
 
-def test_a_plan_without_the_column_is_a_conflict(tiny_t5: Path, tmp_path: Path) -> None:
-    job = column_job(tmp_path, tiny_t5, [8, 16])
+def test_a_plan_without_the_column_is_a_conflict(job: Path) -> None:
+    add_column(job, [8, 16])
     edit(job, "encoders.t5", attention_mask="padding", added_tokens=0, seq_align=1)
-    assert call("plan", str(job), "--write")[0] == 0
+    expect(0, "plan", job, "--write")
     edit(job, "encoders.t5", attention_mask="none", added_tokens="added", seq_align=8)
-    code, _, error = call("run", str(job))
-    assert code == 3, error
-    assert "encoders.t5.attention_mask: padding -> none" in error
+    assert "encoders.t5.attention_mask: padding -> none" in expect(3, "run", job)
 
 
-def test_several_padded_lengths_are_listed_and_refused(tiny_t5: Path, tmp_path: Path) -> None:
-    code, _, error = call("run", str(column_job(tmp_path, tiny_t5, [8, 9, 16])))
-    assert code == 2, error
-    assert "24 (2 rows), 31 (1 rows)" in error
+def test_several_padded_lengths_are_listed_and_refused(job: Path, tmp_path: Path) -> None:
+    add_column(job, [8, 9, 16])
+    assert "24 (2 rows), 31 (1 rows)" in expect(2, "run", job)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["plan.json", "null.json"])
 def test_a_damaged_root_file_is_named(name: str, job: Path, tmp_path: Path) -> None:
-    assert call("run", str(job))[0] == 0
+    expect(0, "run", job)
     path = tmp_path / "out" / name
-    payload = path.read_bytes()
-    path.unlink()
-    path.write_bytes(payload[:-20])
-    code, _, error = call("run", str(job))
-    assert code == 4, error
-    assert name in error
+    path.write_bytes(path.read_bytes()[:-20])
+    assert name in expect(4, "run", job)
 
 
 def test_nothing_is_written_through_a_link(job: Path, tmp_path: Path) -> None:
@@ -179,16 +150,13 @@ def test_nothing_is_written_through_a_link(job: Path, tmp_path: Path) -> None:
         link = tmp_path / "out" / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(elsewhere)
-        code, _, said = call("run", str(job))
-        assert code == 2, said
-        assert "is a link" in said
+        assert "is a link" in expect(2, "run", job)
         link.unlink()
     assert list(elsewhere.iterdir()) == []
 
 
-def test_a_caption_of_absurd_length_is_a_fact_of_the_input(tiny_clip: Path, tmp_path: Path) -> None:
-    captions = write_captions(tmp_path / "c.parquet", ["a", "b " * (1 << 20), "c"])
-    job = write_job(tmp_path, captions, None, tiny_clip)
-    assert call("run", str(job))[0] == 0
+def test_a_caption_of_absurd_length_is_a_fact_of_the_input(job: Path, tmp_path: Path) -> None:
+    write_captions(tmp_path / "captions.parquet", ["a", "b " * (1 << 20), "c"])
+    expect(0, "run", job)
     record = read_record(tmp_path / "out", 0)
     assert (record.status["ok"], record.status["invalid_text"]) == (2, 1)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +14,13 @@ import pytest
 from breaking import raiser
 from handmade import leftovers
 
-from embed_precompute.errors import StorageError
 from embed_precompute.store.commit import (
     StagedFile,
     content_name,
-    digest_file,
     publish_bytes,
     publish_bytes_by_content,
     remove_dead,
     remove_leftovers,
-    replace_bytes,
     this_host,
 )
 
@@ -44,17 +39,6 @@ def test_publish_first_wins(
     assert not publish_bytes(target, b"longer")
     assert target.read_bytes() == b"one"
     assert os.stat(target).st_nlink == 1
-    assert leftovers(tmp_path) == []
-
-
-def test_replace_writes_only_what_differs(tmp_path: Path) -> None:
-    target = tmp_path / "x"
-    replace_bytes(target, b"one")
-    inode = target.stat().st_ino
-    replace_bytes(target, b"one")
-    assert target.stat().st_ino == inode
-    replace_bytes(target, b"two")
-    assert target.read_bytes() == b"two"
     assert leftovers(tmp_path) == []
 
 
@@ -77,58 +61,6 @@ def test_data_is_named_by_its_content(tmp_path: Path) -> None:
     publish_bytes_by_content(tmp_path / "a.rows.parquet", b"one")
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == b"one"
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
-def test_modes_follow_umask(tmp_path: Path, umask: int) -> None:
-    before = os.umask(umask)
-    try:
-        publish_bytes(tmp_path / "published", b"x")
-        replace_bytes(tmp_path / "replaced", b"x")
-        data = publish_bytes_by_content(tmp_path / "data.x", b"x").name
-    finally:
-        os.umask(before)
-    for name in ("published", "replaced", data):
-        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask
-
-
-def test_commit_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fsync(file), close, link, fsync(folder); the folder is made durable in its parent too."""
-    calls: list[tuple[str, str]] = []
-
-    def traced(name: str) -> None:
-        original = getattr(os, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            subject = os.readlink(f"/proc/self/fd/{args[0]}") if type(args[0]) is int else args[0]
-            calls.append((name, Path(subject).name[:5]))
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(os, name, call)
-
-    for name in ("pwrite", "fsync", "close", "link", "unlink"):
-        traced(name)
-    publish_bytes(tmp_path / "folder" / "x", b"payload")
-    parent, temp = tmp_path.name[:5], ".tmp-"
-    assert calls[: calls.index(("unlink", temp))] == [
-        *[("fsync", parent), ("close", parent)],
-        *[("pwrite", temp), ("fsync", temp), ("close", temp), ("link", temp)],
-    ]
-    assert ("fsync", "folde") in calls[calls.index(("link", temp)) :]
-
-
-def test_staged_file(tmp_path: Path) -> None:
-    with contextlib.suppress(ZeroDivisionError), StagedFile(tmp_path / "x") as staged:
-        raise ZeroDivisionError
-    assert list(tmp_path.iterdir()) == []
-    with StagedFile(tmp_path / "x") as staged:
-        staged.pwrite(b"world", 6)
-        staged.write(b"hello ")
-        assert staged.pread(5, 6) == b"world"
-        stored = staged.digest()
-        staged.publish()
-    assert stored == digest_file(tmp_path / "x")
-    assert (stored.bytes, stored.sha256) == (11, hashlib.sha256(b"hello world").hexdigest())
 
 
 @pytest.mark.parametrize("name", ["link", "rename"])
@@ -161,29 +93,6 @@ def test_staged_file_removed_by_finaliser(tmp_path: Path) -> None:
         assert staged.publish()
         assert not other.publish()
         assert not third.replace()
-
-
-@pytest.mark.parametrize(
-    ("name", "code"),
-    [("pwrite", "ENOSPC"), ("fsync", "EIO"), ("link", "EDQUOT"), ("mkdir", "EIO")],
-)
-def test_storage_errors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str
-) -> None:
-    target = tmp_path / "folder" / "x"
-    if name != "mkdir":
-        target.parent.mkdir()
-    monkeypatch.setattr(os, name, raiser(getattr(errno, code)))
-    with pytest.raises(StorageError, match=code) as caught:
-        publish_bytes(target, b"payload")
-    monkeypatch.undo()
-    assert "folder" in str(caught.value)
-    if name != "mkdir":
-        assert f"{target}: " in str(caught.value)
-        assert "needs 7 bytes" in str(caught.value)
-    assert not target.exists()
-    assert leftovers(tmp_path) == []
-    assert publish_bytes(target, b"payload")
 
 
 def test_file_size_limit(tmp_path: Path) -> None:
