@@ -19,7 +19,6 @@ class DistContext:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    local_world_size: int = 1
     source: str = "alone"
     """Where the numbers come from: torchrun, slurm, alone, or group (torch's process group)."""
     run_id: str = ""
@@ -58,7 +57,6 @@ class DistContext:
             rank=_number(env, "RANK", 0),
             world_size=_number(env, "WORLD_SIZE", 1),
             local_rank=_number(env, "LOCAL_RANK", 0),
-            local_world_size=_number(env, "LOCAL_WORLD_SIZE", 1),
             source="torchrun",
             run_id=env.get("TORCHELASTIC_RUN_ID", ""),
             restart_count=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
@@ -82,7 +80,6 @@ class DistContext:
             rank=element * tasks + _number(env, "SLURM_PROCID", 0),
             world_size=count * tasks,
             local_rank=_number(env, "SLURM_LOCALID", 0),
-            local_world_size=_leading_number(env.get("SLURM_TASKS_PER_NODE", "1")),
             source="slurm",
             run_id=env.get("SLURM_ARRAY_JOB_ID") or env.get("SLURM_JOB_ID", ""),
             restart_count=_number(env, "SLURM_RESTART_COUNT", 0),
@@ -114,12 +111,6 @@ def _number(env: Mapping[str, str], name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise InputError(f"{name} is {text!r} in the environment: expected a number.") from None
-
-
-def _leading_number(text: str) -> int:
-    """Slurm writes "4(x2),3": the first number is enough, because it is only shown."""
-    digits = "".join(c for c in text.split("(")[0].split(",")[0] if c.isdigit())
-    return int(digits) if digits else 1
 
 
 def _in_step(env: Mapping[str, str]) -> bool:

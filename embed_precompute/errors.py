@@ -69,3 +69,8 @@ class InternalError(EmbedPrecomputeError):
     """A promise of this program was broken, such as two different results for one unit (exit 1)."""
 
     exit_code = EXIT_BUG
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text on one line, as every message of this program is."""
+    return " ".join(str(error).split()).rstrip(".")

@@ -27,7 +27,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import xxhash
 
-from embed_precompute.errors import ConflictError, InputError
+from embed_precompute.errors import ConflictError, InputError, one_line
 
 log = logging.getLogger(__name__)
 DATA_EXTENSIONS = (".parquet", ".pq", ".parq")
@@ -385,8 +385,3 @@ def _footer_bytes(source: Source, file: Any, size: int) -> bytes:
 
 def _damaged_footer(source: Source, reason: str) -> InputError:
     return InputError(f"{source} has a damaged parquet footer ({reason}). Copy or write it again.")
-
-
-def one_line(error: BaseException) -> str:
-    """The error's text on one line, as every message of this program is."""
-    return " ".join(str(error).split()).rstrip(".")

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embed_precompute.captions.files import CaptionFile, one_line, open_parquet
+from embed_precompute.captions.files import CaptionFile, open_parquet
 from embed_precompute.captions.recipes import (
     BOOLEAN,
     DECIMAL,
@@ -32,7 +32,7 @@ from embed_precompute.captions.recipes import (
     Recipe,
     make_normalizer,
 )
-from embed_precompute.errors import InputError
+from embed_precompute.errors import InputError, one_line
 from embed_precompute.samples import Sample, Status
 
 BATCH_BYTES = 4 << 20

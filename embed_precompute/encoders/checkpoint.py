@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from embed_precompute.documents import canonical_json, digest_of
-from embed_precompute.errors import InputError
+from embed_precompute.errors import InputError, one_line
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -68,7 +68,7 @@ class Checkpoint:
                     str(self.folder), local_files_only=True, trust_remote_code=False
                 )
         except Exception as error:  # of many kinds
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)[:300]
             raise InputError(
                 f"{self.where}: transformers {transformers.__version__} cannot read "
                 f"{self.folder / 'config.json'} ({type(error).__name__}: {reason}). It may be "

@@ -25,7 +25,7 @@ from safetensors import safe_open
 
 from embed_precompute.encoders.checkpoint import Checkpoint, quiet_transformers
 from embed_precompute.encoders.families.base import EncoderConfig, Family
-from embed_precompute.errors import EmbedPrecomputeError, InputError
+from embed_precompute.errors import EmbedPrecomputeError, InputError, one_line
 
 log = logging.getLogger(__name__)
 GB = 1e9
@@ -127,7 +127,7 @@ def load_model(source: Source, dtype: torch.dtype | str, **hf_kwargs: Any) -> An
         except (EmbedPrecomputeError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # safetensors and transformers raise many kinds for damage
-            reason = " ".join(str(error).split())[:600]
+            reason = one_line(error)[:600]
             raise InputError(
                 f"{where}: {folder} cannot be loaded as {model_class.__name__} "
                 f"({type(error).__name__}: {reason}). Check that config.json belongs to these "

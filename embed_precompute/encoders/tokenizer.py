@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from embed_precompute.documents import digest_of
 from embed_precompute.encoders.checkpoint import quiet_transformers
-from embed_precompute.errors import InputError, InternalError
+from embed_precompute.errors import InputError, InternalError, one_line
 
 T = TypeVar("T")
 Shape = tuple[int, int]
@@ -276,7 +276,7 @@ def load_tokenizer(where: str, folder: Path, special_tokens: Sequence[str]) -> A
                 str(folder), local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # the Rust side raises plain Exception for a damaged file
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)[:300]
             advice = WHAT_IS_NEEDED
             if any(folder.glob("*.model")) and find_spec("sentencepiece") is None:
                 # transformers asks for tiktoken then, which would not help.

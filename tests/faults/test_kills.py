@@ -39,6 +39,7 @@ def test_f1_ranks_and_agents_are_killed(lab: Lab) -> None:
             finished += (job.root / "manifest.json").exists()
         code, said = job.execute(paced)
         assert code == 0, said
+        assert kills > 0
         assert all([gang.ended() for gang in gangs]), "orphans go on"
         job.assert_undisturbed()
         assert len(begun(job.folder / "begun")) - job.num_units <= allowed + 4
