@@ -65,7 +65,7 @@ INPUTS = {"files": [FILE], "text_column": "text", "id_column": "id", "limit": No
 
 SHARD_SHA256 = "beca1f3d1419c523b458158ef908d8ba261b088a79677583d9d7a71130667804"
 NULL_SHA256 = "5fed322d3272bacb123208cc35198f555aa46304d85582ae5919cab44dafb0a5"
-ROOT_FILES_SHA256 = "6d4ba32c34569ff025592ffa7e0c16c919b530dba29338314f6f40373fe7b4aa"
+ROOT_FILES_SHA256 = "9d6cf6682d6a0cf40aa8c730ab1b3b9603f638e1330c0a5e1670ec43b703593a"
 
 
 def canonical(value: Any) -> bytes:
@@ -223,7 +223,7 @@ def test_files(dataset: Path) -> None:
     files = sorted(str(p.relative_to(dataset)) for p in dataset.rglob("*") if p.is_file())
     names = (
         "id_hash id_offsets id_order ids index length_clip length_t5 ok shard shard_digest shards "
-        "status xxh3_clip xxh3_t5"
+        "status tokens_clip tokens_t5 xxh3_clip xxh3_t5"
     )
     rows = hashlib.sha256(rows_bytes(dataset)).hexdigest()[:16]
     ends = (f"{SHARD_SHA256[:16]}.safetensors", f"{rows}.rows.parquet")
@@ -275,6 +275,8 @@ def test_index(dataset: Path) -> None:
         "status": npy("|u1", "(3,)", bytes([0, 1, 0])),
         "shard": npy("<i4", "(3,)", struct.pack("<3i", 0, 0, 0)),
         "index": npy("<i4", "(3,)", struct.pack("<3i", 0, -1, 1)),
+        "tokens_clip": npy("<i4", "(3,)", struct.pack("<3i", 3, 0, 4)),
+        "tokens_t5": npy("<i4", "(3,)", struct.pack("<3i", 2, 0, 1)),
         "length_clip": npy("<i4", "(3,)", struct.pack("<3i", 1, 0, 1)),
         "length_t5": npy("<i4", "(3,)", struct.pack("<3i", 2, 0, 1)),
         "ids": npy("|u1", "(4,)", "abü".encode()),
