@@ -422,7 +422,11 @@ class EmbeddingLoader:
         elif batch_size is None:
             raise InputError("neither batch_size nor batch_sampler is given: expected one of them.")
         else:
-            order: Any = {"shuffle": shuffle is None or shuffle, "seed": seed, "ends": ends or "pad"}
+            order: Any = {
+                "shuffle": shuffle is None or shuffle,
+                "seed": seed,
+                "ends": ends or "pad",
+            }
             ranks: Any = {"rank": rank, "world_size": world_size}
             self._sampler = ResumableSampler(len(dataset), batch_size, **order, **ranks)
         self._generator = torch.Generator()
