@@ -394,8 +394,9 @@ def test_a_null_frame_rate_is_no_reason_for_a_note(
 
 
 def test_patch_size_1_cannot_train_from_cached_text(
-    tmp_path: Path, tiny_t5: Path, tiny_clip: Path, open_sora: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+    tmp_path: Path, tiny_t5: Path, tiny_clip: Path, open_sora: Any,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     added = {"buckets": [[1, 256, 256]], "spatial_compression_ratio": 32, "patch_size": 1}
     fields = {"seq_align": 4, "added_tokens": added}
     root = make(tmp_path, captions_table(), tiny_t5, tiny_clip, *RECIPE, **fields)
@@ -403,6 +404,7 @@ def test_patch_size_1_cannot_train_from_cached_text(
     assert "note: the dataset was made for a trainer of patch_size 1" in said
     assert "patch_size 1 (Open-Sora's high_compression.py) cannot use cached text" in said
     options = {"type": REGISTERED_NAME, "embeddings": str(root), "fps_max": 24}
+    monkeypatch.setattr(logging.getLogger("embed_precompute"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         open_sora.build({**options, "data_path": str(tmp_path / "captions.parquet")})
     assert "was made for a trainer of patch_size 1" in caplog.text

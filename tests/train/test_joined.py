@@ -166,8 +166,9 @@ def test_captions_that_two_folders_have(root: Path, tmp_path: Path) -> None:
 
 
 def test_missing_ids_are_named_before_training(
-    root: Path, caplog: pytest.LogCaptureFixture
+    root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("embed_precompute"), "propagate", True)
     embeddings, names = EmbeddingDataset(root), ["nope", "v", "null", "7", "x#", "y", "z"]
     said = (
         r"5 of 7 videos have no embedding: sample 'nope' is not in .*; sample 'null' has no "
