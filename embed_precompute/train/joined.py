@@ -72,10 +72,10 @@ class JoinedDataset(Dataset[dict[str, Any]]):
         if len(missing):
             why = "; ".join(_why(embeddings, ids[k]) for k in missing[:NAMED].tolist())
             said = f"{len(missing):,} of {len(ids):,} videos have no embedding: {why}"
-            said += "; ..." if len(missing) > NAMED else ""
+            said += f"; and {len(missing) - NAMED:,} more" if len(missing) > NAMED else ""
             if on_missing == "error" or not len(kept):
-                raise InputError(f"{said} Leave them out, or set on_missing='drop'.")
-            log.warning("%s They are left out.", said)
+                raise InputError(f"{said}. Leave them out, or set on_missing='drop'.")
+            log.warning("%s. They are left out.", said)
         self._videos, self._counts, self._samples = kept, counts[kept], samples
         self._starts = starts[:-1][own[kept]]
         # In shared memory: workers that live for all epochs must see a later set_epoch.
@@ -218,5 +218,5 @@ def _why(embeddings: EmbeddingDataset, sample_id: str) -> str:
     try:
         embeddings.index_of(sample_id)
     except SampleLookupError as error:
-        return str(error)
+        return str(error).rstrip(".")
     return sample_id

@@ -313,7 +313,7 @@ class GivenBatches(Sampler[list[Any]]):
         expected = self._digests.get(start.consumed, "")  # empty: another rank saved the state
         self._digests = {start.consumed: expected}
         _tell_epoch(self._batches, "sampler", start.epoch)
-        batches = iter(self._batches)
+        batches = map(list, self._batches)
         for batch in islice(batches, start.consumed):
             digest, skipped = _chained(digest, batch), skipped + 1
         if skipped < start.consumed or (expected and digest != expected):
@@ -325,7 +325,7 @@ class GivenBatches(Sampler[list[Any]]):
         for count, batch in enumerate(batches, start.consumed + 1):
             digest = self._digests[count] = _chained(digest, batch)
             self.position = Position(start.epoch, count)
-            yield list(batch)
+            yield batch
         self.position = Position(start.epoch + 1)
 
     def state_dict(self, position: Position) -> dict[str, Any]:
