@@ -172,7 +172,7 @@ def test_missing_ids_are_named_before_training(
     embeddings, names = EmbeddingDataset(root), ["nope", "v", "null", "7", "x#", "y", "z"]
     said = (
         r"5 of 7 videos have no embedding: sample 'nope' is not in .*; sample 'null' has no "
-        r"embedding: its status is null_text.*; sample 'x#' is not in .*; and 2 more\. Leave them out"
+        r"embedding: its status is null_text.*; sample 'x#' is not in .*; and 2 more\. Leave them"
     )
     videos = Videos(names)
     with pytest.raises(InputError, match=said):
