@@ -4,7 +4,7 @@ A sample of several captions (`v#0`, `v#1`, or `v#short`, `v#long`) belongs to t
 epoch takes the next of a video's captions, from a start that follows from the seed: after as many
 epochs as it has captions, each was used once.
 
-Costs: at the start one pass over the ids of all embeddings, about 1 us each. Afterwards 32 bytes a
+Costs: at the start one pass over the ids of all embeddings, 1 to 2 us each. Afterwards 32 bytes a
 video, which is also what a pickle holds.
 """
 
