@@ -105,7 +105,7 @@ def prepare(config: Config, limit: int | None = None, dist: DistContext | None =
         first = FirstCaptions(table, encoders, stored.num_rows, stored.last_row_samples)
         plan = stored
         spec, wanted = _spec(config, table, encoders), config.output.samples_per_shard
-        inputs = _inputs(config, table, limit)
+        inputs = _inputs(table, limit)
         check_same(stored, spec, inputs, None if wanted == "auto" else wanted)
     return Prepared(config, dist, root, table, encoders, plan, first)
 
@@ -228,11 +228,11 @@ def _wait_for_plan(root: Path, timeout_s: float) -> Plan | None:
     return None
 
 
-def _inputs(config: Config, table: CaptionTable, limit: int | None) -> Inputs:
+def _inputs(table: CaptionTable, limit: int | None) -> Inputs:
     return Inputs(
         files=tuple(InputFile(**asdict(file)) for file in table.files),
-        text_column=config.captions.text_column,
-        id_column=config.captions.id_column,
+        text_column=table.config.text_column,
+        id_column=table.config.id_column,
         limit=limit,
     )
 
@@ -252,7 +252,7 @@ def _make_plan(
         samples_per_shard = auto_samples_per_shard(embeddings / max(1, first.figures.encoded))
     return Plan.make(
         spec,
-        _inputs(config, table, limit),
+        _inputs(table, limit),
         samples_per_shard=samples_per_shard,
         num_rows=scan.num_rows,
         num_samples=scan.num_samples,

@@ -74,15 +74,15 @@ def test_any_error_of_a_remote_file_system_is_one_of_the_input(
 
 
 def test_a_folder_without_rows(tmp_path: Path) -> None:
-    refused(tmp_path, str(tmp_path), "holds no parquet file (0 other files were ignored)")
+    refused(tmp_path, str(tmp_path), "holds no caption table (0 other files were ignored)")
     (tmp_path / "_SUCCESS").touch()
     (tmp_path / "notes.txt").touch()
     refused(tmp_path, "(2 other files were ignored)", "Point captions.path at the folder")
-    refused(tmp_path / "*.parquet", "holds no parquet file")
+    refused(tmp_path / "*.parquet", "holds no caption table")
     none = {"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}
     for name in "ab":
         write(tmp_path / f"{name}.parquet", none)
-    refused(tmp_path, str(tmp_path), "has no rows", "2 parquet file(s)")
+    refused(tmp_path, str(tmp_path), "has no rows", "2 file(s)")
 
 
 def test_files_that_are_no_whole_parquet_file(tmp_path: Path) -> None:
