@@ -186,7 +186,7 @@ def _plan(config: Config, arguments: Any) -> int:
 
     prepared = prepare(config, arguments.limit)
     report = estimate_lines(
-        prepared.first_captions,
+        prepared.sampled,
         prepared.plan,
         prepared.root,
         config.output.dtype,
