@@ -243,7 +243,8 @@ def _histogram(sums: TokenFigures, max_length: int) -> list[str]:
     """How many captions have how many tokens, in at most 7 bars, and how many are truncated."""
     longest = max(1, *sums.whole)
     width = next(w for w in WIDTHS if w * MAX_BARS >= longest)
-    counts = {f"{w + 1} to {w + width}": 0 for w in range(0, longest, width)}
+    starts = range(0, longest, width)
+    counts = {f"{w + 1} to {min(w + width, longest)}": 0 for w in starts}
     labels = list(counts)
     for tokens, count in sums.whole.items():
         counts[labels[max(0, tokens - 1) // width]] += count
