@@ -236,6 +236,8 @@ class CaptionReader:
         self.noted: Counter[str] = Counter()
         """What was read and may surprise: captions that are empty, and rows where a column of the
         recipe is null."""
+        self.first_noted: dict[str, str] = {}
+        """Where the first of each of them is."""
         self._config = config
         self._map = row_map
         self._recipe = recipe
@@ -314,13 +316,13 @@ class CaptionReader:
         row_values: Sequence[Any],
         column: str,
     ) -> Sample:
-        text = self._text(caption, row_values, column)
+        text = self._text(row, caption, row_values, column)
         if isinstance(text, Problem):
             return Sample(sample_id, row, None, text.status, text.error)
         return Sample(sample_id, row, text)
 
     def _text(
-        self, caption: str | Problem | None, row_values: Sequence[Any], column: str
+        self, row: int, caption: str | Problem | None, row_values: Sequence[Any], column: str
     ) -> str | Problem:
         if caption is None:
             return Problem(Status.NULL_TEXT, f"column {column!r} is null")
@@ -329,7 +331,7 @@ class CaptionReader:
         if self._normalize is not None:
             caption = self._normalize(caption)
         if not caption:
-            self.noted["empty captions"] += 1
+            self._note("empty captions", row)
             if self._config.on_bad_text == "fail":
                 return Problem(Status.INVALID_TEXT, f"column {column!r} is empty")
         text = self._recipe.render(caption, row_values)
@@ -340,7 +342,7 @@ class CaptionReader:
 
     def _fields(self, first: int, batch: Any) -> Iterator[tuple[str, Sequence[Any]]]:
         """The id of each row, and the values that its recipe wants."""
-        return zip(self._ids(first, batch), self._recipe_rows(batch), strict=True)
+        return zip(self._ids(first, batch), self._recipe_rows(first, batch), strict=True)
 
     def _ids(self, first: int, batch: Any) -> list[str]:
         column = self._config.id_column
@@ -348,9 +350,14 @@ class CaptionReader:
             return list(map(str, range(first, first + len(batch))))
         return ids_of(batch.column(column), column, self._map, first)
 
-    def _recipe_rows(self, batch: Any) -> Sequence[Sequence[Any]]:
+    def _recipe_rows(self, first: int, batch: Any) -> Sequence[Sequence[Any]]:
         for name in self._recipe.columns:
             if num_nulls := batch.column(name).null_count:
-                self.noted[f"rows where {name} is null"] += num_nulls
+                row = first + first_null(batch.column(name))
+                self._note(f"rows where {name} is null", row, num_nulls)
         columns = [values(batch.column(name), name) for name in self._recipe.columns]
         return list(zip(*columns, strict=True)) if columns else [()] * len(batch)
+
+    def _note(self, what: str, row: int, count: int = 1) -> None:
+        self.noted[what] += count
+        self.first_noted.setdefault(what, self._map.place(row))

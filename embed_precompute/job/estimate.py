@@ -81,6 +81,8 @@ class Figures:
     distinct: int = 0
     noted: Counter[str] = field(default_factory=Counter)
     """Counts of unusual input: empty captions, rows where a column of the recipe is null."""
+    first_noted: dict[str, str] = field(default_factory=dict)
+    """Where the first of each of them is."""
     encoders: dict[str, TokenFigures] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
     """The first texts as they are encoded."""
@@ -121,7 +123,7 @@ class SampledCaptions:
         """Returns the figures of `max_rows` input rows (None: of all)."""
         reader = self._table.reader(self._num_rows, self._last_row_samples)
         sums = {encoder.name: TokenFigures() for encoder in self.encoders}
-        figures = Figures(noted=reader.noted, encoders=sums)
+        figures = Figures(noted=reader.noted, first_noted=reader.first_noted, encoders=sums)
         hashes: list[np.ndarray] = []
         for first, rows in sampled_runs(self._num_rows, max_rows):
             samples = reader.read(first, rows)
@@ -205,7 +207,8 @@ def estimate_lines(
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(figures.status.items()))
     duplicates = figures.encoded - figures.distinct
     lines.append(f"captions   of {basis} samples: {status}; {duplicates:,} repeat an earlier text")
-    lines += [f"{'':<10} {count:,} {what}" for what, count in sorted(figures.noted.items())]
+    for what, count in sorted(figures.noted.items()):
+        lines.append(f"{'':<10} {count:,} {what}, the first in {figures.first_noted[what]}")
     lines += example_lines(figures)
     for encoder in sampled.encoders:
         lines += _encoder_lines(encoder, figures)

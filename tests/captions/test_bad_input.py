@@ -12,7 +12,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 from caption_case import opened, samples_of, utf8, write
-from jobs import call, run_code, write_captions, write_job
+from jobs import call, expect, run_code, write_captions, write_job
 
 from embed_precompute.captions.recipes import OpenSoraRecipe, TemplateRecipe
 from embed_precompute.errors import EXIT_USAGE, InputError
@@ -350,4 +350,13 @@ def test_the_plan_counts_what_may_surprise(tmp_path: Path, tiny_clip: Path) -> N
     code, said, _ = call("plan", str(job), "--captions.recipe.kind", "opensora")
     assert code == 0
     assert "ok 4; 0 repeat an earlier text\n" in said
-    assert "\n           2 empty captions\n           2 rows where fps is null\n" in said
+    place = f"the first in {tmp_path / 'a.parquet'}, row 1 "
+    assert f"2 empty captions, {place}" in said
+    assert f"2 rows where fps is null, {place}" in said
+    words = ("--captions.recipe.kind", "opensora", "--output.samples_per_shard", "1")
+    code, summary, log = call("run", str(job), *words)
+    assert code == 0
+    assert "\n  2 empty captions\n  2 rows where fps is null\n" in summary
+    assert f"{tmp_path / 'a.parquet'}, row " in log
+    assert log.count("the first of the empty captions that this rank reads") == 1
+    assert "\n  2 empty captions\n" in expect(0, "info", tmp_path / "out")
