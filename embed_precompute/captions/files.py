@@ -2,7 +2,7 @@
 
 Guarantees: the same files in the same (bytewise) order wherever the folder is mounted; a file that
 is missing, truncated, not of its format or changed since it was planned is an error that names it;
-the files of a dataset of ours are never taken for captions.
+the files of a dataset or an export of ours are never taken for captions.
 Costs: one walk over the folders, then each file is read once for its digest, in a thread pool;
 opening a parquet file again reads its footer only. No page of a column is decoded here.
 """
@@ -256,7 +256,7 @@ def _cannot_list(path: str, error: Exception) -> NoReturn:
 
 def _walk(search: _Search) -> Iterator[tuple[str, ...]]:
     """Files below the root, by the parts of their relative path; linked folders are followed, each
-    real folder once; folders that hold a dataset of ours are left out."""
+    real folder once; folders that hold a dataset or an export of ours are left out."""
     top = os.path.realpath(search.root)
     seen: set[str] = set()
     waiting: list[tuple[str, ...]] = [()]
@@ -271,8 +271,13 @@ def _walk(search: _Search) -> Iterator[tuple[str, ...]]:
                 continue
             seen.add(real)
         folders, files = _listed(search, location)
-        if "plan.json" in files and "shards" in folders:
-            log.warning("captions.path: %s holds a dataset of ours and is skipped.", location)
+        ours = None
+        if "shards" in folders and {"plan.json", "manifest.json"} & set(files):
+            ours = "a dataset"
+        elif {"source.json", "null_t5.pt"} <= set(files):
+            ours = "an export"
+        if ours is not None:
+            log.warning("captions.path: %s holds %s of ours and is skipped.", location, ours)
             continue
         below = [(*parts, name) for name in sorted(folders, reverse=True)]
         waiting += [folder for folder in below if search.enters(folder)]

@@ -143,6 +143,13 @@ def test_datasets_of_ours_are_skipped_and_named(
     (old / "plan.json").write_text("{}")
     assert paths(tmp_path / "data") == ["a.parquet"]
     assert f"{old} holds a dataset of ours" in caplog.text
+    (old / "plan.json").rename(old / "manifest.json")  # a dataset that lost its plan
+    export = tmp_path / "data" / "exported"
+    write(export / "table.parquet", rows(2))
+    for name in ("source.json", "null_t5.pt"):
+        (export / name).touch()
+    assert paths(tmp_path / "data") == ["a.parquet"]
+    assert f"{export} holds an export of ours" in caplog.text
     assert paths(tmp_path / "**" / "*.parquet") == ["data/a.parquet"]
     with pytest.raises(InputError, match="holds no caption table"):
         opened(old)
