@@ -228,7 +228,7 @@ def _records(lines: Iterator[str], delimiter: str, name: str) -> Iterator[list[s
                 width = width or len(record)
                 if len(record) != width:
                     raise InputError(
-                        f"{name}, line {line} has {len(record)} fields: expected {width}, as in "
+                        f"{name}, line {line} has {len(record)} field(s): expected {width}, as in "
                         "the header. Mend the line. A field with a delimiter or a line break in it "
                         "stands in quotes."
                     )

@@ -136,8 +136,8 @@ def test_bad_utf8_is_a_status_as_in_parquet(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ("", "a.csv is empty: expected a first line with the names of the columns"),
-        ("id,text\na,x\nb\n", "a.csv, line 3 has 1 fields: expected 2, as in the header"),
-        ('id,text\na,"x\ny"\nb,y,z\n', "a.csv, line 4 has 3 fields: expected 2"),
+        ("id,text\na,x\nb\n", "a.csv, line 3 has 1 field(s): expected 2, as in the header"),
+        ('id,text\na,"x\ny"\nb,y,z\n', "a.csv, line 4 has 3 field(s): expected 2"),
         ('id,text\na,x\nb,"y\nc,z\n', "a.csv, line 3 is not CSV"),
         ('id,text\na,"x"y\n', "a.csv, line 2 is not CSV"),
         ("id,text,text\na,x,y\n", "a.csv has 2 columns named 'text': expected one"),
