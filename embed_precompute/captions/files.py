@@ -31,8 +31,7 @@ from embed_precompute.captions.text_tables import DELIMITERS, TextIndex, TextRow
 from embed_precompute.errors import ConflictError, InputError, one_line
 
 log = logging.getLogger(__name__)
-PARQUET_EXTENSIONS = (".parquet", ".pq", ".parq")
-DATA_EXTENSIONS = (*PARQUET_EXTENSIONS, *DELIMITERS)
+DATA_EXTENSIONS = (".parquet", ".pq", ".parq", *DELIMITERS)
 FOOTER_THREADS = 16
 CONTENT_PIECE = 4 << 20
 MAGIC = b"PAR1"

@@ -62,10 +62,10 @@ class TextIndex:
     types: dict[str, Any]
     """Arrow type of each column, in order; `null` where all values are null."""
     nullable: frozenset[str]
-    """Columns that hold a null."""
+    """Columns that hold a null; of CSV, columns of numbers only."""
     odd: dict[str, tuple[int, str]]
-    """Column -> (row, value) of the first value that is no number; of JSON: that makes the column
-    one of several types, or of a type that captions have no use for."""
+    """Column -> (row, value): in CSV the first value that is no number; in JSON the first one that
+    has another type than those before, or a type that captions have no use for."""
     row_starts: np.ndarray[Any, np.dtype[np.int64]]
     """[groups + 1] first row of each group of rows."""
     offsets: np.ndarray[Any, np.dtype[np.int64]]

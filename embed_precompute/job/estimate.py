@@ -145,7 +145,7 @@ def sampled_runs(num_rows: int, max_rows: int | None) -> Iterator[tuple[int, int
     """(first row, rows) of each run of input rows to look at, in ascending order.
 
     100 runs, each in the middle of a hundredth of the table, so that a table that is sorted by
-    length or by source counts as it is. At most 100 row groups are decoded.
+    length or by source counts as it is. A run lies in one row group, or in two.
     """
     if max_rows is None or max_rows >= num_rows:
         for first in range(0, num_rows, PIECE_ROWS):
@@ -154,8 +154,7 @@ def sampled_runs(num_rows: int, max_rows: int | None) -> Iterator[tuple[int, int
     runs = min(RUNS, max_rows)
     for i in range(runs):
         start, end = num_rows * i // runs, num_rows * (i + 1) // runs
-        rows = max_rows * (i + 1) // runs - max_rows * i // runs
-        rows = min(rows, end - start)
+        rows = min(end - start, max_rows * (i + 1) // runs - max_rows * i // runs)
         yield start + (end - start - rows) // 2, rows
 
 
@@ -182,7 +181,8 @@ def example_lines(figures: Figures) -> list[str]:
 def tokenizer_line(encoder: ResolvedEncoder, figures: Figures) -> tuple[str, bool]:
     """The report's line on the tokenizer, and whether the tokenizer seems to be another model's."""
     ratio = figures.encoders[encoder.name].characters_per_token
-    line = f"{encoder.opened.tokenizer.name}, {ratio:.1f} characters per token"
+    known = f"{ratio:.1f} characters per token" if ratio < math.inf else "all captions are cut"
+    line = f"{encoder.opened.tokenizer.name}, {known}"
     suspicious = ratio < FEW_CHARACTERS
     if suspicious:
         line += (
