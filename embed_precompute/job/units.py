@@ -35,6 +35,10 @@ class Unit:
     """True in the sweep (see `Claims`): another rank may be computing the same unit."""
     noted: dict[str, int] = field(default_factory=dict)
     """What of its rows may surprise: see `CaptionReader.noted`."""
+    began: float = 0.0
+    """When its first forward was begun, on the clock time.monotonic."""
+    abandoned: bool = False
+    """True if another rank committed the unit meanwhile: what was encoded is dropped."""
     failures: dict[int, tuple[Status, str]] = field(default_factory=dict)
     """Stored row that is dropped because its embedding holds inf or nan -> its status and error."""
 
