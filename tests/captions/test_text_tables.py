@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 import xxhash
 from caption_case import opened, samples_of, write
+from jobs import expect, write_job
 
 from embed_precompute.captions import text_tables
 from embed_precompute.captions.recipes import OpenSoraRecipe, TemplateRecipe
@@ -284,3 +285,23 @@ def test_a_name_says_the_format(tmp_path: Path) -> None:
         opened(tmp_path / "a.csv.gz")
     with pytest.raises(InputError, match="holds no caption table"):
         opened(tmp_path)
+
+
+def test_the_format_changes_no_byte_of_the_dataset(tmp_path: Path, tiny_clip: Path) -> None:
+    """Shards and rows parts are named by their content."""
+    texts = [f'scene {i},\n"take" {i % 3}' for i in range(25)]
+    table = pd.DataFrame({"id": [f"s{i}" for i in range(25)], "text": texts})
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
+    table.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    table.to_parquet(tmp_path / "a.parquet")
+    names = []
+    for file in ("a.parquet", "a.csv", "a.tsv", "a.jsonl"):
+        folder = tmp_path / file.replace(".", "-")
+        folder.mkdir()
+        expect(0, "run", write_job(folder, tmp_path / file, None, tiny_clip))
+        expect(0, "verify", folder / "out")
+        shards = folder / "out" / "shards"
+        names.append({path.name for path in shards.glob("*/*") if path.suffix != ".json"})
+    assert len(names[0]) == 6
+    assert all(each == names[0] for each in names)
