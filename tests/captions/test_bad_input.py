@@ -350,7 +350,7 @@ def test_the_plan_counts_what_may_surprise(tmp_path: Path, tiny_clip: Path) -> N
     code, said, _ = call("plan", str(job), "--captions.recipe.kind", "opensora")
     assert code == 0
     assert "ok 4; 0 repeat an earlier text\n" in said
-    place = f"the first in {tmp_path / 'a.parquet'}, row 1 "
+    place = f"such as {tmp_path / 'a.parquet'}, row 1 "
     assert f"2 empty captions, {place}" in said
     assert f"2 rows where fps is null, {place}" in said
     words = ("--captions.recipe.kind", "opensora", "--output.samples_per_shard", "1")
