@@ -14,6 +14,7 @@ Imports torch and numpy; pyarrow only for texts and columns of the manifest, and
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import os
 from bisect import bisect_right
@@ -37,6 +38,7 @@ from embed_precompute.store.index import (
     TensorEntry,
     read_manifest,
 )
+from embed_precompute.store.plan import read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
     StoredTensor,
@@ -50,6 +52,8 @@ AnyPath = str | os.PathLike[str]
 TOKEN_MASK = "_token_mask"
 """text_<name> + this: which vectors of a sequence are of real tokens."""
 IDS_AT_ONCE = 65_536
+NAMED_CAPTIONS = 8
+"""Captions of a list that a message names."""
 
 
 class SampleLookupError(InputError, KeyError):
@@ -101,9 +105,18 @@ class _Folder:
         except ValueError as error:
             raise self.damaged(f"the id of sample {sample} is not UTF-8 ({error})") from error
 
+    def ok(self) -> Array:
+        """The numbers of the samples whose status is ok, checked; [num_ok]."""
+        found = self.index.ok
+        if len(found) and not (found[0] >= 0 and found[-1] < self.index.num_samples):
+            raise self.damaged(f"ok.npy holds {found[0]} to {found[-1]}")
+        if (found[1:] <= found[:-1]).any():
+            raise self.damaged("ok.npy does not rise")
+        return found
+
     def ids(self) -> Iterator[str]:
         """The ids of the samples whose status is ok, some thousand at a time: 0.3 us each."""
-        ok, offsets = self.index.ok, self.index.arrays["id_offsets"]
+        ok, offsets = self.ok(), self.index.arrays["id_offsets"]
         for begin in range(0, len(ok), IDS_AT_ONCE):
             samples = ok[begin : begin + IDS_AT_ONCE]
             bounds = offsets[samples[0] : samples[-1] + 2]
@@ -111,6 +124,12 @@ class _Folder:
             bounds, own = bounds - bounds[0], samples - samples[0]
             for start, end in zip(bounds[own].tolist(), bounds[own + 1].tolist(), strict=True):
                 yield raw[start:end].decode()
+
+    @functools.cached_property
+    def caption_names(self) -> Sequence[str]:
+        """What follows the `#` in the ids of a row with several captions; of a list the first."""
+        column = read_plan(self.root).inputs.text_column
+        return list(map(str, range(NAMED_CAPTIONS))) if isinstance(column, str) else column
 
     def damaged(self, found: object) -> VerificationError:
         return VerificationError(
@@ -219,8 +238,8 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         """An array of the index for the samples whose status is ok, of all folders; read-only."""
         parts = []
         for folder in self._folders:
-            values, ok = folder.index.arrays[name], folder.index.ok
-            parts.append(values if len(ok) == len(values) else values[ok])
+            values = folder.index.arrays[name]
+            parts.append(values if folder.num_ok == len(values) else values[folder.ok()])
         found = parts[0] if len(parts) == 1 else np.concatenate(parts)
         found.flags.writeable = False
         return found
@@ -306,7 +325,20 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
                 f"`embed-precompute info {folder.root} --id {sample_id}` says why."
             )
         where = ", ".join(map(str, self.roots))
-        raise SampleLookupError(failed or f"sample {sample_id!r} is not in {where}.")
+        raise SampleLookupError(
+            failed or f"sample {sample_id!r} is not in {where}.{self._captions_of(sample_id)}"
+        )
+
+    def _captions_of(self, row_id: str) -> str:
+        """A hint, where the id is that of a row with several captions."""
+        found: list[str] = []
+        with contextlib.suppress(UnicodeEncodeError):
+            for folder in self._folders:
+                for name in folder.caption_names:
+                    if folder.index.find(f"{row_id}#{name}") is None:
+                        break
+                    found.append(f"{row_id}#{name}")
+        return f" It has a sample for each caption of the row: {', '.join(found)}." if found else ""
 
     def encoded_text(self, i: int) -> str:
         """The text that was encoded for sample `i`: its caption after normalisation and recipe."""

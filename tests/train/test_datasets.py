@@ -421,6 +421,11 @@ def test_damaged_index_does_not_end_a_loop(own_root: Path, name: str, value: int
     for verify in ("never", "rows"):
         with pytest.raises(VerificationError):
             list(EmbeddingDataset(own_root, verify))  # type: ignore[arg-type]
+    if name == "ok":
+        with pytest.raises(VerificationError, match=r"ok\.npy does not rise"):
+            list(EmbeddingDataset(own_root).ids)
+        with pytest.raises(VerificationError, match=r"ok\.npy does not rise"):
+            _ = EmbeddingDataset(own_root).tokens
 
 
 def test_row_of_another_length_is_found(own_root: Path) -> None:
