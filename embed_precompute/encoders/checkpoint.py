@@ -209,7 +209,7 @@ def _snapshot(where: str, repo_id: str, revision: str | None, need: Need) -> Pat
         raise InputError(
             f"{where} is {repo_id!r}: there is no such folder, and the hub gives nothing under "
             f"that id (revision {revision or 'main'}; {type(error).__name__}: {reason}). Check the "
-            "name, or download it where there is a network and give its folder."
+            f"name, or run where there is a network: {FETCH}"
         ) from error
 
 
@@ -244,12 +244,12 @@ def _weight_files(where: str, folder: Path, need: Need) -> list[Path]:
     if pickles:
         raise InputError(
             f"{where}: {folder} holds only pickled weights ({', '.join(pickles)}): expected "
-            f"{WEIGHTS}. Convert them once, and run this command again: {FETCH}"
+            f"{WEIGHTS}. Convert them once: {FETCH}"
         )
     raise InputError(
         f"{where}: {folder} holds no weights: expected {WEIGHTS}, or {WEIGHTS_INDEX} and its "
-        "files. Copy or download the whole checkpoint; for rows, tokens and bytes without weights "
-        f"there is plan --no-weights, and what the hub has is brought here by: {FETCH}"
+        "files. Copy the whole checkpoint, or name a hub id. plan --no-weights gives rows, tokens "
+        f"and bytes without weights. What the hub has comes here by: {FETCH}"
     )
 
 

@@ -1,9 +1,9 @@
 """`fetch`: encoders of a configuration as safetensors, in the dtype that is computed in.
 
 Guarantees: a copy has the encoder's weights alone, config and tokenizer, and the digest of what it
-was made from, so the same fingerprint. It appears whole or not at all: it is written under another
-name and renamed. `run` and `plan` with the same pretrained, revision, kind and dtype find the copy
-and ask no hub.
+was made from, so the same fingerprint. It has been loaded once, as `run` loads it. It appears whole
+or not at all: it is written under another name and renamed. `run` and `plan` with the same
+pretrained, revision, kind and dtype find the copy and ask no hub.
 Costs: reads the checkpoint once. The memory is a few blocks for each thread; the pages of a pickle
 are mapped from its file. A pickle of before torch 1.6 cannot be mapped: it is loaded whole.
 
@@ -109,8 +109,7 @@ def _fetch(
         small = [path for path in small if not path.name.endswith((".index.json", ORIGIN))]
         for path in small:
             shutil.copyfile(path, folder / path.name)
-        # What `run` would refuse is refused before it is published.
-        open_encoder(name, replace(options, pretrained=str(folder), revision=None))
+        _check(name, options, folder, checkpoint.folder)
         if state_of(checkpoint.folder) != state:
             raise InputError(f"{checkpoint.folder} changed while it was read. Run fetch again.")
         sources = {path.name: _sha256(path) for path in sorted({*checkpoint.files, *small})}
@@ -119,6 +118,20 @@ def _fetch(
         (folder / ORIGIN).write_bytes(canonical_json(document) + b"\n")
         _publish(folder, target)
     yield f"{name}: {len(written)} weights: {target}"
+
+
+def _check(name: str, options: EncoderConfig, folder: Path, source: Path) -> None:
+    """Refuse what `run` would refuse: the copy is opened and loaded, which maps its weights."""
+    import torch
+
+    from embed_precompute.encoders.loading import Source, load_model
+
+    try:
+        opened = open_encoder(name, replace(options, pretrained=str(folder), revision=None))
+        source_of_model = Source(opened.checkpoint, FAMILIES[options.kind], options)
+        load_model(source_of_model, getattr(torch, options.dtype))
+    except InputError as error:
+        raise InputError(str(error).replace(str(folder), str(source))) from error
 
 
 # --- the weights ----------------------------------------------------------------------------------
@@ -237,10 +250,11 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
     A living process holds a lock on its folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f"{TEMPORARY}{target.name}-*"):
+    prefix = f"{TEMPORARY}{target.name}-"
+    for left in (each for each in target.parent.iterdir() if each.name.startswith(prefix)):
         with contextlib.suppress(OSError), _lock(left):
             shutil.rmtree(left, ignore_errors=True)
-    folder = target.with_name(f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}")
+    folder = target.with_name(prefix + secrets.token_hex(4))
     folder.mkdir()
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)

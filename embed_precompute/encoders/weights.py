@@ -236,7 +236,12 @@ def _hashes(path: Path, weights: Sequence[StoredWeight]) -> dict[str, str]:
     if _entry(path, weights) != entry:
         raise InputError(f"{path} changed while it was read. Run again when it is complete.")
     hashed = {weight.name: each for weight, each in zip(weights, sums, strict=True)}
-    remember(path, weights, hashed)
+    with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=entry.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(canonical_json({"sha256": hashed, "digest": digest_of(hashed)}))
+        os.replace(temporary, entry)
     return hashed
 
 
@@ -250,17 +255,6 @@ def _sha256(weight: StoredWeight) -> str:
     for block in weight.blocks():
         digest.update(block.data)
     return digest.hexdigest()
-
-
-def remember(path: Path, weights: Sequence[StoredWeight], hashed: Mapping[str, str]) -> None:
-    """Keep the hashes of a file's weights; a cache that cannot be written only costs time."""
-    with contextlib.suppress(OSError):
-        entry = _entry(path, weights)
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=entry.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(canonical_json({"sha256": hashed, "digest": digest_of(hashed)}))
-        os.replace(temporary, entry)
 
 
 def _entry(path: Path, weights: Sequence[StoredWeight]) -> Path:

@@ -235,6 +235,24 @@ def test_pickles_that_are_not_weights(
     assert "holds no weights" in expect(2, "fetch", job)
 
 
+def test_a_checkpoint_that_run_would_refuse(tmp_path: Path, tiny_t5: Path, home: Path) -> None:
+    folder = as_pickle(tiny_t5, tmp_path / "t5")
+    job = write_job(tmp_path, tmp_path, folder, None)
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    lacking = {key: value for key, value in tensors.items() if key != name}
+    for held, words in ((lacking, name), (tensors, "tokenizer")):
+        torch.save(held, folder / "pytorch_model.bin")
+        if words == "tokenizer":
+            (folder / "tokenizer.json").unlink()
+        said = expect(2, "fetch", job).splitlines()[-1]
+        assert said.startswith("embed-precompute: error: encoders.t5.pretrained")
+        assert words in said
+        assert str(folder) in said
+        assert ".fetch-" not in said
+    assert list(home.iterdir()) == []
+
+
 def test_too_little_space(
     tmp_path: Path, tiny_t5: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,22 +161,29 @@ class Decoder(Family[DecoderOptions]):
 
     def config_values(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Releases of transformers name rotary embeddings and sliding windows differently."""
+        import transformers
+
         config = checkpoint.text_config
-        rope = getattr(config, "rope_parameters", None)
-        if rope is None:
-            rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
+        if transformers.__version__.startswith("4."):  # it would ignore rope_parameters
+            scaling = getattr(config, "rope_scaling", None)
+            rope = {"rope_theta": config.rope_theta, **(scaling or {})}
+        else:
+            rope = config.rope_parameters
         rope = {"rope_type": "default", **rope}
         rope.pop("type", None)  # the old name of rope_type
         window = getattr(config, "sliding_window", None)
         if not getattr(config, "use_sliding_window", True):
             window = None
-        sliding = ("max_window_layers", "layer_types") if window is not None else ()
+        windows = getattr(config, "layer_types", None) or [
+            "sliding_attention" if layer >= getattr(config, "max_window_layers", 0) else ""
+            for layer in range(config.num_hidden_layers)
+        ]
         return {
             **super().config_values(checkpoint),
             "head_dim": self.sizes(checkpoint).inner // config.num_attention_heads,
             "rope": rope,
             "sliding_window": window,
-            **{key: getattr(config, key, None) for key in sliding},
+            "sliding": window and [each == "sliding_attention" for each in windows],
         }
 
     def adapt(self, model: Any, options: DecoderOptions) -> None:
