@@ -96,7 +96,7 @@ def open_checkpoint(
     another kind of model, no weights of the form that is needed.
     """
     folder = None
-    if need == "weights" and dtype is not None:
+    if need != "convertible" and dtype is not None:
         folder = find_fetched(origin_of(pretrained, revision, kind, dtype))
     if folder is None:
         folder = locate(where, pretrained, revision, need)
@@ -248,8 +248,8 @@ def _weight_files(where: str, folder: Path, need: Need) -> list[Path]:
         )
     raise InputError(
         f"{where}: {folder} holds no weights: expected {WEIGHTS}, or {WEIGHTS_INDEX} and its "
-        "files. Copy the whole checkpoint, or name a hub id. plan --no-weights gives rows, tokens "
-        f"and bytes without weights. What the hub has comes here by: {FETCH}"
+        "files. Copy the whole checkpoint there, or name a hub id and bring it here once: "
+        f"{FETCH}. For rows, tokens and bytes without weights there is plan --no-weights."
     )
 
 

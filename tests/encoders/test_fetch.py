@@ -112,6 +112,7 @@ def test_a_snapshot_of_the_hub(
     assert len(origin["sha256"]["pytorch_model-1.bin"]) == 64
     shutil.rmtree(tmp_path / "hub")
     found = fingerprint(job)
+    assert "without weights" in expect(0, "plan", job, "--no-weights")
     edit(job, "encoders.t5", pretrained=str(tiny_t5))
     assert fingerprint(job) == found
     edit(job, "encoders.t5", pretrained="owner/tiny", revision="another")
