@@ -136,15 +136,21 @@ def find_fetched(origin: Mapping[str, str], folder: Path | None = None) -> Path 
     A copy of a folder whose files have changed since is none.
     """
     folder = folder or fetched_folder(origin)
+    found, source = read_origin(folder), Path(origin["pretrained"])
+    if found is None or not found.items() >= origin.items():
+        return None
+    if source.is_absolute() and source.is_dir() and found.get("state") != state_of(source):
+        return None
+    return folder
+
+
+def read_origin(folder: Path) -> dict[str, Any] | None:
+    """What a copy was made from; None: `fetch` did not make this folder."""
     try:
         found = json.loads((folder / ORIGIN).read_bytes())
-        same = {key: found[key] for key in origin} == dict(origin)
-        source = Path(origin["pretrained"])
-        if source.is_absolute() and source.is_dir():
-            same = same and found["state"] == state_of(source)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
-    return folder if same else None
+    return found if isinstance(found, dict) else None
 
 
 def state_of(folder: Path) -> dict[str, list[int]]:

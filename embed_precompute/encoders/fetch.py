@@ -39,6 +39,7 @@ from embed_precompute.encoders.checkpoint import (
     find_fetched,
     open_checkpoint,
     origin_of,
+    read_origin,
     state_of,
 )
 from embed_precompute.encoders.families import FAMILIES
@@ -50,6 +51,7 @@ from embed_precompute.encoders.weights import (
     StoredWeight,
     digest_of_values,
     num_threads,
+    remember,
     stored_weights,
     target_code,
 )
@@ -73,8 +75,12 @@ def fetch(encoders: Mapping[str, EncoderConfig], output: Path | None = None) -> 
         if find_fetched(origin, target) is not None:
             yield f"{name}: already there: {target}"
             continue
-        if target.exists() and not (target / ORIGIN).is_file():
-            raise InputError(f"{target} exists, and fetch did not make it. Choose another folder.")
+        found = read_origin(target)
+        if target.exists() and (found is None or not found.items() >= origin.items()):
+            raise InputError(
+                f"{target} exists, and is no copy of {options.pretrained} in {options.dtype}. "
+                "Choose another folder."
+            )
         yield from _fetch(name, options, origin, target)
 
 
@@ -109,7 +115,7 @@ def _fetch(
         small = [path for path in small if not path.name.endswith((".index.json", ORIGIN))]
         for path in small:
             shutil.copyfile(path, folder / path.name)
-        _check(name, options, folder, checkpoint.folder)
+        copy = _check(name, options, folder, checkpoint.folder)
         if state_of(checkpoint.folder) != state:
             raise InputError(f"{checkpoint.folder} changed while it was read. Run fetch again.")
         sources = {path.name: _sha256(path) for path in sorted({*checkpoint.files, *small})}
@@ -117,19 +123,24 @@ def _fetch(
         document = {**origin, "commit": commit, "state": state, "sha256": sources}
         (folder / ORIGIN).write_bytes(canonical_json(document) + b"\n")
         _publish(folder, target)
+    # The ranks of a job need not all hash what was hashed just now.
+    path = target / WEIGHTS
+    kept = stored_weights(replace(copy, files=(path,)), family, options, options.dtype)
+    remember(path, kept, hashed)
     yield f"{name}: {len(written)} weights: {target}"
 
 
-def _check(name: str, options: EncoderConfig, folder: Path, source: Path) -> None:
-    """Refuse what `run` would refuse: the copy is opened and loaded, which maps its weights."""
+def _check(name: str, options: EncoderConfig, folder: Path, source: Path) -> Checkpoint:
+    """Open the copy in `folder` and load it, which maps its weights. Raises what `run` would."""
     import torch
 
     from embed_precompute.encoders.loading import Source, load_model
 
     try:
         opened = open_encoder(name, replace(options, pretrained=str(folder), revision=None))
-        source_of_model = Source(opened.checkpoint, FAMILIES[options.kind], options)
-        load_model(source_of_model, getattr(torch, options.dtype))
+        model_source = Source(opened.checkpoint, FAMILIES[options.kind], options)
+        load_model(model_source, getattr(torch, options.dtype))
+        return opened.checkpoint
     except InputError as error:
         raise InputError(str(error).replace(str(folder), str(source))) from error
 

@@ -236,13 +236,20 @@ def _hashes(path: Path, weights: Sequence[StoredWeight]) -> dict[str, str]:
     if _entry(path, weights) != entry:
         raise InputError(f"{path} changed while it was read. Run again when it is complete.")
     hashed = {weight.name: each for weight, each in zip(weights, sums, strict=True)}
+    remember(path, weights, hashed)
+    return hashed
+
+
+def remember(path: Path, weights: Sequence[StoredWeight], hashed: Mapping[str, str]) -> None:
+    """Keep name -> sha256 of the values of `weights`, which are all in this file."""
+    held = {weight.name: hashed[weight.name] for weight in weights}
     with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+        entry = _entry(path, weights)
         entry.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=entry.parent)
         with os.fdopen(handle, "wb") as file:
-            file.write(canonical_json({"sha256": hashed, "digest": digest_of(hashed)}))
+            file.write(canonical_json({"sha256": held, "digest": digest_of(held)}))
         os.replace(temporary, entry)
-    return hashed
 
 
 def num_threads() -> int:
