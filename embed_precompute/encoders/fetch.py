@@ -124,9 +124,9 @@ def _fetch(
         (folder / ORIGIN).write_bytes(canonical_json(document) + b"\n")
         _publish(folder, target)
     # The ranks of a job need not all hash what was hashed just now.
-    path = target / WEIGHTS
-    kept = stored_weights(replace(copy, files=(path,)), family, options, options.dtype)
-    remember(path, kept, hashed)
+    copy = replace(copy, folder=target, files=(target / WEIGHTS,))
+    kept = stored_weights(copy, family, options, options.dtype)
+    remember(target / WEIGHTS, kept, hashed)
     yield f"{name}: {len(written)} weights: {target}"
 
 

@@ -31,8 +31,6 @@ from embed_precompute.errors import EmbedPrecomputeError, InputError, one_line
 
 log = logging.getLogger(__name__)
 GB = 1e9
-OUR_ARGUMENTS = {"attn_implementation"}
-"""Arguments of transformers' from_pretrained that leave it to us to read the weights."""
 ALIGNMENT = 64
 """A weight begins at a multiple of this in memory. Where it lies decides how a product is summed,
 and so the last bits: copies of a checkpoint have their weights at different places in their files,
@@ -99,8 +97,8 @@ def load_model(source: Source, dtype: torch.dtype | str, **hf_kwargs: Any) -> An
     with quiet_transformers():
         try:
             state = None
-            known = isinstance(dtype, torch.dtype) and name_of(dtype) in CODES
-            if isinstance(dtype, torch.dtype) and known and hf_kwargs.keys() <= OUR_ARGUMENTS:
+            plain = hf_kwargs.keys() <= {"attn_implementation"}
+            if plain and isinstance(dtype, torch.dtype) and name_of(dtype) in CODES:
                 state = read_weights(source, dtype)
             if state is not None or changes:
                 config = model_class.config_class.from_pretrained(folder, local_files_only=True)
