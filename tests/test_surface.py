@@ -115,6 +115,7 @@ def test_exit_codes_are_frozen() -> None:
     [
         ("import embed_precompute.cli.main as cli; cli.main(['run', '--help'])", "torch numpy"),
         ("import embed_precompute.store.plan, embed_precompute.store.index", "torch"),
+        ("import embed_precompute.encoders.resolve", "torch"),
     ],
 )
 def test_help_and_listings_bring_no_heavy_library(code: str, heavy: str) -> None:

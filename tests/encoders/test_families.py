@@ -207,7 +207,7 @@ def test_a_fetched_copy_gives_the_same_bits(
             continue
         encoder = built(case, folder_of(case), dtype, **fields)
         copy = built(case, tmp_path / dtype / "enc", dtype, **fields)
-        expected, found = encode(encoder, texts), encode(copy, texts)
+        expected, found = encode(encoder, texts[:6]), encode(copy, texts[:6])
         for suffix, rows in expected.items():
             assert all(map(torch.equal, rows, found[suffix]))
 
@@ -244,7 +244,7 @@ def others(value: Any) -> list[Any]:
     if isinstance(value, bool) or value is None:
         return [not value]
     if isinstance(value, int):
-        return [value + 1, 2 * value]
+        return [2 * value or 1]
     if isinstance(value, float):
         return [1.5 * value + 1e-3]
     activations = ("relu", "gelu", "silu", "gated-gelu", "quick_gelu")
