@@ -75,20 +75,30 @@ class Prepared:
     sampled: SampledCaptions
 
 
-def prepare(config: Config, limit: int | None = None, dist: DistContext | None = None) -> Prepared:
+def prepare(
+    config: Config,
+    limit: int | None = None,
+    dist: DistContext | None = None,
+    *,
+    with_weights: bool = True,
+) -> Prepared:
     """Check everything and find the plan: the stored one, rank 0's, or one made here.
 
     Nothing is written. Rank 0, or a process without peers, makes the plan at once. Another rank
     waits for rank 0's plan, at most `runtime.plan_timeout_s`. If the plan does not come, the rank
-    makes it itself; the result is the same.
+    makes it itself; the result is the same. Without weights the plan has neither a fingerprint nor
+    an id that mean anything, so it is never compared with the stored one.
     """
     dist = dist or DistContext()
     root = output_folder(config)
     refuse_output_inside(config.captions.path, root)
     columns = [options.integer_column for options in config.encoders.values()]
     table = CaptionTable.open(config.captions, [name for name in columns if name is not None])
-    opened = [open_encoder(name, config.encoders[name]) for name in sorted(config.encoders)]
-    stored = _stored_plan(root)
+    opened = [
+        open_encoder(name, config.encoders[name], with_weights=with_weights)
+        for name in sorted(config.encoders)
+    ]
+    stored = _stored_plan(root) if with_weights else None
     if stored is None and not dist.is_main:
         stored = _wait_for_plan(root, config.runtime.plan_timeout_s)
     if stored is None:
