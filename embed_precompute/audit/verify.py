@@ -33,8 +33,8 @@ from embed_precompute.store.check import (
     in_order,
 )
 from embed_precompute.store.commit import QUARANTINE, TEMP_PREFIX
-from embed_precompute.store.index import index_dtypes
-from embed_precompute.store.manifest import MANIFEST, TABLE, DerivedCheck
+from embed_precompute.store.index import TABLE, index_dtypes
+from embed_precompute.store.manifest import MANIFEST, DerivedCheck
 from embed_precompute.store.plan import PLAN_FILE, Plan, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,

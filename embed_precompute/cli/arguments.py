@@ -66,6 +66,7 @@ def command_parser() -> argparse.ArgumentParser:
     info = _folder_command(commands, "info", "what a dataset holds")
     one = info.add_mutually_exclusive_group()
     one.add_argument("--id", metavar="SAMPLE_ID", help="one sample: text, tokens, place, norms")
+    one.add_argument("--all", action="store_true", help="the whole specification too")
     one.add_argument("--similar", metavar="SAMPLE_ID", help="the captions nearest to a sample's")
     info.add_argument(
         "--top",

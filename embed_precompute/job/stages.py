@@ -8,7 +8,6 @@ units and `write_queue_batches` encoded batches, on a GPU up to `IN_FLIGHT` more
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 import threading
@@ -24,12 +23,13 @@ import numpy as np
 from embed_precompute.encoders.encoder import Embeddings, PendingOutput, TextEncoder
 from embed_precompute.errors import IncompleteError
 from embed_precompute.job.claims import Claims, Committed
+from embed_precompute.job.metrics import UnitLog
 from embed_precompute.job.prepare import Prepared
 from embed_precompute.job.signals import StopRequest
 from embed_precompute.job.units import Unit, read_unit
 from embed_precompute.job.writer import UnitWriter
 from embed_precompute.samples import count_failed
-from embed_precompute.store.records import NULL_UNIT, Record, committed_units, read_record
+from embed_precompute.store.records import NULL_UNIT, committed_units, read_record
 
 log = logging.getLogger(__name__)
 POLL_S = 0.1
@@ -148,8 +148,11 @@ class Stages:
         committed: Committed,
         environment: dict[str, str],
         stop: StopRequest,
+        on_encoded: Callable[[int, float], None],
     ) -> None:
+        """`on_encoded(unit, samples)` is called after each forward: so many samples are encoded."""
         self._prepared, self._encoders, self._claims = prepared, text_encoders, claims
+        self._on_encoded = on_encoded
         self._plan = prepared.plan
         self._committed, self._environment, self._stop = committed, environment, stop
         runtime = prepared.config.runtime
@@ -166,7 +169,8 @@ class Stages:
         """Seconds spent in the encoders. During the rest of the run the device waits."""
         self._unit_s = 0.0
         self._commit_s = COMMIT_SHARE * runtime.grace_s
-        self._metrics = prepared.root / "logs" / f"metrics-{prepared.dist.rank:05d}.jsonl"
+        device = text_encoders[0].device.type
+        self._unit_log = UnitLog(prepared.root, prepared.dist.rank, device)
 
     def run(self) -> None:
         """Run until nothing is left to claim."""
@@ -235,6 +239,10 @@ class Stages:
         return left + self._commit_s < self._stop.seconds_left()
 
     def _encoded_batches(self, unit: Unit) -> Iterator[_Encoded]:
+        work = {
+            each: each.resolved.work(unit.tokens[each.resolved.name]) for each in self._encoders
+        }
+        done = 0.0
         for encoder in self._encoders:
             name = encoder.resolved.name
             try:
@@ -244,6 +252,10 @@ class Stages:
                     self.encode_seconds += time.monotonic() - began
                     named = {name + suffix: values for suffix, values in outputs.items()}
                     yield _Encoded(unit, rows, named)
+                    done += work[encoder] * len(rows) / len(unit.tokens[name])
+                    if not unit.is_null:
+                        share = done / sum(work.values())
+                        self._on_encoded(unit.number, len(unit.samples) * share)
             except Exception:
                 log.error("unit %d, encoder %s: a forward failed", unit.number, name)
                 raise
@@ -261,7 +273,6 @@ class Stages:
     def _write(self) -> None:
         messages = iter(self._batches)
         for message in messages:
-            started = time.monotonic()
             with UnitWriter(
                 self._prepared.root, self._plan, message.unit, self._environment
             ) as writer:
@@ -280,7 +291,13 @@ class Stages:
                     self._commit_s = 1.5 * (time.monotonic() - commit_began)
             self.units += 1
             self.samples += 0 if message.unit.is_null else len(message.unit.samples)
-            self._log_metrics(message.unit, record, time.monotonic() - started)
+            self._unit_log.add(
+                message.unit.number,
+                samples=len(message.unit.samples),
+                stored=message.unit.num_stored,
+                tokens={name: sum(each.tokens) for name, each in message.unit.tokens.items()},
+                shard_bytes=record.files.shard.bytes,
+            )
 
     def _check_first_record(self) -> None:
         """Ranks that start together see no record at first. So this rank looks again before its
@@ -289,20 +306,3 @@ class Stages:
             on_change = self._prepared.config.runtime.on_environment_change
             self._committed.check_environment(self._environment, on_change)
             self._record_checked = True
-
-    def _log_metrics(self, unit: Unit, record: Record, seconds: float) -> None:
-        line = {
-            "time": round(time.time(), 3),
-            "unit": unit.number,
-            "samples": len(unit.samples),
-            "stored": unit.num_stored,
-            "tokens": {name: sum(each.tokens) for name, each in unit.tokens.items()},
-            "shard_bytes": record.files.shard.bytes,
-            "seconds": round(seconds, 4),
-        }
-        try:
-            self._metrics.parent.mkdir(parents=True, exist_ok=True)
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:  # figures for people: the dataset does not need them
-            log.warning("%s: not written: %s", self._metrics, error.strerror)

@@ -36,6 +36,7 @@ from embed_precompute.store.records import (
     unit_path,
 )
 
+TABLE = "manifest.parquet"
 NPY_HEADER_BYTES = 128
 _NULL_NAME = re.compile(r"null-[0-9a-f]{16}\.safetensors")
 Array = np.ndarray[Any, np.dtype[Any]]

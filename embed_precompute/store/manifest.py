@@ -46,6 +46,7 @@ from embed_precompute.store.commit import (
     replace_bytes,
 )
 from embed_precompute.store.index import (
+    TABLE,
     Array,
     Counts,
     DatasetIndex,
@@ -81,7 +82,7 @@ from embed_precompute.store.rows import (
 )
 
 log = logging.getLogger(__name__)
-MANIFEST, TABLE = "manifest.json", "manifest.parquet"
+MANIFEST = "manifest.json"
 MANIFEST_ROW_GROUP = 1 << 16
 
 
