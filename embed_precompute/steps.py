@@ -1,4 +1,6 @@
-"""Shows how far a long command is: a bar on a terminal, a line now and then elsewhere.
+"""Long commands: how far they are, and worker processes for them.
+
+`steps` shows a bar on a terminal, a line now and then elsewhere.
 
 Costs: nothing is shown of what takes less than a second or, without a terminal, less than a minute.
 """
@@ -6,9 +8,12 @@ Costs: nothing is shown of what takes less than a second or, without a terminal,
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -37,3 +42,14 @@ def steps(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
             said = now
             left = (now - began) / done * (total - done)
             log.info("%s: %s of %s%s, %.1f min left", what, done, total, unit, left / 60)
+
+
+def worker_processes(number: int) -> ProcessPoolExecutor:
+    """A pool of processes that leave a Ctrl-C to this one. Whoever shuts it down cancels what has
+    not begun."""
+    return ProcessPoolExecutor(
+        number,
+        multiprocessing.get_context("spawn"),  # a fork would copy locks that other threads hold
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )

@@ -26,13 +26,13 @@ COMMANDS = {
     "plan": {"--limit", "--sample", "--write", *CONFIG_OPTIONS},
     "bench": {*("--captions", "--json", "--rounds", "--variants"), *CONFIG_OPTIONS},
     "status": {"--json"},
-    "verify": {"--level", "--sample", "--seed", "--device"},
+    "verify": {"--level", "--sample", "--seed", "--device", "--workers"},
     "repair": {"--failed"},
     "finalize": set(),
-    "info": {"--id", "--similar", "--top"},
+    "info": {"--all", "--id", "--similar", "--top"},
     "export": {
         *("--captions", "--clip", "--format", "--limit", "--pad-masked", "--t5", "--table-only"),
-        "--trainer-dtype",
+        *("--trainer-dtype", "--workers"),
     },
 }
 PUBLIC = {

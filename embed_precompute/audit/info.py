@@ -139,8 +139,8 @@ def dataset_lines(root: Path) -> list[str]:
     lines.append(f"bytes        {size:,} in shards, rows parts and records{each}")
     if manifest is not None:
         lines.append(
-            f"             {manifest.counts.stored:,} embeddings by each encoder: equal captions of "
-            "a shard share one"
+            f"{'':<12} {manifest.counts.stored:,} embeddings by each encoder: equal captions of a "
+            "shard share one"
         )
     effort = read_effort(status.root)
     cost = "not known: logs/ has no metrics" if effort is None else effort.line()

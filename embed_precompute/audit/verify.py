@@ -16,13 +16,16 @@ import functools
 import itertools
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from embed_precompute.audit.shares import check_shares, default_workers
+from embed_precompute.distributed import DistContext
 from embed_precompute.errors import InputError
 from embed_precompute.samples import Status, count_failed
+from embed_precompute.steps import steps
 from embed_precompute.store.check import (
     CheckedUnit,
     Problems,
@@ -121,12 +124,17 @@ def verify(
     num_samples: int = 32,
     seed: int | None = None,
     device: str = "auto",
+    workers: int | None = None,
+    dist: DistContext | None = None,
 ) -> Report:
     """Check the dataset in `root`. Raises InputError if there is none.
 
-    The last three are for `deep`: how many samples are encoded again, the seed that selects them,
-    and the device. Without a seed a random seed is drawn; the report names it.
+    `num_samples`, `seed` and `device` are for `deep`: how many samples are encoded again, the seed
+    that selects them, and the device. Without a seed a random seed is drawn; the report names it.
+    `workers`: processes that read the shards; as many as seem worth it when not given. Under
+    torchrun the ranks share the units, and the report of rank 0 is the whole one.
     """
+    dist = dist or DistContext()
     if level not in ("quick", "full", "deep"):
         raise InputError(f"level is {level!r}: expected quick, full or deep.")
     root = Path(root)
@@ -139,15 +147,22 @@ def verify(
         plan = read_plan(root)
     report.plan_rejected = plan is None
     encode_again: Callable[..., str] | None = None
-    if level == "deep" and plan is not None:
+    if level == "deep" and plan is not None and dist.is_main:
         # Imported here, because the encoders import torch and transformers, which takes time.
         from embed_precompute.audit.deep import compare_samples, open_references
 
         # A missing checkpoint must be an error now: after hours it would replace the report.
         references = open_references(root, plan, device)
         encode_again = functools.partial(compare_samples, root, plan, references)
+    checked: dict[int, str] = {}
+    if plan is not None and level != "quick":
+        workers = default_workers(root, plan, dist) if workers is None else workers
+        if workers > 1 or dist.world_size > 1:
+            checked = check_shares(root, plan, workers, dist)
+    if not dist.is_main:
+        return report
     _check_null(report, plan)
-    _check_units(report, plan)
+    _check_units(report, plan, checked)
     _note_strays(report, plan)
     if encode_again is not None:
         report.deep = encode_again(
@@ -174,8 +189,9 @@ def _check_null(report: Report, plan: Plan | None) -> None:
         report.null_rejected = False
 
 
-def _check_units(report: Report, plan: Plan | None) -> None:
-    """Checks every committed unit, and what finalize made of them all."""
+def _check_units(report: Report, plan: Plan | None, checked: Mapping[int, str]) -> None:
+    """Checks every committed unit, and what finalize made of them all. `checked`: the problem of
+    each unit whose bytes other processes have read, "" if it has none."""
     root, problems, full = report.root, report.problems, report.level != "quick"
     derived = DerivedCheck(root, plan, problems, full=full)
     committed: list[int] = []
@@ -197,9 +213,10 @@ def _check_units(report: Report, plan: Plan | None) -> None:
             problems.add(record_path(root, unit), "no file", "a record: the dataset is finalised")
         if (more := report.num_missing - MAX_NAMED_MISSING) > 0:
             problems.add(root / "shards", f"no record for {more} more units", "one for each")
-    check = functools.partial(_check, root, plan, full)
-    with contextlib.closing(in_order(check, units)) as checked:
-        for unit, found in zip(units, checked, strict=True):
+    check = functools.partial(_check, root, plan, full, checked)
+    with contextlib.closing(in_order(check, units)) as results:
+        title = "comparing with the index" if checked else "verifying"
+        for unit, found in zip(units, steps(results, len(units), title, " units"), strict=True):
             if isinstance(found, str):
                 problems.append(found)
                 report.rejected_units.add(unit)
@@ -217,8 +234,13 @@ def _check_units(report: Report, plan: Plan | None) -> None:
     report.num_bytes += derived.num_bytes
 
 
-def _check(root: Path, plan: Plan | None, full: bool, unit: int) -> CheckedUnit | UnitRecord | str:
+def _check(
+    root: Path, plan: Plan | None, full: bool, checked: Mapping[int, str], unit: int
+) -> CheckedUnit | UnitRecord | str:
     """A sound unit, or its problem. Without a plan a unit is judged by its own record."""
+    if problem := checked.get(unit):
+        return problem
+    full = full and unit not in checked
     try:
         if plan is not None:
             return check_unit(root, plan, unit, full=full)

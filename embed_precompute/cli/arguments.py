@@ -123,6 +123,13 @@ def _add_verify_and_repair(commands: Any) -> None:
         "--seed", type=_count, metavar="S", help="deep: which samples; it is printed (default: any)"
     )
     verify.add_argument("--device", default="auto", help="deep: as runtime.device")
+    verify.add_argument(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="processes that read the shards (default: one, whose threads use all cores; for large "
+        "datasets one for each core); torchrun works too",
+    )
 
     repair = _folder_command(
         commands, "repair", "quarantine what verify rejects, and open those units again"
@@ -140,6 +147,13 @@ def _add_export(commands: Any) -> None:
     )
     parser.add_argument("--captions", metavar="PATH", help="the caption table, if it has moved")
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="processes that write the files (default: one, with threads)",
+    )
     parser.add_argument(
         "--pad-masked",
         choices=("refuse", "zeros", "repeat_last"),

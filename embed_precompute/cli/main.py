@@ -289,13 +289,19 @@ def _status(arguments: Any) -> int:
 def _verify(arguments: Any) -> int:
     from embed_precompute.audit.verify import verify
 
+    dist = DistContext.detect()
+    _log_to_stderr(dist, logging.WARNING)
     report = verify(
         arguments.folder,
         arguments.level,
         num_samples=arguments.sample,
         seed=arguments.seed,
         device=arguments.device,
+        workers=arguments.workers,
+        dist=dist,
     )
+    if not dist.is_main:
+        return EXIT_COMPLETE  # rank 0 has the findings of all
     for problem in report.problems:
         print(problem)
     print(report.summary())
@@ -357,6 +363,7 @@ def _export(arguments: Any) -> int:
         trainer_dtype=arguments.trainer_dtype,
         table_only=arguments.table_only,
         limit=arguments.limit,
+        workers=arguments.workers,
     )
     for line in export_opensora(arguments.folder, arguments.out, options).lines():
         print(line)

@@ -27,6 +27,7 @@ from embed_precompute.store.records import committed_units
 log = logging.getLogger(__name__)
 TERMINAL_POLL_S = 0.5
 LIST_EVERY_S = 2.0
+LEAST_S = 0.1
 
 
 def banner(prepared: Prepared, device: str, units_committed: int) -> list[str]:
@@ -58,7 +59,7 @@ class Progress:
         if prepared.dist.world_size > 1:
             self._title += f", {prepared.dist.world_size} ranks"
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._interval_s = prepared.config.runtime.progress_interval_s
+        self._interval_s = max(LEAST_S, prepared.config.runtime.progress_interval_s)
         self._seen: set[int] = set()
         self._committed = 0
         self._at_hand: dict[int, float] = {}

@@ -30,7 +30,7 @@ from handmade import (
     write_unit,
     write_units,
 )
-from jobs import dataset_bytes
+from jobs import dataset_bytes, execute
 
 from embed_precompute.audit.info import all_lines, dataset_lines, read_status
 from embed_precompute.audit.sample import sample_lines
@@ -138,6 +138,25 @@ def test_no_dataset(tmp_path: Path) -> None:
     assert "no plan.json" in problems(tmp_path)[0]
     with pytest.raises(InputError, match="expected quick, full or deep"):
         verify(tmp_path, "deeper")  # type: ignore[arg-type]
+
+
+def test_the_answer_does_not_depend_on_how_many_ask(tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    write_dataset(root, TEXTS)
+    flip(paths_of(root, 1).shard)
+    flip(paths_of(root, 2).rows)
+    (root / "manifest.parquet").write_bytes(b"")
+    alone = verify(root)
+    assert len(alone.problems) == 3
+    shared = verify(root, workers=2)
+    assert (shared.problems, shared.summary()) == (alone.problems, alone.summary())
+    assert shared.num_ok == alone.num_ok
+    ranks = execute("verify", str(root), nproc=2)
+    assert ranks.stdout == "\n".join([*alone.problems, alone.summary(), ""])
+    assert ranks.returncode != 0
+    srun = execute("verify", str(root), env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert srun.returncode == 2
+    assert "Start it by torchrun" in srun.stderr
 
 
 # --- damaged bytes --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from faults.lab import Lab, pace
 from faults.processes import finish, launch, signal_to, wait_for
-from jobs import expect, write_captions, write_job
+from jobs import expect, run_code, write_captions, write_job
 
 from embed_precompute.encoders.encoder import TextEncoder
 from embed_precompute.errors import InterruptedRunError
@@ -71,6 +71,7 @@ def test_f3_a_stuck_process_ends_with_its_grace_or_at_a_second_signal(
     process = launch(stuck, str(folder), 600.0 if again else 0.3)
     wait_for(lambda: log.exists() and "ready" in log.read_text())
     signal_to(process.pid or 0, signal.SIGINT)
+    assert wait_for(lambda: "stopping (signal SIGINT)" in log.read_text())
     if again:
         signal_to(process.pid or 0, signal.SIGTERM)  # Ctrl-C, and the agent that passes it on
         time.sleep(0.7)
@@ -90,6 +91,17 @@ def test_a_request_breaks_off_what_is_no_unit() -> None:
     with pytest.raises(InterruptedRunError, match="SIGUSR1"):
         stopped()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_ctrl_c_while_the_program_ends_gives_no_traceback() -> None:
+    said = run_code(
+        "import os, signal; from embed_precompute.cli import main as cli\n"
+        "def main(): raise KeyboardInterrupt\n"
+        "cli.main = main\n"
+        "print(cli.program())\n"
+        "os.kill(os.getpid(), signal.SIGINT); print('lives')"
+    )
+    assert said.split() == ["75", "lives"]
 
 
 @pytest.mark.parametrize("fits", [True, False])
