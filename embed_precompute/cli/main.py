@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embed_precompute import __version__
-from embed_precompute.cli.arguments import command_parser
+from embed_precompute.cli.arguments import parse
 from embed_precompute.distributed import DistContext
 from embed_precompute.errors import (
     EXIT_BUG,
@@ -73,10 +73,7 @@ def program() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; give its exit code."""
     _log_to_stderr(DistContext(), logging.WARNING)
-    parser = command_parser()
-    arguments, overrides = parser.parse_known_args(argv)
-    if overrides and not hasattr(arguments, "config"):
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    arguments, overrides = parse(sys.argv[1:] if argv is None else argv)
     try:
         command = COMMANDS[arguments.command]
         if hasattr(arguments, "config"):
