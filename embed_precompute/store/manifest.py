@@ -134,8 +134,8 @@ def finalize(root: Path) -> Finalized:
 
 def _write_derived(root: Path, plan: Plan) -> Manifest:
     null = check_null(root, plan)
-    files = {name: digest_file(root / name) for name in (PLAN_FILE, "null.json")}
-    files[null.files.shard.name] = null.files.shard
+    small = (PLAN_FILE, "null.json", null.files.shard.name)
+    files = {name: digest_file(root / name) for name in small}
     totals = Totals()
     check = functools.partial(check_unit, root, plan)
     with (
