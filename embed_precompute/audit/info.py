@@ -88,7 +88,7 @@ class DatasetStatus:
                 "names them (before that is there, each unit's rows part)"
             )
         if self.units_left or not self.null_committed:
-            lines.append("  not finalised: run the same command again to go on")
+            lines.append("  not finalised: run the job again to go on")
         elif not self.finalised:
             lines.append(f"  not finalised: run `embed-precompute finalize {self.root}`")
         return lines

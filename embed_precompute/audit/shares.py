@@ -28,16 +28,17 @@ WORTH_BYTES = 16 << 30
 LONGEST = timedelta(days=30)
 
 
-def default_workers(root: Path, plan: Plan, dist: DistContext) -> int:
+def default_workers(root: Path, dist: DistContext) -> int:
     """A process for each core if the dataset is large and no launcher has started several; else
     one, whose threads use all cores."""
     if dist.world_size > 1:
         return 1
     try:
-        first = read_record(root, min(committed_units(root)))
+        committed = committed_units(root)
+        first = read_record(root, min(committed))
     except (EmbedPrecomputeError, ValueError):  # damaged, or nothing is committed
         return 1
-    large = first.files.shard.bytes * plan.num_units >= WORTH_BYTES
+    large = first.files.shard.bytes * len(committed) >= WORTH_BYTES
     return len(os.sched_getaffinity(0)) if large else 1
 
 

@@ -156,7 +156,7 @@ def verify(
         encode_again = functools.partial(compare_samples, root, plan, references)
     checked: dict[int, str] = {}
     if plan is not None and level != "quick":
-        workers = default_workers(root, plan, dist) if workers is None else workers
+        workers = default_workers(root, dist) if workers is None else workers
         if workers > 1 or dist.world_size > 1:
             checked = check_shares(root, plan, workers, dist)
     if not dist.is_main:
