@@ -12,7 +12,7 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
@@ -22,21 +22,29 @@ BAR_AFTER_S = 1.0
 LINE_EVERY_S = 60.0
 
 
-def steps(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
-    """Yields `items`, of which there are `total`, and shows on stderr how many are done.
+def steps(
+    items: Iterable[T], total: int, what: str, unit: str, size: Callable[[T], int] = lambda _: 1
+) -> Iterator[T]:
+    """Yields `items`, and shows on stderr how much of `total` is done.
 
-    `what`: the work, such as "verifying"; `unit`: what is counted, such as " units".
+    `what`: the work, such as "verifying"; `unit`: what is counted, such as " units"; `size`: how
+    many of them an item is.
     """
     if sys.stderr is not None and sys.stderr.isatty():
         from tqdm import tqdm
 
-        yield from tqdm(
-            items, what, total, leave=False, unit=unit, delay=BAR_AFTER_S, dynamic_ncols=True
-        )
+        with tqdm(
+            desc=what, total=total, leave=False, unit=unit, delay=BAR_AFTER_S, dynamic_ncols=True
+        ) as bar:
+            for item in items:
+                yield item
+                bar.update(size(item))
         return
     began = said = time.monotonic()
-    for done, item in enumerate(items, 1):
+    done = 0
+    for item in items:
         yield item
+        done += size(item)
         now = time.monotonic()
         if now - said >= LINE_EVERY_S and done < total:
             said = now

@@ -269,8 +269,9 @@ class DatasetIndex:
             self.manifest = read_manifest(root)
         except FileNotFoundError:
             raise IncompleteError(
-                f"{root} is not finished: no manifest.json. Run the job again, or `embed-precompute "
-                f"finalize {root}` when `embed-precompute status {root}` shows no unit left."
+                f"{root} is not finished: no manifest.json. Run the job again, or "
+                f"`embed-precompute finalize {root}` when `embed-precompute status {root}` shows "
+                "no unit left."
             ) from None
         counts = self.manifest.counts
         self.tensors = tuple(sorted(self.manifest.tensors))
