@@ -8,24 +8,27 @@ the numbers of tokens in manifest.parquet.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
-
 from embed_precompute.documents import flatten
 from embed_precompute.job.metrics import read_effort
 from embed_precompute.samples import Status, count_failed
-from embed_precompute.store.index import TABLE, Manifest, read_manifest
+from embed_precompute.store.index import read_manifest
 from embed_precompute.store.plan import Plan, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
+    TokenCounts,
     committed_units,
     read_record,
     record_path,
 )
+from embed_precompute.store.rows import ok_columns
+
+SHARES = (0.05, 0.5, 0.95, 1.0)
+"""Percentiles that info names."""
 
 
 @dataclass(frozen=True)
@@ -119,18 +122,17 @@ def dataset_lines(root: Path) -> list[str]:
     plan, inputs = status.plan, status.plan.inputs
     manifest = read_manifest(status.root) if status.finalised else None
     limit = "" if inputs.limit is None else f", limited to {inputs.limit:,} samples"
-    captions = plan.spec["captions"]
-    normalize = f"; normalised by {', '.join(captions['normalize'])}" * bool(captions["normalize"])
     lines = [
         *status.lines(),
-        f"captions     {len(inputs.files):,} files, {plan.num_rows:,} rows, text column "
+        f"captions     {len(inputs.files):,} file{'s' * (len(inputs.files) != 1)}, {plan.num_rows:,} rows, text column "
         f"{inputs.text_column!r}, id column {inputs.id_column!r}{limit}",
-        f"recipe       {_recipe_words(captions['recipe'])}{normalize}",
+        f"recipe       {_recipe_words(plan.spec.get('captions'))}",
     ]
     for name, encoder in sorted(plan.spec["encoders"].items()):
         lines.append(f"{name:<12} {_encoder_words(name, encoder, plan)}")
-        if manifest is not None:
-            lines.append(f"{'':<12} {_token_words(status.root, name, manifest)}")
+        if manifest is not None and name in manifest.counts.encoders:
+            sums = manifest.counts.encoders[name]
+            lines.append(f"{'':<12} {_token_words(status.root, name, sums, plan)}")
     size = 0
     for path in status.root.glob("shards/*/shard-*"):
         with contextlib.suppress(OSError):  # a job that runs may just have removed it
@@ -153,13 +155,21 @@ def dataset_lines(root: Path) -> list[str]:
     return lines
 
 
-def _recipe_words(recipe: Any) -> str:
-    if isinstance(recipe, list):
-        return ", then ".join(map(_recipe_words, recipe)) or "the caption as it is"
-    keys = [f"{key} {value}" for key, value in recipe.items() if key != "kind"]
-    if recipe["kind"] == "none":
-        return "the caption as it is"
-    return f"{recipe['kind']}: {', '.join(keys)}"
+def _recipe_words(captions: Any) -> str:
+    """What becomes of a caption before it is tokenised; the specification itself if it is not as
+    this version writes it."""
+    try:
+        recipe = captions["recipe"]
+        words = []
+        for each in recipe if isinstance(recipe, list) else [recipe]:
+            settings = ", ".join(f"{key} {value}" for key, value in each.items() if key != "kind")
+            kind = "the caption as it is" if each["kind"] == "none" else each["kind"]
+            words.append(f"{kind} ({settings})" if settings else kind)
+        line = ", then ".join(words)
+        normalize = ", ".join(captions["normalize"])
+    except (LookupError, TypeError, AttributeError):
+        return str(captions)
+    return f"{line}; normalised by {normalize}" if normalize else line
 
 
 def _encoder_words(name: str, encoder: dict[str, Any], plan: Plan) -> str:
@@ -178,22 +188,20 @@ def _encoder_words(name: str, encoder: dict[str, Any], plan: Plan) -> str:
     return f"{', '.join(words)}, weights {weights[:8]} -> {tensors}"
 
 
-def _token_words(root: Path, name: str, manifest: Manifest) -> str:
+def _token_words(root: Path, name: str, sums: TokenCounts, plan: Plan) -> str:
     """Tokens of an encoder: their sum, their percentiles, how many captions are truncated."""
-    sums, ok = manifest.counts.encoders[name], manifest.counts.status[Status.OK.label]
-    counts = np.zeros(1, np.int64)
-    with pq.ParquetFile(root / TABLE) as table:
-        for batch in table.iter_batches(columns=[f"{name}_tokens"]):
-            tokens = np.from_dlpack(batch.column(0).drop_null())  # to_numpy imports pandas
-            found = np.bincount(tokens, minlength=len(counts))
-            found[: len(counts)] += counts
-            counts = found
+    counts: Counter[int] = Counter()
+    for columns in ok_columns(root, plan.tensors, [f"{name}_tokens"]):
+        counts.update(columns[f"{name}_tokens"])
+    total, below, marks = counts.total(), 0, list[int]()
+    for tokens, count in sorted(counts.items()):
+        below += count
+        while len(marks) < len(SHARES) and below >= SHARES[len(marks)] * total:
+            marks.append(tokens)
     words = f"{sums.tokens:,} tokens"
-    if ok:
-        below = np.cumsum(counts)
-        marks = [int(np.searchsorted(below, share * ok)) for share in (0.05, 0.5, 0.95, 1.0)]
+    if marks:
         words += f" (a caption: p5 {marks[0]}, p50 {marks[1]}, p95 {marks[2]}, most {marks[3]})"
-    share = 100 * sums.truncated / max(1, ok)
+    share = 100 * sums.truncated / max(1, total)
     return f"{words}; {sums.truncated:,} captions truncated ({share:.1f} %)"
 
 

@@ -318,7 +318,7 @@ def test_info_is_what_a_person_wants(root: Path) -> None:
     lines = dataset_lines(root)
     text = "\n".join(lines)
     for part in (
-        "1 files, 8 rows, text column 'text', id column 'id'",
+        "1 file, 8 rows, text column 'text', id column 'id'",
         "recipe       the caption as it is",
         "-> text_t5 [L, 4] bfloat16",
         "tokens (a caption: p5 ",
