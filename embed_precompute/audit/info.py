@@ -122,9 +122,10 @@ def dataset_lines(root: Path) -> list[str]:
     plan, inputs = status.plan, status.plan.inputs
     manifest = read_manifest(status.root) if status.finalised else None
     limit = "" if inputs.limit is None else f", limited to {inputs.limit:,} samples"
+    files = f"{len(inputs.files):,} file{'s' * (len(inputs.files) != 1)}"
     lines = [
         *status.lines(),
-        f"captions     {len(inputs.files):,} file{'s' * (len(inputs.files) != 1)}, {plan.num_rows:,} rows, text column "
+        f"captions     {files}, {plan.num_rows:,} rows, text column "
         f"{inputs.text_column!r}, id column {inputs.id_column!r}{limit}",
         f"recipe       {_recipe_words(plan.spec.get('captions'))}",
     ]
