@@ -167,7 +167,8 @@ def _log_to_stderr(dist: DistContext, level: int) -> None:
     logger.propagate = False
     console = _Console(sys.stderr)
     console.setLevel(logging.INFO if dist.is_main else logging.WARNING)
-    if level == logging.INFO and not sys.stderr.isatty():
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    if level == logging.INFO and not terminal:  # a job's output, which is read later
         console.setFormatter(_job_format(dist))
     for earlier in logger.handlers:
         earlier.close()

@@ -130,7 +130,7 @@ def stop_on_signals(grace_s: float, dist: DistContext | None = None) -> Iterator
     Raises InterruptedRunError if a request interrupted the block. Only the main thread can set
     signal handlers: called in another thread, this leaves the existing handlers in place.
     """
-    stop = StopRequest(grace_s, speaks=dist is None or dist.is_main)
+    stop = StopRequest(grace_s, speaks=dist is not None and dist.is_main)
     parent = os.getppid() if dist is not None and dist.has_agent else None
     reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     watcher = threading.Thread(

@@ -16,6 +16,7 @@ from faults.lab import Lab, pace
 from faults.processes import finish, launch, signal_to, wait_for
 from jobs import expect, run_code, write_captions, write_job
 
+from embed_precompute.distributed import DistContext
 from embed_precompute.encoders.encoder import TextEncoder
 from embed_precompute.errors import InterruptedRunError
 from embed_precompute.job import signals
@@ -61,7 +62,8 @@ def stuck(folder: str, grace_s: float) -> None:
     signals.SAME_REQUEST_S = ECHO_S  # a busy machine may take long between two signals
     sink = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT, 0o644)
     os.dup2(sink, 2)
-    with StagedFile(Path(folder) / "x"), stop_on_signals(grace_s) as stop, stop.finishing():
+    asked = stop_on_signals(grace_s, DistContext())
+    with StagedFile(Path(folder) / "x"), asked as stop, stop.finishing():
         os.write(sink, b"ready\n")
         hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
 
