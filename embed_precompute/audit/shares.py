@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ WORTH_BYTES = 16 << 30
 LONGEST = timedelta(days=30)
 
 
-def default_workers(root: Path, dist: DistContext) -> int:
+def _default_workers(root: Path, dist: DistContext) -> int:
     """A process for each core if the dataset is large and no launcher has started several; else
     one, whose threads use all cores."""
     if dist.world_size > 1:
@@ -42,12 +43,19 @@ def default_workers(root: Path, dist: DistContext) -> int:
     return len(os.sched_getaffinity(0)) if large else 1
 
 
-def check_shares(root: Path, plan: Plan, workers: int, dist: DistContext) -> dict[int, str]:
+def check_shares(
+    root: Path, workers: int | None, dist: DistContext, plan: Plan
+) -> Mapping[int, str]:
     """Unit -> its problem, "" if it is sound, by the full check of all ranks; on other ranks than
     0 only of their own units.
 
-    Raises InputError if several ranks have no store of torchrun's to meet in.
+    `workers`: how many processes each rank starts; as many as seem worth it if None. One process
+    alone checks nothing here: its caller does. Raises InputError if several ranks have no store of
+    torchrun's to meet in.
     """
+    workers = _default_workers(root, dist) if workers is None else workers
+    if workers == 1 and dist.world_size == 1:
+        return {}
     store: Any = connect_store(dist)
     if dist.world_size > 1 and store is None:
         raise InputError(

@@ -21,8 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from embed_precompute.audit.shares import check_shares, default_workers
-from embed_precompute.distributed import DistContext
 from embed_precompute.errors import InputError
 from embed_precompute.samples import Status, count_failed
 from embed_precompute.steps import steps
@@ -124,17 +122,15 @@ def verify(
     num_samples: int = 32,
     seed: int | None = None,
     device: str = "auto",
-    workers: int | None = None,
-    dist: DistContext | None = None,
+    share: Callable[[Plan], Mapping[int, str]] | None = None,
 ) -> Report:
     """Check the dataset in `root`. Raises InputError if there is none.
 
     `num_samples`, `seed` and `device` are for `deep`: how many samples are encoded again, the seed
     that selects them, and the device. Without a seed a random seed is drawn; the report names it.
-    `workers`: processes that read the shards; as many as seem worth it when not given. Under
-    torchrun the ranks share the units, and the report of rank 0 is the whole one.
+    `share` has other processes read the shards: it returns the problem of each unit that they have
+    checked, "" if it is sound (see `check_shares`).
     """
-    dist = dist or DistContext()
     if level not in ("quick", "full", "deep"):
         raise InputError(f"level is {level!r}: expected quick, full or deep.")
     root = Path(root)
@@ -147,20 +143,16 @@ def verify(
         plan = read_plan(root)
     report.plan_rejected = plan is None
     encode_again: Callable[..., str] | None = None
-    if level == "deep" and plan is not None and dist.is_main:
+    if level == "deep" and plan is not None:
         # Imported here, because the encoders import torch and transformers, which takes time.
         from embed_precompute.audit.deep import compare_samples, open_references
 
         # A missing checkpoint must be an error now: after hours it would replace the report.
         references = open_references(root, plan, device)
         encode_again = functools.partial(compare_samples, root, plan, references)
-    checked: dict[int, str] = {}
-    if plan is not None and level != "quick":
-        workers = default_workers(root, dist) if workers is None else workers
-        if workers > 1 or dist.world_size > 1:
-            checked = check_shares(root, plan, workers, dist)
-    if not dist.is_main:
-        return report
+    checked: Mapping[int, str] = {}
+    if plan is not None and level != "quick" and share is not None:
+        checked = share(plan)
     _check_null(report, plan)
     _check_units(report, plan, checked)
     _note_strays(report, plan)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -285,21 +286,28 @@ def _status(arguments: Any) -> int:
 
 
 def _verify(arguments: Any) -> int:
+    from embed_precompute.audit.shares import check_shares
     from embed_precompute.audit.verify import verify
+    from embed_precompute.store.plan import read_plan
 
     dist = DistContext.detect()
     _log_to_stderr(dist, logging.WARNING)
+    share = functools.partial(check_shares, arguments.folder, arguments.workers, dist)
+    if not dist.is_main:  # rank 0 has the findings of all
+        plan = None
+        with contextlib.suppress(EmbedPrecomputeError):
+            plan = read_plan(arguments.folder)
+        if plan is not None and arguments.level != "quick":
+            share(plan)
+        return EXIT_COMPLETE
     report = verify(
         arguments.folder,
         arguments.level,
         num_samples=arguments.sample,
         seed=arguments.seed,
         device=arguments.device,
-        workers=arguments.workers,
-        dist=dist,
+        share=share,
     )
-    if not dist.is_main:
-        return EXIT_COMPLETE  # rank 0 has the findings of all
     for problem in report.problems:
         print(problem)
     print(report.summary())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -34,7 +35,9 @@ from jobs import dataset_bytes, execute
 
 from embed_precompute.audit.info import all_lines, dataset_lines, read_status
 from embed_precompute.audit.sample import sample_lines
+from embed_precompute.audit.shares import check_shares
 from embed_precompute.audit.verify import verify
+from embed_precompute.distributed import DistContext
 from embed_precompute.errors import EmbedPrecomputeError, InputError
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.index import DatasetIndex
@@ -148,7 +151,7 @@ def test_the_answer_does_not_depend_on_how_many_ask(tmp_path: Path) -> None:
     (root / "manifest.parquet").write_bytes(b"")
     alone = verify(root)
     assert len(alone.problems) == 3
-    shared = verify(root, workers=2)
+    shared = verify(root, share=functools.partial(check_shares, root, 2, DistContext()))
     assert (shared.problems, shared.summary()) == (alone.problems, alone.summary())
     assert shared.num_ok == alone.num_ok
     ranks = execute("verify", str(root), nproc=2)
