@@ -134,6 +134,11 @@ def dataset_lines(root: Path) -> list[str]:
         if manifest is not None and name in manifest.counts.encoders:
             sums = manifest.counts.encoders[name]
             lines.append(f"{'':<12} {_token_words(status.root, name, sums, plan)}")
+    if manifest is not None:
+        noted = sorted(manifest.counts.noted.items())
+        lines += [
+            f"{'noted' if i == 0 else '':<12} {n:,} {what}" for i, (what, n) in enumerate(noted)
+        ]
     size = 0
     for path in status.root.glob("shards/*/shard-*"):
         with contextlib.suppress(OSError):  # a job that runs may just have removed it
