@@ -136,9 +136,7 @@ def dataset_lines(root: Path) -> list[str]:
             lines.append(f"{'':<12} {_token_words(status.root, name, sums, plan)}")
     if manifest is not None:
         noted = sorted(manifest.counts.noted.items())
-        lines += [
-            f"{'noted' if i == 0 else '':<12} {n:,} {what}" for i, (what, n) in enumerate(noted)
-        ]
+        lines += [f"noted        {count:,} {what}" for what, count in noted]
     size = 0
     for path in status.root.glob("shards/*/shard-*"):
         with contextlib.suppress(OSError):  # a job that runs may just have removed it
