@@ -49,7 +49,7 @@ def steps(
         if now - said >= LINE_EVERY_S and done < total:
             said = now
             left = (now - began) / done * (total - done)
-            log.info("%s: %s of %s%s, %.1f min left", what, done, total, unit, left / 60)
+            log.info("%s: %s of %s%s, %s left", what, done, total, unit, duration(left))
 
 
 def worker_processes(number: int) -> ProcessPoolExecutor:
@@ -61,3 +61,12 @@ def worker_processes(number: int) -> ProcessPoolExecutor:
         initializer=signal.signal,
         initargs=(signal.SIGINT, signal.SIG_IGN),
     )
+
+
+def duration(seconds: float) -> str:
+    """Such as 12.3 s, 4 min 5 s, 7 h 3 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from embed_precompute.steps import duration
+
 log = logging.getLogger(__name__)
 
 
@@ -96,12 +98,3 @@ def read_effort(root: Path) -> Effort | None:
         wall_seconds += max(0.0, end - max(begin, until))
         until = max(until, end)
     return Effort(samples, len(paths), dict(seconds), wall_seconds)
-
-
-def duration(seconds: float) -> str:
-    """Such as 12.3 s, 4 min 5 s, 7 h 3 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {rest} s"

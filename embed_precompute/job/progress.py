@@ -21,6 +21,7 @@ from tqdm import tqdm
 from embed_precompute.config.files import to_yaml
 from embed_precompute.errors import EmbedPrecomputeError, StorageError
 from embed_precompute.job.prepare import Prepared
+from embed_precompute.steps import duration
 from embed_precompute.store.commit import replace_bytes
 from embed_precompute.store.records import committed_units
 
@@ -123,7 +124,7 @@ class Progress:
 
     def _line(self, captions: float, rate: float) -> str:
         left = self._plan.num_samples - captions
-        eta = f"{left / rate / 60:.1f} min left" if rate > 0 else "no rate yet"
+        eta = f"{duration(left / rate)} left" if rate > 0 else "no rate yet"
         return (
             f"{self._title}: {captions:,.0f} of {self._plan.num_samples:,} captions "
             f"({self._committed:,} committed by all ranks), {rate:,.1f} captions/s, {eta}"

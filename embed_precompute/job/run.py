@@ -16,6 +16,7 @@ from embed_precompute.config.schema import Config
 from embed_precompute.distributed import DistContext
 from embed_precompute.encoders.device import (
     check_machine,
+    device_name,
     environment,
     resolve_device,
     start,
@@ -61,7 +62,7 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
     prepared = publish(prepared)
     root, plan, runtime = prepared.root, prepared.plan, config.runtime
     committed, current = Committed(root, plan), environment(device, prepared.encoders)
-    for line in banner(prepared, f"{device} ({current['device']})", committed.units):
+    for line in banner(prepared, f"{device} ({device_name(device)})", committed.units):
         log.info("%s", line)
     warn_of_cpu(config.runtime.device, device)
     committed.check_environment(current, runtime.on_environment_change)

@@ -67,13 +67,12 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(
     assert "12/30" in terminal.getvalue()
     line = Progress(_prepared(job), "cpu")._line(12.5, 2.5)
     assert line == (
-        "encoding on cpu: 12 of 30 captions (0 committed by all ranks), 2.5 captions/s, "
-        "0.1 min left"
+        "encoding on cpu: 12 of 30 captions (0 committed by all ranks), 2.5 captions/s, 7.0 s left"
     )
     monkeypatch.setattr("embed_precompute.steps.LINE_EVERY_S", 0.0)
     caplog.set_level("INFO")
     assert sum(1 for _ in steps(range(2), 2, "counting", " steps")) == 2
-    assert [r.message for r in caplog.records] == ["counting: 1 of 2 steps, 0.0 min left"]
+    assert [r.message for r in caplog.records] == ["counting: 1 of 2 steps, 0.0 s left"]
 
 
 def _prepared(job: Path) -> Any:
