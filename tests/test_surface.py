@@ -38,7 +38,14 @@ COMMANDS = {
 }
 PUBLIC = {
     *("ConditionDropout", "Config", "EmbeddingDataset", "EmbeddingLoader", "HFEmbedder"),
-    *("collate_embeddings", "dropout_condition", "load_config", "nearest_captions", "prepare"),
+    *(
+        "JoinedDataset",
+        "collate_embeddings",
+        "dropout_condition",
+        "load_config",
+        "nearest_captions",
+        "prepare",
+    ),
     *("prepare_ids", "prompt_similarity", "run", "shardformer_t5"),
 }
 ENCODER = "kind pretrained revision tokenizer max_length dtype implementation compile tf32"

@@ -197,10 +197,12 @@ class Clip(Family[ClipOptions]):
     def fused_layers(
         self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
     ) -> FusedLayers:
-        from embed_precompute.encoders.fused import graph, layers
+        from embed_precompute.encoders.fused import layers
 
         assert tokenizer.eos_id is not None
         if compiled and model.device.type == "cuda":
+            from embed_precompute.encoders.fused import graph  # needs torch 2.5
+
             return graph.GraphLayers(graph.ClipGraph(model, longest, tokenizer.eos_id))
         return layers.ClipLayers(model, tokenizer.eos_id, compiled=compiled)
 

@@ -185,9 +185,11 @@ class T5(Family[T5Options]):
     def fused_layers(
         self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
     ) -> FusedLayers:
-        from embed_precompute.encoders.fused import graph, layers
+        from embed_precompute.encoders.fused import layers
 
         if compiled and model.device.type == "cuda":
+            from embed_precompute.encoders.fused import graph  # needs torch 2.5
+
             return graph.GraphLayers(graph.T5Graph(model, longest))
         return layers.T5Layers(model, longest, compiled=compiled)
 
