@@ -2,6 +2,7 @@
 
 import sys
 
-from embed_precompute.cli.main import main
+from embed_precompute.cli.main import program
 
-sys.exit(main())
+if __name__ == "__main__":  # a worker process imports this module too
+    sys.exit(program())

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is imported
 # Tiny models gain nothing from threads, and spinning threads slow every other process down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_handlers_left() -> Iterator[None]:
+    """A command sets the package's logger up; the next test finds it as it was."""
+    yield
+    for name in ("embed_precompute", "embed_precompute.steps"):
+        logger = logging.getLogger(name)
+        for handler in logger.handlers:
+            handler.close()
+        logger.handlers, logger.propagate = [], True
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -103,7 +103,7 @@ def command(*words: str, nproc: int = 0, torchrun: Sequence[str] = ()) -> list[s
 
 
 def execute(
-    *words: str, nproc: int = 0, env: Mapping[str, str] | None = None, timeout: float = 240.0
+    *words: str, nproc: int = 0, env: Mapping[str, str] | None = None, timeout: float = 1800.0
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of the program to its end."""
     process = subprocess.Popen(

@@ -15,6 +15,7 @@ from jobs import call, clean_environment, execute, expect
 import embed_precompute
 from embed_precompute import errors
 from embed_precompute.captions import recipes
+from embed_precompute.cli.arguments import SECTIONS as SECTION_NAMES
 from embed_precompute.cli.main import main
 from embed_precompute.config import schema as config
 from embed_precompute.encoders import video_buckets
@@ -27,13 +28,13 @@ COMMANDS = {
     "fetch": {"--output", *CONFIG_OPTIONS},
     "bench": {*("--captions", "--json", "--rounds", "--variants"), *CONFIG_OPTIONS},
     "status": {"--json"},
-    "verify": {"--level", "--sample", "--seed", "--device"},
+    "verify": {"--level", "--sample", "--seed", "--device", "--workers"},
     "repair": {"--failed"},
     "finalize": set(),
-    "info": {"--id", "--similar", "--top"},
+    "info": {"--all", "--id", "--similar", "--top"},
     "export": {
         *("--captions", "--clip", "--format", "--limit", "--pad-masked", "--t5", "--table-only"),
-        "--trainer-dtype",
+        *("--trainer-dtype", "--workers"),
     },
 }
 PUBLIC = {
@@ -65,7 +66,7 @@ SECTIONS = {
     config.OutputConfig: "path samples_per_shard dtype codec",
     config.RuntimeConfig: "device self_check max_failed_samples on_environment_change "
     "plan_timeout_s prefetch_units write_queue_mb progress_interval_s grace_s",
-    config.Config: "captions encoders output runtime",
+    config.Config: " ".join(SECTION_NAMES),
 }
 EXIT_CODES = {
     **{"EXIT_COMPLETE": 0, "EXIT_BUG": 1, "EXIT_USAGE": 2, "EXIT_CONFLICT": 3},
@@ -141,6 +142,30 @@ def test_a_file_in_the_place_of_a_dataset_is_a_mistake(name: str, tmp_path: Path
     assert (code, said.split("error: ")[1]) == (
         2, f"{tmp_path / 'file'} is not a folder. Expected the output.path of a run.\n"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("pln x", "there is no command 'pln': did you mean plan? Expected run or plan or status"),
+        ("run x --limt 5", "there is no option --limt: did you mean --limit?"),
+        ("run x --limit abc", "argument --limit: 'abc' is not a whole number of 1 or more"),
+        ("plan x --sample -1", "argument --sample: '-1' is not a whole number of 0 or more"),
+        ("verify x --level ful", "argument --level: invalid choice: 'ful' (choose from"),
+        ("status x --jsn", "there is no option --jsn: did you mean --json?"),
+        ("status x y", "unexpected argument 'y'"),
+        ("run", "the following arguments are required: CONFIG"),
+    ],
+)
+def test_a_wrong_word_is_one_line(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"embed-precompute: error: {said}")
+    assert line.endswith(" --help.")
 
 
 def test_a_mistake_has_no_traceback() -> None:

@@ -34,6 +34,7 @@ def test_same_bytes_from_1_2_and_3_ranks(
         job = write_job(folder, captions, tiny_t5, tiny_clip, attention_mask=attention_mask)
         done = execute("run", str(job), *settings, nproc=world_size)
         assert done.returncode == 0, done.stderr
+        assert done.stdout.count(": complete, ") == 1, "the summary is of all ranks, and said once"
         made[world_size] = dataset_bytes(folder / "out")
         assert not [name for name in made[world_size] if ".tmp-" in name]
     assert len(made[0]) > 20
@@ -48,4 +49,5 @@ def test_srun_tasks_share_the_work(captions: Path, tiny_t5: Path, tmp_path: Path
     for task in ("0", "1"):
         done = execute("run", str(job), env={**step, "SLURM_PROCID": task})
         assert done.returncode == 0, done.stderr
+        assert done.stdout.count(": complete, ") == (task == "0")
     assert call("status", str(tmp_path / "out"))[0] == 0

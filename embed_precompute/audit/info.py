@@ -1,32 +1,34 @@
-"""Status and info: what a dataset holds, how far it is, and all about one sample.
+"""Status and info: how far a dataset is, and what it holds.
 
 Nothing is written, and an unfinished dataset is described as far as it goes.
-Costs: status lists the folders, and reads every record of an unfinished dataset. A sample costs a
-look-up and one rows part; without an index, all rows parts are searched.
+Costs: status lists the folders, and reads every record of an unfinished dataset. Info also reads
+the numbers of tokens in manifest.parquet.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from embed_precompute.errors import IncompleteError, InputError
+from embed_precompute.documents import flatten
+from embed_precompute.job.metrics import read_effort
 from embed_precompute.samples import Status, count_failed
-from embed_precompute.store.index import DatasetIndex, read_manifest
+from embed_precompute.store.index import read_manifest
 from embed_precompute.store.plan import Plan, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
-    UnitRecord,
+    TokenCounts,
     committed_units,
     read_record,
     record_path,
 )
-from embed_precompute.store.rows import StoredSample, read_samples
-from embed_precompute.store.shards import ShardReader
+from embed_precompute.store.rows import ok_columns
+
+SHARES = (0.05, 0.5, 0.95, 1.0)
+"""Percentiles that info names."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class DatasetStatus:
                 "names them (before that is there, each unit's rows part)"
             )
         if self.units_left or not self.null_committed:
-            lines.append("  not finalised: run the same command again to go on")
+            lines.append("  not finalised: run the job again to go on")
         elif not self.finalised:
             lines.append(f"  not finalised: run `embed-precompute finalize {self.root}`")
         return lines
@@ -115,106 +117,105 @@ def read_status(root: Path) -> DatasetStatus:
 
 
 def dataset_lines(root: Path) -> list[str]:
-    """What the dataset in `root` is: identity, inputs, encoders, counts, size."""
+    """What the dataset in `root` is: what it holds, how it was made, what that cost."""
     status = read_status(root)
     plan, inputs = status.plan, status.plan.inputs
+    manifest = read_manifest(status.root) if status.finalised else None
     limit = "" if inputs.limit is None else f", limited to {inputs.limit:,} samples"
+    files = f"{len(inputs.files):,} file{'s' * (len(inputs.files) != 1)}"
     lines = [
         *status.lines(),
-        f"  fingerprint {plan.fingerprint}",
-        f"  plan        {plan.plan_id}",
-        f"  input: {len(inputs.files):,} files, {sum(file.rows for file in inputs.files):,} rows, "
-        f"text column {inputs.text_column!r}, id column {inputs.id_column!r}{limit}",
-        f"  captions: {plan.spec.get('captions')}",
+        f"captions     {files}, {plan.num_rows:,} rows, text column "
+        f"{inputs.text_column!r}, id column {inputs.id_column!r}{limit}",
+        f"recipe       {_recipe_words(plan.spec.get('captions'))}",
     ]
-    for tensor in plan.tensors:
-        lines.append(
-            f"  text_{tensor.name}: one vector per {tensor.per}, width {tensor.width}, "
-            f"{tensor.dtype}, by encoder {tensor.encoder}"
-        )
     for name, encoder in sorted(plan.spec["encoders"].items()):
-        lines.append(f"  encoder {name}")
-        lines += [f"    {key}: {value}" for key, value in sorted(encoder.items())]
-    if status.finalised:
-        manifest = read_manifest(status.root)
-        counts = manifest.counts
-        lines.append(
-            f"  {counts.stored:,} embeddings stored for {counts.samples:,} samples of "
-            f"{counts.rows:,} rows (equal captions of a shard share one)"
-        )
-        lines += [f"  {n:,} {what}" for what, n in sorted(counts.noted.items())]
-        for name, sums in sorted(counts.encoders.items()):
-            lines.append(f"  {name}: {sums.tokens:,} tokens, {sums.truncated:,} captions truncated")
-        for name, vectors in sorted(counts.tensors.items()):
-            lines.append(f"  text_{name}: {vectors:,} vectors stored")
-        for made in manifest.environments:
-            what = ", ".join(f"{key} {value}" for key, value in sorted(made.environment.items()))
-            lines.append(f"  {made.units:,} units made with {what}")
+        lines.append(f"{name:<12} {_encoder_words(name, encoder, plan)}")
+        if manifest is not None and name in manifest.counts.encoders:
+            sums = manifest.counts.encoders[name]
+            lines.append(f"{'':<12} {_token_words(status.root, name, sums, plan)}")
+    if manifest is not None:
+        noted = sorted(manifest.counts.noted.items())
+        lines += [f"noted        {count:,} {what}" for what, count in noted]
     size = 0
     for path in status.root.glob("shards/*/shard-*"):
         with contextlib.suppress(OSError):  # a job that runs may just have removed it
             size += path.stat().st_size
-    return [*lines, f"  shards: {size:,} bytes, with their rows parts and records"]
-
-
-def sample_lines(root: Path, sample_id: str) -> list[str]:
-    """All about one sample. Raises InputError if the dataset has no such id."""
-    root = Path(root)
-    plan = read_plan(root)
-    units = sorted(unit for unit in committed_units(root) if unit < plan.num_units)
-    where = f"{root}, in any of its {len(units):,} units"
-    if len(units) < plan.num_units:
-        where += f" ({plan.num_units - len(units):,} are not made yet)"
-    with contextlib.suppress(IncompleteError):  # without an index all units are searched
-        index = DatasetIndex(root)
-        sample_number = index.find(sample_id)
-        units = [] if sample_number is None else [int(index.shard[sample_number])]
-    for unit in units:
-        record = read_record(root, unit)
-        for sample in read_samples(record.rows_path(root), plan.tensors, record.num_samples):
-            if sample.sample_id == sample_id:
-                return _sample_lines(root, plan, record, sample)
-    raise InputError(f"sample {sample_id!r} is not in {where}. Give an id of the id column.")
-
-
-def _sample_lines(root: Path, plan: Plan, record: UnitRecord, sample: StoredSample) -> list[str]:
-    first, place = 0, f"row {sample.row}, which no file of the plan has"
-    for file in plan.inputs.files:
-        if first <= sample.row < first + file.rows:
-            place = f"{file.path}, row {sample.row - first} (row {sample.row} of the dataset)"
-        first += file.rows
-    lines = [
-        f"id: {sample.sample_id}",
-        f"input: {place}",
-        f"status: {sample.status.label}" + (f" ({sample.error})" if sample.error else ""),
-        f"encoded text: {sample.text!r}" if sample.text is not None else "encoded text: none",
-    ]
-    if sample.index is None:
-        return [*lines, f"stored: nothing; its unit is {record.unit}"]
-    path = record.shard_path(root)
-    lines.append(f"stored: {path.relative_to(root)}, row {sample.index}")
-    reader = ShardReader(path, plan.fingerprint, record.unit, plan.tensors)
-    for tensor in plan.tensors:
-        name = tensor.name
-        cut = ", truncated" if sample.truncated[tensor.encoder] else ""
-        values = reader.row(name, sample.index)
-        sound = "" if reader.check_row(name, sample.index) else "; DAMAGED: not its checksum"
+    each = f", {size / samples:,.0f} a sample" if (samples := sum(status.samples.values())) else ""
+    lines.append(f"bytes        {size:,} in shards, rows parts and records{each}")
+    if manifest is not None:
         lines.append(
-            f"text_{name}: {sample.tokens[tensor.encoder]} tokens{cut}, stored "
-            f"{list(values.shape)} {tensor.dtype}; {_norms(values)}{sound}"
+            f"{'':<12} {manifest.counts.stored:,} embeddings by each encoder: equal captions of a "
+            "shard share one"
         )
+    effort = read_effort(status.root)
+    cost = "not known: logs/ has no metrics" if effort is None else effort.line()
+    lines.append(f"time         {cost}")
+    for made in manifest.environments if manifest is not None else ():
+        found, names = made.environment, ("device", "torch", "transformers")
+        what = ", ".join(f"{name} {found[name]}" for name in names if name in found)
+        lines.append(f"environment  {what} ({made.units:,} units)")
+    lines.append(f"identity     fingerprint {plan.fingerprint[:16]}, plan {plan.plan_id[:16]}")
     return lines
 
 
-def _norms(values: torch.Tensor) -> str:
-    """L2 norms of the vectors in `values` ([L, D] or [C]), computed in float64."""
-    norms = torch.linalg.vector_norm(values.double(), dim=-1).reshape(-1)
-    finite = "finite" if bool(torch.isfinite(values).all()) else "NOT FINITE"
-    if norms.numel() == 1:
-        return f"L2 norm {norms[0]:.4f}, {finite}"
-    if norms.numel() == 0:
-        return "no vectors"
-    return (
-        f"L2 norm per token mean {norms.mean():.4f}, min {norms.min():.4f}, max {norms.max():.4f}, "
-        f"{finite}"
+def _recipe_words(captions: Any) -> str:
+    """What becomes of a caption before it is tokenised; the specification itself if it is not as
+    this version writes it."""
+    try:
+        recipe = captions["recipe"]
+        words = []
+        for each in recipe if isinstance(recipe, list) else [recipe]:
+            settings = ", ".join(f"{key} {value}" for key, value in each.items() if key != "kind")
+            kind = "the caption as it is" if each["kind"] == "none" else each["kind"]
+            words.append(f"{kind} ({settings})" if settings else kind)
+        line = ", then ".join(words)
+        normalize = ", ".join(captions["normalize"])
+    except (LookupError, TypeError, AttributeError):
+        return str(captions)
+    return f"{line}; normalised by {normalize}" if normalize else line
+
+
+def _encoder_words(name: str, encoder: dict[str, Any], plan: Plan) -> str:
+    """One encoder and its tensors."""
+    tensors = "; ".join(
+        f"text_{tensor.name} [{'' if tensor.per_caption else 'L, '}{tensor.width}] {tensor.dtype}"
+        for tensor in plan.tensors
+        if tensor.encoder == name
     )
+    words = [
+        str(encoder[key]) for key in ("model_type", "dtype", "implementation") if key in encoder
+    ]
+    if encoder.get("padded_length"):
+        words.insert(1, f"padded to {encoder['padded_length']} tokens")
+    weights = str(encoder.get("weights", "not known"))
+    return f"{', '.join(words)}, weights {weights[:8]} -> {tensors}"
+
+
+def _token_words(root: Path, name: str, sums: TokenCounts, plan: Plan) -> str:
+    """Tokens of an encoder: their sum, their percentiles, how many captions are truncated."""
+    counts: Counter[int] = Counter()
+    for columns in ok_columns(root, plan.tensors, [f"{name}_tokens"]):
+        counts.update(columns[f"{name}_tokens"])
+    total, below, marks = counts.total(), 0, list[int]()
+    for tokens, count in sorted(counts.items()):
+        below += count
+        while len(marks) < len(SHARES) and below >= SHARES[len(marks)] * total:
+            marks.append(tokens)
+    words = f"{sums.tokens:,} tokens"
+    if marks:
+        words += f" (a caption: p5 {marks[0]}, p50 {marks[1]}, p95 {marks[2]}, most {marks[3]})"
+    share = 100 * sums.truncated / max(1, total)
+    return f"{words}; {sums.truncated:,} captions truncated ({share:.1f} %)"
+
+
+def all_lines(root: Path) -> list[str]:
+    """Everything that `dataset_lines` leaves out: identities, specification, environments."""
+    plan = read_plan(root)
+    lines = [f"fingerprint {plan.fingerprint}", f"plan {plan.plan_id}"]
+    lines += [f"{key}: {value}" for key, value in sorted(flatten(plan.spec).items())]
+    with contextlib.suppress(FileNotFoundError):
+        for made in read_manifest(root).environments:
+            what = ", ".join(f"{key} {value}" for key, value in sorted(made.environment.items()))
+            lines.append(f"{made.units:,} units made with {what}")
+    return lines

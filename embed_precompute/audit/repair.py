@@ -19,7 +19,8 @@ from pathlib import Path
 from embed_precompute.audit.verify import verify
 from embed_precompute.errors import EmbedPrecomputeError, VerificationError
 from embed_precompute.store.commit import content_name, digest_file, move_aside, remove_file
-from embed_precompute.store.manifest import MANIFEST, TABLE, finalize
+from embed_precompute.store.index import TABLE
+from embed_precompute.store.manifest import MANIFEST, finalize
 from embed_precompute.store.plan import PLAN_FILE, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,

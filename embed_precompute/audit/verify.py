@@ -16,13 +16,14 @@ import functools
 import itertools
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from embed_precompute.errors import InputError
 from embed_precompute.samples import Status, count_failed
+from embed_precompute.steps import steps
 from embed_precompute.store.check import (
     CheckedUnit,
     Problems,
@@ -33,8 +34,8 @@ from embed_precompute.store.check import (
     in_order,
 )
 from embed_precompute.store.commit import QUARANTINE, TEMP_PREFIX
-from embed_precompute.store.index import index_dtypes, tensor_entries
-from embed_precompute.store.manifest import MANIFEST, TABLE, DerivedCheck
+from embed_precompute.store.index import TABLE, index_dtypes, tensor_entries
+from embed_precompute.store.manifest import MANIFEST, DerivedCheck
 from embed_precompute.store.plan import PLAN_FILE, Plan, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
@@ -121,11 +122,14 @@ def verify(
     num_samples: int = 32,
     seed: int | None = None,
     device: str = "auto",
+    share: Callable[[Plan], Mapping[int, str]] | None = None,
 ) -> Report:
     """Check the dataset in `root`. Raises InputError if there is none.
 
-    The last three are for `deep`: how many samples are encoded again, the seed that selects them,
-    and the device. Without a seed a random seed is drawn; the report names it.
+    `num_samples`, `seed` and `device` are for `deep`: how many samples are encoded again, the seed
+    that selects them, and the device. Without a seed a random seed is drawn; the report names it.
+    `share` has other processes read the shards: it returns the problem of each unit that they have
+    checked, "" if it is sound (see `check_shares`).
     """
     if level not in ("quick", "full", "deep"):
         raise InputError(f"level is {level!r}: expected quick, full or deep.")
@@ -146,8 +150,11 @@ def verify(
         # A missing checkpoint must be an error now: after hours it would replace the report.
         references = open_references(root, plan, device)
         encode_again = functools.partial(compare_samples, root, plan, references)
+    checked: Mapping[int, str] = {}
+    if plan is not None and level != "quick" and share is not None:
+        checked = share(plan)
     _check_null(report, plan)
-    _check_units(report, plan)
+    _check_units(report, plan, checked)
     _note_strays(report, plan)
     if encode_again is not None:
         report.deep = encode_again(
@@ -174,8 +181,9 @@ def _check_null(report: Report, plan: Plan | None) -> None:
         report.null_rejected = False
 
 
-def _check_units(report: Report, plan: Plan | None) -> None:
-    """Checks every committed unit, and what finalize made of them all."""
+def _check_units(report: Report, plan: Plan | None, checked: Mapping[int, str]) -> None:
+    """Checks every committed unit, and what finalize made of them all. `checked`: the problem of
+    each unit whose bytes other processes have read, "" if it has none."""
     root, problems, full = report.root, report.problems, report.level != "quick"
     derived = DerivedCheck(root, plan, problems, full=full)
     committed: list[int] = []
@@ -197,9 +205,10 @@ def _check_units(report: Report, plan: Plan | None) -> None:
             problems.add(record_path(root, unit), "no file", "a record: the dataset is finalised")
         if (more := report.num_missing - MAX_NAMED_MISSING) > 0:
             problems.add(root / "shards", f"no record for {more} more units", "one for each")
-    check = functools.partial(_check, root, plan, full)
-    with contextlib.closing(in_order(check, units)) as checked:
-        for unit, found in zip(units, checked, strict=True):
+    check = functools.partial(_check, root, plan, full, checked)
+    with contextlib.closing(in_order(check, units)) as results:
+        title = "comparing with the index" if checked else "verifying"
+        for unit, found in zip(units, steps(results, len(units), title, " units"), strict=True):
             if isinstance(found, str):
                 problems.append(found)
                 report.rejected_units.add(unit)
@@ -217,8 +226,13 @@ def _check_units(report: Report, plan: Plan | None) -> None:
     report.num_bytes += derived.num_bytes
 
 
-def _check(root: Path, plan: Plan | None, full: bool, unit: int) -> CheckedUnit | UnitRecord | str:
+def _check(
+    root: Path, plan: Plan | None, full: bool, checked: Mapping[int, str], unit: int
+) -> CheckedUnit | UnitRecord | str:
     """A sound unit, or its problem. Without a plan a unit is judged by its own record."""
+    if problem := checked.get(unit):
+        return problem
+    full = full and unit not in checked
     try:
         if plan is not None:
             return check_unit(root, plan, unit, full=full)

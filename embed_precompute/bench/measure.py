@@ -32,6 +32,7 @@ from embed_precompute.encoders.loading import Source, num_bytes, num_parameters
 from embed_precompute.encoders.resolve import ResolvedEncoder, resolve
 from embed_precompute.encoders.tokenizer import TokenBatch, Tokenized
 from embed_precompute.errors import InputError
+from embed_precompute.steps import steps
 
 OURS = {
     "hf": ("hf", False),
@@ -137,13 +138,14 @@ def bench_encoder(
     except InputError as error:
         exact, left_out["the difference from float32"] = {}, str(error)
     ready: list[tuple[Contestant, Measured]] = []
-    for name, make in makers.items():
+    for name, make in steps(makers.items(), len(makers), f"{encoder.name}: starting", " variants"):
         try:
             ready.append(_prepare(name, make, encoder, captions, exact, device, output_dtype))
         except InputError as error:
             left_out[name] = str(error)
     gemm = []
-    for number in range(num_rounds if ready else 0):
+    num_rounds = num_rounds if ready else 0
+    for number in steps(range(num_rounds), num_rounds, f"{encoder.name}: measuring", " rounds"):
         gemm.append(_gemm_flops(encoder, device))
         for contestant, measured in ready if number % 2 == 0 else reversed(ready):
             measured.round_s.append(_seconds(contestant))

@@ -45,6 +45,7 @@ from embed_precompute.captions.recipes import (
 )
 from embed_precompute.captions.text_tables import as_one_table
 from embed_precompute.errors import InputError
+from embed_precompute.steps import steps
 
 SCAN_ROWS = 16384
 SUSPECTS = 1 << 16
@@ -155,7 +156,8 @@ class CaptionTable:
         num_rows = num_samples = 0
         last_row_samples = None
         cursor = RowCursor(self.row_map, list(columns), SCAN_ROWS)
-        for first, batch in cursor.batches(0, most):
+        batches = cursor.batches(0, most)
+        for first, batch in steps(batches, most, "reading ids", " rows", lambda each: len(each[1])):
             left_over = None if limit is None else limit - num_samples
             rows, samples, last_row_samples = self._count(batch, left_over)
             num_rows += rows

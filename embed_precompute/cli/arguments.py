@@ -7,10 +7,16 @@ is not here.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from embed_precompute import __version__
+from embed_precompute.documents import nearest_of
+from embed_precompute.errors import EXIT_USAGE
+
+SECTIONS = ("captions", "encoders", "output", "runtime")
+"""Of a CONFIG. Named here, for help must not wait until the configuration's classes are made."""
 
 EXIT_HELP = """exit codes:
   0 complete   1 bug   2 usage or bad input   3 conflict of fingerprint, plan or inputs
@@ -30,9 +36,37 @@ class _HelpConfig(argparse.Action):
         parser.exit()
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; argparse would put ten lines of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"embed-precompute: error: {message}. See {self.prog} --help.\n")
+
+
+def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The parsed arguments, and words that override keys of a CONFIG. A wrong word ends the
+    process with one line that names what it was probably meant to be."""
+    parser = command_parser()
+    (commands,) = (a.choices for a in parser._actions if isinstance(a.choices, dict))
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        parser.error(f"there is no command {words[0]!r}: {nearest_of(words[0], commands)[:-1]}")
+    arguments, overrides = parser.parse_known_args(words)
+    own = commands[arguments.command]
+    options = [name for name in own._option_string_actions if name.startswith("--")]
+    for option in (word.partition("=")[0] for word in overrides):
+        if hasattr(arguments, "config"):
+            is_key = "." in option or option[2:].replace("-", "_") in SECTIONS
+            if is_key or not option.startswith("--"):  # a key of the configuration, or its value
+                continue
+        elif not option.startswith("-"):
+            own.error(f"unexpected argument {option!r}")
+        own.error(f"there is no option {option}: {nearest_of(option, options)[:-1]}")
+    return arguments, overrides
+
+
 def command_parser() -> argparse.ArgumentParser:
     """All commands; the parsed `command` is the name of the chosen one."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="embed-precompute",
         description="Precompute the text embeddings of a caption table as verified shards.",
         epilog=EXIT_HELP,
@@ -80,6 +114,7 @@ def command_parser() -> argparse.ArgumentParser:
     info = _folder_command(commands, "info", "what a dataset holds")
     one = info.add_mutually_exclusive_group()
     one.add_argument("--id", metavar="SAMPLE_ID", help="one sample: text, tokens, place, norms")
+    one.add_argument("--all", action="store_true", help="the whole specification too")
     one.add_argument("--similar", metavar="SAMPLE_ID", help="the captions nearest to a sample's")
     info.add_argument(
         "--top",
@@ -136,6 +171,13 @@ def _add_verify_and_repair(commands: Any) -> None:
         "--seed", type=_count, metavar="S", help="deep: which samples; it is printed (default: any)"
     )
     verify.add_argument("--device", default="auto", help="deep: as runtime.device")
+    verify.add_argument(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="processes that read the shards (default: one, whose threads use all cores; for large "
+        "datasets one for each core); torchrun works too",
+    )
 
     repair = _folder_command(
         commands, "repair", "quarantine what verify rejects, and open those units again"
@@ -153,6 +195,13 @@ def _add_export(commands: Any) -> None:
     )
     parser.add_argument("--captions", metavar="PATH", help="the caption table, if it has moved")
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="processes that write the files (default: one, with threads)",
+    )
     parser.add_argument(
         "--pad-masked",
         choices=("refuse", "zeros", "repeat_last"),
@@ -202,14 +251,16 @@ def _folder_command(commands: Any, name: str, text: str) -> argparse.ArgumentPar
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
     if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return value
 
 
 def _positive(text: str) -> int:
-    value = _count(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("expected 1 or more")
-    return value
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
 import shlex
+import signal
 import socket
 import sys
 import traceback
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embed_precompute import __version__
-from embed_precompute.cli.arguments import command_parser
+from embed_precompute.cli.arguments import parse
 from embed_precompute.distributed import DistContext
 from embed_precompute.errors import (
     EXIT_BUG,
@@ -32,9 +34,12 @@ from embed_precompute.errors import (
     EXIT_IO,
     EXIT_VERIFICATION,
     EmbedPrecomputeError,
+    InterruptedRunError,
     StorageError,
 )
 from embed_precompute.samples import count_failed
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from embed_precompute.config.schema import Config
@@ -57,12 +62,20 @@ IO_ERRORS = frozenset(
 """What a disk, a network or a permission answers: no bug of ours, wherever it surfaces."""
 
 
+def program() -> int:
+    """The installed program: `main`, which a second Ctrl-C cannot end in a traceback."""
+    try:
+        code = main()
+    except KeyboardInterrupt:  # while the first one was being reported
+        code = EXIT_INTERRUPTED
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's own end waits for threads
+    return code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; give its exit code."""
-    parser = command_parser()
-    arguments, overrides = parser.parse_known_args(argv)
-    if overrides and not hasattr(arguments, "config"):
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    _log_to_stderr(DistContext(), logging.WARNING)
+    arguments, overrides = parse(sys.argv[1:] if argv is None else argv)
     try:
         command = COMMANDS[arguments.command]
         if hasattr(arguments, "config"):
@@ -77,10 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EmbedPrecomputeError as error:
         words = [getattr(arguments, "config", "CONFIG"), *overrides]
         message = str(error).replace("fetch CONFIG", f"fetch {shlex.join(words)}")
-        print(f"embed-precompute: error: {message}", file=sys.stderr)
+        _say(f"error: {message}", trace=not isinstance(error, InterruptedRunError))
         return error.exit_code
     except KeyboardInterrupt:
-        print("embed-precompute: interrupted", file=sys.stderr)
+        _say("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `embed-precompute info DIR | head`
         sys.stderr.close()
@@ -89,10 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in IO_ERRORS:
             return _bug()
         where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"embed-precompute: error: {where}{error.strerror} "
-            f"({errno.errorcode[error.errno or 0]}). Mend that and run the same command again.",
-            file=sys.stderr,
+        _say(
+            f"error: {where}{error.strerror} ({errno.errorcode[error.errno or 0]}). Mend that and "
+            "run the same command again.",
+            trace=True,
         )
         return EXIT_IO
     except Exception:
@@ -102,11 +115,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _bug() -> int:
     """Report the exception at hand."""
     traceback.print_exc()
-    print(
-        f"embed-precompute {__version__}: this is a bug; please report the lines above.",
-        file=sys.stderr,
-    )
+    _say(f"{__version__}: this is a bug; please report the lines above.", trace=True)
     return EXIT_BUG
+
+
+def _say(message: str, *, trace: bool = False) -> None:
+    """How a command ended: on stderr, and in the log file; `trace`: there with the traceback."""
+    print(f"embed-precompute: {message}", file=sys.stderr)
+    log.error("%s", message, exc_info=trace, extra=FILE_ONLY)
+
+
+FILE_ONLY = {"file_only": True}
+"""Marks what a log file gets and stderr has already."""
+
+
+class _Console(logging.StreamHandler[Any]):
+    """Log lines on stderr, above the bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, "file_only"):
+            return
+        if "tqdm" not in sys.modules:
+            super().emit(record)
+            return
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 class _LogFile(logging.FileHandler):
@@ -116,29 +151,44 @@ class _LogFile(logging.FileHandler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
+        folder = Path(self.baseFilename).parent
+        if hasattr(record, "file_only") and not (folder.parent / "plan.json").exists():
+            return
         with contextlib.suppress(OSError):
-            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Called by `emit`; the default prints a traceback for each line."""
 
 
-def _set_up_logging(dist: DistContext, root: Path) -> None:
-    """stderr: INFO on rank 0, warnings on the others. logs/rank-NNNNN.log: everything."""
+def _log_to_stderr(dist: DistContext, level: int) -> None:
+    """Log lines of this level, and how far a long command is, on stderr; no other rank than 0
+    says more than warnings."""
     logger = logging.getLogger("embed_precompute")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
+    logging.getLogger("embed_precompute.steps").setLevel(logging.INFO)
     logger.propagate = False
-    where = f"[rank {dist.rank}/{dist.world_size} {socket.gethostname()}]"
-    form = logging.Formatter(f"%(asctime)s {where} %(levelname)s %(message)s")
-    console = logging.StreamHandler(sys.stderr)
+    console = _Console(sys.stderr)
     console.setLevel(logging.INFO if dist.is_main else logging.WARNING)
-    to_file = _LogFile(root / "logs" / f"rank-{dist.rank:05d}.log", encoding="utf-8", delay=True)
-    for handler in (console, to_file):
-        handler.setFormatter(form)
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    if level == logging.INFO and not terminal:  # a job's output, which is read later
+        console.setFormatter(_job_format(dist))
     for earlier in logger.handlers:
         earlier.close()
-    logger.handlers = [console, to_file]
+    logger.handlers = [console]
+
+
+def _log_to_file(dist: DistContext, root: Path) -> None:
+    """logs/rank-NNNNN.log has everything: log lines, errors with tracebacks, the summary."""
+    to_file = _LogFile(root / "logs" / f"rank-{dist.rank:05d}.log", encoding="utf-8", delay=True)
+    to_file.setFormatter(_job_format(dist))
+    logging.getLogger("embed_precompute").addHandler(to_file)
+
+
+def _job_format(dist: DistContext) -> logging.Formatter:
+    where = f"[rank {dist.rank}/{dist.world_size} {socket.gethostname()}]"
+    return logging.Formatter(f"%(asctime)s {where} %(levelname)s %(message)s")
 
 
 def _run(config: Config, arguments: Any) -> int:
@@ -147,23 +197,28 @@ def _run(config: Config, arguments: Any) -> int:
     dist = DistContext.detect()
     with stop_on_signals(config.runtime.grace_s):  # this import takes seconds
         from embed_precompute.job.run import run
-    _set_up_logging(dist, Path(os.path.expanduser(config.output.path)))
+    _log_to_stderr(dist, logging.INFO)
+    _log_to_file(dist, Path(os.path.expanduser(config.output.path)))
     result = run(config, arguments.limit, dist)
+    log.info(
+        "this rank encoded %s samples in %.1f s: loading %.1f s, encoders %.1f s",
+        *(f"{result.samples:,}", result.seconds, result.load_seconds, result.encode_seconds),
+        extra=FILE_ONLY,
+    )
     if result.manifest is None:
         return EXIT_COMPLETE  # a peer finalises, and says so
     for line in _summary(result.root, result.manifest):
-        print(line)
-    if result.samples:
-        print(
-            f"  this rank encoded {result.samples:,} samples in {result.seconds:.1f} s "
-            f"({result.samples / result.seconds:,.1f} captions/s): loading "
-            f"{result.load_seconds:.1f} s, encoders {result.encode_seconds:.1f} s, the rest "
-            f"{result.seconds - result.load_seconds - result.encode_seconds:.1f} s"
-        )
+        log.info("%s", line, extra=FILE_ONLY)
+        # Without torchrun's store every rank finalises.
+        if dist.is_main or dist.store_host is not None:
+            print(line)
     return _exit_code(result.manifest)
 
 
 def _summary(root: Path, manifest: Manifest) -> list[str]:
+    """What all ranks of all runs made."""
+    from embed_precompute.job.metrics import read_effort
+
     counts = manifest.counts
     lines = [
         f"{root}: complete, {counts.samples:,} samples of {counts.rows:,} rows in "
@@ -174,6 +229,8 @@ def _summary(root: Path, manifest: Manifest) -> list[str]:
     lines += [f"  {n:,} {what}" for what, n in sorted(counts.noted.items())]
     for name, sums in counts.encoders.items():
         lines.append(f"  {name}: {sums.tokens:,} tokens, {sums.truncated:,} captions truncated")
+    if effort := read_effort(root):
+        lines.append(f"  {effort.line()}")
     if len(manifest.environments) > 1:
         lines.append(f"  made in {len(manifest.environments)} environments, see manifest.json")
     return lines
@@ -246,14 +303,27 @@ def _status(arguments: Any) -> int:
 
 
 def _verify(arguments: Any) -> int:
+    from embed_precompute.audit.shares import check_shares
     from embed_precompute.audit.verify import verify
+    from embed_precompute.store.plan import read_plan
 
+    dist = DistContext.detect()
+    _log_to_stderr(dist, logging.WARNING)
+    share = functools.partial(check_shares, arguments.folder, arguments.workers, dist)
+    if not dist.is_main:  # rank 0 has the findings of all
+        plan = None
+        with contextlib.suppress(EmbedPrecomputeError):
+            plan = read_plan(arguments.folder)
+        if plan is not None and arguments.level != "quick":
+            share(plan)
+        return EXIT_COMPLETE
     report = verify(
         arguments.folder,
         arguments.level,
         num_samples=arguments.sample,
         seed=arguments.seed,
         device=arguments.device,
+        share=share,
     )
     for problem in report.problems:
         print(problem)
@@ -285,17 +355,21 @@ def _finalize(arguments: Any) -> int:
 
 
 def _info(arguments: Any) -> int:
-    from embed_precompute.audit.info import dataset_lines, sample_lines
-
     folder = arguments.folder
     if arguments.similar is not None:
         from embed_precompute.audit.similarity import similar_lines
 
         lines = similar_lines(folder, arguments.similar, arguments.top)
     elif arguments.id is not None:
+        from embed_precompute.audit.sample import sample_lines
+
         lines = sample_lines(folder, arguments.id)
     else:
+        from embed_precompute.audit.info import all_lines, dataset_lines
+
         lines = dataset_lines(folder)
+        if arguments.all:
+            lines += all_lines(folder)
     for line in lines:
         print(line)
     return EXIT_COMPLETE
@@ -312,6 +386,7 @@ def _export(arguments: Any) -> int:
         trainer_dtype=arguments.trainer_dtype,
         table_only=arguments.table_only,
         limit=arguments.limit,
+        workers=arguments.workers,
     )
     for line in export_opensora(arguments.folder, arguments.out, options).lines():
         print(line)

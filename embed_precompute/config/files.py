@@ -71,7 +71,8 @@ def _changed(in_file: dict[str, Any], given: Sequence[tuple[str, str]]) -> Confi
         try:
             _override(plain, key, text)
         except MismatchError as error:
-            raise MismatchError(str(error), key) from error
+            blamed = error.key if error.key in dict(given) else key
+            raise MismatchError(str(error), blamed) from error
     return from_plain(Config, plain)
 
 
@@ -130,7 +131,14 @@ def _override(plain: dict[str, Any], key: str, text: str) -> None:
         if not isinstance(inner, dict):
             inner = owner[part] = {}
         owner = inner
-    owner[last] = _from_text(_type_below(declared, owner, key, len(above)), text)
+    wanted = _type_below(declared, owner, key, len(above))
+    value = _from_text(wanted, text)
+    if isinstance(value, str) and isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
+        below = "path" if "path" in field_types(wanted) else "KEY"
+        raise MismatchError(
+            f"{key} is {text!r}, and it has keys of its own: expected --{key}.{below} {text}."
+        )
+    owner[last] = value
 
 
 def _type_below(declared: Any, owner: Mapping[str, Any], key: str, i: int) -> Any:

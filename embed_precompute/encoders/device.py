@@ -128,12 +128,10 @@ def check_machine(setting: str, device: str, encoders: Sequence[ResolvedEncoder]
                 )
 
 
-def log_device(setting: str, device: str) -> None:
-    """Log which device is used; warn if a CPU takes the place of a GPU."""
+def warn_of_cpu(setting: str, device: str) -> None:
+    """Log a warning if a CPU takes the place of a GPU."""
     if setting == "auto" and device == "cpu" and torch.version.cuda is not None:
         log.warning("device: cpu, for torch %s sees no usable GPU", torch.__version__)
-    else:
-        log.info("device: %s, %s", device, device_name(device))
 
 
 def compiler() -> str | None:

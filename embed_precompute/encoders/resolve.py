@@ -59,6 +59,12 @@ class ResolvedEncoder:
         assert length is not None, "all positions are stored where there is one padded length"
         return [length] * len(captions)
 
+    def work(self, captions: Tokenized) -> float:
+        """About how many multiplications these captions take; to compare encoders."""
+        sizes, length = self.family.sizes(self.opened.checkpoint), self.decision.padded_length
+        tokens = sum(captions.num_ids) if length is None else length * len(captions)
+        return float(tokens * sizes.layers * sizes.linear_weights)
+
     def batches(self, captions: Tokenized, *, null: bool = False) -> Iterator[TokenBatch]:
         """The token batches that hold `captions`; `null`: those of the null embedding."""
         tokenizer, decision = self.opened.tokenizer, self.decision

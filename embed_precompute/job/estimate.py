@@ -21,6 +21,7 @@ import xxhash
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.samples import Status
+from embed_precompute.steps import steps
 from embed_precompute.store.commit import UNLIMITED, free_space
 from embed_precompute.store.plan import Plan
 
@@ -125,7 +126,8 @@ class SampledCaptions:
         sums = {encoder.name: TokenFigures() for encoder in self.encoders}
         figures = Figures(noted=reader.noted, first_noted=reader.first_noted, encoders=sums)
         hashes: list[np.ndarray] = []
-        for first, rows in sampled_runs(self._num_rows, max_rows):
+        runs = list(sampled_runs(self._num_rows, max_rows))
+        for first, rows in steps(runs, len(runs), "tokenising", " runs of rows"):
             samples = reader.read(first, rows)
             texts = [sample.text for sample in samples if sample.text is not None]
             figures.examples += texts[: EXAMPLES - len(figures.examples)]

@@ -1,10 +1,10 @@
-"""What rank 0 tells people: how far the whole job is, and how the dataset was made.
+"""What rank 0 tells people: what the job is, how far it is, and how the dataset was made.
 
-Guarantees: the bar counts committed samples of *all* ranks, so a restart shows what is really done.
-If stderr is not a terminal, a line is logged every `runtime.progress_interval_s` instead. If the
+Guarantees: what is shown counts the committed captions of *all* ranks, and what this rank has
+encoded of its own units that are not committed yet. So a restart shows what is really done. If the
 progress cannot be read, the job goes on.
-Costs: a thread on rank 0 that lists the shard folders every few seconds and reads each new record
-once. Records from before the start are not read: the plan says how many rows their units have.
+Costs: a thread on rank 0 that lists the shard folders every few seconds. No record is read: the
+plan says how many rows a unit has.
 """
 
 from __future__ import annotations
@@ -14,39 +14,65 @@ import logging
 import sys
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 
 from embed_precompute.config.files import to_yaml
-from embed_precompute.config.schema import RuntimeConfig
-from embed_precompute.distributed import DistContext
 from embed_precompute.errors import EmbedPrecomputeError, StorageError
 from embed_precompute.job.prepare import Prepared
+from embed_precompute.steps import duration
 from embed_precompute.store.commit import replace_bytes
-from embed_precompute.store.plan import Plan
-from embed_precompute.store.records import committed_units, read_record
+from embed_precompute.store.records import committed_units
 
 log = logging.getLogger(__name__)
-TERMINAL_POLL_S = 2.0
+TERMINAL_POLL_S = 0.5
+LIST_EVERY_S = 2.0
+LEAST_S = 0.1
+
+
+def banner(prepared: Prepared, device: str, units_committed: int) -> list[str]:
+    """Three lines for the start of a run: the machine, the encoders, what is left. `device` is its
+    name for people."""
+    dist, plan = prepared.dist, prepared.plan
+    ranks = "1 process" if dist.world_size == 1 else f"{dist.world_size} ranks ({dist.source})"
+    encoders = "; ".join(
+        f"{each.name}: {each.options.dtype}, {each.decision.implementation}"
+        f"{', compiled' if each.decision.compiled else ''}, weights "
+        f"{str(each.weights)[:8]}"
+        for each in prepared.encoders
+    )
+    return [
+        f"device: {device}, {ranks}",
+        f"encoders: {encoders}",
+        f"output: {prepared.root}, {units_committed:,} of {plan.num_units:,} units committed, "
+        f"{plan.num_samples:,} captions in all, plan {plan.plan_id[:16]}",
+    ]
 
 
 class Progress:
-    """Use as a context manager. It shows nothing before `start`; only rank 0 shows anything."""
+    """Use as a context manager around the encoding; only rank 0 shows anything."""
 
-    def __init__(self, root: Path, plan: Plan, dist: DistContext, runtime: RuntimeConfig) -> None:
-        self._root, self._plan = root, plan
-        self._active = dist.is_main
-        self._terminal = sys.stderr.isatty()
-        self._interval = TERMINAL_POLL_S if self._terminal else runtime.progress_interval_s
+    def __init__(self, prepared: Prepared, device: str) -> None:
+        self._root, self._plan = prepared.root, prepared.plan
+        self._active = prepared.dist.is_main
+        self._title = f"encoding on {device}"
+        if prepared.dist.world_size > 1:
+            self._title += f", {prepared.dist.world_size} ranks"
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._interval_s = max(LEAST_S, prepared.config.runtime.progress_interval_s)
         self._seen: set[int] = set()
-        self._samples = 0
-        self._tokens = 0
+        self._committed = 0
+        self._at_hand: dict[int, float] = {}
+        """Unit of this rank -> how many of its samples are encoded."""
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Progress:
+        if self._active:
+            self._look()  # what is committed by now is the starting point of the rate
+            self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(
@@ -59,66 +85,63 @@ class Progress:
         if self._thread is not None:
             self._thread.join()
 
-    def start(self) -> None:
-        """Begin to count; what is committed by now is the starting point of every rate."""
-        if not self._active:
-            return
-        self._count_committed()
-        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
-        self._thread.start()
+    def encoded(self, unit: int, samples: float) -> None:
+        """`samples` of a unit of this rank are encoded; called by the thread that encodes."""
+        self._at_hand[unit] = samples
+
+    def captions(self) -> float:
+        """Captions of committed units, and those that this rank has encoded besides."""
+        at_hand = [n for unit, n in list(self._at_hand.items()) if unit not in self._seen]
+        return self._committed + sum(at_hand)
 
     def _watch(self) -> None:
-        started, first_samples, first_tokens = time.monotonic(), self._samples, self._tokens
+        first = self.captions()
+        began = said = listed = time.monotonic()
         # disable=None hides the bar when stderr is not a terminal; lines are logged instead.
         bar = tqdm(
+            desc=self._title,
             total=self._plan.num_samples,
-            initial=self._samples,
-            unit="captions",
+            initial=int(first),
+            unit=" captions",
+            smoothing=0,  # the mean rate: commits of other ranks come in jumps
+            dynamic_ncols=True,
             disable=None,
-            mininterval=0.5,
         )
-        while not self._end.wait(self._interval):
-            self._look()
-            seconds = time.monotonic() - started
-            rate = (self._samples - first_samples) / seconds
-            token_rate = (self._tokens - first_tokens) / seconds
-            bar.set_postfix_str(f"{token_rate:,.0f} tokens/s", refresh=False)
-            bar.update(self._samples - bar.n)
-            if not self._terminal:
-                log.info("%s", self._line(rate, token_rate))
+        while not self._end.wait(TERMINAL_POLL_S if self._terminal else self._interval_s):
+            now = time.monotonic()
+            if now - listed >= LIST_EVERY_S:
+                self._look()
+                listed = now
+            captions = self.captions()
+            bar.n = int(captions)
+            bar.refresh()
+            if not self._terminal and now - said >= self._interval_s:
+                said = now
+                log.info("%s", self._line(captions, (captions - first) / (now - began)))
         self._look()
-        bar.update(self._samples - bar.n)
+        bar.n = int(self.captions())
         bar.close()
 
-    def _line(self, rate: float, token_rate: float) -> str:
-        left = self._plan.num_samples - self._samples
-        eta = f"{left / rate / 60:.1f} min left" if rate > 0 else "no rate yet"
+    def _line(self, captions: float, rate: float) -> str:
+        left = self._plan.num_samples - captions
+        eta = f"{duration(left / rate)} left" if rate > 0 else "no rate yet"
         return (
-            f"{self._samples:,} of {self._plan.num_samples:,} captions committed by all ranks, "
-            f"{rate:,.1f} captions/s, {token_rate:,.0f} tokens/s, {eta}"
+            f"{self._title}: {captions:,.0f} of {self._plan.num_samples:,} captions "
+            f"({self._committed:,} committed by all ranks), {rate:,.1f} captions/s, {eta}"
         )
 
-    def _count_committed(self) -> None:
-        """Counts the samples at the start: rows of committed units times the plan's samples per
-        row."""
+    def _look(self) -> None:
+        """Counts the samples of committed units: their rows times the plan's samples per row."""
         plan = self._plan
         try:
-            self._seen = {unit for unit in committed_units(self._root) if unit < plan.num_units}
-        except EmbedPrecomputeError as error:
-            log.debug("progress not read: %s", error)
-        rows = sum(plan.unit_rows(unit)[1] for unit in self._seen)
-        self._samples = rows * plan.num_samples // max(1, plan.num_rows)
-
-    def _look(self) -> None:
-        try:
-            new = committed_units(self._root) - self._seen
-            for unit in new:
-                record = read_record(self._root, unit)
-                self._samples += record.num_samples
-                self._tokens += sum(sums.tokens for sums in record.encoders.values())
-                self._seen.add(unit)
+            found = {unit for unit in committed_units(self._root) if unit < plan.num_units}
         except (OSError, EmbedPrecomputeError) as error:
             log.debug("progress not read: %s", error)
+            return
+        rows = sum(plan.unit_rows(unit)[1] for unit in found)
+        for unit in found & self._at_hand.keys():
+            del self._at_hand[unit]
+        self._seen, self._committed = found, rows * plan.num_samples // max(1, plan.num_rows)
 
 
 def write_provenance(prepared: Prepared, environment: dict[str, str]) -> None:

@@ -16,14 +16,15 @@ from embed_precompute.config.schema import Config
 from embed_precompute.distributed import DistContext
 from embed_precompute.encoders.device import (
     check_machine,
+    device_name,
     environment,
-    log_device,
     resolve_device,
     start,
+    warn_of_cpu,
 )
 from embed_precompute.job.claims import Claims, Committed, connect_store
 from embed_precompute.job.prepare import check_sampled_captions, prepare, publish
-from embed_precompute.job.progress import Progress, write_provenance
+from embed_precompute.job.progress import Progress, banner, write_provenance
 from embed_precompute.job.signals import StopRequest, stop_on_signals
 from embed_precompute.job.stages import Stages
 from embed_precompute.store.index import Manifest
@@ -59,9 +60,11 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
     prepared = prepare(config, limit, dist)
     check_machine(config.runtime.device, device, prepared.encoders)
     prepared = publish(prepared)
-    log_device(config.runtime.device, device)
     root, plan, runtime = prepared.root, prepared.plan, config.runtime
     committed, current = Committed(root, plan), environment(device, prepared.encoders)
+    for line in banner(prepared, f"{device} ({device_name(device)})", committed.units):
+        log.info("%s", line)
+    warn_of_cpu(config.runtime.device, device)
     committed.check_environment(current, runtime.on_environment_change)
     if dist.is_main and not committed.everything():
         check_sampled_captions(prepared, committed.left())
@@ -70,23 +73,22 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
     claims = Claims(dist, plan.plan_id, plan.num_units, committed, store, committed.refresh)
     result = RunResult(root, None)
     started = time.monotonic()
-    with Progress(root, plan, dist, runtime) as progress:
-        log.info(
-            "plan %s: %d of %d units are done", plan.plan_id[:16], committed.units, plan.num_units
-        )
-        if not committed.everything():
-            text_encoders = [
-                start(each, device, config.output.dtype, runtime.self_check)
-                for each in prepared.encoders
-            ]
-            result.load_seconds = time.monotonic() - started
-            progress.start()
-            stages = Stages(prepared, text_encoders, claims, committed, current, stop)
+    if not committed.everything():
+        text_encoders = []
+        for each in prepared.encoders:
+            log.info("loading %s", each.opened.where)
+            text_encoders.append(start(each, device, config.output.dtype, runtime.self_check))
+        result.load_seconds = time.monotonic() - started
+        with Progress(prepared, device) as progress:
+            stages = Stages(
+                prepared, text_encoders, claims, committed, current, stop, progress.encoded
+            )
             with stop.finishing():
                 stages.run()
-            result.units, result.samples = stages.units, stages.samples
-            result.encode_seconds = stages.encode_seconds
+        result.units, result.samples = stages.units, stages.samples
+        result.encode_seconds = stages.encode_seconds
     result.seconds = time.monotonic() - started
     if claims.is_first_to_finalize():
+        log.info("finalising")
         result.manifest = finalize(root).manifest
     return result

@@ -1,10 +1,10 @@
 """Being asked to stop: by a signal, or because the launcher of this process died.
 
-Guarantees: TERM, INT, USR1 and USR2 mean the same, and are noticed at once, even while the main
-thread is inside a long call. Code within `StopRequest.finishing` has the grace (`runtime.grace_s`)
-to commit its unit; any other code is interrupted at once. When the grace is over, or at a second
-signal, the process ends at once: its temporary files are removed, what was committed stays. The
-exit code is 75.
+Guarantees: TERM, INT, USR1 and USR2 mean the same, and are noticed and acknowledged at once, even
+while the main thread is inside a long call. Code within `StopRequest.finishing` has the grace
+(`runtime.grace_s`) to commit its unit; any other code is interrupted at once. When the grace is
+over, or at a second signal, the process ends at once: its temporary files are removed, what was
+committed stays. The exit code is 75.
 Costs: one thread that sleeps; under torchrun it looks once a second whether the agent is alive.
 """
 
@@ -40,8 +40,9 @@ class _Stopped(BaseException):
 class StopRequest:
     """Whether this process was asked to stop, and how long it still has."""
 
-    def __init__(self, grace_s: float) -> None:
-        self._grace_s = grace_s
+    def __init__(self, grace_s: float, *, speaks: bool = True) -> None:
+        """`speaks`: a request is acknowledged on stderr."""
+        self._grace_s, self._speaks = grace_s, speaks
         self._asked = threading.Event()
         self._asked_at = 0.0
         self._finishing = False
@@ -65,6 +66,14 @@ class StopRequest:
             self._grace_s = min(self._grace_s, grace_s)
         self._asked_at, self.reason = time.monotonic(), reason
         self._asked.set()
+        if self._speaks:
+            now = "nothing is under way that could be committed"
+            if self._finishing:
+                now = (
+                    f"finishing the shard at hand if that takes less than {self._grace_s:.0f} s. "
+                    "Ctrl-C or another signal drops it"
+                )
+            say(f"stopping ({reason}): {now}.")
         return True
 
     @contextlib.contextmanager
@@ -100,11 +109,16 @@ class StopRequest:
         )
 
 
+def say(line: str) -> None:
+    """Writes a line of its own to stderr, past Python's stream: a thread that hangs may hold it."""
+    start = "\r\x1b[K" if os.isatty(2) else ""  # over the bar
+    with contextlib.suppress(OSError):
+        os.write(2, f"{start}embed-precompute: {line}\n".encode())
+
+
 def end_at_once(reason: str) -> None:
     """Removes this process's temporary files and ends it, without waiting for any thread."""
-    line = f"embed-precompute: stopped at once ({reason}); run the same command again to go on.\n"
-    with contextlib.suppress(OSError):
-        os.write(2, line.encode())  # a stream may be locked by a thread that hangs
+    say(f"stopped at once ({reason}); run the same command again to go on.")
     drop_staged_files()
     os._exit(EXIT_INTERRUPTED)
 
@@ -116,7 +130,7 @@ def stop_on_signals(grace_s: float, dist: DistContext | None = None) -> Iterator
     Raises InterruptedRunError if a request interrupted the block. Only the main thread can set
     signal handlers: called in another thread, this leaves the existing handlers in place.
     """
-    stop = StopRequest(grace_s)
+    stop = StopRequest(grace_s, speaks=dist is not None and dist.is_main)
     parent = os.getppid() if dist is not None and dist.has_agent else None
     reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     watcher = threading.Thread(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import threading
 import time
@@ -30,12 +29,13 @@ from torch import Tensor
 from embed_precompute.encoders.encoder import Embeddings, PendingOutput, TextEncoder
 from embed_precompute.errors import IncompleteError
 from embed_precompute.job.claims import Claims, Committed
+from embed_precompute.job.metrics import UnitLog
 from embed_precompute.job.prepare import Prepared
 from embed_precompute.job.signals import StopRequest
 from embed_precompute.job.units import Unit, read_unit
 from embed_precompute.job.writer import UnitWriter
 from embed_precompute.samples import count_failed
-from embed_precompute.store.records import NULL_UNIT, Record, committed_units, read_record
+from embed_precompute.store.records import NULL_UNIT, committed_units, read_record
 
 log = logging.getLogger(__name__)
 POLL_S = 0.1
@@ -113,6 +113,8 @@ class _Forward:
     """The unit has no forward after this one."""
     encoder: str | None = None
     rows: np.ndarray | None = None
+    share: float = 0.0
+    """Its part of the unit's work."""
 
 
 def overlapped(
@@ -176,8 +178,11 @@ class Stages:
         committed: Committed,
         environment: dict[str, str],
         stop: StopRequest,
+        on_encoded: Callable[[int, float], None],
     ) -> None:
+        """`on_encoded(unit, samples)` is called after each forward: so many samples are encoded."""
         self._prepared, self._encoders, self._claims = prepared, text_encoders, claims
+        self._on_encoded = on_encoded
         self._plan = prepared.plan
         self._committed, self._environment, self._stop = committed, environment, stop
         runtime = prepared.config.runtime
@@ -194,7 +199,8 @@ class Stages:
         """Seconds spent in the encoders. During the rest of the run the device waits."""
         self._unit_s = 0.0
         self._commit_s = COMMIT_SHARE * runtime.grace_s
-        self._metrics = prepared.root / "logs" / f"metrics-{prepared.dist.rank:05d}.jsonl"
+        device = text_encoders[0].device.type
+        self._unit_log = UnitLog(prepared.root, prepared.dist.rank, device)
 
     def run(self) -> None:
         """Run until nothing is left to claim."""
@@ -246,6 +252,9 @@ class Stages:
             if self._stop.is_set() and not self._fits_grace(unit.began):
                 self._halted.set()
                 return
+            if not unit.is_null:
+                unit.encoded += forward.share
+                self._on_encoded(unit.number, len(unit.samples) * unit.encoded)
             unit.abandoned = unit.swept and self._committed(unit.number)
             if forward.is_last and not unit.abandoned:
                 self._unit_s = max(self._unit_s, time.monotonic() - unit.began)
@@ -276,6 +285,10 @@ class Stages:
                 unit.tokens[encoder.resolved.name], null=unit.is_null
             )
         )
+        work = {
+            each.resolved.name: each.resolved.work(unit.tokens[each.resolved.name])
+            for each in self._encoders
+        }
         following = next(batches, None)
         if following is None:
             yield _Forward(unit, is_last=True), PendingOutput({})
@@ -285,7 +298,8 @@ class Stages:
             with self._naming(unit, name):
                 pending = encoder.submit(batch)
             self.encode_seconds += time.monotonic() - began
-            yield _Forward(unit, following is None, name, batch.rows), pending
+            share = work[name] / sum(work.values()) * len(batch.rows) / len(unit.tokens[name])
+            yield _Forward(unit, following is None, name, batch.rows, share), pending
 
     def _wait(self, forward: _Forward, pending: PendingOutput) -> _Encoded:
         if forward.encoder is None:
@@ -319,7 +333,6 @@ class Stages:
                     unit = message.unit
                     writer = UnitWriter(self._prepared.root, self._plan, unit, self._environment)
                     stack.enter_context(writer)
-                    started = time.monotonic()
                     current: _Encoded | None = message
                     while current is not None and current.rows is not None:
                         for tensor, values in current.outputs.items():
@@ -331,11 +344,11 @@ class Stages:
                     if committing is not None:
                         committing.result()
                     if self._error is None:
-                        commit = functools.partial(self._commit, unit, writer, started)
+                        commit = functools.partial(self._commit, unit, writer)
                         committing = pool.submit(self._guard, commit)
                         stack.pop_all()  # `_commit` removes the temporary file
 
-    def _commit(self, unit: Unit, writer: UnitWriter, started: float) -> None:
+    def _commit(self, unit: Unit, writer: UnitWriter) -> None:
         with writer:
             self._failures.check(unit)
             self._check_first_record()
@@ -345,7 +358,13 @@ class Stages:
                 self._commit_s = 1.5 * (time.monotonic() - began)
         self.units += 1
         self.samples += 0 if unit.is_null else len(unit.samples)
-        self._log_metrics(unit, record, time.monotonic() - started)
+        self._unit_log.add(
+            unit.number,
+            samples=len(unit.samples),
+            stored=unit.num_stored,
+            tokens={name: sum(each.tokens) for name, each in unit.tokens.items()},
+            shard_bytes=record.files.shard.bytes,
+        )
 
     def _check_first_record(self) -> None:
         """Ranks that start together see no record at first. So this rank looks again before its
@@ -354,20 +373,3 @@ class Stages:
             on_change = self._prepared.config.runtime.on_environment_change
             self._committed.check_environment(self._environment, on_change)
             self._record_checked = True
-
-    def _log_metrics(self, unit: Unit, record: Record, seconds: float) -> None:
-        line = {
-            "time": round(time.time(), 3),
-            "unit": unit.number,
-            "samples": len(unit.samples),
-            "stored": unit.num_stored,
-            "tokens": {name: sum(each.tokens) for name, each in unit.tokens.items()},
-            "shard_bytes": record.files.shard.bytes,
-            "seconds": round(seconds, 4),
-        }
-        try:
-            self._metrics.parent.mkdir(parents=True, exist_ok=True)
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:  # figures for people: the dataset does not need them
-            log.warning("%s: not written: %s", self._metrics, error.strerror)

@@ -33,6 +33,8 @@ class Unit:
     """For each tensor, the number of vectors of each stored row."""
     swept: bool = False
     """True in the sweep (see `Claims`): another rank may be computing the same unit."""
+    encoded: float = 0.0
+    """The part of its work that is done."""
     noted: dict[str, int] = field(default_factory=dict)
     """What of its rows may surprise: see `CaptionReader.noted`."""
     began: float = 0.0

@@ -17,7 +17,8 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from embed_precompute.errors import ConflictError, InputError, StorageError, Ver
 from embed_precompute.opensora.dataset import DONE_FILE, PadMasked, TextPair
 from embed_precompute.opensora.lengths import NO_CACHED_TEXT, made_for_patch
 from embed_precompute.opensora.table import SAMPLER_COLUMNS, CaptionRows, Entry, TrainerTable
+from embed_precompute.steps import steps, worker_processes
 from embed_precompute.store.commit import (
     free_space,
     make_folder,
@@ -50,6 +52,8 @@ from embed_precompute.train.dataset import EmbeddingDataset
 
 SOURCE_FILE, TABLE = "source.json", "table.parquet"
 THREADS = 8
+CHUNK = 32
+"""Samples that a worker process gets at a time."""
 FILES_PER_FOLDER = 1000
 TENSORS = ("text_t5", "text_clip")
 PT_BYTES = 2048
@@ -101,6 +105,8 @@ class OpenSoraOptions:
     """Nulls and table, no tensor files: what `embed_precompute.opensora.dataset` needs."""
     limit: int | None = None
     """Only the first samples."""
+    workers: int = 1
+    """Processes that write the tensor files; 1: threads of this process."""
 
 
 def export_opensora(root: Path, out: Path, options: OpenSoraOptions) -> Export:
@@ -111,6 +117,32 @@ def export_opensora(root: Path, out: Path, options: OpenSoraOptions) -> Export:
     export.require_space()
     export.write_rows()
     return export
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """The tensor files of an export, written sample by sample; worker processes get a copy."""
+
+    root: Path
+    out: Path
+    dataset: EmbeddingDataset
+    pair: TextPair
+
+    def path(self, tensor: str, entry: Entry) -> str:
+        """The path of a sample's file; a folder has at most 1,000."""
+        folder, number = divmod(entry.number // FILES_PER_FOLDER, 1000)
+        return str(self.out / tensor / f"{folder:03d}/{number:03d}/{entry.number:09d}.pt")
+
+    def write(self, entry: Entry) -> int:
+        """Writes the files of one sample; how many were not there yet."""
+        sample = self.dataset[entry.index]
+        if sample["id"] != entry.sample_id:
+            raise VerificationError(
+                f"{self.root}: the index names sample {entry.index} {sample['id']!r}, the manifest "
+                f"{entry.sample_id!r}. `embed-precompute finalize {self.root}` makes them again."
+            )
+        pair = self.pair.of(sample)
+        return sum(write_pt(Path(self.path(t, entry)), values) for t, values in pair.items())
 
 
 class Export:
@@ -124,15 +156,11 @@ class Export:
         self.dataset = EmbeddingDataset(root, "rows", copy=False)
         self.pair = TextPair(self.dataset, options.t5, options.clip, options.pad_masked)
         self.captions = CaptionRows(self.dataset, root, options.captions)
-        self.table = TrainerTable(self.captions, None if options.table_only else self._path)
+        self.files = TensorFiles(self.root, self.out, self.dataset, self.pair)
+        self.table = TrainerTable(self.captions, None if options.table_only else self.files.path)
         self.null = self.pair.of(self.dataset.null)
         self.length = self._one_length()
         self.counts = {"rows": 0, "files": 0, "written": 0}
-
-    def _path(self, tensor: str, entry: Entry) -> str:
-        """The path of a sample's file; a folder has at most 1,000."""
-        folder, number = divmod(entry.number // FILES_PER_FOLDER, 1000)
-        return str(self.out / tensor / f"{folder:03d}/{number:03d}/{entry.number:09d}.pt")
 
     def _one_length(self) -> int:
         """The vectors of each exported text_t5; InputError where samples differ."""
@@ -221,16 +249,14 @@ class Export:
 
     def write_rows(self) -> None:
         """Tensor files and the table, a batch of rows at a time; then export.json."""
-        with (
-            ThreadPoolExecutor(THREADS, "export") as pool,
-            self.table.writing(self.out / TABLE),
-        ):
-            for rows, entries in self.captions.batches(self.options.limit):
-                if not self.options.table_only:
-                    self.counts["written"] += sum(pool.map(self._write_sample, entries))
-                    self.counts["files"] += len(TENSORS) * len(entries)
-                self.table.write(rows, entries)
-                self.counts["rows"] += len(entries)
+        workers = self.options.workers
+        pool = worker_processes(workers) if workers > 1 else ThreadPoolExecutor(THREADS, "export")
+        total = min(len(self.dataset), self.options.limit or len(self.dataset))
+        with ExitStack() as stack:
+            stack.callback(pool.shutdown, cancel_futures=True)
+            stack.enter_context(self.table.writing(self.out / TABLE))
+            for written in steps(self._samples(pool), total, "exporting", " samples"):
+                self.counts["written"] += written
             if self.counts["rows"] == 0:
                 raise InputError(f"nothing to export: no sample is ok ({self._not_ok()}).")
             stored = self.table.finish(self.counts["rows"])
@@ -245,16 +271,16 @@ class Export:
         replace_bytes(self.out / DONE_FILE, document_bytes(done))
         remove_leftovers(self.out)
 
-    def _write_sample(self, entry: Entry) -> int:
-        """The files of one sample; how many were not there yet."""
-        sample = self.dataset[entry.index]
-        if sample["id"] != entry.sample_id:
-            raise VerificationError(
-                f"{self.root}: the index names sample {entry.index} {sample['id']!r}, the manifest "
-                f"{entry.sample_id!r}. `embed-precompute finalize {self.root}` makes them again."
-            )
-        pair = self.pair.of(sample)
-        return sum(write_pt(Path(self._path(t, entry)), values) for t, values in pair.items())
+    def _samples(self, pool: Executor) -> Iterator[int]:
+        """Writes all samples; yields for each how many of its files were not there yet."""
+        for rows, entries in self.captions.batches(self.options.limit):
+            if self.options.table_only:
+                yield from [0] * len(entries)
+            else:
+                yield from pool.map(self.files.write, entries, chunksize=CHUNK)
+                self.counts["files"] += len(TENSORS) * len(entries)
+            self.table.write(rows, entries)
+            self.counts["rows"] += len(entries)
 
     def _not_ok(self) -> str:
         return ", ".join(f"{label} {n:,}" for label, n in sorted(self.captions.not_ok.items()))

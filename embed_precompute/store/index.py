@@ -36,6 +36,7 @@ from embed_precompute.store.records import (
     unit_path,
 )
 
+TABLE = "manifest.parquet"
 NPY_HEADER_BYTES = 128
 _NULL_NAME = re.compile(r"null-[0-9a-f]{16}\.safetensors")
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -274,8 +275,9 @@ class DatasetIndex:
             self.manifest = read_manifest(root)
         except FileNotFoundError:
             raise IncompleteError(
-                f"{root} has no manifest.json: the dataset is not finished. Run the job again, or "
-                "`embed-precompute finalize` when every unit is there."
+                f"{root} is not finished: no manifest.json. Run the job again, or "
+                f"`embed-precompute finalize {root}` when `embed-precompute status {root}` shows "
+                "no unit left."
             ) from None
         counts = self.manifest.counts
         self.tensors = tuple(sorted(self.manifest.tensors))

@@ -28,6 +28,7 @@ import pyarrow as pa
 from embed_precompute.documents import canonical_json, flatten, to_plain
 from embed_precompute.errors import IncompleteError, StorageError, VerificationError
 from embed_precompute.samples import Status
+from embed_precompute.steps import steps
 from embed_precompute.store.check import (
     CheckedUnit,
     Problems,
@@ -46,6 +47,7 @@ from embed_precompute.store.commit import (
     replace_bytes,
 )
 from embed_precompute.store.index import (
+    TABLE,
     Array,
     Counts,
     DatasetIndex,
@@ -81,7 +83,7 @@ from embed_precompute.store.rows import (
 )
 
 log = logging.getLogger(__name__)
-MANIFEST, TABLE = "manifest.json", "manifest.parquet"
+MANIFEST = "manifest.json"
 MANIFEST_ROW_GROUP = 1 << 16
 
 
@@ -141,7 +143,7 @@ def _write_derived(root: Path, plan: Plan) -> Manifest:
         IndexWriter(root / "index", tensor_entries(plan.tensors)) as index,
         _SampleTable(root / TABLE, plan.tensors) as table,
     ):
-        for unit in units:
+        for unit in steps(units, plan.num_units, "finalising", " units"):
             totals.add(unit.record)
             index.add(unit.columns)
             table.append(unit.rows)

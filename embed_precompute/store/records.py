@@ -429,7 +429,7 @@ def _read_record(root: Path, unit: int, declared: type[R]) -> R:
         record = read_document(path, declared)
     except FileNotFoundError:
         raise IncompleteError(
-            f"{path} is missing: not committed yet. Run the same command again."
+            f"{path} is missing: its unit is not committed yet. Run the job again."
         ) from None
     if record.number != unit:
         raise VerificationError(f"{path}: unit is {record.number}, expected {unit}.")

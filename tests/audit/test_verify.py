@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,10 +31,13 @@ from handmade import (
     write_unit,
     write_units,
 )
-from jobs import dataset_bytes
+from jobs import dataset_bytes, execute
 
-from embed_precompute.audit.info import dataset_lines, read_status, sample_lines
+from embed_precompute.audit.info import all_lines, dataset_lines, read_status
+from embed_precompute.audit.sample import sample_lines
+from embed_precompute.audit.shares import check_shares
 from embed_precompute.audit.verify import verify
+from embed_precompute.distributed import DistContext
 from embed_precompute.errors import EmbedPrecomputeError, InputError
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.index import DatasetIndex
@@ -135,6 +141,25 @@ def test_no_dataset(tmp_path: Path) -> None:
     assert "no plan.json" in problems(tmp_path)[0]
     with pytest.raises(InputError, match="expected quick, full or deep"):
         verify(tmp_path, "deeper")  # type: ignore[arg-type]
+
+
+def test_the_answer_does_not_depend_on_how_many_ask(tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    write_dataset(root, TEXTS)
+    flip(paths_of(root, 1).shard)
+    flip(paths_of(root, 2).rows)
+    (root / "manifest.parquet").write_bytes(b"")
+    alone = verify(root)
+    assert len(alone.problems) == 3
+    shared = verify(root, share=functools.partial(check_shares, root, 2, DistContext()))
+    assert (shared.problems, shared.summary()) == (alone.problems, alone.summary())
+    assert shared.num_ok == alone.num_ok
+    ranks = execute("verify", str(root), nproc=2)
+    assert ranks.stdout == "\n".join([*alone.problems, alone.summary(), ""])
+    assert ranks.returncode != 0
+    srun = execute("verify", str(root), env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert srun.returncode == 2
+    assert "Start it by torchrun" in srun.stderr
 
 
 # --- damaged bytes --------------------------------------------------------------------------------
@@ -283,18 +308,38 @@ def test_status_does_not_trust_a_foreign_manifest(root: Path) -> None:
     assert (status.units_committed, sum(status.samples.values())) == (2, 5)
 
 
-def test_dataset_lines(root: Path) -> None:
-    text = "\n".join(dataset_lines(root))
+def test_info_is_what_a_person_wants(root: Path) -> None:
+    logs = root / "logs"
+    logs.mkdir()
+    for rank, begin in enumerate((1000.0, 1003.0)):
+        lines = [
+            {"time": begin + 5, "unit": rank, "samples": 3, "seconds": 5.0, "device": "cuda"},
+            {"time": begin + 7, "unit": -1, "samples": 1, "seconds": 2.0, "device": "cuda"},
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (logs / f"metrics-{rank:05d}.jsonl").write_text(text + '{"a crash cut')
+    lines = dataset_lines(root)
+    text = "\n".join(lines)
     for part in (
-        read_status(root).plan.fingerprint,
-        "1 files, 8 rows, text column 'text', id column 'id'",
-        "text_t5: one vector per token, width 4, bfloat16, by encoder t5",
-        "6 embeddings stored for 8 samples",
-        "3 units made with device cpu, torch 2.0",
+        "1 file, 8 rows, text column 'text', id column 'id'",
+        "recipe       the caption as it is",
+        "-> text_t5 [L, 4] bfloat16",
+        "tokens (a caption: p5 ",
+        "6 embeddings by each encoder",
+        # 1000 to 1007 and 1003 to 1010
+        "encoded in 10.0 s by 2 ranks, 0.004 GPU hours, 0.6 captions/s",
+        "device cpu, torch 2.0 (3 units)",
+        read_status(root).plan.fingerprint[:16],
     ):
         assert part in text
+    assert len(lines) < 25
+    assert f"fingerprint {read_status(root).plan.fingerprint}" in all_lines(root)
+    assert "encoders.t5.kind: t5" in all_lines(root)
+    shutil.rmtree(logs)
     (root / "manifest.json").unlink()
-    assert "not finalised" in "\n".join(dataset_lines(root))
+    text = "\n".join(dataset_lines(root))
+    assert "not finalised" in text
+    assert "time         not known" in text
 
 
 @pytest.mark.parametrize("finalised", [True, False])

@@ -106,7 +106,10 @@ def test_yaml_round_trip(yaml_file: Path, tmp_path: Path) -> None:
         ("--encoders.t5.max_lenth 3", "did you mean max_length?"),
         ("--captions.textcolumn x", "no key captions.textcolumn: did you mean text_column?"),
         ("--outptu.path x", "--outptu.path: there is no key outptu: did you mean output?"),
-        ("--output out2", "--output is 'out2': expected a mapping with the keys path, "),
+        (
+            "--output out2",
+            "has keys of its own: expected --output.path out2.",
+        ),
         ("--encoders.t5.max_length abc", "--encoders.t5.max_length is 'abc': expected a whole num"),
         ("--encoders.t5.max_length -1", "max_length is -1: expected 1 or more"),
         ("--encoders.t5.kind llama", "--encoders.t5.kind is 'llama': expected t5 or clip"),
@@ -168,6 +171,8 @@ def test_a_mistake_in_the_file_is_named(
 
 
 def test_a_mistake_of_both_together_names_what_was_given(yaml_file: Path) -> None:
+    words = ["--encoders.t5.pretrained", "x", "--encoders.t5.kind", "llama"]
+    assert mistake(yaml_file, *words).startswith("--encoders.t5.kind is 'llama': expected t5 or")
     words = ["--encoders.clip.max_length", "20", "--output.path", "x"]
     said = mistake(yaml_file, *words)
     assert said.startswith("--encoders.clip.max_length is 20, and buckets has 32")

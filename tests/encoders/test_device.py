@@ -13,7 +13,7 @@ import torch
 from jobs import call, write_captions, write_job
 
 from embed_precompute.encoders import device
-from embed_precompute.encoders.device import difference, distance, log_device, resolve_device
+from embed_precompute.encoders.device import difference, distance, resolve_device, warn_of_cpu
 from embed_precompute.encoders.encoder import FusedEncoder
 from embed_precompute.errors import InputError
 
@@ -44,16 +44,16 @@ def test_which_device(
         assert resolve_device(setting, 5) == expected
 
 
-@pytest.mark.parametrize(("cuda", "level"), [("12.4", "WARNING"), (None, "INFO")])
+@pytest.mark.parametrize(("cuda", "warnings"), [("12.4", 1), (None, 0)])
 def test_a_cpu_in_a_gpus_place_is_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cuda: Any, level: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cuda: Any, warnings: int
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
     with caplog.at_level(logging.INFO, logger="embed_precompute"):
-        log_device("auto", "cpu")
-    (record,) = caplog.records
-    assert record.levelname == level
-    assert record.message.startswith("device: cpu")
+        warn_of_cpu("auto", "cpu")
+        warn_of_cpu("cpu", "cpu")
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warnings
+    assert all(record.message.startswith("device: cpu") for record in caplog.records)
 
 
 def test_a_large_encoder_runs_on_a_cpu_only_when_asked_to(
@@ -73,9 +73,12 @@ def test_a_large_encoder_runs_on_a_cpu_only_when_asked_to(
 def test_compile_without_a_compiler_is_one_line(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
     words = ("--encoders.t5.compile", "true")
-    assert call("plan", str(job), *words)[0] == 0
+    plans = [call("plan", str(job), *words)[1], call("plan", str(job), *words, "--limit", "2")[1]]
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    plans.append(call("plan", str(job), *words)[1])
+    fingerprints = {plan.split("fingerprint ")[1].split()[0] for plan in plans}
+    assert len(fingerprints) == 1, "neither the captions nor the machine has a say in it"
     code, _, said = call("run", str(job), *words)
     assert code == 2
     assert "encoders.t5.compile is true, and torch.compile needs a C++ compiler" in said

@@ -178,9 +178,11 @@ def _trace(root: str, path: str) -> None:
     Steps(root, before).install()
 
 
-def _pace(seconds: float, log: str | None = None) -> None:
-    """Each unit takes `seconds` longer; the numbers of units that are begun are noted in `log`."""
+def _pace(seconds: float, log: str | None = None, lag: int = 0) -> None:
+    """Each unit takes `seconds` longer, and until `lag` more units are committed or no other is
+    left; the numbers of units that are begun are noted in `log`."""
     from embed_precompute.job.stages import Stages
+    from embed_precompute.store.records import committed_units
 
     real = Stages._forwards_of
 
@@ -189,6 +191,10 @@ def _pace(seconds: float, log: str | None = None) -> None:
             with open(log, "ab", buffering=0) as file:
                 file.write(f"{unit.number}\n".encode())
         time.sleep(seconds)
+        root, others = self._prepared.root, self._plan.num_units - 1
+        goal = min(others, len(committed_units(root)) + lag) if lag else 0
+        while len(committed_units(root)) < goal:
+            time.sleep(0.01)
         yield from real(self, unit)
 
     Stages._forwards_of = paced  # type: ignore[method-assign]

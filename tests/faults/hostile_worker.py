@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from handmade import restate, restate_derived, rewrite_json, write_dataset
 
-from embed_precompute.audit.info import dataset_lines, read_status, sample_lines
+from embed_precompute.audit.info import dataset_lines, read_status
+from embed_precompute.audit.sample import sample_lines
 from embed_precompute.audit.verify import verify
 from embed_precompute.captions.recipes import CaptionsConfig, OpenSoraRecipe
 from embed_precompute.captions.table import CaptionTable

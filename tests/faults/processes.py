@@ -30,11 +30,13 @@ _FOUND = os.pathsep.join([*map(str, _PATHS), os.environ.get("PYTHONPATH", "")])
 os.environ["PYTHONPATH"] = _FOUND
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["faults.preload"])
+HANGS_S = 1800.0
+"""When a test gives up: a machine may be many times slower than any we know."""
 DRAIN_S = 30.0
 """What torchrun leaves its workers between SIGTERM and SIGKILL."""
 
 
-def wait_for(condition: Callable[[], Any], timeout: float = 120.0, step: float = 0.005) -> bool:
+def wait_for(condition: Callable[[], Any], timeout: float = HANGS_S, step: float = 0.005) -> bool:
     """Whether `condition()` comes true before a test that hangs must end."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -51,7 +53,7 @@ def launch(function: Callable[..., None], *args: Any) -> ForkServerProcess:
     return process
 
 
-def finish(process: ForkServerProcess, timeout: float = 120.0) -> int:
+def finish(process: ForkServerProcess, timeout: float = HANGS_S) -> int:
     """The exit code; -9 when it had to be killed after `timeout`, too."""
     process.join(timeout)
     if process.exitcode is None:
@@ -123,13 +125,13 @@ class Gang:
 
     def finish(self) -> int:
         """The agent's exit code; when this returns, nothing it started lives."""
-        code = finish(self.agent, 180)
+        code = finish(self.agent)
         self._end()
         return code
 
     def ended(self) -> bool:
         """Whether all of them end by themselves."""
-        return wait_for(lambda: not self._members(), 40, 0.02)
+        return wait_for(lambda: not self._members(), HANGS_S, 0.02)
 
     def _end(self) -> None:
         # By group: an agent killed between fork and note leaves ranks that no board names.

@@ -12,6 +12,7 @@ import multiprocessing
 
 from faults.hostile_worker import attack
 from faults.lab import Lab
+from faults.processes import HANGS_S
 
 BATCH = 150
 
@@ -25,7 +26,7 @@ def test_f15_hostile_files(lab: Lab) -> None:
         seed = lab.rng.getrandbits(32)
         process = spawn.Process(target=attack, args=(str(folder), seed, BATCH, str(report)))
         process.start()
-        process.join(600)
+        process.join(HANGS_S)
         process.kill()
         trials = [json.loads(line) for line in report.read_text().splitlines()]
         assert len(trials) == BATCH, f"ended after {trials[-1:]}"

@@ -110,7 +110,7 @@ def test_f4_killed_and_resumed_at_other_world_sizes(lab: Lab) -> None:
         for world in chain[:-1]:
             goal = min(len(job.records()) + 6, 38)
             gang = job.gang(world, pace())
-            wait_for(lambda goal=goal, job=job: len(job.records()) >= goal, 60)
+            wait_for(lambda goal=goal, job=job: len(job.records()) >= goal)
             gang.kill()
         assert job.gang(chain[-1]).finish() == 0, job.said()
         job.assert_undisturbed()
@@ -131,11 +131,12 @@ def test_f13_the_others_go_on_when_one_rank_stands_still(lab: Lab) -> None:
 def test_f13_a_slow_rank_gets_fewer_units(lab: Lab) -> None:
     job = lab.job()
     logs = [job.folder / f"begun{rank}" for rank in range(3)]
-    paces = {r: [pace(1.0 if r == 1 else 0.1, log=str(log))] for r, log in enumerate(logs)}
+    # The slow one waits in each unit until 8 more are committed: no clock has a say in that.
+    paces = {r: [pace(log=str(log), lag=8 if r == 1 else 0)] for r, log in enumerate(logs)}
     assert job.gang(3, of=paces).finish() == 0, job.said()
     job.assert_undisturbed()
     fast, slow, other = (len(begun(log)) for log in logs)
-    assert slow < min(fast, other)
+    assert 2 * slow < fast + other
     # At the end a rank may be at units that another one has, too: one that it encodes, one that is
     # read ahead and one that waits for the writer.
     assert fast + slow + other - job.num_units <= 3 * 3

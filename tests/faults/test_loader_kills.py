@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.lab import TEXTS, Lab
-from faults.processes import wait_for
+from faults.processes import HANGS_S, wait_for
 from handmade import write_dataset
 
 from embed_precompute import EmbeddingDataset, EmbeddingLoader
@@ -24,7 +24,6 @@ NUM_SAMPLES = 25
 BATCH_SIZE = 2
 WORLD_SIZES = (1, 2, 3, 4)
 NUM_WORKERS = (0, 1, 2, 3)
-TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Training:
                 record([])
             else:
                 log.write("{}\n")
-                time.sleep(TIMEOUT_S)
+                time.sleep(HANGS_S)
 
     def _log(self, rank: int) -> list[Any]:
         path = self.folder / str(rank)
@@ -94,7 +93,7 @@ class Training:
             path = self.folder / str(rank)
             return path.exists() and path.read_text().endswith("{}\n")
 
-        assert wait_for(lambda: all(map(stands, range(len(gang)))), TIMEOUT_S, 0.002)
+        assert wait_for(lambda: all(map(stands, range(len(gang)))), HANGS_S, 0.002)
         for process in gang:
             process.kill()
         for process in gang:
@@ -104,7 +103,7 @@ class Training:
 
     def _end(self, gang: list[BaseProcess]) -> None:
         for process in gang:
-            process.join(TIMEOUT_S)
+            process.join(HANGS_S)
         codes = [process.exitcode for process in gang]
         for process in gang:
             process.kill()

@@ -30,7 +30,12 @@ from embed_precompute.errors import (
 )
 from embed_precompute.opensora import export as export_module
 from embed_precompute.opensora.dataset import REGISTERED_NAME
-from embed_precompute.opensora.export import Export, OpenSoraOptions, export_opensora
+from embed_precompute.opensora.export import (
+    Export,
+    OpenSoraOptions,
+    TensorFiles,
+    export_opensora,
+)
 from embed_precompute.opensora.table import NO_LATENTS, Entry
 from embed_precompute.store.records import read_json
 
@@ -99,11 +104,17 @@ def test_every_sample_and_the_table(root: Path, tmp_path: Path) -> None:
     assert schema.field("fps").type == pa.float64()  # as pandas saw it, when "15.0 FPS" was encoded
 
 
+def test_several_processes_write_the_same(root: Path, tmp_path: Path) -> None:
+    done = export(root, tmp_path / "exported", workers=2)
+    assert done.counts == {"rows": 28, "files": 56, "written": 56}
+    check_tensors(root, rows_of(tmp_path / "exported"))
+
+
 def test_folders_are_bounded() -> None:
     some: Any = SimpleNamespace(out=Path("e"))
     names = {0: "000/000", 999: "000/000", 1000: "000/001", 12_345_678: "012/345"}
     for number, name in names.items():
-        path = Export._path(some, "text_t5", Entry(number, 0, "", 0, ""))
+        path = TensorFiles.path(some, "text_t5", Entry(number, 0, "", 0, ""))
         assert path == f"e/text_t5/{name}/{number:09d}.pt"
 
 

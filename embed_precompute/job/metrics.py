@@ -1,0 +1,100 @@
+"""logs/metrics-NNNNN.jsonl: a line for each unit that a rank wrote; what the job cost follows.
+
+These files are for people: no digest covers them, and the dataset does not need them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from embed_precompute.steps import duration
+
+log = logging.getLogger(__name__)
+
+
+class UnitLog:
+    """The file of one rank."""
+
+    def __init__(self, root: Path, rank: int, device: str) -> None:
+        """`device`: cpu or cuda."""
+        self._path = root / "logs" / f"metrics-{rank:05d}.jsonl"
+        self._device = device
+        self._written_at = time.monotonic()
+
+    def add(
+        self, unit: int, *, samples: int, stored: int, tokens: Mapping[str, int], shard_bytes: int
+    ) -> None:
+        """Appends a line for a unit. Its `seconds` are those since this rank's last unit, or since
+        its start: they add up to the time that the rank was at work."""
+        before, self._written_at = self._written_at, time.monotonic()
+        line = {
+            "time": round(time.time(), 3),
+            "unit": unit,
+            "samples": samples,
+            "stored": stored,
+            "tokens": dict(tokens),
+            "shard_bytes": shard_bytes,
+            "seconds": round(self._written_at - before, 4),
+            "device": self._device,
+        }
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            log.warning("%s: not written: %s", self._path, error.strerror)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What all ranks of all runs together did, by the lines of their files."""
+
+    samples: int
+    """Samples that were encoded; more than the dataset has if ranks encoded a unit twice."""
+    ranks: int
+    """How many ranks wrote a unit."""
+    seconds: Mapping[str, float]
+    """Device -> the ranks' time at work with it, added up."""
+    wall_seconds: float
+    """Time in which at least one rank was at work."""
+
+    def line(self) -> str:
+        """For a person."""
+        hours = ", ".join(
+            f"{seconds / 3600:,.3f} {'GPU' if device == 'cuda' else 'CPU process'} hours"
+            for device, seconds in sorted(self.seconds.items())
+        )
+        rate = f", {self.samples / self.wall_seconds:,.1f} captions/s" if self.wall_seconds else ""
+        ranks = "1 process" if self.ranks == 1 else f"{self.ranks:,} ranks"
+        return f"encoded in {duration(self.wall_seconds)} by {ranks}, {hours}{rate}"
+
+
+def read_effort(root: Path) -> Effort | None:
+    """What the files in logs/ say; None if there are none."""
+    seconds: Counter[str] = Counter()
+    spans: list[tuple[float, float]] = []
+    samples = 0
+    paths = sorted((root / "logs").glob("metrics-*.jsonl"))
+    for path in paths:
+        with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
+            for text in file:
+                with contextlib.suppress(ValueError, LookupError, TypeError):  # a crash cut it off
+                    line = json.loads(text)
+                    span = (line["time"] - line["seconds"], line["time"])
+                    samples += line["samples"] if line["unit"] >= 0 else 0
+                    seconds[line["device"]] += line["seconds"]
+                    spans.append(span)
+    if not spans:
+        return None
+    wall_seconds, until = 0.0, 0.0
+    for begin, end in sorted(spans):
+        wall_seconds += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return Effort(samples, len(paths), dict(seconds), wall_seconds)
