@@ -22,8 +22,8 @@ from embed_precompute.encoders.families import FAMILIES
 
 CONFIG_OPTIONS = {"--help-config", "--print_config", "--print-config"}
 COMMANDS = {
-    "run": {"--limit", *CONFIG_OPTIONS},
-    "plan": {"--limit", "--sample", "--write", *CONFIG_OPTIONS},
+    "run": {"--extend", "--limit", *CONFIG_OPTIONS},
+    "plan": {"--extend", "--limit", "--sample", "--write", *CONFIG_OPTIONS},
     "bench": {*("--captions", "--json", "--rounds", "--variants"), *CONFIG_OPTIONS},
     "status": {"--json"},
     "verify": {"--level", "--sample", "--seed", "--device"},

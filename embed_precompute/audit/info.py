@@ -40,6 +40,8 @@ class DatasetStatus:
     samples: dict[str, int]
     """Number of samples of the committed units, by status label."""
     finalised: bool
+    readable: int = 0
+    """Number of samples that can be read while the dataset is extended: those it had before."""
 
     @property
     def complete(self) -> bool:
@@ -88,6 +90,8 @@ class DatasetStatus:
                 f"  {self.failed_samples:,} samples failed: the status column of manifest.parquet "
                 "names them (before that is there, each unit's rows part)"
             )
+        if self.readable:
+            lines.append(f"  it is being extended; its first {self.readable:,} samples can be read")
         if self.units_left or not self.null_committed:
             lines.append("  not finalised: run the same command again to go on")
         elif not self.finalised:
@@ -102,6 +106,9 @@ def read_status(root: Path) -> DatasetStatus:
     with contextlib.suppress(FileNotFoundError):
         manifest = read_manifest(root)
     finalised = manifest is not None and manifest.plan_id == plan.plan_id
+    readable = 0
+    if manifest is not None and not finalised and plan.as_of(manifest.plan_id) is not None:
+        readable = manifest.counts.samples
     committed = [unit for unit in committed_units(root) if unit < plan.num_units]
     samples = {status.label: 0 for status in Status}
     if manifest is not None and finalised and len(committed) == plan.num_units:
@@ -111,7 +118,7 @@ def read_status(root: Path) -> DatasetStatus:
             for label, count in read_record(root, unit).status.items():
                 samples[label] += count
     null = record_path(root, NULL_UNIT).exists()
-    return DatasetStatus(root, plan, len(committed), null, samples, finalised)
+    return DatasetStatus(root, plan, len(committed), null, samples, finalised, readable)
 
 
 def dataset_lines(root: Path) -> list[str]:
@@ -119,12 +126,13 @@ def dataset_lines(root: Path) -> list[str]:
     status = read_status(root)
     plan, inputs = status.plan, status.plan.inputs
     limit = "" if inputs.limit is None else f", limited to {inputs.limit:,} samples"
+    extended = f", extended {len(plan.extends)} times" if plan.extends else ""
     lines = [
         *status.lines(),
         f"  fingerprint {plan.fingerprint}",
         f"  plan        {plan.plan_id}",
         f"  input: {len(inputs.files):,} files, {sum(file.rows for file in inputs.files):,} rows, "
-        f"text column {inputs.text_column!r}, id column {inputs.id_column!r}{limit}",
+        f"text column {inputs.text_column!r}, id column {inputs.id_column!r}{limit}{extended}",
         f"  captions: {plan.spec.get('captions')}",
     ]
     for tensor in plan.tensors:
@@ -167,7 +175,10 @@ def sample_lines(root: Path, sample_id: str) -> list[str]:
     with contextlib.suppress(IncompleteError):  # without an index all units are searched
         index = DatasetIndex(root)
         sample_number = index.find(sample_id)
-        units = [] if sample_number is None else [int(index.shard[sample_number])]
+        if sample_number is not None:
+            units = [int(index.shard[sample_number])]
+        else:  # an extension that is not finished has units that the index does not know
+            units = [unit for unit in units if unit >= index.num_units]
     for unit in units:
         record = read_record(root, unit)
         for sample in read_samples(record.rows_path(root), plan.tensors, record.num_samples):

@@ -145,7 +145,7 @@ def _run(config: Config, arguments: Any) -> int:
     with stop_on_signals(config.runtime.grace_s):  # this import takes seconds
         from embed_precompute.job.run import run
     _set_up_logging(dist, Path(os.path.expanduser(config.output.path)))
-    result = run(config, arguments.limit, dist)
+    result = run(config, arguments.limit, dist, extend=arguments.extend)
     if result.manifest is None:
         return EXIT_COMPLETE  # a peer finalises, and says so
     for line in _summary(result.root, result.manifest):
@@ -184,7 +184,7 @@ def _plan(config: Config, arguments: Any) -> int:
     from embed_precompute.job.estimate import estimate_lines
     from embed_precompute.job.prepare import prepare, publish
 
-    prepared = prepare(config, arguments.limit)
+    prepared = prepare(config, arguments.limit, extend=arguments.extend)
     report = estimate_lines(
         prepared.first_captions,
         prepared.plan,
@@ -195,8 +195,8 @@ def _plan(config: Config, arguments: Any) -> int:
     for line in report:
         print(line)
     if arguments.write:
-        publish(prepared)
-        print(f"written: {prepared.root / 'plan.json'}")
+        published = publish(prepared)
+        print(f"written: {prepared.root / published.plan.file_name}")
     return EXIT_COMPLETE
 
 

@@ -47,16 +47,27 @@ class RunResult:
     encode_seconds: float = 0.0
 
 
-def run(config: Config, limit: int | None = None, dist: DistContext | None = None) -> RunResult:
-    """Make the dataset of `config`, or finish one that is under way; see `embed-precompute run`."""
+def run(
+    config: Config,
+    limit: int | None = None,
+    dist: DistContext | None = None,
+    *,
+    extend: bool = False,
+) -> RunResult:
+    """Make the dataset of `config`, or finish one that is under way; see `embed-precompute run`.
+
+    `limit`: only the first samples. `extend`: caption files that were added become further units.
+    """
     dist = dist or DistContext.detect()
     with stop_on_signals(config.runtime.grace_s, dist) as stop:
-        return _run(config, limit, dist, stop)
+        return _run(config, limit, dist, stop, extend=extend)
 
 
-def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest) -> RunResult:
+def _run(
+    config: Config, limit: int | None, dist: DistContext, stop: StopRequest, *, extend: bool
+) -> RunResult:
     device = resolve_device(config.runtime.device, dist.local_rank)
-    prepared = prepare(config, limit, dist)
+    prepared = prepare(config, limit, dist, extend=extend)
     check_machine(config.runtime.device, device, prepared.encoders)
     prepared = publish(prepared)
     log_device(config.runtime.device, device)

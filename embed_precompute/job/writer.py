@@ -25,6 +25,7 @@ from embed_precompute.store.commit import (
 )
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import (
+    NULL_UNIT,
     ROWS,
     SHARD,
     NullFiles,
@@ -124,7 +125,7 @@ class UnitWriter:
         tokens = self._unit.tokens
         return NullRecord(
             fingerprint=self._plan.fingerprint,
-            plan_id=self._plan.plan_id,
+            plan_id=self._plan.plan_id_of(NULL_UNIT),
             environment=self._environment,
             encoders={
                 name: TokenCounts(each.tokens[0], int(each.truncated[0]))
@@ -143,7 +144,7 @@ class UnitWriter:
         ok = [sample for sample in samples if sample.index is not None]
         return UnitRecord(
             fingerprint=self._plan.fingerprint,
-            plan_id=self._plan.plan_id,
+            plan_id=self._plan.plan_id_of(unit.number),
             environment=self._environment,
             unit=unit.number,
             first_row=unit.first_row,

@@ -40,7 +40,8 @@ from embed_precompute.captions.recipes import (
     recipe_of,
 )
 from embed_precompute.errors import ConflictError, InputError
-from embed_precompute.store.plan import Plan, read_plan
+from embed_precompute.store.manifest import finished_plan
+from embed_precompute.store.plan import Plan
 from embed_precompute.train.dataset import AnyPath, EmbeddingDataset, SampleLookupError
 from embed_precompute.train.inputs import pad_null
 
@@ -156,7 +157,7 @@ class PrecomputedText:
         super().__init__(**opensora)
         self._embeddings = EmbeddingDataset(embeddings, verify)
         self._pair = TextPair(self._embeddings, t5, clip, pad_masked)
-        plans = [read_plan(root) for root in self._embeddings.roots]
+        plans = [finished_plan(root) for root in self._embeddings.roots]
         column = id_column or _id_column(self.data, str(opensora.get("data_path")), plans)
         kept, samples = self._join(column, on_missing)
         self._samples = np.array(samples, np.int64)

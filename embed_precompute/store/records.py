@@ -46,6 +46,8 @@ ENCODER_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 RESERVED_ENDINGS = ("_offsets", "_xxh3", "_length", "_mask", "_tokens", "_truncated")
 """Suffixes that the format adds to an encoder's or tensor's name, as in `t5_tokens`: no encoder or
 tensor may have a name that ends in one."""
+PLAN_NAME = re.compile(r"plan(?:-(?P<number>[0-9]{4,9}))?\.json")
+"""The name of a plan: plan.json, and for each extension its number, from 1 on."""
 SHARD, ROWS, RECORD = ".safetensors", ".rows.parquet", ".json"
 
 _FOLDER_NAME = re.compile(r"[0-9]{3,15}")

@@ -65,7 +65,7 @@ INPUTS = {"files": [FILE], "text_column": "text", "id_column": "id", "limit": No
 
 SHARD_SHA256 = "beca1f3d1419c523b458158ef908d8ba261b088a79677583d9d7a71130667804"
 NULL_SHA256 = "5fed322d3272bacb123208cc35198f555aa46304d85582ae5919cab44dafb0a5"
-ROOT_FILES_SHA256 = "6d4ba32c34569ff025592ffa7e0c16c919b530dba29338314f6f40373fe7b4aa"
+ROOT_FILES_SHA256 = "22f9d6c9e54f3d7dff325821400da5a85689057a992e9a88cd2486bc053bd50f"
 
 
 def canonical(value: Any) -> bytes:
@@ -82,7 +82,9 @@ def digest(value: Any) -> str:
 
 
 FINGERPRINT = digest(SPEC)
-PLAN_ID = digest({"fingerprint": FINGERPRINT, "inputs": INPUTS, "samples_per_shard": 4})
+CONTENT = {name: value for name, value in FILE.items() if name != "path"}
+IDENTITY = {"fingerprint": FINGERPRINT, "samples_per_shard": 4, "extends": []}
+PLAN_ID = digest({**IDENTITY, "inputs": {**INPUTS, "files": [CONTENT]}})
 
 
 def bf16(values: list[float]) -> bytes:
@@ -166,6 +168,7 @@ def plan_body() -> dict[str, Any]:
     return {
         **{"format_version": 1, "kind": "plan", "fingerprint": FINGERPRINT, "plan_id": PLAN_ID},
         **{"spec": SPEC, "inputs": INPUTS, "samples_per_shard": 4, "rows_per_unit": 4},
+        "extends": [],
         **{"num_rows": 3, "num_samples": 3, "last_row_samples": None, "num_units": 1},
     }
 
