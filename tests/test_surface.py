@@ -22,7 +22,7 @@ from embed_precompute.encoders.families import FAMILIES
 
 CONFIG_OPTIONS = {"--help-config", "--print_config", "--print-config"}
 COMMANDS = {
-    "run": {"--extend", "--limit", *CONFIG_OPTIONS},
+    "run": {"--extend", "--limit", "--reuse", *CONFIG_OPTIONS},
     "plan": {"--extend", "--limit", "--sample", "--write", *CONFIG_OPTIONS},
     "bench": {*("--captions", "--json", "--rounds", "--variants"), *CONFIG_OPTIONS},
     "status": {"--json"},

@@ -47,6 +47,14 @@ def command_parser() -> argparse.ArgumentParser:
     run = _config_command(commands, "run", "make the dataset, or go on with it")
     run.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
     run.add_argument("--extend", action="store_true", help=EXTEND_HELP)
+    run.add_argument(
+        "--reuse",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="copy from this finished dataset what has the same text and encoder; may be repeated",
+    )
 
     plan = _config_command(commands, "plan", "show what a run would make; no model, no GPU")
     plan.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")

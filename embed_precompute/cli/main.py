@@ -145,11 +145,16 @@ def _run(config: Config, arguments: Any) -> int:
     with stop_on_signals(config.runtime.grace_s):  # this import takes seconds
         from embed_precompute.job.run import run
     _set_up_logging(dist, Path(os.path.expanduser(config.output.path)))
-    result = run(config, arguments.limit, dist, extend=arguments.extend)
+    result = run(config, arguments.limit, dist, extend=arguments.extend, reuse=arguments.reuse)
     if result.manifest is None:
         return EXIT_COMPLETE  # a peer finalises, and says so
     for line in _summary(result.root, result.manifest):
         print(line)
+    for name, copied in result.copied.items():
+        if arguments.reuse:
+            print(f"  {name}: copied {copied:,} embeddings, encoded {result.encoded[name]:,}")
+    if result.damaged:
+        print(f"  {result.damaged:,} of them could not be copied: damaged, see the log")
     if result.samples:
         print(
             f"  this rank encoded {result.samples:,} samples in {result.seconds:.1f} s "

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from embed_precompute.job.estimate import (
     example_lines,
     tokenizer_line,
 )
+from embed_precompute.job.reuse import Reuse
 from embed_precompute.store.commit import free_space, remove_dead
 from embed_precompute.store.plan import (
     InputFile,
@@ -65,6 +66,8 @@ class Prepared:
     plan: Plan
     """The published plan, or the one that `publish` will write, which may extend it."""
     first_captions: FirstCaptions
+    reuse: Reuse | None = None
+    """Finished datasets whose embeddings are copied."""
 
 
 def prepare(
@@ -73,10 +76,12 @@ def prepare(
     dist: DistContext | None = None,
     *,
     extend: bool = False,
+    reuse: Sequence[Path] = (),
 ) -> Prepared:
     """Check everything and find the plan: the stored one, rank 0's, or one made here.
 
-    With `extend`, caption files that the stored plan lacks become further units.
+    With `extend`, caption files that the stored plan lacks become further units. `reuse`: folders
+    of finished datasets whose embeddings need not be made again.
 
     Nothing is written. Rank 0, or a process without peers, makes the plan at once. Another rank
     waits for rank 0's plan, at most `runtime.plan_timeout_s`. If the plan does not come, the rank
@@ -107,6 +112,7 @@ def prepare(
         for each in opened
     )
     spec, samples_per_shard = _spec(config, table, encoders), config.output.samples_per_shard
+    olds = Reuse(reuse, root, spec) if reuse else None
     if stored is None:
         assert scan is not None
         first = FirstCaptions(table, encoders, scan.num_rows, scan.last_row_samples)
@@ -121,7 +127,7 @@ def prepare(
             num_samples=scan.num_samples,
             last_row_samples=scan.last_row_samples,
         )
-        return Prepared(config, dist, root, table, encoders, plan, first)
+        return Prepared(config, dist, root, table, encoders, plan, first, olds)
     planned = replace(inputs, files=stored.inputs.files) if is_extended else inputs
     check_same(stored, spec, planned, None if samples_per_shard == "auto" else samples_per_shard)
     plan = stored
@@ -130,7 +136,7 @@ def prepare(
     elif extend and dist.is_main:
         log.info("%s: no caption file was added since its plan was made", root)
     first = FirstCaptions(table, encoders, plan.num_rows, plan.last_row_samples)
-    return Prepared(config, dist, root, table, encoders, plan, first)
+    return Prepared(config, dist, root, table, encoders, plan, first, olds)
 
 
 def output_folder(config: Config) -> Path:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from embed_precompute.config.schema import Config
@@ -22,7 +23,7 @@ from embed_precompute.encoders.device import (
     start,
 )
 from embed_precompute.job.claims import Claims, Committed, connect_store
-from embed_precompute.job.prepare import check_first_captions, prepare, publish
+from embed_precompute.job.prepare import Prepared, check_first_captions, prepare, publish
 from embed_precompute.job.progress import Progress, write_provenance
 from embed_precompute.job.signals import StopRequest, stop_on_signals
 from embed_precompute.job.stages import Stages
@@ -45,6 +46,12 @@ class RunResult:
     """Seconds from the start of loading the first model to this rank's last commit."""
     load_seconds: float = 0.0
     encode_seconds: float = 0.0
+    copied: dict[str, int] = field(default_factory=dict)
+    """Number of stored rows that were copied from other datasets, by encoder."""
+    encoded: dict[str, int] = field(default_factory=dict)
+    """Number of stored rows that were encoded, by encoder."""
+    damaged: int = 0
+    """How many of them were encoded because what might have been copied is damaged."""
 
 
 def run(
@@ -53,26 +60,30 @@ def run(
     dist: DistContext | None = None,
     *,
     extend: bool = False,
+    reuse: Sequence[Path] = (),
 ) -> RunResult:
     """Make the dataset of `config`, or finish one that is under way; see `embed-precompute run`.
 
     `limit`: only the first samples. `extend`: caption files that were added become further units.
+    `reuse`: finished datasets; embeddings of the same text and encoder are copied from them.
     """
     dist = dist or DistContext.detect()
     with stop_on_signals(config.runtime.grace_s, dist) as stop:
-        return _run(config, limit, dist, stop, extend=extend)
+        # Before the captions are read: there may be no such GPU.
+        device = resolve_device(config.runtime.device, dist.local_rank)
+        return _run(prepare(config, limit, dist, extend=extend, reuse=reuse), device, stop)
 
 
-def _run(
-    config: Config, limit: int | None, dist: DistContext, stop: StopRequest, *, extend: bool
-) -> RunResult:
-    device = resolve_device(config.runtime.device, dist.local_rank)
-    prepared = prepare(config, limit, dist, extend=extend)
+def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
+    config, dist = prepared.config, prepared.dist
     check_machine(config.runtime.device, device, prepared.encoders)
+    runtime, current = config.runtime, environment(device, prepared.encoders)
+    if prepared.reuse is not None:
+        prepared.reuse.check_environment(current, runtime.on_environment_change)
     prepared = publish(prepared)
     log_device(config.runtime.device, device)
-    root, plan, runtime = prepared.root, prepared.plan, config.runtime
-    committed, current = Committed(root, plan), environment(device, prepared.encoders)
+    root, plan = prepared.root, prepared.plan
+    committed = Committed(root, plan)
     committed.check_environment(current, runtime.on_environment_change)
     if dist.is_main and not committed.everything():
         check_first_captions(prepared, committed.left())
@@ -86,15 +97,23 @@ def _run(
             "plan %s: %d of %d units are done", plan.plan_id[:16], committed.units, plan.num_units
         )
         if not committed.everything():
-            text_encoders = [
-                start(each, device, config.output.dtype, runtime.self_check)
-                for each in prepared.encoders
-            ]
-            result.load_seconds = time.monotonic() - started
+            encoders = {each.name: each for each in prepared.encoders}
+            stages = Stages(
+                prepared,
+                lambda name: start(encoders[name], device, config.output.dtype, runtime.self_check),
+                claims,
+                committed,
+                current,
+                stop,
+            )
+            stages.load()
             progress.start()
-            stages = Stages(prepared, text_encoders, claims, committed, current, stop)
             with stop.finishing():
                 stages.run()
+            result.load_seconds = stages.load_seconds
+            result.copied, result.encoded = dict(stages.copied), dict(stages.encoded)
+            if prepared.reuse is not None:
+                result.damaged = prepared.reuse.num_damaged
             result.units, result.samples = stages.units, stages.samples
             result.encode_seconds = stages.encode_seconds
     result.seconds = time.monotonic() - started

@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,8 @@ from embed_precompute.store.records import NULL_UNIT, Record, committed_units, r
 
 log = logging.getLogger(__name__)
 POLL_S = 0.1
+COPY_ROWS = 64
+"""Copied rows that are handed to the writer at a time."""
 READER_JOIN_S = 2.0
 COMMIT_SHARE = 0.25
 """Part of the grace that is reserved for a commit, until the time of a real commit is known."""
@@ -143,13 +145,15 @@ class Stages:
     def __init__(
         self,
         prepared: Prepared,
-        text_encoders: list[TextEncoder],
+        load: Callable[[str], TextEncoder],
         claims: Claims,
         committed: Committed,
         environment: dict[str, str],
         stop: StopRequest,
     ) -> None:
-        self._prepared, self._encoders, self._claims = prepared, text_encoders, claims
+        """`load(name)` loads an encoder onto the device."""
+        self._prepared, self._load, self._claims = prepared, load, claims
+        self._encoders: dict[str, TextEncoder] = {}
         self._plan = prepared.plan
         self._committed, self._environment, self._stop = committed, environment, stop
         runtime = prepared.config.runtime
@@ -162,11 +166,22 @@ class Stages:
         self.units = self.samples = 0
         """Numbers of units and samples that this rank wrote, also if another rank was first to
         commit them. The null embedding counts as a unit without samples."""
+        self.copied: Counter[str] = Counter()
+        """Number of stored rows that were copied from another dataset, by encoder."""
+        self.encoded: Counter[str] = Counter()
+        """Number of stored rows that were encoded."""
+        self.load_seconds = 0.0
         self.encode_seconds = 0.0
         """Seconds spent in the encoders. During the rest of the run the device waits."""
         self._unit_s = 0.0
         self._commit_s = COMMIT_SHARE * runtime.grace_s
         self._metrics = prepared.root / "logs" / f"metrics-{prepared.dist.rank:05d}.jsonl"
+
+    def load(self) -> None:
+        """Loads the encoders, unless rows are copied: an encoder may then never be needed."""
+        if self._prepared.reuse is None:
+            for resolved in self._prepared.encoders:
+                self._encoder(resolved.name)
 
     def run(self) -> None:
         """Run until nothing is left to claim."""
@@ -201,7 +216,7 @@ class Stages:
         for number in self._claims:
             if self._stop.is_set():
                 break
-            unit = read_unit(plan, number, reader, self._prepared.encoders)
+            unit = read_unit(plan, number, reader, self._prepared.encoders, self._prepared.reuse)
             unit.swept = self._claims.swept
             if not self._units.put(unit):
                 return
@@ -235,10 +250,21 @@ class Stages:
         return left + self._commit_s < self._stop.seconds_left()
 
     def _encoded_batches(self, unit: Unit) -> Iterator[_Encoded]:
-        for encoder in self._encoders:
-            name = encoder.resolved.name
+        for resolved in self._prepared.encoders:
+            name, copies = resolved.name, unit.copies.rows.get(resolved.name, {})
+            copied = list(copies)
+            for first in range(0, len(copied), COPY_ROWS):
+                some = copied[first : first + COPY_ROWS]
+                found = {
+                    tensor: [copies[row][tensor] for row in some] for tensor in copies[some[0]]
+                }
+                yield _Encoded(unit, np.array(some), found)
+            left = [row for row in range(unit.num_stored) if row not in copies]
+            if not left:
+                continue
+            encoder = self._encoder(name)
             try:
-                for rows, pending in overlapped(self._forwards(encoder, unit)):
+                for rows, pending in overlapped(self._forwards(encoder, unit, left)):
                     began = time.monotonic()
                     outputs = pending.wait()
                     self.encode_seconds += time.monotonic() - began
@@ -249,14 +275,24 @@ class Stages:
                 raise
 
     def _forwards(
-        self, encoder: TextEncoder, unit: Unit
+        self, encoder: TextEncoder, unit: Unit, rows: list[int]
     ) -> Iterator[tuple[np.ndarray, PendingOutput]]:
+        """Begins the forwards of the stored rows `rows`."""
         resolved = encoder.resolved
-        for batch in resolved.batches(unit.tokens[resolved.name], null=unit.is_null):
+        captions = unit.tokens[resolved.name].select(rows)
+        for batch in resolved.batches(captions, null=unit.is_null):
             began = time.monotonic()
             pending = encoder.submit(batch)
             self.encode_seconds += time.monotonic() - began
-            yield batch.rows, pending
+            yield np.array(rows)[batch.rows], pending
+
+    def _encoder(self, name: str) -> TextEncoder:
+        """An encoder, which is loaded when it is first asked for."""
+        if name not in self._encoders:
+            began = time.monotonic()
+            self._encoders[name] = self._load(name)
+            self.load_seconds += time.monotonic() - began
+        return self._encoders[name]
 
     def _write(self) -> None:
         messages = iter(self._batches)
@@ -280,6 +316,11 @@ class Stages:
                     self._commit_s = 1.5 * (time.monotonic() - commit_began)
             self.units += 1
             self.samples += 0 if message.unit.is_null else len(message.unit.samples)
+            if not message.unit.is_null:
+                for resolved in self._prepared.encoders:
+                    copied = len(message.unit.copies.rows.get(resolved.name, ()))
+                    self.copied[resolved.name] += copied
+                    self.encoded[resolved.name] += message.unit.num_stored - copied
             self._log_metrics(message.unit, record, time.monotonic() - started)
 
     def _check_first_record(self) -> None:
@@ -296,6 +337,7 @@ class Stages:
             "unit": unit.number,
             "samples": len(unit.samples),
             "stored": unit.num_stored,
+            "copied": {name: len(rows) for name, rows in unit.copies.rows.items()},
             "tokens": {name: sum(each.tokens) for name, each in unit.tokens.items()},
             "shard_bytes": record.files.shard.bytes,
             "seconds": round(seconds, 4),

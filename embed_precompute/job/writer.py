@@ -59,7 +59,7 @@ class UnitWriter:
 
     def __init__(self, root: Path, plan: Plan, unit: Unit, environment: Mapping[str, str]) -> None:
         self._root, self._plan, self._unit = root, plan, unit
-        self._environment = dict(environment)
+        self._environment = {**environment, **unit.copies.environment}
         self._lengths = unit.lengths
         self._shard = ShardWriter(
             unit_path(root, unit.number, SHARD),
@@ -111,9 +111,10 @@ class UnitWriter:
 
     def _record_in_force(self, ours: Record) -> Record:
         """The record that was first. If its shard was made in our environment with other bytes,
-        that is a bug of ours."""
+        that is a bug of ours. Which rows were copied from other environments may differ."""
         first = read_any_record(self._root, ours.number)
-        if first.environment == ours.environment and first.files.shard != ours.files.shard:
+        same = first.environment == ours.environment and not self._unit.copies.environment
+        if same and first.files.shard != ours.files.shard:
             raise InternalError(
                 f"{unit_path(self._root, ours.number, SHARD)} was made twice in one environment "
                 f"with different bytes ({first.files.shard.name} and {ours.files.shard.name}): "

@@ -24,6 +24,7 @@ from embed_precompute.documents import (
     Hex64,
     MismatchError,
     canonical_json,
+    digest_of,
     from_plain,
     to_plain,
 )
@@ -200,6 +201,15 @@ def stored_tensors(spec: Mapping[str, Any]) -> tuple[StoredTensor, ...]:
     if not tensors:
         raise MismatchError("spec.encoders has no output: expected at least one.")
     return tuple(tensors[name] for name in sorted(tensors))
+
+
+def encoder_fingerprints(spec: Mapping[str, Any]) -> dict[str, str]:
+    """For each encoder of a resolved spec, the identity of what it makes of a text and stores.
+
+    The encoder's name and the recipe are no part of it: the texts are compared as encoded.
+    """
+    common = {"format_version": spec.get("format_version"), "output": spec["output"]}
+    return {name: digest_of({**common, "encoder": each}) for name, each in spec["encoders"].items()}
 
 
 # --- records and manifest -------------------------------------------------------------------------
