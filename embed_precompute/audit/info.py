@@ -22,6 +22,7 @@ from embed_precompute.store.records import (
     NULL_UNIT,
     UnitRecord,
     committed_units,
+    encoder_fingerprints,
     read_record,
     record_path,
 )
@@ -126,7 +127,7 @@ def dataset_lines(root: Path) -> list[str]:
     status = read_status(root)
     plan, inputs = status.plan, status.plan.inputs
     limit = "" if inputs.limit is None else f", limited to {inputs.limit:,} samples"
-    extended = f", extended {len(plan.extends)} times" if plan.extends else ""
+    extended = f", extensions: {len(plan.extends)}" if plan.extends else ""
     lines = [
         *status.lines(),
         f"  fingerprint {plan.fingerprint}",
@@ -140,8 +141,9 @@ def dataset_lines(root: Path) -> list[str]:
             f"  text_{tensor.name}: one vector per {tensor.per}, width {tensor.width}, "
             f"{tensor.dtype}, by encoder {tensor.encoder}"
         )
+    fingerprints = encoder_fingerprints(plan.spec)
     for name, encoder in sorted(plan.spec["encoders"].items()):
-        lines.append(f"  encoder {name}")
+        lines.append(f"  encoder {name}, fingerprint {fingerprints[name]}")
         lines += [f"    {key}: {value}" for key, value in sorted(encoder.items())]
     if status.finalised:
         manifest = read_manifest(status.root)

@@ -150,11 +150,8 @@ def _run(config: Config, arguments: Any) -> int:
         return EXIT_COMPLETE  # a peer finalises, and says so
     for line in _summary(result.root, result.manifest):
         print(line)
-    for name, copied in result.copied.items():
-        if arguments.reuse:
-            print(f"  {name}: copied {copied:,} embeddings, encoded {result.encoded[name]:,}")
-    if result.damaged:
-        print(f"  {result.damaged:,} of them could not be copied: damaged, see the log")
+    for what, count in result.copies.items():
+        print(f"  {what}: {count:,}")
     if result.samples:
         print(
             f"  this rank encoded {result.samples:,} samples in {result.seconds:.1f} s "

@@ -9,11 +9,13 @@ once. Records from before the start are not read: the plan says how many rows th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 
@@ -142,3 +144,26 @@ def write_provenance(prepared: Prepared, environment: dict[str, str]) -> None:
         replace_bytes(prepared.root / "run.json", payload)
     except StorageError as error:  # for people only: no reason to stop
         log.warning("provenance is not written: %s", error)
+
+
+def note_copies(root: Path) -> dict[str, int]:
+    """How many embeddings all ranks copied and encoded, by the lines of logs/; adds it to run.json.
+
+    The keys are for people, such as `t5 copied`.
+    """
+    counts: Counter[str] = Counter()
+    for path in sorted((root / "logs").glob("metrics-*.jsonl")):
+        with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
+            for text in file:
+                with contextlib.suppress(ValueError, LookupError, TypeError):  # a crash cut it off
+                    line = json.loads(text)
+                    for name in line["tokens"] if line["unit"] >= 0 else ():
+                        copied = line["copied"].get(name, 0)
+                        counts[f"{name} copied"] += copied
+                        counts[f"{name} encoded"] += line["stored"] - copied
+                    counts["damaged, so encoded"] += line["damaged"]
+    with contextlib.suppress(OSError, ValueError, StorageError):
+        facts = json.loads((root / "run.json").read_bytes())
+        payload = json.dumps({**facts, "copies": counts}, indent=2).encode() + b"\n"
+        replace_bytes(root / "run.json", payload)
+    return dict(counts)

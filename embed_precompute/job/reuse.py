@@ -29,6 +29,7 @@ from embed_precompute.errors import (
     IncompleteError,
     InputError,
     VerificationError,
+    require,
 )
 from embed_precompute.store.index import DatasetIndex
 from embed_precompute.store.records import (
@@ -37,7 +38,6 @@ from embed_precompute.store.records import (
     encoder_fingerprints,
     read_null_record,
     read_record,
-    require_folder,
     stored_tensors,
 )
 from embed_precompute.store.rows import iter_batches, ok_columns, text_sha256
@@ -57,6 +57,8 @@ class Copies:
     """Encoder -> stored row -> tensor -> the embedding, mapped: [length, width] or [width]."""
     environment: dict[str, str] = field(default_factory=dict)
     """What the copies add to the environment in the unit's record."""
+    num_damaged: int = 0
+    """Number of rows that are encoded because their copy is damaged; the log names each."""
 
 
 class Reuse:
@@ -70,8 +72,6 @@ class Reuse:
         self.folders = tuple(folders)
         self._datasets = [_Dataset(folder, root, spec) for folder in folders]
         self._environment: Mapping[str, str] = {}
-        self.num_damaged = 0
-        """Number of rows that are encoded because their copy is damaged; the log names each."""
 
     def check_environment(
         self, environment: Mapping[str, str], on_change: Literal["warn", "refuse"]
@@ -116,12 +116,14 @@ class Reuse:
         for dataset in self._datasets:
             rows = {name: copies.rows.setdefault(name, {}) for name in dataset.encoders}
             left = [row for row in range(len(texts)) if any(row not in r for r in rows.values())]
+            if not left:
+                continue
             found = {NULL_UNIT: {0: 0}} if null else dataset.look_up(digests, left)
             for unit, samples in found.items():
                 try:
                     source = dataset.open(unit)
                 except (EmbedPrecomputeError, OSError) as error:
-                    self.num_damaged += len(samples)
+                    copies.num_damaged += len(samples)
                     log.warning("--reuse: %s %d rows are encoded again.", error, len(samples))
                     continue
                 for row, sample in samples.items():
@@ -132,7 +134,7 @@ class Reuse:
                         try:
                             embeddings = source.embeddings(dataset.encoders[name], sample, expected)
                         except EmbedPrecomputeError as error:
-                            self.num_damaged += 1
+                            copies.num_damaged += 1
                             log.warning("--reuse: %s The row is encoded again.", error)
                             continue
                         rows[name][row] = {name + t: made for t, made in embeddings.items()}
@@ -195,7 +197,9 @@ class _Dataset:
 
     def __init__(self, root: Path, made: Path, spec: Mapping[str, Any]) -> None:
         self.root = root
-        require_folder(root)
+        require(
+            root.is_dir(), f"--reuse {root} is not a folder: expected the output.path of a run."
+        )
         if os.path.realpath(root) == os.path.realpath(made):
             raise InputError(
                 f"--reuse {root} is the output itself: a run goes on with it anyway. Name another "
@@ -205,8 +209,8 @@ class _Dataset:
             self._index = DatasetIndex(root)
         except IncompleteError:
             raise InputError(
-                f"--reuse {root}: it has no manifest.json, so it is not finished. Finish it with "
-                "its own command first."
+                f"--reuse {root} holds no finished dataset: no manifest.json. Name another, or "
+                "finish it with its own command first."
             ) from None
         old_spec = self._index.manifest.spec
         self._tensors = stored_tensors(old_spec)
@@ -214,19 +218,18 @@ class _Dataset:
         wanted = encoder_fingerprints(spec)
         self.encoders = {n: by_fingerprint[f] for n, f in wanted.items() if f in by_fingerprint}
         """Encoder of the dataset that is made -> its name here."""
-        others = [
-            line
-            for name in sorted(wanted.keys() - self.encoders.keys())
-            for line in _differing(name, old_spec, spec)
-        ]
+        others = []
+        for name in sorted(wanted.keys() - self.encoders.keys()):
+            lines = _differing(name, old_spec, spec)
+            others += [line for line in lines if line not in others]
         if not self.encoders:
             raise InputError(
                 f"--reuse {root} has none of this run's encoders:\n  {listed(others)}\nLeave it "
                 "out, or give the encoder back that it was made with."
             )
-        self.lines = [f"{', '.join(self.encoders)} where the text is the same"]
+        self.lines = [f"{', '.join(self.encoders)} is copied where the text is the same"]
         """For the log: what is copied, and how the other encoders differ."""
-        self.lines += [f"not {line}" for line in others]
+        self.lines += [f"another encoder: {line}" for line in others]
 
     def environments(self) -> list[dict[str, str]]:
         """All that its units and its null embedding were made in."""
@@ -272,17 +275,15 @@ class _Dataset:
         """64 bits of each text's sha256, ascending, and the first sample that has the text."""
         parts = ok_columns(self.root, self._tensors, ["text_sha256"])
         digests = (digest for part in parts for digest in part["text_sha256"])
-        hashes, samples = np.fromiter(map(_hash, digests), np.uint64), self._index.ok
-        in_range = len(samples) == len(hashes) and (samples >= 0).all()
-        if not in_range or not (samples < len(self._index)).all():
+        every, samples = np.fromiter(map(_hash, digests), np.uint64), self._index.ok
+        in_range = (samples >= 0) & (samples < len(self._index))
+        if len(samples) != len(every) or not in_range.all():
             raise VerificationError(
                 f"{self.root / 'index' / 'ok.npy'} does not fit manifest.parquet. "
                 f"`embed-precompute finalize {self.root}` makes it again."
             )
-        order = np.argsort(hashes, kind="stable")
-        hashes = hashes[order]
-        first = np.concatenate((hashes[:1] == hashes[:1], hashes[1:] != hashes[:-1]))
-        return hashes[first], samples[order[first]]
+        hashes, first = np.unique(every, return_index=True)
+        return hashes, samples[first]
 
 
 def _hash(digest: str) -> int:

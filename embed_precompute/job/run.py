@@ -24,7 +24,7 @@ from embed_precompute.encoders.device import (
 )
 from embed_precompute.job.claims import Claims, Committed, connect_store
 from embed_precompute.job.prepare import Prepared, check_first_captions, prepare, publish
-from embed_precompute.job.progress import Progress, write_provenance
+from embed_precompute.job.progress import Progress, note_copies, write_provenance
 from embed_precompute.job.signals import StopRequest, stop_on_signals
 from embed_precompute.job.stages import Stages
 from embed_precompute.store.index import Manifest
@@ -46,12 +46,9 @@ class RunResult:
     """Seconds from the start of loading the first model to this rank's last commit."""
     load_seconds: float = 0.0
     encode_seconds: float = 0.0
-    copied: dict[str, int] = field(default_factory=dict)
-    """Number of stored rows that were copied from other datasets, by encoder."""
-    encoded: dict[str, int] = field(default_factory=dict)
-    """Number of stored rows that were encoded, by encoder."""
-    damaged: int = 0
-    """How many of them were encoded because what might have been copied is damaged."""
+    copies: dict[str, int] = field(default_factory=dict)
+    """With `reuse`: how many embeddings were copied and encoded, by all ranks; see
+    `progress.note_copies`."""
 
 
 def run(
@@ -111,12 +108,11 @@ def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
             with stop.finishing():
                 stages.run()
             result.load_seconds = stages.load_seconds
-            result.copied, result.encoded = dict(stages.copied), dict(stages.encoded)
-            if prepared.reuse is not None:
-                result.damaged = prepared.reuse.num_damaged
             result.units, result.samples = stages.units, stages.samples
             result.encode_seconds = stages.encode_seconds
     result.seconds = time.monotonic() - started
     if claims.is_first_to_finalize():
         result.manifest = finalize(root).manifest
+        if prepared.reuse is not None:
+            result.copies = note_copies(root)
     return result

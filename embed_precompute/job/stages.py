@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,10 +166,6 @@ class Stages:
         self.units = self.samples = 0
         """Numbers of units and samples that this rank wrote, also if another rank was first to
         commit them. The null embedding counts as a unit without samples."""
-        self.copied: Counter[str] = Counter()
-        """Number of stored rows that were copied from another dataset, by encoder."""
-        self.encoded: Counter[str] = Counter()
-        """Number of stored rows that were encoded."""
         self.load_seconds = 0.0
         self.encode_seconds = 0.0
         """Seconds spent in the encoders. During the rest of the run the device waits."""
@@ -316,11 +312,6 @@ class Stages:
                     self._commit_s = 1.5 * (time.monotonic() - commit_began)
             self.units += 1
             self.samples += 0 if message.unit.is_null else len(message.unit.samples)
-            if not message.unit.is_null:
-                for resolved in self._prepared.encoders:
-                    copied = len(message.unit.copies.rows.get(resolved.name, ()))
-                    self.copied[resolved.name] += copied
-                    self.encoded[resolved.name] += message.unit.num_stored - copied
             self._log_metrics(message.unit, record, time.monotonic() - started)
 
     def _check_first_record(self) -> None:
@@ -338,6 +329,7 @@ class Stages:
             "samples": len(unit.samples),
             "stored": unit.num_stored,
             "copied": {name: len(rows) for name, rows in unit.copies.rows.items()},
+            "damaged": unit.copies.num_damaged,
             "tokens": {name: sum(each.tokens) for name, each in unit.tokens.items()},
             "shard_bytes": record.files.shard.bytes,
             "seconds": round(seconds, 4),

@@ -99,7 +99,7 @@ def test_an_extension_keeps_every_byte_of_the_old_units(
     assert ids(out) == [f"s{i}" for i in range(21)]
     expect(0, "verify", out)
     assert "complete" in expect(0, "status", out)
-    assert "extended 3 times" in expect(0, "info", out)
+    assert "extensions: 3" in expect(0, "info", out)
     assert "0.parquet, row 0 (row 20" in expect(0, "info", out, "--id", "s20")
     at_once = tmp_path / "at once"
     expect(0, "run", job, "--output.path", at_once)
@@ -150,6 +150,25 @@ def test_units_before_and_after_that_are_damaged_are_made_again(
     expect(0, "run", job)
     found = dataset_bytes(out)
     assert {name: found[name] for name in whole} == whole
+
+
+def test_an_extension_is_taken_back(job: Path, captions: Path, out: Path) -> None:
+    expect(0, "run", job)
+    before = dataset_bytes(out)
+    added = write_file(captions, "a.parquet", 12, 20)
+    expect(0, "plan", job, "--extend", "--write")
+    write_file(captions, "b2.parquet", 20, 22)
+    expect(0, "run", job, "--extend")  # while the first extension is not begun
+    for name in ("plan-0001.json", "plan-0002.json"):
+        (out / name).unlink()
+    added.unlink()
+    (captions / "b2.parquet").unlink()
+    assert "only units below 3" in expect(4, "verify", out)
+    expect(5, "repair", out)
+    expect(0, "run", job)
+    found = dataset_bytes(out)
+    assert {name: found.get(name) for name in before} == before
+    assert "no problems" in expect(0, "verify", out)
 
 
 def test_what_cannot_be_an_extension(job: Path, captions: Path, out: Path) -> None:

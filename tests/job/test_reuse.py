@@ -63,7 +63,7 @@ def test_one_corrected_caption_is_one_encoding(job: Path, old: Path, tmp_path: P
     said = expect(0, "run", job, "--reuse", old)
     stored = read_manifest(tmp_path / "out").counts.stored
     for name in ("t5", "clip"):
-        assert f"{name}: copied {stored - 1:,} embeddings, encoded 1" in said
+        assert f"{name} copied: {stored - 1}\n  {name} encoded: 1\n" in said
     assert_as_without(job, tmp_path)
     expect(0, "verify", tmp_path / "out", "--level", "deep")
 
@@ -84,7 +84,7 @@ def test_a_changed_clip_leaves_t5_alone(
     edit(job, "encoders.clip", max_length=60)
     said = expect(0, "run", job, "--reuse", old)
     assert loaded == ["clip"]
-    assert "not encoders.clip.max_length: 77 -> 60" in said
+    assert "another encoder: encoders.clip.max_length: 77 -> 60" in said
     assert_as_without(job, tmp_path)
     # Each from another dataset, and the encoder has another name there.
     shutil.move(tmp_path / "out", tmp_path / "newer")
@@ -100,8 +100,8 @@ def test_what_is_damaged_is_named_and_encoded(job: Path, old: Path, tmp_path: Pa
     flip(shard, -3)
     said = expect(0, "run", job, "--reuse", old)
     assert f"{shard} is damaged: row" in said
-    assert "t5: copied 29 embeddings, encoded 1" in said or "encoded 1\n" in said
-    assert "1 of them could not be copied: damaged" in said
+    assert "t5 encoded: 1\n" in said
+    assert "damaged, so encoded: 1\n" in said
     assert_as_without(job, tmp_path)
     for path in (rows, record, shard):
         shutil.rmtree(tmp_path / "out")
@@ -121,7 +121,7 @@ def test_failed_samples_and_other_texts_are_not_found(tmp_path: Path) -> None:
         "clip": [0, 3],
     }
     assert found.environment[COPIED_FROM] == "device cpu, torch 2.0"
-    assert reuse.num_damaged == 0
+    assert found.num_damaged == 0
     assert encoder_fingerprints({**spec, "captions": {"recipe": 1}}) == encoder_fingerprints(spec)
 
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_reused_is_said_before_anything_is_written(
     assert "is the output itself" in expect(2, "run", job, "--reuse", old, "--output.path", old)
     assert "is not a folder" in expect(2, "run", job, "--reuse", tmp_path / "absent")
     (old / "manifest.json").rename(tmp_path / "aside")
-    assert "it is not finished" in expect(2, "run", job, "--reuse", old)
+    assert "holds no finished dataset" in expect(2, "run", job, "--reuse", old)
     (tmp_path / "aside").rename(old / "manifest.json")
     said = expect(2, "run", job, "--reuse", old, "--output.dtype", "bfloat16")
     assert "none of this run's encoders" in said
@@ -171,3 +171,5 @@ def test_copied_and_encoded_rows_are_noted(job: Path, old: Path, tmp_path: Path)
     expect(0, "run", job, "--reuse", old)
     facts = json.loads((tmp_path / "out/run.json").read_text())
     assert facts["reuse"] == [str(old)]
+    assert facts["copies"]["t5 copied"] == 8
+    assert facts["copies"]["t5 encoded"] == 1
