@@ -56,7 +56,7 @@ SECTIONS = {
     "spatial_compression_ratio patch_size",
     config.OutputConfig: "path samples_per_shard dtype codec",
     config.RuntimeConfig: "device self_check max_failed_samples on_environment_change "
-    "plan_timeout_s prefetch_units write_queue_batches progress_interval_s grace_s",
+    "plan_timeout_s prefetch_units write_queue_mb progress_interval_s grace_s",
     config.Config: "captions encoders output runtime",
 }
 EXIT_CODES = {

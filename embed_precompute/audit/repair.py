@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from embed_precompute.audit.verify import verify
-from embed_precompute.errors import EmbedPrecomputeError
+from embed_precompute.errors import EmbedPrecomputeError, VerificationError
 from embed_precompute.store.commit import content_name, digest_file, move_aside, remove_file
 from embed_precompute.store.manifest import MANIFEST, TABLE, finalize
 from embed_precompute.store.plan import PLAN_FILE, plan_path, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
     RECORD,
+    SHARD,
     committed_units,
     list_folder,
     read_any_record,
@@ -31,6 +32,7 @@ from embed_precompute.store.records import (
     refuse_linked_folders,
     unit_of,
 )
+from embed_precompute.store.shards import open_alone
 
 MAX_NAMED = 20
 
@@ -165,6 +167,11 @@ def _is_sound(path: Path) -> bool:
     name, _, digest_and_ending = path.name.rpartition("-")
     ending = digest_and_ending.partition(".")[2]
     try:
-        return content_name(f"{name}.{ending}", digest_file(path).sha256) == path.name
-    except OSError:
+        if path.name.endswith(SHARD):
+            shard = open_alone(path)
+            digest = "damaged" if shard.first_damaged() else shard.head_sha256()
+        else:
+            digest = digest_file(path).sha256
+    except (OSError, VerificationError):
         return False
+    return content_name(f"{name}.{ending}", digest) == path.name

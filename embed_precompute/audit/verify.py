@@ -4,8 +4,8 @@ Guarantees: if a file has a digest, `full` finds any change, cut, swap or loss o
 finds every disagreement between plan, records, shards, rows parts, manifest and index. Damage is a
 problem line that names the file, never a crash. Nothing is written. An unfinished dataset is
 checked as far as it goes.
-Costs: `quick` reads the small files and the shards' headers; `full` reads every shard twice (its
-sha256, then each row's checksum), on all cores. Memory grows by 24 bytes per sample. `deep` is
+Costs: `quick` reads the small files and the shards' heads; `full` reads every byte once, on all
+cores. Memory grows by 24 bytes per sample. `deep` is
 `full`, then some samples are encoded again.
 """
 
@@ -75,7 +75,7 @@ class Report:
     """The null embedding is not made yet."""
     num_samples: int = 0
     num_bytes: int = 0
-    """Number of bytes whose sha256 was compared."""
+    """Number of bytes whose digest was compared."""
     deep: str = ""
     """The outcome of encoding samples again."""
     plan_rejected: bool = False
@@ -97,7 +97,7 @@ class Report:
         state = "finalised" if self.finalised else "not finalised"
         lines = [
             f"{self.root}: {self.level} check, {checked:,} of {self.num_units:,} units, "
-            f"{self.num_samples:,} samples, {state}, sha256 of {self.num_bytes:,} bytes"
+            f"{self.num_samples:,} samples, {state}, digests of {self.num_bytes:,} bytes"
         ]
         if self.num_missing or self.null_missing:
             null = ", and so does the null embedding" if self.null_missing else ""

@@ -69,20 +69,27 @@ class RuntimeConfig:
     """How long ranks wait for rank 0's plan before they make the same plan themselves."""
     prefetch_units: int = 1
     """Units that are read and tokenised ahead of the encoder."""
-    write_queue_batches: int = 4
-    """Encoded batches that may wait for the writer."""
+    write_queue_mb: float = 1024.0
+    """Megabytes of encoded batches that may wait for the writer; one batch always may."""
     progress_interval_s: float = 60.0
     """Seconds between progress lines when the output is not a terminal."""
     grace_s: float = 20.0
     """Seconds a rank has after a stop signal to commit its unit; torchrun kills after 30."""
 
     def __post_init__(self) -> None:
-        for name in ("max_failed_samples", "plan_timeout_s", "progress_interval_s", "grace_s"):
+        for name in (
+            "max_failed_samples",
+            "plan_timeout_s",
+            "write_queue_mb",
+            "progress_interval_s",
+            "grace_s",
+        ):
             value = getattr(self, name)
             require(0 <= value <= MOST_SECONDS, f"{name} is {value}: expected 0 to {MOST_SECONDS}.")
-        for name in ("prefetch_units", "write_queue_batches"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} is {value}: expected 1 or more.")
+        require(
+            self.prefetch_units >= 1,
+            f"prefetch_units is {self.prefetch_units}: expected 1 or more.",
+        )
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
         require(
             known is not None, f"device is {self.device!r}: expected auto, cpu, cuda or cuda:N."

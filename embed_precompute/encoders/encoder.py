@@ -36,10 +36,16 @@ class PendingOutput:
     """The output of a forward that may still be on its way."""
 
     def __init__(
-        self, outputs: Mapping[str, Embeddings], events: Sequence[torch.cuda.Event] = ()
+        self,
+        outputs: Mapping[str, Embeddings],
+        events: Sequence[torch.cuda.Event] = (),
+        finite: Mapping[str, Embeddings] | None = None,
     ) -> None:
-        """`outputs` may be read when all `events` have happened."""
-        self._outputs, self._events = outputs, events
+        """`outputs` and `finite` may be read when all `events` have happened.
+
+        `finite`: for each stored vector, whether the device found neither inf nor nan in it.
+        """
+        self._outputs, self._events, self._finite = outputs, events, finite or {}
 
     def ready(self) -> bool:
         """Whether `wait` would return at once."""
@@ -51,6 +57,16 @@ class PendingOutput:
         for event in self._events:
             event.synchronize()
         return self._outputs
+
+    def finite(self) -> dict[str, list[bool]]:
+        """After `wait`: for each caption, whether its embedding holds no inf or nan, by suffix.
+
+        Empty if the device did not look.
+        """
+        return {
+            suffix: [bool(each.numpy().all()) for each in flags]
+            for suffix, flags in self._finite.items()
+        }
 
 
 class CopyEngine:
@@ -97,18 +113,27 @@ def download(
     """Begin to copy every output to the host in `dtype`.
 
     `cut(suffix, copy)` returns what is stored of each caption. `reused`: a later forward overwrites
-    these tensors.
+    these tensors. A GPU also looks for inf and nan, which takes the host a pass over the numbers.
     """
     arrived: dict[str, Embeddings] = {}
+    finite: dict[str, Embeddings] = {}
     events = []
+
+    def copied(engine: CopyEngine, source: torch.Tensor) -> torch.Tensor:
+        target = engine.host_buffer(source)
+        events.append(engine.copy(source, target))
+        return target
+
     for suffix, values in outputs.items():
         # Copied within the device first, so that a later forward need not wait for the bus.
-        source = target = values.to(dtype, copy=reused).contiguous()
-        if engine is not None:
-            target = engine.host_buffer(source)
-            events.append(engine.copy(source, target))
-        arrived[suffix] = cut(suffix, target)
-    return PendingOutput(arrived, events)
+        source = values.to(dtype, copy=reused).contiguous()
+        if engine is None:
+            arrived[suffix] = cut(suffix, source)
+            continue
+        arrived[suffix] = cut(suffix, copied(engine, source))
+        flags = torch.isfinite(source).all(-1, keepdim=True)
+        finite[suffix] = cut(suffix, copied(engine, flags))
+    return PendingOutput(arrived, events, finite)
 
 
 class TextEncoder(abc.ABC):

@@ -54,7 +54,7 @@ class Copies:
     """What is copied into one unit."""
 
     rows: dict[str, dict[int, dict[str, torch.Tensor]]] = field(default_factory=dict)
-    """Encoder -> stored row -> tensor -> the embedding, mapped: [length, width] or [width]."""
+    """Encoder -> stored row -> suffix -> the embedding, mapped: [length, width] or [width]."""
     environment: dict[str, str] = field(default_factory=dict)
     """What the copies add to the environment in the unit's record."""
     num_damaged: int = 0
@@ -132,12 +132,12 @@ class Reuse:
                     for name in [name for name in rows if row not in rows[name]]:
                         expected = {t: lengths[name + t][row] for t in dataset.suffixes(name)}
                         try:
-                            embeddings = source.embeddings(dataset.encoders[name], sample, expected)
+                            made = source.embeddings(dataset.encoders[name], sample, expected)
                         except EmbedPrecomputeError as error:
                             copies.num_damaged += 1
                             log.warning("--reuse: %s The row is encoded again.", error)
                             continue
-                        rows[name][row] = {name + t: made for t, made in embeddings.items()}
+                        rows[name][row] = made
                         origins |= _origins(source.record.environment)
         if others := sorted(origins - _origins(self._environment)):
             copies.environment[COPIED_FROM] = BETWEEN.join(others)

@@ -1,25 +1,31 @@
 """The three stages of one rank: read and tokenise, encode, write; overlapped by bounded queues.
 
 Guarantees: an error in any stage ends all three and is raised by `Stages.run`. A unit is written
-whole or dropped. After a stop request the rank ends within the grace (`runtime.grace_s`).
-Costs: one reader thread, one writer thread. Memory holds the token ids of `prefetch_units` + 3
-units and `write_queue_batches` encoded batches, on a GPU up to `IN_FLIGHT` more.
+whole or dropped. Units are committed one after the other, in the order in which they were encoded.
+After a stop request the rank ends within the grace (`runtime.grace_s`).
+Costs: a thread each to read, to write and to commit: while one unit is committed the next is
+written, so two shards at most are not yet committed. Memory holds the token ids of
+`prefetch_units` + 4 units, and encoded batches of `write_queue_mb` megabytes, on a GPU up to
+`IN_FLIGHT` more.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from embed_precompute.encoders.encoder import Embeddings, PendingOutput, TextEncoder
 from embed_precompute.errors import IncompleteError
@@ -46,33 +52,37 @@ one forward, the next is queued already."""
 T = TypeVar("T")
 
 
-@dataclass
 class _Channel(Generic[T]):
-    """A bounded queue between two stages that ends when any stage stops."""
+    """A queue between two stages that ends when any stage stops.
 
-    size: int
-    halted: threading.Event
-    items: queue.Queue[T | None] = field(init=False)
+    It is bounded by the sum of the sizes of its items; one item is let in whatever its size.
+    """
 
-    def __post_init__(self) -> None:
-        self.items = queue.Queue(self.size)
+    def __init__(self, bound: float, halted: threading.Event) -> None:
+        self._bound, self._halted = bound, halted
+        self._changed = threading.Condition()
+        self._items: deque[tuple[T | None, float]] = deque()
+        self._size = 0.0
 
-    def put(self, item: T | None) -> bool:
+    def put(self, item: T | None, size: float = 1) -> bool:
         """Returns False if the pipeline has stopped and nobody will take the item."""
-        while not self.halted.is_set():
-            try:
-                self.items.put(item, timeout=POLL_S)
-                return True
-            except queue.Full:
-                continue
-        return False
+        with self._changed:
+            while self._items and self._size + size > self._bound and not self._halted.is_set():
+                self._changed.wait(POLL_S)
+            self._items.append((item, size))
+            self._size += size
+            self._changed.notify_all()
+        return not self._halted.is_set()
 
     def __iter__(self) -> Iterator[T]:
-        while not self.halted.is_set():
-            try:
-                item = self.items.get(timeout=POLL_S)
-            except queue.Empty:
-                continue
+        while not self._halted.is_set():
+            with self._changed:
+                if not self._items:
+                    self._changed.wait(POLL_S)
+                    continue
+                item, size = self._items.popleft()
+                self._size -= size
+                self._changed.notify_all()
             if item is None:
                 return
             yield item
@@ -86,7 +96,25 @@ class _Encoded:
     rows: np.ndarray | None = None
     outputs: Mapping[str, Embeddings] = field(default_factory=dict)
     """Tensor -> the embeddings of `rows`."""
-    abandoned: bool = False
+    finite: Mapping[str, Sequence[bool]] = field(default_factory=dict)
+    """Tensor -> whether each embedding is finite, if the device has looked."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the buffers that hold the embeddings."""
+        first = (each if isinstance(each, Tensor) else each[0] for each in self.outputs.values())
+        return sum(each.untyped_storage().nbytes() for each in first)
+
+
+@dataclass
+class _Forward:
+    """A forward that was begun; `encoder` is None in a unit that has nothing to encode."""
+
+    unit: Unit
+    is_last: bool
+    """The unit has no forward after this one."""
+    encoder: str | None = None
+    rows: np.ndarray | None = None
 
 
 def overlapped(
@@ -162,7 +190,7 @@ class Stages:
         self._halted = threading.Event()
         self._error: BaseException | None = None
         self._units: _Channel[Unit] = _Channel(runtime.prefetch_units, self._halted)
-        self._batches: _Channel[_Encoded] = _Channel(runtime.write_queue_batches, self._halted)
+        self._batches: _Channel[_Encoded] = _Channel(1e6 * runtime.write_queue_mb, self._halted)
         self.units = self.samples = 0
         """Numbers of units and samples that this rank wrote, also if another rank was first to
         commit them. The null embedding counts as a unit without samples."""
@@ -219,25 +247,21 @@ class Stages:
         self._units.put(None)
 
     def _encode(self) -> None:
-        for unit in self._units:
-            if self._stop.is_set():
-                continue  # this unit was only read ahead
-            if self._committed(unit.number):
-                continue  # another job has committed this unit meanwhile
-            began = time.monotonic()
-            for encoded in self._encoded_batches(unit):
-                if not self._batches.put(encoded):
-                    return
-                if self._stop.is_set() and not self._fits_grace(began):
-                    self._halted.set()
-                    return
-                if unit.swept and self._committed(unit.number):
-                    break
-            else:
+        for forward, pending in overlapped(self._forwards()):
+            unit = forward.unit
+            if unit.abandoned:
+                continue  # begun before that was known
+            encoded = self._wait(forward, pending)
+            if encoded.rows is not None and not self._batches.put(encoded, encoded.num_bytes):
+                return
+            if self._stop.is_set() and not self._fits_grace(unit.began):
+                self._halted.set()
+                return
+            unit.abandoned = unit.swept and self._committed(unit.number)
+            if forward.is_last and not unit.abandoned:
+                self._unit_s = max(self._unit_s, time.monotonic() - unit.began)
+            if forward.is_last or unit.abandoned:
                 self._batches.put(_Encoded(unit))
-                self._unit_s = max(self._unit_s, time.monotonic() - began)
-                continue
-            self._batches.put(_Encoded(unit, abandoned=True))
         self._batches.put(None)
 
     def _fits_grace(self, began: float) -> bool:
@@ -245,42 +269,46 @@ class Stages:
         left = max(0.0, began + self._unit_s - time.monotonic())
         return left + self._commit_s < self._stop.seconds_left()
 
-    def _encoded_batches(self, unit: Unit) -> Iterator[_Encoded]:
+    def _forwards(self) -> Iterator[tuple[_Forward, PendingOutput]]:
+        """Begins every forward of every unit: the device need not wait where a unit ends."""
+        for unit in self._units:
+            if self._stop.is_set():
+                continue  # this unit was only read ahead
+            if self._committed(unit.number):
+                continue  # another job has committed this unit meanwhile
+            unit.began = time.monotonic()
+            yield from self._forwards_of(unit)
+
+    def _forwards_of(self, unit: Unit) -> Iterator[tuple[_Forward, PendingOutput]]:
+        work = self._work(unit)
+        following = next(work, None)
+        if following is None:
+            yield _Forward(unit, is_last=True), PendingOutput({})
+        while following is not None and not unit.abandoned:
+            (name, rows, begin), following = following, next(work, None)
+            began = time.monotonic()
+            with self._naming(unit, name):
+                pending = begin()
+            self.encode_seconds += time.monotonic() - began
+            yield _Forward(unit, following is None, name, rows), pending
+
+    def _work(self, unit: Unit) -> Iterator[tuple[str, np.ndarray, Callable[[], PendingOutput]]]:
+        """Yields (encoder, stored rows, what begins their forward); copied rows need no forward."""
         for resolved in self._prepared.encoders:
             name, copies = resolved.name, unit.copies.rows.get(resolved.name, {})
             copied = list(copies)
             for first in range(0, len(copied), COPY_ROWS):
                 some = copied[first : first + COPY_ROWS]
-                found = {
-                    tensor: [copies[row][tensor] for row in some] for tensor in copies[some[0]]
+                outputs = {
+                    suffix: [copies[row][suffix] for row in some] for suffix in copies[some[0]]
                 }
-                yield _Encoded(unit, np.array(some), found)
+                yield name, np.array(some), functools.partial(PendingOutput, outputs)
             left = [row for row in range(unit.num_stored) if row not in copies]
-            if not left:
-                continue
-            encoder = self._encoder(name)
-            try:
-                for rows, pending in overlapped(self._forwards(encoder, unit, left)):
-                    began = time.monotonic()
-                    outputs = pending.wait()
-                    self.encode_seconds += time.monotonic() - began
-                    named = {name + suffix: values for suffix, values in outputs.items()}
-                    yield _Encoded(unit, rows, named)
-            except Exception:
-                log.error("unit %d, encoder %s: a forward failed", unit.number, name)
-                raise
-
-    def _forwards(
-        self, encoder: TextEncoder, unit: Unit, rows: list[int]
-    ) -> Iterator[tuple[np.ndarray, PendingOutput]]:
-        """Begins the forwards of the stored rows `rows`."""
-        resolved = encoder.resolved
-        captions = unit.tokens[resolved.name].select(rows)
-        for batch in resolved.batches(captions, null=unit.is_null):
-            began = time.monotonic()
-            pending = encoder.submit(batch)
-            self.encode_seconds += time.monotonic() - began
-            yield np.array(rows)[batch.rows], pending
+            if left:
+                encoder, captions = self._encoder(name), unit.tokens[name].select(left)
+                for batch in resolved.batches(captions, null=unit.is_null):
+                    rows = np.array(left)[batch.rows]
+                    yield name, rows, functools.partial(encoder.submit, batch)
 
     def _encoder(self, name: str) -> TextEncoder:
         """An encoder, which is loaded when it is first asked for."""
@@ -290,29 +318,65 @@ class Stages:
             self.load_seconds += time.monotonic() - began
         return self._encoders[name]
 
+    def _wait(self, forward: _Forward, pending: PendingOutput) -> _Encoded:
+        if forward.encoder is None:
+            return _Encoded(forward.unit)
+        began, name = time.monotonic(), forward.encoder
+        with self._naming(forward.unit, name):
+            outputs = pending.wait()
+        self.encode_seconds += time.monotonic() - began
+        return _Encoded(
+            forward.unit,
+            forward.rows,
+            {name + suffix: values for suffix, values in outputs.items()},
+            {name + suffix: flags for suffix, flags in pending.finite().items()},
+        )
+
+    @contextlib.contextmanager
+    def _naming(self, unit: Unit, encoder: str) -> Iterator[None]:
+        """Says in the log which forward failed."""
+        try:
+            yield
+        except Exception:
+            log.error("unit %d, encoder %s: a forward failed", unit.number, encoder)
+            raise
+
     def _write(self) -> None:
         messages = iter(self._batches)
-        for message in messages:
-            started = time.monotonic()
-            with UnitWriter(
-                self._prepared.root, self._plan, message.unit, self._environment
-            ) as writer:
-                current: _Encoded | None = message
-                while current is not None and current.rows is not None:
-                    for tensor, values in current.outputs.items():
-                        writer.write(tensor, current.rows, values)
-                    current = next(messages, None)
-                if current is None or current.abandoned:
-                    continue  # stopped, or a peer has committed this unit
-                self._failures.check(message.unit)
-                self._check_first_record()
-                commit_began = time.monotonic()
-                record = writer.commit()
-                if not message.unit.is_null:
-                    self._commit_s = 1.5 * (time.monotonic() - commit_began)
-            self.units += 1
-            self.samples += 0 if message.unit.is_null else len(message.unit.samples)
-            self._log_metrics(message.unit, record, time.monotonic() - started)
+        committing: Future[None] | None = None
+        with ThreadPoolExecutor(1, "commit") as pool:
+            for message in messages:
+                with contextlib.ExitStack() as stack:
+                    unit = message.unit
+                    writer = UnitWriter(self._prepared.root, self._plan, unit, self._environment)
+                    stack.enter_context(writer)
+                    started = time.monotonic()
+                    current: _Encoded | None = message
+                    while current is not None and current.rows is not None:
+                        for tensor, values in current.outputs.items():
+                            finite = current.finite.get(tensor)
+                            writer.write(tensor, current.rows, values, finite)
+                        current = next(messages, None)
+                    if current is None or unit.abandoned:
+                        continue  # stopped, or a peer has committed this unit
+                    if committing is not None:
+                        committing.result()
+                    if self._error is None:
+                        commit = functools.partial(self._commit, unit, writer, started)
+                        committing = pool.submit(self._guard, commit)
+                        stack.pop_all()  # `_commit` removes the temporary file
+
+    def _commit(self, unit: Unit, writer: UnitWriter, started: float) -> None:
+        with writer:
+            self._failures.check(unit)
+            self._check_first_record()
+            began = time.monotonic()
+            record = writer.commit()
+            if not unit.is_null:
+                self._commit_s = 1.5 * (time.monotonic() - began)
+        self.units += 1
+        self.samples += 0 if unit.is_null else len(unit.samples)
+        self._log_metrics(unit, record, time.monotonic() - started)
 
     def _check_first_record(self) -> None:
         """Ranks that start together see no record at first. So this rank looks again before its

@@ -32,6 +32,10 @@ class Unit:
     """The embeddings that another dataset has."""
     swept: bool = False
     """True in the sweep (see `Claims`): another rank may be computing the same unit."""
+    began: float = 0.0
+    """When its first forward was begun, on the clock time.monotonic."""
+    abandoned: bool = False
+    """True if another rank committed the unit meanwhile: what was encoded is dropped."""
     failures: dict[int, tuple[Status, str]] = field(default_factory=dict)
     """Stored row that is dropped because its embedding holds inf or nan -> its status and error."""
 

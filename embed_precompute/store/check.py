@@ -1,10 +1,10 @@
 """The check of committed units, which finalize and verify share.
 
 Guarantees: if `check_unit` returns a unit, its plan, record, rows part and shard agree. Otherwise a
-VerificationError names the first file that does not agree. `full` also reads every stored byte: the
-sha256 of the shard, the checksum of each row, the digests of the texts.
-Costs: for each unit, its record, its rows part (in memory) and the header of its shard are read;
-`full` reads the shard twice. `in_order` uses all cores: hashing and pyarrow let other Python
+VerificationError names the first file that does not agree. `full` also reads every stored row, for
+its checksum, and every text, for its digest.
+Costs: for each unit, its record, its rows part (in memory) and the head of its shard are read;
+`full` reads the whole shard, once. `in_order` uses all cores: reading and pyarrow let other Python
 threads run.
 """
 
@@ -32,6 +32,7 @@ from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import (
     NullRecord,
     Record,
+    StoredShard,
     TokenCounts,
     UnitRecord,
     read_null_record,
@@ -46,7 +47,7 @@ from embed_precompute.store.rows import (
     rows_schema,
     text_sha256,
 )
-from embed_precompute.store.shards import ShardReader
+from embed_precompute.store.shards import ShardReader, open_alone
 
 MAX_THREADS = 16
 _LABELS = pa.array([status.label for status in sorted(Status)])
@@ -102,12 +103,11 @@ def check_unit(root: Path, plan: Plan, unit: int, *, full: bool = False) -> Chec
         raise _unreadable(path, error) from error
     _require_same(path, "sha256", hashlib.sha256(payload).hexdigest(), file.sha256)
     # The shard is checked first: if it is damaged, the error names it and not the rows part.
-    if full:
-        check_digest(record.shard_path(root), record.files.shard)
     shard = _open_shard(root, plan, record, num_rows=record.num_stored)
+    if full:
+        _check_checksums(shard)
     rows, columns = _check_rows(path, plan.tensors, record, shard, payload)
     if full:
-        _check_checksums(shard, plan.tensors)
         _check_texts(path, plan.tensors, record, payload)
     return CheckedUnit(record, rows, columns)
 
@@ -116,16 +116,15 @@ def check_null(root: Path, plan: Plan) -> NullRecord:
     """Returns the null embedding's record; its shard is checked as with `full`."""
     record = read_null_record(root)
     _check_plan(root, plan, record)
-    check_digest(record.shard_path(root), record.files.shard)
-    _check_checksums(_open_shard(root, plan, record, num_rows=1), plan.tensors)
+    _check_checksums(_open_shard(root, plan, record, num_rows=1))
     return record
 
 
 def check_files(root: Path, record: Record, *, full: bool) -> None:
-    """Checks the sizes (`full`: and the sha256) of a record's files, without a plan."""
-    for file in vars(record.files).values():
-        path = record_path(root, record.number).with_name(file.name)
-        (check_digest if full else check_size)(path, file)
+    """Checks the sizes (`full`: and the digests) of a record's files, without a plan."""
+    if isinstance(record, UnitRecord):
+        (check_digest if full else check_size)(record.rows_path(root), record.files.rows)
+    (check_shard if full else check_size)(record.shard_path(root), record.files.shard)
 
 
 def in_order(function: Callable[[_T], _R], arguments: Iterable[_T]) -> Generator[_R, None, None]:
@@ -165,18 +164,19 @@ def _check_plan(root: Path, plan: Plan, record: Record) -> None:
 
 
 def _open_shard(root: Path, plan: Plan, record: Record, num_rows: int) -> ShardReader:
-    """Opens a shard. Its size and its number of vectors must be those that its record says, and its
-    number of rows `num_rows`."""
+    """Opens a shard. Its size, its digest and its number of vectors must be those that its record
+    says, and its number of rows `num_rows`."""
     path = record.shard_path(root)
     check_size(path, record.files.shard)
     shard = ShardReader(path, plan.fingerprint, record.number, plan.tensors)
+    _require_same(path, "head_sha256", shard.head_sha256(), record.files.shard.head_sha256)
     _require_same(path, "stored rows", shard.num_rows, num_rows)
     vectors = {t.name: int(shard.lengths(t.name).sum()) for t in plan.tensors}
     _require_same(path, "vectors", vectors, record.tensors)
     return shard
 
 
-def check_size(path: Path, file: StoredFile | FileEntry) -> None:
+def check_size(path: Path, file: StoredFile | StoredShard | FileEntry) -> None:
     try:
         size = os.stat(path).st_size
     except OSError as error:
@@ -194,14 +194,21 @@ def check_digest(path: Path, file: StoredFile | FileEntry) -> None:
     _require_same(path, "sha256", found.sha256, file.sha256)
 
 
-def _check_checksums(shard: ShardReader, tensors: Tensors) -> None:
-    for tensor in tensors:
-        for row in range(shard.num_rows):
-            if not shard.check_row(tensor.name, row):
-                raise VerificationError(
-                    f"{shard.path} is damaged: row {row} of text_{tensor.name} does not have its "
-                    "checksum."
-                )
+def check_shard(path: Path, file: StoredShard) -> None:
+    """Checks every byte of a shard, without a plan."""
+    check_size(path, file)
+    shard = open_alone(path)
+    _require_same(path, "head_sha256", shard.head_sha256(), file.head_sha256)
+    _check_checksums(shard)
+
+
+def _check_checksums(shard: ShardReader) -> None:
+    damaged = shard.first_damaged()
+    if damaged is not None:
+        name, row = damaged
+        raise VerificationError(
+            f"{shard.path} is damaged: row {row} of text_{name} does not have its checksum."
+        )
 
 
 def _check_texts(path: Path, tensors: Tensors, record: UnitRecord, payload: bytes) -> None:
@@ -285,7 +292,7 @@ def _check_rows(
     _require_same(path, "encoders", encoders, record.encoders)
     ids = rows.column("sample_id").cast(pa.binary()).to_pylist()
     hashes = np.fromiter(map(id_hash, ids), np.uint64, len(ids))
-    digest = int(record.files.shard.sha256[:NAME_DIGITS], 16)
+    digest = int(record.files.shard.head_sha256[:NAME_DIGITS], 16)
     columns = UnitColumns(
         record.unit, shard.num_rows, digest, ids, hashes, status, index, lengths, checksums
     )

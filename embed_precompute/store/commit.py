@@ -1,10 +1,10 @@
 """How a file gets its final name, and how files leave a dataset.
 
 Guarantees: under a final name there is either nothing or a whole file that was fsynced before it
-got the name. The order is: bytes, sha256, fsync(file), close, link or rename, fsync(folder). A
+got the name. The order is: bytes, digest, fsync(file), close, link or rename, fsync(folder). A
 process that dies leaves at most a `.tmp-*` file.
-Costs: one fsync of the file and one of its folder; the digest reads the file back once, in pieces
-of 8 MiB, from the page cache. There are no locks, and no times are compared.
+Costs: one fsync of the file and one of its folder. A file whose digest the caller does not know is
+read back once, from the page cache. There are no locks, and no times are compared.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import re
 import secrets
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 
 QUARANTINE = "_quarantine"
 TEMP_PREFIX = ".tmp-"
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 256 << 10
+"""A piece this small is hashed while the processor's cache still holds it."""
 UNLIMITED = 1 << 63
 NAME_DIGITS = 16
-"""Number of hex digits of the sha256 that are part of a data file's name."""
+"""Number of hex digits of the digest that are part of a data file's name."""
 
 _TEMP_NAME = re.compile(
     re.escape(TEMP_PREFIX) + r".+-(?P<host>[A-Za-z0-9._]+)-(?P<pid>[0-9]{1,9})-[0-9a-f]{12}"
@@ -58,7 +59,7 @@ class StoredFile:
 
 
 def content_name(name: str, digest: str) -> str:
-    """The name of a data file by content: `digest` is its sha256, or the first digits of it.
+    """The name of a data file by content: `digest` is its digest, or the first digits of it.
 
     `shard-000042.rows.parquet` becomes `shard-000042-0123456789abcdef.rows.parquet`.
     """
@@ -266,7 +267,8 @@ class StagedFile:
 
         Returns whether the file of that name has our content.
         """
-        stored = self._finish()
+        stored = self.digest()
+        self._finish()
         ours = True
         try:
             try:
@@ -288,30 +290,42 @@ class StagedFile:
         self._sync_parent()
         return ours
 
-    def replace(self) -> None:
-        """Gives the file its name, replacing any file that has it; an equal file stays."""
-        stored = self._finish()
+    def replace(self, is_same: Callable[[Path], bool] | None = None) -> None:
+        """Gives the file its name, replacing any file that has it; an equal file stays.
+
+        `is_same` says whether the file of a path has our content; by default its sha256 does.
+        """
+        if is_same is None:
+            stored = self.digest()
+
+            def is_same(_: Path) -> bool:
+                return self._target_is(stored)
+
+        self._finish()
         try:
-            if not self._target_is(stored):
+            if not is_same(self.target):
                 os.replace(self._temp, self.target)
         except OSError as error:
             # Another process that finished the same dataset may have removed our temporary file.
-            if not self._target_is(stored):
+            if not is_same(self.target):
                 raise self._error("renaming into place", error) from error
         finally:
             self.discard()
         self._sync_parent()
 
-    def publish_by_content(self) -> StoredFile:
-        """Gives the file the `content_name` of its target; returns it under that name.
+    def publish_by_content(
+        self, digest: str | None = None, is_same: Callable[[Path], bool] | None = None
+    ) -> str:
+        """Gives the file the `content_name` of its target; returns that name.
 
         The name identifies these bytes. So a file that has the name already is equal, and stays, or
-        is damaged, and is replaced.
+        is damaged, and is replaced. `digest` is the file's sha256 unless given; a caller that gives
+        another gives `is_same`, too (see `replace`).
         """
-        stored = self.digest()
-        self.target = self.target.with_name(content_name(self.target.name, stored.sha256))
-        self.replace()
-        return dataclasses.replace(stored, name=self.target.name)
+        digest = digest or self.digest().sha256
+        self.target = self.target.with_name(content_name(self.target.name, digest))
+        self.replace(is_same)
+        return self.target.name
 
     def discard(self) -> None:
         """Closes and removes the temporary file; does nothing the second time."""
@@ -321,15 +335,13 @@ class StagedFile:
             os.unlink(self._temp)
         _staged.discard(self._temp)
 
-    def _finish(self) -> StoredFile:
-        """Digest, fsync, close: some file systems report a full disk only at close."""
-        stored = self.digest()
+    def _finish(self) -> None:
+        """fsync and close: some file systems report a full disk only at close."""
         try:
             os.fsync(self._fd)
             self._close()
         except OSError as error:
             raise self._error("fsync and close", error) from error
-        return stored
 
     def _close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -383,7 +395,8 @@ def publish_bytes_by_content(target: Path, payload: bytes) -> StoredFile:
     """Publishes a small data file, as `StagedFile.publish_by_content` does."""
     with StagedFile(target, len(payload)) as staged:
         staged.write(payload)
-        return staged.publish_by_content()
+        stored = staged.digest()
+        return dataclasses.replace(stored, name=staged.publish_by_content())
 
 
 def replace_bytes(target: Path, payload: bytes) -> None:

@@ -145,8 +145,8 @@ def finished_plan(root: Path) -> Plan:
 
 def _write_derived(root: Path, plan: Plan) -> Manifest:
     null = check_null(root, plan)
-    files = {name: digest_file(root / name) for name in (plan.file_name, "null.json")}
-    files[null.files.shard.name] = null.files.shard
+    small = (plan.file_name, "null.json", null.files.shard.name)
+    files = {name: digest_file(root / name) for name in small}
     totals = Totals()
     check = functools.partial(check_unit, root, plan)
     with (

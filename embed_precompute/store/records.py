@@ -226,8 +226,20 @@ class TokenCounts:
 
 
 @dataclass(frozen=True)
+class StoredShard:
+    """A shard that is published: its name, size and digest."""
+
+    name: str
+    """Basename, never a path."""
+    bytes: Count
+    head_sha256: Hex64
+    """sha256 of the bytes before the first stored row. Among them are the checksums of all rows, so
+    this digest covers the whole file."""
+
+
+@dataclass(frozen=True)
 class NullFiles:
-    shard: StoredFile
+    shard: StoredShard
 
 
 @dataclass(frozen=True)
@@ -253,10 +265,13 @@ class Record(Document):
         return int(getattr(self, "unit", NULL_UNIT))
 
     def __post_init__(self) -> None:
-        for ending, file in zip((SHARD, ROWS), vars(self.files).values(), strict=False):
-            expected = content_name(unit_path(Path(), self.number, ending).name, file.sha256)
-            if file.name != expected:
-                raise MismatchError(f"files has the name {file.name!r:.80}: expected {expected}.")
+        digests = {SHARD: (self.files.shard.name, self.files.shard.head_sha256)}
+        if isinstance(self.files, UnitFiles):
+            digests[ROWS] = (self.files.rows.name, self.files.rows.sha256)
+        for ending, (name, digest) in digests.items():
+            expected = content_name(unit_path(Path(), self.number, ending).name, digest)
+            if name != expected:
+                raise MismatchError(f"files has the name {name!r:.80}: expected {expected}.")
 
     def shard_path(self, root: Path) -> Path:
         return record_path(root, self.number).with_name(self.files.shard.name)

@@ -3,16 +3,21 @@
 Guarantees: a shard's bytes are a function of its fingerprint, unit and rows alone. Rows may come in
 any order, and a rejected row leaves no trace. A reader accepts exactly the header that the writer
 makes for this fingerprint, unit and set of tensors, and a file of exactly the size it implies.
-Costs: writing holds no row, only 17 bytes per stored row and tensor; a reject rewrites the file
-once. Reading maps the file (no copy, no file descriptor kept); opening reads header and offsets.
+The digest of a shard is that of its head, which holds the checksum of every row: so each byte is
+hashed once, on its way to the file.
+Costs: writing holds the tensors per caption, and of the others 17 bytes per stored row; a reject
+rewrites the file once. Reading maps the file (no copy, no file descriptor kept); opening reads
+header and offsets.
 
 Every number is little-endian, as on every machine torch runs on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +30,14 @@ import xxhash
 
 from embed_precompute.documents import canonical_json
 from embed_precompute.errors import InternalError, VerificationError
-from embed_precompute.store.commit import StagedFile, StoredFile
-from embed_precompute.store.records import FORMAT_VERSION, NULL_UNIT, StoredTensor
+from embed_precompute.store.commit import PIECE_BYTES, StagedFile, open_file
+from embed_precompute.store.records import (
+    FORMAT_VERSION,
+    NULL_UNIT,
+    Per,
+    StoredShard,
+    StoredTensor,
+)
 
 METADATA_KEY = "embed_precompute"
 MAX_HEADER_BYTES = 4 << 20
@@ -87,6 +98,8 @@ class _Layout:
             (f"text_{t.name}", t.dtype, (num_rows, t.width)) for t in by_name if t.per_caption
         ]
         parts += [(f"text_{t.name}", t.dtype, (totals[t.name], t.width)) for t in packed]
+        self.head_keys = [key for key, dtype, _ in parts if dtype in ("int64", "uint64")]
+        """The arrays before the first stored row."""
         self.spans: dict[str, _Span] = {}
         position = 0
         for key, dtype, shape in parts:
@@ -120,9 +133,14 @@ def _byte_view(values: torch.Tensor) -> memoryview:
     return values.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
+def _row_bytes(tensor: StoredTensor) -> int:
+    """Number of bytes of one vector."""
+    return tensor.width * _CODES[tensor.dtype][1]
+
+
 class ShardWriter:
     """Writes one shard of `num_rows` stored rows, each at its own offset as it comes. For one
-    thread.
+    thread at a time.
 
     `target` is the shard's path without a digest; `unit` may be NULL_UNIT. `lengths` holds, for
     every per-token tensor, the length of each stored row. Leaving the `with` block without
@@ -145,6 +163,8 @@ class ShardWriter:
         self._starts: dict[str, Array] = {}
         self._checksums: dict[str, Array] = {}
         self._missing: dict[str, Array] = {}
+        self._vectors: dict[str, Array] = {}
+        """The rows of tensors per caption, which are small, and written all at once."""
         for name, tensor in self._tensors.items():
             rows = [1] * num_rows if tensor.per_caption else lengths[name]
             if len(rows) != num_rows:
@@ -152,6 +172,8 @@ class ShardWriter:
             self._starts[name] = np.concatenate(([0], np.cumsum(rows, dtype=np.int64)))
             self._checksums[name] = np.zeros(num_rows, np.uint64)
             self._missing[name] = np.ones(num_rows, np.bool_)
+            if tensor.per_caption:
+                self._vectors[name] = np.empty((num_rows, _row_bytes(tensor)), np.uint8)
         self._rejected: set[int] = set()
         self._stage(target)
 
@@ -161,32 +183,59 @@ class ShardWriter:
     def __exit__(self, *exception: object) -> None:
         self._staged.discard()
 
-    def write(self, name: str, row: int, values: torch.Tensor) -> None:
-        """Stores row `row` of tensor `name`: [length, width], or [width] when per caption."""
-        tensor = self._tensors[name]
-        length = int(self._starts[name][row + 1] - self._starts[name][row])
-        shape = (tensor.width,) if tensor.per_caption else (length, tensor.width)
-        if (
-            values.dtype != TORCH_DTYPES[tensor.dtype]
-            or tuple(values.shape) != shape
-            or values.device.type != "cpu"
-            or not values.is_contiguous()
-        ):
-            raise InternalError(
-                f"{self._staged.target}: row {row} of {name} is {values.dtype} "
-                f"{tuple(values.shape)} on {values.device}: expected contiguous {tensor.dtype} "
-                f"{shape} on cpu."
+    def write(
+        self, name: str, rows: Sequence[int], values: torch.Tensor | Sequence[torch.Tensor]
+    ) -> None:
+        """Stores the rows `rows` of tensor `name`: entry i of `values` is row `rows[i]`.
+
+        `values` is [B, length, width] or [B, width] if per caption, or a list of [length, width].
+        """
+        if not rows:
+            return
+        tensor, starts = self._tensors[name], self._starts[name]
+        batch = isinstance(values, torch.Tensor)
+        parts: Sequence[torch.Tensor] = [values] if isinstance(values, torch.Tensor) else values
+        for i, part in enumerate(parts):
+            some = rows if batch else rows[i : i + 1]
+            lengths = {int(starts[row + 1] - starts[row]) for row in some}
+            shape = (tensor.width,) if tensor.per_caption else (*lengths, tensor.width)
+            if batch:
+                shape = (len(rows), *shape)
+            if (
+                part.dtype != TORCH_DTYPES[tensor.dtype]
+                or tuple(part.shape) != shape
+                or part.device.type != "cpu"
+                or not part.is_contiguous()
+            ):
+                raise InternalError(
+                    f"{self._staged.target}: row {rows[i]} of {name} is {part.dtype} "
+                    f"{tuple(part.shape)} on {part.device}: expected contiguous {tensor.dtype} "
+                    f"{shape} on cpu."
+                )
+            self._write(name, some, _byte_view(part))
+
+    def _write(self, name: str, rows: Sequence[int], payload: memoryview) -> None:
+        """`payload`: the bytes of the rows, which are of one length, end to end."""
+        size = len(payload) // max(1, len(rows))
+        self._checksums[name][rows] = [
+            xxhash.xxh3_64_intdigest(payload[i * size : (i + 1) * size]) for i in range(len(rows))
+        ]
+        self._missing[name][rows] = False
+        if name in self._vectors:
+            self._vectors[name][rows] = np.frombuffer(payload, np.uint8).reshape(len(rows), size)
+            return
+        # Neighbours in the batch that are neighbours in the file, too, are one write.
+        ends = [i + 1 for i, row in enumerate(rows) if rows[i + 1 : i + 2] != [row + 1]]
+        for first, end in zip([0, *ends], ends, strict=False):
+            self._staged.pwrite(
+                payload[first * size : end * size], self._position(name, rows[first])
             )
-        payload = _byte_view(values)
-        self._staged.pwrite(payload, self._position(name, row))
-        self._checksums[name][row] = xxhash.xxh3_64_intdigest(payload)
-        self._missing[name][row] = False
 
     def reject(self, row: int) -> None:
         """Leaves row `row` out of the shard; the row need not be written for the other tensors."""
         self._rejected.add(row)
 
-    def publish(self) -> tuple[StoredFile, list[int]]:
+    def publish(self) -> tuple[StoredShard, list[int]]:
         """Completes the file and names it by its content.
 
         Returns the file, and the numbers that its rows had before rejected rows were left out.
@@ -198,14 +247,25 @@ class ShardWriter:
                 raise InternalError(f"{self._staged.target}: row {row} of {name} was not written.")
         if self._rejected:
             self._rewrite(kept)
-        self._staged.pwrite(self._layout.header, 0)
-        for name, tensor in self._tensors.items():
-            arrays = {f"text_{name}_xxh3": self._checksums[name]}
-            if not tensor.per_caption:
-                arrays[f"text_{name}_offsets"] = self._starts[name]
-            for key, values in arrays.items():
-                self._staged.pwrite(values.data, self._layout.begin(key))
-        return self._staged.publish_by_content(), kept
+        head = bytearray(self._layout.header)
+        for key in self._layout.head_keys:
+            name = key.removeprefix("text_").rpartition("_")[0]
+            arrays = self._checksums if key.endswith("_xxh3") else self._starts
+            head += arrays[name].tobytes()
+        self._staged.pwrite(head, 0)
+        for name, vectors in self._vectors.items():
+            self._staged.pwrite(vectors.data, self._position(name, 0))
+        digest = hashlib.sha256(head).hexdigest()
+        name = self._staged.publish_by_content(digest, lambda path: self._is_same(path, digest))
+        return StoredShard(name, self._layout.file_bytes, digest), kept
+
+    def _is_same(self, path: Path, digest: str) -> bool:
+        """Whether `path` is a sound shard of this content."""
+        try:
+            reader = ShardReader(path, self._fingerprint, self._unit, list(self._tensors.values()))
+            return reader.head_sha256() == digest and reader.first_damaged() is None
+        except VerificationError:
+            return False
 
     def _stage(self, target: Path) -> None:
         """Begins a temporary file for `_num_rows` rows that begin at `_starts`."""
@@ -215,9 +275,8 @@ class ShardWriter:
         self._staged = StagedFile(target, self._layout.file_bytes)
 
     def _position(self, name: str, row: int) -> int:
-        tensor = self._tensors[name]
-        row_bytes = tensor.width * _CODES[tensor.dtype][1]
-        return self._layout.begin(f"text_{name}") + int(self._starts[name][row]) * row_bytes
+        start = int(self._starts[name][row]) * _row_bytes(self._tensors[name])
+        return self._layout.begin(f"text_{name}") + start
 
     def _rewrite(self, kept: list[int]) -> None:
         """Copies the `kept` rows, one by one, into a new temporary file and removes the old
@@ -225,10 +284,12 @@ class ShardWriter:
         sources = {
             name: [(self._position(name, row), self._position(name, row + 1)) for row in kept]
             for name in self._tensors
+            if name not in self._vectors
         }
         for name, starts in self._starts.items():
             self._starts[name] = np.concatenate(([0], np.cumsum(np.diff(starts)[kept])))
             self._checksums[name] = self._checksums[name][kept]
+        self._vectors = {name: vectors[kept] for name, vectors in self._vectors.items()}
         self._num_rows = len(kept)
         with self._staged as old:
             self._stage(old.target)
@@ -244,8 +305,9 @@ class ShardWriter:
 class ShardReader:
     """The rows of one shard, mapped from the file; `unit` may be NULL_UNIT.
 
-    Opening checks everything but the rows' values: those have checksums (`check_row`), and the
-    whole file has a sha256 in its record. Raises VerificationError naming the file.
+    Opening checks everything but the rows' values, which have checksums (`check_row`,
+    `first_damaged`), and the checksums, which have a digest in the unit's record (`head_sha256`).
+    Raises VerificationError naming the file.
     """
 
     def __init__(
@@ -264,7 +326,7 @@ class ShardReader:
             raise self._damaged(
                 f"found {self.file_bytes} bytes, its header describes {layout.file_bytes}"
             )
-        self._body, self._spans = data[len(header) :], layout.spans
+        self._header, self._body, self._spans = header, data[len(header) :], layout.spans
         self._values: dict[str, torch.Tensor] = {}
         self._starts: dict[str, Array] = {}
         self._checksums: dict[str, Array] = {}
@@ -307,6 +369,43 @@ class ShardReader:
     def checksums(self, name: str) -> Array:
         """Stored checksums of all rows of tensor `name`, uint64 [n], read-only."""
         return self._checksums[name]
+
+    def head_sha256(self) -> str:
+        """sha256 of the file's bytes before the first stored row: the shard's digest."""
+        rows = min(span.begin for key, span in self._spans.items() if key[5:] in self._tensors)
+        head = self._header + self._body[:rows].numpy().tobytes()
+        return hashlib.sha256(head).hexdigest()
+
+    def first_damaged(self) -> tuple[str, int] | None:
+        """(tensor, row) of the first row whose bytes do not have its checksum, None if all have.
+
+        Every byte is read from the file, not through the mapping: a thread that reads lets others
+        run, one that waits for a page of a mapping does not.
+        """
+        with open(open_file(self.path), "rb", buffering=0) as file:
+            for name, tensor in self._tensors.items():
+                starts = np.concatenate(([0], np.cumsum(self.lengths(name)))) * _row_bytes(tensor)
+                begin = len(self._header) + self._spans[f"text_{name}"].begin
+                row = self._first_damaged(file.fileno(), name, starts, begin)
+                if row is not None:
+                    return name, row
+        return None
+
+    def _first_damaged(self, fd: int, name: str, starts: Array, begin: int) -> int | None:
+        """`starts`: where each row begins, counted from `begin`; the last entry is the end."""
+        first = 0
+        while first < self.num_rows:
+            # As many whole rows as fit in a piece, one at least.
+            end = int(np.searchsorted(starts, starts[first] + PIECE_BYTES, side="right")) - 1
+            end = max(end, first + 1)
+            places = (starts[first : end + 1] - starts[first]).tolist()
+            piece = memoryview(os.pread(fd, places[-1], begin + int(starts[first])))
+            expected = self._checksums[name][first:end].tolist()
+            for i, checksum in enumerate(expected):
+                if xxhash.xxh3_64_intdigest(piece[places[i] : places[i + 1]]) != checksum:
+                    return first + i
+            first = end
+        return None
 
     def check_row(self, name: str, i: int) -> bool:
         """Whether the bytes of row `i` have its stored checksum; reads the row."""
@@ -371,6 +470,26 @@ class ShardReader:
 
     def _damaged(self, reason: str) -> VerificationError:
         return VerificationError(f"{self.path} is not the shard it should be: {reason}.")
+
+
+def open_alone(path: Path) -> ShardReader:
+    """Opens a shard by what its header says: for a file whose plan or record is lost."""
+    try:
+        with open(open_file(path), "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(min(size, MAX_HEADER_BYTES)))
+        identity = json.loads(entries.pop("__metadata__")[METADATA_KEY])
+        dtypes = {code: dtype for dtype, (code, _) in _CODES.items()}
+        tensors = []
+        for key in [key for key in entries if f"{key}_xxh3" in entries]:
+            name, entry = key.removeprefix("text_"), entries[key]
+            per: Per = "token" if f"{key}_offsets" in entries else "caption"
+            dtype: Any = dtypes[entry["dtype"]]
+            tensors.append(StoredTensor(name, name, per, int(entry["shape"][1]), dtype))
+        unit = NULL_UNIT if identity["unit"] is None else int(identity["unit"])
+        return ShardReader(path, str(identity["fingerprint"]), unit, tensors)
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, StopIteration) as error:
+        raise VerificationError(f"{path} is not a shard: {error!r}.") from error
 
 
 def _extent(entry: Mapping[str, Any]) -> int:

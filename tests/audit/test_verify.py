@@ -99,7 +99,7 @@ def test_unfinished_dataset(tmp_path: Path) -> None:
     path = paths_of(tmp_path, 2).shard
     flip(path)
     assert f"`embed-precompute repair {tmp_path}` moves" in verify(tmp_path).summary()
-    assert f"{path}: sha256 is" in problems(tmp_path)[0]
+    assert f"{path} is damaged: row" in problems(tmp_path)[0]
     record_path(tmp_path, 0).write_bytes(b"{}")
     (tmp_path / "plan.json").unlink()  # then each unit is judged by its own record
     found = problems(tmp_path)

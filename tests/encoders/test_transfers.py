@@ -15,11 +15,11 @@ import torch
 from jobs import call, dataset_bytes, edit, write_captions, write_job
 
 from embed_precompute.encoders import encoder as encoder_module
-from embed_precompute.encoders.encoder import download
+from embed_precompute.encoders.encoder import FusedEncoder, download
 from embed_precompute.job.stages import IN_FLIGHT, overlapped
 
-SLOTS = 4
-"""`runtime.write_queue_batches` of the jobs."""
+SLOTS = 1
+"""Encoded batches that may wait for the writer if `runtime.write_queue_mb` is 0."""
 
 
 class LateEngine:
@@ -122,15 +122,16 @@ def test_a_job_with_late_copies_gives_the_same_bytes(
     streams = {"stream_tokens": 96} if implementation == "fused" else {}
     edit(job, "encoders.t5", implementation=implementation, attention_mask="padding", **streams)
     edit(job, "encoders.clip", implementation=implementation, **streams)
-    edit(job, "runtime", write_queue_batches=SLOTS)
+    edit(job, "runtime", write_queue_mb=0.0)
     code, _, said = call("run", str(job))
     assert code == 0, said
     late = dataset_bytes(tmp_path / "out")
     # The fused layers had written their outputs again when these were copied at last.
-    assert engine.most_flying == IN_FLIGHT
+    # Of each forward the embeddings, and whether they are finite.
+    assert engine.most_flying == 2 * IN_FLIGHT
     assert engine.live == 0
     # On their way, in the queue, with the writer, and one each on either side of the queue.
-    assert engine.most_live <= IN_FLIGHT + SLOTS + 3
+    assert engine.most_live <= 2 * (IN_FLIGHT + SLOTS + 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder_module, "copy_engine", lambda device: None)
         assert call("run", str(job), "--output.path", str(tmp_path / "again"))[0] == 0
@@ -142,3 +143,28 @@ def test_what_fails_on_the_way_is_no_samples_fault(job: Path, engine: Any) -> No
     code, _, said = call("run", str(job))
     assert code == 1
     assert "illegal memory access" in said
+
+
+def test_the_device_finds_what_is_not_finite(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of each encoder's first batch is nan: the job ends as if the host had looked."""
+    real = FusedEncoder.forward
+
+    def forward(self: Any, batch: Any) -> Any:
+        outputs = real(self, batch)
+        if len(batch.rows) > 2:
+            per_token = self.resolved.outputs[0].per == "token"
+            row = int(batch.starts[2]) if per_token else 2
+            outputs[""].reshape(-1, outputs[""].shape[-1])[row] = torch.nan
+        return outputs
+
+    monkeypatch.setattr(FusedEncoder, "forward", forward)
+    edit(job, "encoders.t5", attention_mask="padding", stream_tokens=96)
+    said = []
+    for name, engine in (("host", None), ("device", LateEngine())):
+        monkeypatch.setattr(encoder_module, "copy_engine", lambda device, engine=engine: engine)
+        code, _, _ = call("run", str(job), "--output.path", str(tmp_path / name))
+        assert code == 6
+        said.append(dataset_bytes(tmp_path / name))
+    assert said[0] == said[1]

@@ -182,7 +182,7 @@ def _pace(seconds: float, log: str | None = None) -> None:
     """Each unit takes `seconds` longer; the numbers of units that are begun are noted in `log`."""
     from embed_precompute.job.stages import Stages
 
-    real = Stages._encoded_batches
+    real = Stages._forwards_of
 
     def paced(self: Any, unit: Any) -> Iterator[Any]:
         if log is not None:
@@ -191,7 +191,7 @@ def _pace(seconds: float, log: str | None = None) -> None:
         time.sleep(seconds)
         yield from real(self, unit)
 
-    Stages._encoded_batches = paced  # type: ignore[method-assign]
+    Stages._forwards_of = paced  # type: ignore[method-assign]
 
 
 def _clock(offset: float) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from breaking import flips, swap
@@ -16,8 +18,7 @@ from jobs import dataset_bytes
 from embed_precompute.audit.repair import repair
 from embed_precompute.audit.verify import verify
 from embed_precompute.errors import VerificationError
-from embed_precompute.store.check import check_digest
-from embed_precompute.store.commit import StoredFile
+from embed_precompute.store.check import check_digest, check_shard
 from embed_precompute.store.manifest import finalize
 from embed_precompute.store.records import read_json, read_record, record_path
 
@@ -43,17 +44,20 @@ def test_f5_every_flipped_bit_is_found(lab: Lab) -> None:
     manifest = write_dataset(root, texts, samples_per_shard=len(texts))
     paths, named = paths_of(root, 0), read_record(root, 0).files
     assert paths.shard.stat().st_size >= 32768
-    files = {paths.shard: named.shard, paths.rows: named.rows}
+    files: dict[Path, Any] = {
+        paths.shard: partial(check_shard, file=named.shard),
+        paths.rows: partial(check_digest, file=named.rows),
+    }
     files |= {
-        root / name: StoredFile(name, entry.bytes, entry.sha256)
+        root / name: partial(check_digest, file=entry)
         for name, entry in manifest.files.items()
         if name.startswith("index/") or name == "manifest.parquet"
     }
-    for path, entry in files.items():
+    for path, check in files.items():
         payload = path.read_bytes()
         for _ in flips(path, payload, range(0, len(payload) * 8, lab.size(7, 1))):
             with pytest.raises(VerificationError):
-                check_digest(path, entry)
+                check(path)
     for path in (root / "plan.json", root / "null.json", paths.record, root / "manifest.json"):
         payload = path.read_bytes()
         for _ in flips(path, payload, range(len(payload) * 8)):

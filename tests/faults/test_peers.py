@@ -73,7 +73,7 @@ FIELDS: tuple[tuple[str, dict[str, Any], str], ...] = (
 )
 RUNTIME = {
     "prefetch_units": 3,
-    "write_queue_batches": 1,
+    "write_queue_mb": 0.5,
     "max_failed_samples": 7,
     "progress_interval_s": 5.0,
     "on_environment_change": "refuse",

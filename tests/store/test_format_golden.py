@@ -63,9 +63,9 @@ FILE = {"path": "c.parquet", "bytes": 9, "rows": 3}
 FILE |= {"footer_sha256": "0" * 64, "content_xxh3": "0" * 32}
 INPUTS = {"files": [FILE], "text_column": "text", "id_column": "id", "limit": None}
 
-SHARD_SHA256 = "beca1f3d1419c523b458158ef908d8ba261b088a79677583d9d7a71130667804"
-NULL_SHA256 = "5fed322d3272bacb123208cc35198f555aa46304d85582ae5919cab44dafb0a5"
-ROOT_FILES_SHA256 = "22f9d6c9e54f3d7dff325821400da5a85689057a992e9a88cd2486bc053bd50f"
+HEAD_SHA256 = "4fb7a7618eee455162282f8cf186ecf33e1f4ac32329c0c4007db1b4322dda1b"
+NULL_HEAD_SHA256 = "da324859c97e88653f048ecacaa5b8ef45330a41f9e3c461e5d9481a22a4f675"
+ROOT_FILES_SHA256 = "d6d006d709d47736e735fda5cdae1e1d61e1c3dde06c1665bb7f0db536c66072"
 
 
 def canonical(value: Any) -> bytes:
@@ -96,10 +96,11 @@ def described(payload: bytes) -> dict[str, Any]:
     return {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
 
 
-def named(stem: str, ending: str, payload: bytes) -> dict[str, Any]:
-    """A data file's entry in a record: its name has the first 16 digits of its sha256."""
-    entry = described(payload)
-    return {"name": f"{stem}-{entry['sha256'][:16]}{ending}", **entry}
+def named_shard(stem: str, shard: bytes, head_bytes: int) -> dict[str, Any]:
+    """A shard's entry in a record: its name has the first 16 digits of its head's sha256."""
+    digest = hashlib.sha256(shard[:head_bytes]).hexdigest()
+    name = f"{stem}-{digest[:16]}.safetensors"
+    return {"name": name, "bytes": len(shard), "head_sha256": digest}
 
 
 def shard_bytes(
@@ -159,8 +160,8 @@ def write_shard(
     target, lengths = unit_path(root, unit, SHARD), {"t5": [len(row) for row in t5]}
     with ShardWriter(target, FINGERPRINT, unit, TENSORS, lengths, num_rows=len(t5)) as writer:
         for row in reversed(range(len(t5))):
-            writer.write("t5", row, torch.tensor(t5[row], dtype=torch.bfloat16))
-            writer.write("clip", row, torch.tensor(clip[row], dtype=torch.bfloat16))
+            writer.write("t5", [row], [torch.tensor(t5[row], dtype=torch.bfloat16)])
+            writer.write("clip", [row], [torch.tensor(clip[row], dtype=torch.bfloat16)])
         writer.publish()
 
 
@@ -176,6 +177,7 @@ def plan_body() -> dict[str, Any]:
 def record_body(rows: bytes) -> dict[str, Any]:
     lines = b'["a","one caption"]\n["b",null]\n' + '["ü","zwei \\"ü\\""]\n'.encode()
     counts = {"ok": 2, "null_text": 1}
+    digest = hashlib.sha256(rows).hexdigest()[:16]
     labels = ("ok", "null_text", "invalid_text", "empty_list", "non_finite")
     return {
         **RECORD_HEAD,
@@ -186,8 +188,9 @@ def record_body(rows: bytes) -> dict[str, Any]:
         "encoders": {"clip": {"tokens": 7, "truncated": 0}, "t5": {"tokens": 3, "truncated": 1}},
         "tensors": {"clip": 2, "t5": 3},
         "files": {
-            "shard": named("shard-000000", ".safetensors", UNIT_SHARD),
-            "rows": named("shard-000000", ".rows.parquet", rows),
+            # Its rows, of 8 and 24 bytes, are at its end.
+            "shard": named_shard("shard-000000", UNIT_SHARD, len(UNIT_SHARD) - 32),
+            "rows": {"name": f"shard-000000-{digest}.rows.parquet", **described(rows)},
         },
     }
 
@@ -198,7 +201,7 @@ def null_body() -> dict[str, Any]:
         "kind": "null",
         "encoders": {"clip": {"tokens": 2, "truncated": 0}, "t5": {"tokens": 1, "truncated": 0}},
         "tensors": {"clip": 1, "t5": 1},
-        "files": {"shard": named("null", ".safetensors", NULL_SHARD)},
+        "files": {"shard": named_shard("null", NULL_SHARD, len(NULL_SHARD) - 12)},
     }
 
 
@@ -229,23 +232,23 @@ def test_files(dataset: Path) -> None:
         "status xxh3_clip xxh3_t5"
     )
     rows = hashlib.sha256(rows_bytes(dataset)).hexdigest()[:16]
-    ends = (f"{SHARD_SHA256[:16]}.safetensors", f"{rows}.rows.parquet")
+    ends = (f"{HEAD_SHA256[:16]}.safetensors", f"{rows}.rows.parquet")
     assert files == [
         *(f"index/{name}.npy" for name in names.split()),
         *("manifest.json", "manifest.parquet"),
-        *(f"null-{NULL_SHA256[:16]}.safetensors", "null.json", "plan.json"),
+        *(f"null-{NULL_HEAD_SHA256[:16]}.safetensors", "null.json", "plan.json"),
         *sorted(f"shards/000/shard-000000-{end}" for end in ends),
         "shards/000/shard-000000.json",
     ]
 
 
 def test_shard(dataset: Path) -> None:
-    raw = (dataset / f"shards/000/shard-000000-{SHARD_SHA256[:16]}.safetensors").read_bytes()
+    raw = (dataset / f"shards/000/shard-000000-{HEAD_SHA256[:16]}.safetensors").read_bytes()
     assert raw == UNIT_SHARD
-    assert hashlib.sha256(raw).hexdigest() == SHARD_SHA256
-    raw = (dataset / f"null-{NULL_SHA256[:16]}.safetensors").read_bytes()
+    assert hashlib.sha256(raw[:-32]).hexdigest() == HEAD_SHA256
+    raw = (dataset / f"null-{NULL_HEAD_SHA256[:16]}.safetensors").read_bytes()
     assert raw == NULL_SHARD
-    assert hashlib.sha256(raw).hexdigest() == NULL_SHA256
+    assert hashlib.sha256(raw[:-12]).hexdigest() == NULL_HEAD_SHA256
 
 
 def test_documents(dataset: Path) -> None:
@@ -286,7 +289,7 @@ def test_index(dataset: Path) -> None:
         "id_order": npy("<i8", "(3,)", struct.pack("<3q", *(k for _, k in hashed))),
         "ok": npy("<i8", "(2,)", struct.pack("<2q", 0, 2)),
         "shards": npy("<i8", "(1, 3)", struct.pack("<3q", 0, 3, 2)),
-        "shard_digest": npy("<u8", "(1,)", struct.pack("<Q", int(SHARD_SHA256[:16], 16))),
+        "shard_digest": npy("<u8", "(1,)", struct.pack("<Q", int(HEAD_SHA256[:16], 16))),
     }
     for name, (first, second) in sums.items():
         expected[f"xxh3_{name}"] = npy("<u8", "(3,)", struct.pack("<3Q", first, 0, second))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -16,9 +17,8 @@ from handmade import leftovers
 from safetensors import safe_open
 
 from embed_precompute.errors import InternalError, VerificationError
-from embed_precompute.store.commit import digest_file
 from embed_precompute.store.records import NULL_UNIT, SHARD, StoredTensor, unit_path
-from embed_precompute.store.shards import ShardReader, ShardWriter
+from embed_precompute.store.shards import ShardReader, ShardWriter, open_alone
 
 FINGERPRINT = "f" * 64
 CLIP = StoredTensor("clip", "clip", "caption", 5, "bfloat16")
@@ -42,12 +42,12 @@ def write_shard(
         target, FINGERPRINT, unit, TENSORS, {"t5": lengths}, num_rows=len(lengths)
     ) as writer:
         for row in reversed(range(len(lengths))):
-            writer.write("t5", row, values(unit, row, lengths[row])[1])
+            writer.write("t5", [row], [values(unit, row, lengths[row])[1]])
         for row in range(len(lengths)):
             if row in reject:
                 writer.reject(row)
             else:
-                writer.write("clip", row, values(unit, row, lengths[row])[0])
+                writer.write("clip", [row], [values(unit, row, lengths[row])[0]])
         file, kept = writer.publish()
     return target.with_name(file.name), kept
 
@@ -55,14 +55,18 @@ def write_shard(
 def test_shard_round_trip(tmp_path: Path) -> None:
     path, kept = write_shard(tmp_path, 7)
     assert kept == [0, 1, 2, 3, 4]
-    assert path.name == f"shard-000007-{digest_file(path).sha256[:16]}.safetensors"
+    # offsets, then the checksums of clip and of t5
+    head = 8 + int.from_bytes(path.read_bytes()[:8], "little") + 6 * 8 + 2 * 5 * 8
+    digest = hashlib.sha256(path.read_bytes()[:head]).hexdigest()
+    assert path.name == f"shard-000007-{digest[:16]}.safetensors"
     rows = [values(7, row, length) for row, length in enumerate(LENGTHS)]
     with safe_open(path, framework="pt") as stored:
         assert stored.get_tensor("text_t5_offsets").tolist() == [0, 3, 4, 8, 10, 16]
         assert torch.equal(stored.get_tensor("text_t5"), torch.cat([row[1] for row in rows]))
         assert torch.equal(stored.get_tensor("text_clip"), torch.stack([row[0] for row in rows]))
     reader = ShardReader(path, FINGERPRINT, 7, TENSORS)
-    assert reader.num_rows == 5
+    assert (reader.num_rows, reader.head_sha256(), reader.first_damaged()) == (5, digest, None)
+    assert open_alone(path).head_sha256() == digest
     for row, length in enumerate(LENGTHS):
         for i, name in enumerate(("clip", "t5")):
             assert torch.equal(reader.row(name, row), rows[row][i])
@@ -84,8 +88,8 @@ def test_dtypes_and_two_outputs_of_one_encoder(tmp_path: Path, dtype: Any) -> No
     pooled, sequence = values(0, 0, 3, getattr(torch, dtype))
     target, lengths = tmp_path / "x.y", {"clip_hidden": [3]}
     with ShardWriter(target, FINGERPRINT, 0, tensors, lengths, num_rows=1) as writer:
-        writer.write("clip", 0, pooled)
-        writer.write("clip_hidden", 0, sequence)
+        writer.write("clip", [0], [pooled])
+        writer.write("clip_hidden", [0], [sequence])
         path = tmp_path / writer.publish()[0].name
     reader = ShardReader(path, FINGERPRINT, 0, tensors)
     assert torch.equal(reader.row("clip", 0), pooled)
@@ -103,10 +107,38 @@ def test_rejected_rows_leave_no_trace(tmp_path: Path, reject: tuple[int, ...]) -
     with ShardWriter(target, FINGERPRINT, 7, TENSORS, lengths, num_rows=len(kept)) as writer:
         for i, row in enumerate(kept):
             pooled, sequence = values(7, row, LENGTHS[row])
-            writer.write("clip", i, pooled)
-            writer.write("t5", i, sequence)
+            writer.write("clip", [i], [pooled])
+            writer.write("t5", [i], [sequence])
         assert writer.publish()[0].name == path.name
     assert leftovers(tmp_path) == []
+
+
+def test_a_batch_is_written_as_its_rows_are(tmp_path: Path) -> None:
+    """Rows of one length, in any order; neighbours go to the file together."""
+    rows = torch.randn(6, 4, 8).bfloat16()
+    names = set()
+    for order in ([0, 1, 2, 3, 4, 5], [4, 5, 0, 2, 3, 1]):
+        target = unit_path(tmp_path, 1, SHARD)
+        with ShardWriter(target, FINGERPRINT, 1, (T5,), {"t5": [4] * 6}, num_rows=6) as writer:
+            writer.write("t5", order[:4], rows[order[:4]])
+            writer.write("t5", order[4:], rows[order[4:]])
+            names.add(writer.publish()[0].name)
+    (name,) = names
+    reader = ShardReader(target.with_name(name), FINGERPRINT, 1, (T5,))
+    assert all(torch.equal(reader.row("t5", row), rows[row]) for row in range(6))
+
+
+def test_a_damaged_file_of_the_name_is_replaced(tmp_path: Path) -> None:
+    """The digest in a name does not cover the rows by itself: their checksums are compared."""
+    path, _ = write_shard(tmp_path, 7)
+    sound = path.read_bytes()
+    for damaged in (sound[:-1] + b"\xff", sound[:-1], b""):
+        path.write_bytes(damaged)
+        assert write_shard(tmp_path, 7)[0] == path
+        assert path.read_bytes() == sound
+    before = path.stat().st_ino
+    write_shard(tmp_path, 7)
+    assert path.stat().st_ino == before
 
 
 def test_shard_without_rows(tmp_path: Path) -> None:
@@ -126,8 +158,8 @@ def test_writer_refuses_what_would_be_wrong(tmp_path: Path) -> None:
         pooled, sequence = values(0, 0, 3)
         for bad in (sequence[:2], sequence.float(), sequence.T.contiguous().T, pooled):
             with pytest.raises(InternalError, match="row 0 of t5"):
-                writer.write("t5", 0, bad)
-        writer.write("t5", 0, sequence)
+                writer.write("t5", [0], [bad])
+        writer.write("t5", [0], [sequence])
         with pytest.raises(InternalError, match="row 0 of clip was not written"):
             writer.publish()
     with pytest.raises(InternalError, match="2 lengths of t5, not 1"):
@@ -192,4 +224,6 @@ def test_reader_finds_every_damage(tmp_path: Path) -> None:
     assert min(accepted) >= head * 8
     for _ in flips(bad, whole, range(offsets * 8, len(whole) * 8, 5)):
         reader = ShardReader(bad, FINGERPRINT, 7, TENSORS)
-        assert sum(not reader.check_row(n, i) for n in ("t5", "clip") for i in range(5)) == 1
+        places = [(name, row) for name in ("clip", "t5") for row in range(5)]
+        (damaged,) = [place for place in places if not reader.check_row(*place)]
+        assert reader.first_damaged() == open_alone(bad).first_damaged() == damaged
