@@ -4,9 +4,10 @@ Guarantees: a stored row is copied if the sha256 of its text, as encoded, and th
 encoder are the same, and if its bytes have the checksum that the other dataset's index states. What
 is damaged there is named and encoded. So within one environment the copies change no byte. What
 was made in another environment is named in the record of each unit that holds a copy of it.
-Costs: memory holds 16 bytes per distinct text of a dataset, from the first unit on. For each unit
-the rows parts are read that hold its texts: one or two, if the captions come in about the same
-order as before. Copied rows are read twice, once for their checksum.
+Costs: memory holds 16 bytes per distinct text of a dataset, from the first unit on; up to three
+times as much while they are sorted. For each unit the rows parts are read that hold its texts: one
+or two, if the captions come in about the same order as before. Copied rows are read twice, once for
+their checksum.
 """
 
 from __future__ import annotations

@@ -183,6 +183,25 @@ def test_what_cannot_be_an_extension(job: Path, captions: Path, out: Path) -> No
     assert [path.name for path in out.glob("plan*")] == ["plan.json"]
 
 
+def test_added_rows_of_another_padded_length_are_refused(
+    captions: Path, tmp_path: Path, tiny_t5: Path
+) -> None:
+    captions.mkdir()
+    fields = {"max_length": 24, "added_tokens": "added", "seq_align": 8}
+    job = write_job(tmp_path, captions, tiny_t5, None, **fields)
+
+    def write(name: str, rows: dict[str, int]) -> None:
+        table = {"id": list(rows), "text": TEXTS[: len(rows)], "added": list(rows.values())}
+        pq.write_table(pa.table(table), captions / name)
+
+    write("b.parquet", {"one": 8, "two": 16})
+    expect(0, "run", job)
+    write("a.parquet", {"three": 9})
+    assert "24 (2 rows), 31 (1 rows)" in expect(2, "run", job, "--extend")
+    write("a.parquet", {"three": 24})
+    expect(0, "run", job, "--extend")
+
+
 def test_a_limited_dataset_is_not_extended(job: Path, captions: Path) -> None:
     expect(0, "run", job, "--limit", "3")
     write_file(captions, "a.parquet", 12, 20)
