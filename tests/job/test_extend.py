@@ -113,7 +113,9 @@ def test_an_extension_that_is_not_finished(job: Path, captions: Path, out: Path)
     """The dataset can be read as it was; a plain run goes on."""
     expect(0, "run", job)
     write_file(captions, "a.parquet", 12, 20)
-    assert "5 shards" in expect(0, "plan", job, "--extend", "--write")
+    said = expect(0, "plan", job, "--extend", "--write")
+    assert "1 files with 8 samples extend those before" in said
+    assert "5 shards" in said
     assert ids(out) == [f"s{i}" for i in range(12)]
     said = expect(5, "status", out)
     assert "3 of 5 units committed" in said
