@@ -1,8 +1,10 @@
 """F21: an extension that is killed. The dataset stays readable, and a rerun ends with the bytes of
-an extension that nothing disturbs."""
+an extension that nothing disturbs. F22: jobs that copy from another dataset, and a job that does
+not."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from itertools import count
@@ -13,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from faults.hooks import install
 from faults.lab import TEXTS, Job, Lab, assert_same, pace
-from faults.processes import fork, wait_for
+from faults.processes import finish, fork, wait_for
 from handmade import samples_of, write_dataset, write_unit
 from jobs import dataset_bytes, edit, expect, write_job
 
@@ -92,3 +94,16 @@ def write_ids(path: Path, first: int, end: int) -> None:
     path.parent.mkdir(exist_ok=True)
     rows = {"id": [f"s{i}" for i in range(first, end)], "text": TEXTS[first:end]}
     pq.write_table(pa.table(rows), path)
+
+
+def test_f22_jobs_with_and_without_copies(lab: Lab) -> None:
+    """On one output, one of them killed: the bytes of a run that copies nothing."""
+    old, job = lab.job(30, per_shard=7), lab.job(60)
+    expect(0, "run", old.path)
+    copying = dataclasses.replace(job, options=("--reuse", str(old.root)))
+    gang, other = copying.gang(2, pace()), job.start(pace())
+    assert wait_for(lambda: len(job.records()) > 3)
+    gang.kill()
+    second = copying.start(pace())
+    assert [finish(other), finish(second)] == [0, 0], job.said()
+    job.assert_resumes()
