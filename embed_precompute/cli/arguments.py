@@ -65,7 +65,7 @@ def command_parser() -> argparse.ArgumentParser:
         type=_count,
         default=10_000,
         metavar="N",
-        help="captions that are tokenised for the figures, from the first on; 0 = all "
+        help="input rows that are tokenised for the figures, evenly out of the table; 0 = all "
         "(default: %(default)s)",
     )
 

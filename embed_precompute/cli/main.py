@@ -170,6 +170,7 @@ def _summary(root: Path, manifest: Manifest) -> list[str]:
     ]
     status = ", ".join(f"{name} {n:,}" for name, n in counts.status.items() if n)
     lines.append(f"  status: {status}; {counts.stored:,} distinct embeddings stored")
+    lines += [f"  {n:,} {what}" for what, n in sorted(counts.noted.items())]
     for name, sums in counts.encoders.items():
         lines.append(f"  {name}: {sums.tokens:,} tokens, {sums.truncated:,} captions truncated")
     if len(manifest.environments) > 1:
@@ -188,7 +189,7 @@ def _plan(config: Config, arguments: Any) -> int:
 
     prepared = prepare(config, arguments.limit, extend=arguments.extend)
     report = estimate_lines(
-        prepared.first_captions,
+        prepared.sampled,
         prepared.plan,
         prepared.root,
         config.output.dtype,

@@ -8,7 +8,7 @@ field or file. Rows are numbered in the order of the plan's files, whatever the 
 now; files that `extend` appends come after them.
 Costs: each rank hashes the caption files (XXH3: as fast as they are read) and the weights (unless
 their digests are cached), and opens the tokenizers. The rank that makes the plan also reads the id
-column once (8 bytes of memory per row), and tokenises the first 10,000 captions if
+column once (8 bytes of memory per row), and tokenises 10,000 rows of captions if
 `samples_per_shard` is auto. No model is loaded and no GPU is touched.
 """
 
@@ -30,7 +30,7 @@ from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, res
 from embed_precompute.errors import InputError, StorageError
 from embed_precompute.job.estimate import (
     FILES_PER_UNIT,
-    FirstCaptions,
+    SampledCaptions,
     example_lines,
     tokenizer_line,
 )
@@ -65,7 +65,7 @@ class Prepared:
     encoders: tuple[ResolvedEncoder, ...]
     plan: Plan
     """The published plan, or the one that `publish` will write, which may extend it."""
-    first_captions: FirstCaptions
+    sampled: SampledCaptions
     reuse: Reuse | None = None
     """Finished datasets whose embeddings are copied."""
 
@@ -95,7 +95,7 @@ def prepare(
     columns = [options.integer_column for options in config.encoders.values()]
     table = CaptionTable.open(config.captions, [name for name in columns if name is not None])
     opened = [open_encoder(name, config.encoders[name]) for name in sorted(config.encoders)]
-    inputs = _inputs(config, table, limit)
+    inputs = _inputs(table, limit)
     stored = stored_plan(root)
     if not dist.is_main:
         stored = _wait_for_plan(root, inputs, config.runtime.plan_timeout_s, extend=extend)
@@ -115,10 +115,10 @@ def prepare(
     olds = Reuse(reuse, root, spec) if reuse else None
     if stored is None:
         assert scan is not None
-        first = FirstCaptions(table, encoders, scan.num_rows, scan.last_row_samples)
+        sampled = SampledCaptions(table, encoders, scan.num_rows, scan.last_row_samples)
         if samples_per_shard == "auto":
-            embeddings = first.figures.embedding_bytes(encoders, config.output.dtype)
-            samples_per_shard = auto_samples_per_shard(embeddings / max(1, first.figures.encoded))
+            embeddings = sampled.figures.embedding_bytes(encoders, config.output.dtype)
+            samples_per_shard = auto_samples_per_shard(embeddings / max(1, sampled.figures.encoded))
         plan = Plan.make(
             spec,
             inputs,
@@ -127,7 +127,7 @@ def prepare(
             num_samples=scan.num_samples,
             last_row_samples=scan.last_row_samples,
         )
-        return Prepared(config, dist, root, table, encoders, plan, first, olds)
+        return Prepared(config, dist, root, table, encoders, plan, sampled, olds)
     planned = replace(inputs, files=stored.inputs.files) if is_extended else inputs
     check_same(stored, spec, planned, None if samples_per_shard == "auto" else samples_per_shard)
     plan = stored
@@ -135,8 +135,8 @@ def prepare(
         plan = stored.extended([inputs.files[index] for index in added], scan.num_samples)
     elif extend and dist.is_main:
         log.info("%s: no caption file was added since its plan was made", root)
-    first = FirstCaptions(table, encoders, plan.num_rows, plan.last_row_samples)
-    return Prepared(config, dist, root, table, encoders, plan, first, olds)
+    sampled = SampledCaptions(table, encoders, plan.num_rows, plan.last_row_samples)
+    return Prepared(config, dist, root, table, encoders, plan, sampled, olds)
 
 
 def output_folder(config: Config) -> Path:
@@ -158,14 +158,14 @@ def publish(prepared: Prepared) -> Prepared:
     return replace(prepared, plan=publish_plan(prepared.root, prepared.plan))
 
 
-def check_first_captions(prepared: Prepared, units_left: Collection[int]) -> None:
-    """Log how the tokenizers fit the captions, and whether the rest of the dataset fits on disk.
+def check_sampled_captions(prepared: Prepared, units_left: Collection[int]) -> None:
+    """Log how the tokenizers fit some captions, and whether the rest of the dataset fits on disk.
 
     Warns if not all of it fits. Raises StorageError (exit 74) if not even one shard fits.
     """
     if not units_left:
         return
-    plan, root, figures = prepared.plan, prepared.root, prepared.first_captions.figures
+    plan, root, figures = prepared.plan, prepared.root, prepared.sampled.figures
     for line in example_lines(figures):
         log.info("%s", line)
     for encoder in prepared.encoders:
@@ -222,10 +222,10 @@ def _wait_for_plan(root: Path, inputs: Inputs, timeout_s: float, *, extend: bool
         time.sleep(PLAN_POLL_S)
 
 
-def _inputs(config: Config, table: CaptionTable, limit: int | None) -> Inputs:
+def _inputs(table: CaptionTable, limit: int | None) -> Inputs:
     return Inputs(
         files=tuple(InputFile(**asdict(file)) for file in table.files),
-        text_column=config.captions.text_column,
-        id_column=config.captions.id_column,
+        text_column=table.config.text_column,
+        id_column=table.config.id_column,
         limit=limit,
     )

@@ -23,7 +23,7 @@ from embed_precompute.encoders.device import (
     start,
 )
 from embed_precompute.job.claims import Claims, Committed, connect_store
-from embed_precompute.job.prepare import Prepared, check_first_captions, prepare, publish
+from embed_precompute.job.prepare import Prepared, check_sampled_captions, prepare, publish
 from embed_precompute.job.progress import Progress, note_copies, write_provenance
 from embed_precompute.job.signals import StopRequest, stop_on_signals
 from embed_precompute.job.stages import Stages
@@ -83,7 +83,7 @@ def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
     committed = Committed(root, plan)
     committed.check_environment(current, runtime.on_environment_change)
     if dist.is_main and not committed.everything():
-        check_first_captions(prepared, committed.left())
+        check_sampled_captions(prepared, committed.left())
         write_provenance(prepared, current)
     store = connect_store(dist)
     claims = Claims(dist, plan.plan_id, plan.num_units, committed, store, committed.refresh)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +14,8 @@ from embed_precompute.job.reuse import Copies, Reuse
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import NULL_UNIT
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,6 +36,8 @@ class Unit:
     """The embeddings that another dataset has."""
     swept: bool = False
     """True in the sweep (see `Claims`): another rank may be computing the same unit."""
+    noted: dict[str, int] = field(default_factory=dict)
+    """What of its rows may surprise: see `CaptionReader.noted`."""
     began: float = 0.0
     """When its first forward was begun, on the clock time.monotonic."""
     abandoned: bool = False
@@ -59,11 +65,15 @@ def read_unit(
 
     `reuse`: the datasets that have some of its embeddings.
     """
+    before = Counter(reader.noted)
     if number == NULL_UNIT:
         first_row, num_rows, samples = 0, 0, [Sample("", 0, "")]
     else:
         first_row, num_rows = plan.unit_rows(number)
         samples = reader.read(first_row, num_rows)
+    noted = dict(reader.noted - before)
+    for what in sorted(noted.keys() - before.keys()):  # later ones are counted only
+        log.info("%s: the first of the %s that this rank reads", reader.first_noted[what], what)
     row_of: dict[str, int] = {}
     stored_row = [
         None if sample.text is None else row_of.setdefault(sample.text, len(row_of))
@@ -75,7 +85,7 @@ def read_unit(
         for encoder in encoders
         for tensor, output in encoder.tensors().items()
     }
-    unit = Unit(number, first_row, num_rows, samples, stored_row, tokens, lengths)
+    unit = Unit(number, first_row, num_rows, samples, stored_row, tokens, lengths, noted=noted)
     if reuse is not None:
         unit.copies = reuse.find(list(row_of), lengths, null=unit.is_null)
     return unit

@@ -194,7 +194,7 @@ class PrecomputedText:
             if on_missing == "error" or not kept:
                 raise InputError(
                     f"{said} Remove them from the table, precompute them, or set "
-                    "dataset.id_column; for lists of captions, use the table of an export."
+                    "dataset.id_column; for several captions a row, use the table of an export."
                 )
             log.warning("%s They are left out.", said)
         return kept, samples
@@ -252,7 +252,9 @@ class PrecomputedText:
             normalize, text_column = None, TEXT
         else:
             recipe = recipe_of(captions["recipe"])
-            normalize, text_column = make_normalizer(captions["normalize"]), plan.inputs.text_column
+            normalize, text_column = make_normalizer(captions["normalize"]), TEXT
+            if isinstance(plan.inputs.text_column, str):  # of several, an export makes one
+                text_column = plan.inputs.text_column
         columns = [text_column, *recipe.columns]
         for name in columns:
             _require_column(self.data, name, f"the text of the {compare} is made of it")

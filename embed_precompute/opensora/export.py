@@ -69,7 +69,8 @@ or on the command line of scripts/diffusion/train.py
 --dataset.data_path {table}"""
 FOREIGN_RECIPE = """\
 The captions were encoded without Open-Sora's FPS and motion score, with which
-its own configurations train (captions.recipe.kind opensora)."""
+its own configurations train. To train as they do, precompute with the recipe
+opensora (captions.recipe.kind) and the trainer's own fps_max and vmaf."""
 NULL_FILES = """\
 patch_size must be 2: with cached text, train.py makes patches of 2 x 2 only.
 

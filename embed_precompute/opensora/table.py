@@ -186,9 +186,12 @@ class TrainerTable:
                 f"the captions have a column {SAMPLE_ID!r} that is not their id column "
                 f"({captions.id_column!r}): the export needs that name. Rename the column."
             )
-        made = [captions.text_column, TEXT, SAMPLE_ID, LATENTS]
+        own = captions.text_column
+        self._text_columns = {TEXT, own} if isinstance(own, str) else {TEXT}
+        """Columns with the sample's caption; where several columns have captions, these stay."""
+        made = [*sorted(self._text_columns), SAMPLE_ID, LATENTS]
         made += [] if path_of is None else PATHS.values()
-        self.replaced = [n for n in made if n in names and n not in (*made[:1], SAMPLE_ID, LATENTS)]
+        self.replaced = [n for n in made if n in names and n not in (own, SAMPLE_ID, LATENTS)]
         """Columns of the captions that have other values now."""
         floats = captions.recipe.float_columns()
         fields = {f.name: pa.float64() if f.name in floats else f.type for f in captions.schema}
@@ -210,8 +213,7 @@ class TrainerTable:
         """Append the rows of these entries."""
         captions = pa.array([entry.caption for entry in entries], pa.string())
         made: dict[str, Any] = {
-            self._captions.text_column: captions,
-            TEXT: captions,
+            **dict.fromkeys(self._text_columns, captions),
             SAMPLE_ID: pa.array([entry.sample_id for entry in entries], pa.string()),
             LATENTS: self._latents(rows),
         }

@@ -65,6 +65,7 @@ class Counts:
     stored: Count
     """Stored rows: equal texts of a unit share one."""
     status: dict[str, Count]
+    noted: dict[str, Count]
     encoders: dict[str, TokenCounts]
     tensors: dict[str, Count]
 

@@ -188,6 +188,7 @@ class Totals:
     def __init__(self) -> None:
         self.samples = self.stored = self.units = 0
         self.status: Counter[str] = Counter({status.label: 0 for status in Status})
+        self.noted: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
         self.truncated: Counter[str] = Counter()
         self.vectors: Counter[str] = Counter()
@@ -199,6 +200,7 @@ class Totals:
         self.samples += record.num_samples
         self.stored += record.num_stored
         self.status.update(record.status)
+        self.noted.update(record.noted)
         self.tokens.update({name: sums.tokens for name, sums in record.encoders.items()})
         self.truncated.update({name: sums.truncated for name, sums in record.encoders.items()})
         self.vectors.update(record.tensors)
@@ -218,6 +220,7 @@ class Totals:
                 units=self.units,
                 stored=self.stored,
                 status=dict(self.status),
+                noted=dict(self.noted),
                 encoders={n: TokenCounts(k, self.truncated[n]) for n, k in self.tokens.items()},
                 tensors=dict(self.vectors),
             ),

@@ -14,6 +14,7 @@ Imports torch and numpy; pyarrow only for texts and columns of the manifest, and
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import os
 from bisect import bisect_right
@@ -31,10 +32,13 @@ from embed_precompute.documents import differing_fields, digest_of, listed
 from embed_precompute.errors import ConflictError, IncompleteError, InputError, VerificationError
 from embed_precompute.samples import Status
 from embed_precompute.store.index import DatasetIndex, Manifest, TensorEntry, read_manifest
+from embed_precompute.store.plan import read_plan
 from embed_precompute.store.records import NULL_UNIT, read_null_record, read_record, stored_tensors
 from embed_precompute.store.shards import ShardReader
 
 AnyPath = str | os.PathLike[str]
+NAMED_CAPTIONS = 8
+"""Captions of a list that a message names."""
 
 
 class SampleLookupError(InputError, KeyError):
@@ -79,6 +83,12 @@ class _Folder:
         else:
             path = self.index.shard_path(unit)
         return ShardReader(path, self.fingerprint, unit, self.tensors)
+
+    @functools.cached_property
+    def caption_names(self) -> Sequence[str]:
+        """What follows the `#` in the ids of a row with several captions; of a list the first."""
+        column = read_plan(self.root).inputs.text_column
+        return list(map(str, range(NAMED_CAPTIONS))) if isinstance(column, str) else column
 
     def damaged(self, found: object) -> VerificationError:
         return VerificationError(
@@ -230,7 +240,20 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
                 f"`embed-precompute info {folder.root} --id {sample_id}` says why."
             )
         where = ", ".join(map(str, self.roots))
-        raise SampleLookupError(failed or f"sample {sample_id!r} is not in {where}.")
+        raise SampleLookupError(
+            failed or f"sample {sample_id!r} is not in {where}.{self._captions_of(sample_id)}"
+        )
+
+    def _captions_of(self, row_id: str) -> str:
+        """A hint, where the id is that of a row with several captions."""
+        found: list[str] = []
+        with contextlib.suppress(UnicodeEncodeError):
+            for folder in self._folders:
+                for name in folder.caption_names:
+                    if folder.index.find(f"{row_id}#{name}") is None:
+                        break
+                    found.append(f"{row_id}#{name}")
+        return f" It has a sample for each caption of the row: {', '.join(found)}." if found else ""
 
     def encoded_text(self, i: int) -> str:
         """The text that was encoded for sample `i`: its caption after normalisation and recipe."""

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from handmade import write_dataset
+from jobs import call, write_job
 from opensora_case import NULL_ROWS, RECIPE, ROWS, captions_table, make, with_column
 from torch.utils.data import DataLoader, default_collate
 
@@ -247,6 +249,43 @@ def test_what_is_compared_is_what_the_trainer_would_encode(
     write_dataset(tmp_path / "other", [*texts[:23], texts[23] + "!"])
     with pytest.raises(ConflictError, match="1 of 24 rows have another text"):
         drop_in(tmp_path / "other", path, pad_masked="zeros", **settings)
+
+
+@pytest.mark.parametrize("fps", [[24, 8, 60], [24, None, 60], [23.976, 8.0, 60.0]], ids=str)
+def test_open_soras_own_csv(
+    drop_in: Any, fps: list[Any], tmp_path: Path, tiny_t5: Path, tiny_clip: Path
+) -> None:
+    """Its trainer reads the same file with pandas: every row must have the text that it makes."""
+    texts = ['a "large" dog,\nand a cat', "", "naïve"]
+    columns = {"path": ["7.mp4", "b", "c"], "text": texts, "num_frames": [33] * 3, "fps": fps}
+    table = pd.DataFrame({**columns, "fps": pd.array(fps, dtype=object)})
+    table.to_csv(tmp_path / "captions.csv", index=False)
+    job = write_job(tmp_path, tmp_path / "captions.csv", tiny_t5, tiny_clip)
+    assert call("run", str(job), *RECIPE)[0] == 0
+    dataset = drop_in(tmp_path / "out", tmp_path / "captions.csv")
+    assert (len(dataset), dataset.num_dropped) == (2, 1)  # an empty field is no caption
+    export_opensora(tmp_path / "out", tmp_path / "e", OpenSoraOptions(table_only=True))
+    exported = pq.read_table(tmp_path / "e" / "table.parquet")
+    assert exported["sample_id"].to_pylist() == ["7.mp4", "c"]
+    assert exported.schema.field("num_frames").type == pa.int64()
+    assert len(drop_in(tmp_path / "out", tmp_path / "e" / "table.parquet")) == 2
+
+
+def test_several_text_columns(drop_in: Any, tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
+    """Their samples are rows of an export's table, where `text` is the caption of each."""
+    long = pa.array([None, *(f"a longer caption {i}" for i in range(1, ROWS))])
+    table = with_column(captions_table(), "long", long)
+    words = ("--captions.text_column", "[text, long]", *RECIPE)
+    root = make(tmp_path, table, tiny_t5, tiny_clip, *words)
+    with pytest.raises(InputError, match=r"'s0' is not in .*: s0#text, s0#long\. .* export"):
+        drop_in(root)
+    export_opensora(root, tmp_path / "e", OpenSoraOptions(table_only=True))
+    exported = tmp_path / "e" / "table.parquet"
+    rows = pq.read_table(exported).to_pylist()
+    assert [row["sample_id"] for row in rows[:3]] == ["s0#text", "s1#text", "s1#long"]
+    assert [row["text"] for row in rows[1:3]] == [table["text"][1].as_py(), "a longer caption 1"]
+    check_rows(drop_in(root, exported), root, [row["sample_id"] for row in rows])
+    assert len(drop_in(root, exported, compare="dataset")) == len(rows) == 2 * ROWS - 3
 
 
 def test_changed_captions_do_not_train(drop_in: Any, tmp_path: Path) -> None:

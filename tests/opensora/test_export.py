@@ -374,7 +374,9 @@ def test_command_line(root: Path, masked: Path, tmp_path: Path) -> None:
     code, said, _ = call(*f"export {root} {out} --format opensora --table-only".split())
     assert 'type="precomputed_video_text"' in said
     words = f"export {masked} {tmp_path / 'm'} --format opensora --pad-masked zeros --table-only"
-    assert "without Open-Sora's FPS and motion score" in call(*words.split())[1]
+    said = call(*words.split())[1]
+    assert "without Open-Sora's FPS and motion score" in said
+    assert "precompute with the recipe\nopensora" in said
     code, _, said = call("export", str(root), str(out), "--format", "opensora", "--t5", "x")
     assert code == 2
     assert "Traceback" not in said
