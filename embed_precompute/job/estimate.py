@@ -197,8 +197,11 @@ def estimate_lines(
 ) -> list[str]:
     """The report, line by line, from `max_rows` input rows (None: from all)."""
     figures = sampled.figures if max_rows == SAMPLED_ROWS else sampled.measure(max_rows)
+    names = f"plan {plan.plan_id[:16]}, fingerprint {plan.fingerprint[:16]}"
+    if any(spec["weights"] is None for spec in plan.spec["encoders"].values()):
+        names = "plan without weights: its id and fingerprint follow when the weights are there"
     lines = [
-        f"plan {plan.plan_id[:16]}, fingerprint {plan.fingerprint[:16]}",
+        names,
         f"input      {len(plan.inputs.files):,} files, {plan.num_rows:,} rows, "
         f"{plan.num_samples:,} samples",
     ]

@@ -77,6 +77,7 @@ def prepare(
     *,
     extend: bool = False,
     reuse: Sequence[Path] = (),
+    with_weights: bool = True,
 ) -> Prepared:
     """Check everything and find the plan: the stored one, rank 0's, or one made here.
 
@@ -85,18 +86,23 @@ def prepare(
 
     Nothing is written. Rank 0, or a process without peers, makes the plan at once. Another rank
     waits for rank 0's plan, at most `runtime.plan_timeout_s`. If the plan does not come, the rank
-    makes it itself; the result is the same.
+    makes it itself; the result is the same. Without weights the plan has neither a fingerprint nor
+    an id that mean anything, so it is never compared with the stored one.
     """
-    if extend and limit is not None:
-        raise InputError("--extend and --limit exclude each other: leave one of them out.")
+    for name, excluded in (("--limit", limit is not None), ("--no-weights", not with_weights)):
+        if extend and excluded:
+            raise InputError(f"--extend and {name} exclude each other: leave one of them out.")
     dist = dist or DistContext()
     root = output_folder(config)
     refuse_output_inside(config.captions.path, root)
     columns = [options.integer_column for options in config.encoders.values()]
     table = CaptionTable.open(config.captions, [name for name in columns if name is not None])
-    opened = [open_encoder(name, config.encoders[name]) for name in sorted(config.encoders)]
+    opened = [
+        open_encoder(name, config.encoders[name], with_weights=with_weights)
+        for name in sorted(config.encoders)
+    ]
     inputs = _inputs(table, limit)
-    stored = stored_plan(root)
+    stored = stored_plan(root) if with_weights else None
     if not dist.is_main:
         stored = _wait_for_plan(root, inputs, config.runtime.plan_timeout_s, extend=extend)
     matched, added = match_files(stored.inputs.files if stored else (), inputs.files)

@@ -31,7 +31,7 @@ import yaml
 from embed_precompute.captions.recipes import CaptionsConfig, PlainRecipe, recipe_of
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.errors import ConflictError, InputError, StorageError, VerificationError
-from embed_precompute.opensora.dataset import SAMPLE_ID, TEXT
+from embed_precompute.opensora.dataset import FPS, SAMPLE_ID, TEXT
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import Sink, StagedFile, StoredFile
 from embed_precompute.store.index import DatasetIndex
@@ -193,7 +193,9 @@ class TrainerTable:
         made += [] if path_of is None else PATHS.values()
         self.replaced = [n for n in made if n in names and n not in (own, SAMPLE_ID, LATENTS)]
         """Columns of the captions that have other values now."""
-        floats = captions.recipe.float_columns()
+        floats = {*captions.recipe.float_columns()}
+        if FPS in names and pa.types.is_null(captions.schema.field(FPS).type):
+            floats.add(FPS)  # images have none: pandas would read None, at which the sampler fails
         fields = {f.name: pa.float64() if f.name in floats else f.type for f in captions.schema}
         self.schema = pa.schema(list({**fields, **dict.fromkeys(made, pa.string())}.items()))
 

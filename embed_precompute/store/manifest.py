@@ -151,7 +151,7 @@ def _write_derived(root: Path, plan: Plan) -> Manifest:
     check = functools.partial(check_unit, root, plan)
     with (
         contextlib.closing(in_order(check, range(plan.num_units))) as units,
-        IndexWriter(root / "index", [tensor.name for tensor in plan.tensors]) as index,
+        IndexWriter(root / "index", tensor_entries(plan.tensors)) as index,
         _SampleTable(root / TABLE, plan.tensors) as table,
     ):
         for unit in units:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from handmade import paths_of
-from jobs import call, expect, write_captions, write_job
+from jobs import call, edit, expect, write_captions, write_job
 
 from embed_precompute.captions.reader import CaptionReader, RowCursor
 from embed_precompute.captions.recipes import CaptionsConfig
@@ -189,6 +190,25 @@ def test_another_models_tokenizer_is_warned_of(
     assert "WARNING    tokenizer " in said
     assert "it may be another model's tokenizer" in said
     assert "WARNING encoders.t5: tokenizer " in expect(0, "run", job, *words)
+
+
+def test_a_plan_without_weights(job: Path, tmp_path: Path, tiny_clip: Path) -> None:
+    """All but the fingerprint, from config.json and tokenizer."""
+    whole = expect(0, "plan", job).splitlines()
+    bare = shutil.copytree(tiny_clip, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    edit(job, "encoders.clip", pretrained=str(bare))
+    said = expect(2, "plan", job)
+    assert "holds no weights" in said
+    assert "plan --no-weights" in said
+    assert f"embed-precompute fetch {job}" in said
+    found = expect(0, "plan", job, "--no-weights").splitlines()
+    assert found[0].endswith("its id and fingerprint follow when the weights are there")
+    assert found[1:] == whole[1:]
+    with pytest.raises(SystemExit) as ended:
+        call("plan", str(job), "--no-weights", "--write")
+    assert ended.value.code == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_rerun_takes_the_plans_implementation(job: Path, tmp_path: Path) -> None:

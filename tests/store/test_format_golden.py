@@ -65,7 +65,7 @@ INPUTS = {"files": [FILE], "text_column": "text", "id_column": "id", "limit": No
 
 HEAD_SHA256 = "4fb7a7618eee455162282f8cf186ecf33e1f4ac32329c0c4007db1b4322dda1b"
 NULL_HEAD_SHA256 = "da324859c97e88653f048ecacaa5b8ef45330a41f9e3c461e5d9481a22a4f675"
-ROOT_FILES_SHA256 = "d6d006d709d47736e735fda5cdae1e1d61e1c3dde06c1665bb7f0db536c66072"
+ROOT_FILES_SHA256 = "009a7ec3237a2ac2a2b1389000095bf09f01fb123c5afeaa219b7acfa1b89863"
 
 
 def canonical(value: Any) -> bytes:
@@ -230,7 +230,7 @@ def test_files(dataset: Path) -> None:
     files = sorted(str(p.relative_to(dataset)) for p in dataset.rglob("*") if p.is_file())
     names = (
         "id_hash id_offsets id_order ids index length_clip length_t5 ok shard shard_digest shards "
-        "status xxh3_clip xxh3_t5"
+        "status tokens_clip tokens_t5 xxh3_clip xxh3_t5"
     )
     rows = hashlib.sha256(rows_bytes(dataset)).hexdigest()[:16]
     ends = (f"{HEAD_SHA256[:16]}.safetensors", f"{rows}.rows.parquet")
@@ -282,6 +282,8 @@ def test_index(dataset: Path) -> None:
         "status": npy("|u1", "(3,)", bytes([0, 1, 0])),
         "shard": npy("<i4", "(3,)", struct.pack("<3i", 0, 0, 0)),
         "index": npy("<i4", "(3,)", struct.pack("<3i", 0, -1, 1)),
+        "tokens_clip": npy("<i4", "(3,)", struct.pack("<3i", 3, 0, 4)),
+        "tokens_t5": npy("<i4", "(3,)", struct.pack("<3i", 2, 0, 1)),
         "length_clip": npy("<i4", "(3,)", struct.pack("<3i", 1, 0, 1)),
         "length_t5": npy("<i4", "(3,)", struct.pack("<3i", 2, 0, 1)),
         "ids": npy("|u1", "(4,)", "abü".encode()),
