@@ -12,6 +12,7 @@ their checksum.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -234,8 +235,10 @@ class _Dataset:
 
     def environments(self) -> list[dict[str, str]]:
         """All that its units and its null embedding were made in."""
-        units = [each.environment for each in self._index.manifest.environments]
-        return [*units, read_null_record(self.root).environment]
+        found = [each.environment for each in self._index.manifest.environments]
+        with contextlib.suppress(EmbedPrecomputeError):  # damaged: `find` names it
+            found.append(read_null_record(self.root).environment)
+        return found
 
     def suffixes(self, name: str) -> list[str]:
         """The outputs of an encoder, by its name in the dataset that is made."""

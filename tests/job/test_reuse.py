@@ -103,7 +103,7 @@ def test_what_is_damaged_is_named_and_encoded(job: Path, old: Path, tmp_path: Pa
     assert "t5 encoded: 1\n" in said
     assert "damaged, so encoded: 1\n" in said
     assert_as_without(job, tmp_path)
-    for path in (rows, record, shard):
+    for path in (rows, record, shard, old / "null.json"):
         shutil.rmtree(tmp_path / "out")
         path.unlink()
         assert path.name in expect(0, "run", job, "--reuse", old)
