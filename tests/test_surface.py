@@ -23,8 +23,8 @@ from embed_precompute.encoders.families import FAMILIES
 
 CONFIG_OPTIONS = {"--help-config", "--print_config", "--print-config"}
 COMMANDS = {
-    "run": {"--limit", *CONFIG_OPTIONS},
-    "plan": {"--limit", "--no-weights", "--sample", "--write", *CONFIG_OPTIONS},
+    "run": {"--extend", "--limit", "--reuse", *CONFIG_OPTIONS},
+    "plan": {"--extend", "--limit", "--no-weights", "--sample", "--write", *CONFIG_OPTIONS},
     "fetch": {"--output", *CONFIG_OPTIONS},
     "bench": {*("--captions", "--json", "--rounds", "--variants"), *CONFIG_OPTIONS},
     "status": {"--json"},
@@ -147,7 +147,10 @@ def test_a_file_in_the_place_of_a_dataset_is_a_mistake(name: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("pln x", "there is no command 'pln': did you mean plan? Expected run or plan or fetch or status"),
+        (
+            "pln x",
+            "there is no command 'pln': did you mean plan? Expected run or plan",
+        ),
         ("run x --limt 5", "there is no option --limt: did you mean --limit?"),
         ("run x --limit abc", "argument --limit: 'abc' is not a whole number of 1 or more"),
         ("plan x --sample -1", "argument --sample: '-1' is not a whole number of 0 or more"),

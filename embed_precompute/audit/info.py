@@ -22,6 +22,7 @@ from embed_precompute.store.records import (
     NULL_UNIT,
     TokenCounts,
     committed_units,
+    encoder_fingerprints,
     read_record,
     record_path,
 )
@@ -42,6 +43,8 @@ class DatasetStatus:
     samples: dict[str, int]
     """Number of samples of the committed units, by status label."""
     finalised: bool
+    readable: int = 0
+    """Number of samples that can be read while the dataset is extended: those it had before."""
 
     @property
     def complete(self) -> bool:
@@ -90,6 +93,8 @@ class DatasetStatus:
                 f"  {self.failed_samples:,} samples failed: the status column of manifest.parquet "
                 "names them (before that is there, each unit's rows part)"
             )
+        if self.readable:
+            lines.append(f"  it is being extended; its first {self.readable:,} samples can be read")
         if self.units_left or not self.null_committed:
             lines.append("  not finalised: run the job again to go on")
         elif not self.finalised:
@@ -104,6 +109,9 @@ def read_status(root: Path) -> DatasetStatus:
     with contextlib.suppress(FileNotFoundError):
         manifest = read_manifest(root)
     finalised = manifest is not None and manifest.plan_id == plan.plan_id
+    readable = 0
+    if manifest is not None and not finalised and plan.as_of(manifest.plan_id) is not None:
+        readable = manifest.counts.samples
     committed = [unit for unit in committed_units(root) if unit < plan.num_units]
     samples = {status.label: 0 for status in Status}
     if manifest is not None and finalised and len(committed) == plan.num_units:
@@ -113,7 +121,7 @@ def read_status(root: Path) -> DatasetStatus:
             for label, count in read_record(root, unit).status.items():
                 samples[label] += count
     null = record_path(root, NULL_UNIT).exists()
-    return DatasetStatus(root, plan, len(committed), null, samples, finalised)
+    return DatasetStatus(root, plan, len(committed), null, samples, finalised, readable)
 
 
 def dataset_lines(root: Path) -> list[str]:
@@ -122,11 +130,12 @@ def dataset_lines(root: Path) -> list[str]:
     plan, inputs = status.plan, status.plan.inputs
     manifest = read_manifest(status.root) if status.finalised else None
     limit = "" if inputs.limit is None else f", limited to {inputs.limit:,} samples"
+    extended = f", {len(plan.extends)} times extended" if plan.extends else ""
     files = f"{len(inputs.files):,} file{'s' * (len(inputs.files) != 1)}"
     lines = [
         *status.lines(),
         f"captions     {files}, {plan.num_rows:,} rows, text column "
-        f"{inputs.text_column!r}, id column {inputs.id_column!r}{limit}",
+        f"{inputs.text_column!r}, id column {inputs.id_column!r}{limit}{extended}",
         f"recipe       {_recipe_words(plan.spec.get('captions'))}",
     ]
     for name, encoder in sorted(plan.spec["encoders"].items()):
@@ -213,6 +222,8 @@ def all_lines(root: Path) -> list[str]:
     """Everything that `dataset_lines` leaves out: identities, specification, environments."""
     plan = read_plan(root)
     lines = [f"fingerprint {plan.fingerprint}", f"plan {plan.plan_id}"]
+    fingerprints = encoder_fingerprints(plan.spec)
+    lines += [f"encoder {name}, fingerprint {each}" for name, each in fingerprints.items()]
     lines += [f"{key}: {value}" for key, value in sorted(flatten(plan.spec).items())]
     with contextlib.suppress(FileNotFoundError):
         for made in read_manifest(root).environments:

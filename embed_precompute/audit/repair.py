@@ -21,7 +21,7 @@ from embed_precompute.errors import EmbedPrecomputeError, VerificationError
 from embed_precompute.store.commit import content_name, digest_file, move_aside, remove_file
 from embed_precompute.store.index import TABLE
 from embed_precompute.store.manifest import MANIFEST, finalize
-from embed_precompute.store.plan import PLAN_FILE, read_plan
+from embed_precompute.store.plan import PLAN_FILE, plan_path, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
     RECORD,
@@ -50,7 +50,8 @@ class Repaired:
     opened: list[int] = field(default_factory=list)
     """Units that are to be made again."""
     null_opened: bool = False
-    plan_opened: bool = False
+    plan_opened: str = ""
+    """The name of the plan that is to be made again, if it was moved."""
     complete: bool = False
     """Nothing is left to be made: the dataset is finalised and can be read."""
 
@@ -64,9 +65,10 @@ class Repaired:
             null = " and the null embedding" if self.null_opened else ""
             lines.append(f"  open again: {len(self.opened):,} units ({units or 'none'}){null}")
         if self.plan_opened:
+            extend = "" if self.plan_opened == PLAN_FILE else " --extend"
             lines.append(
-                "  plan.json has to be made again: `embed-precompute plan CONFIG --write` with the "
-                "job's own CONFIG, then repair once more"
+                f"  {self.plan_opened} has to be made again: `embed-precompute plan CONFIG "
+                f"--write{extend}` with the job's own CONFIG, then repair once more"
             )
         elif self.opened or self.null_opened:
             lines.append("  run the job again: it makes just these")
@@ -87,10 +89,12 @@ def repair(root: Path, *, failed: bool = False) -> Repaired:
     done = Repaired(root, [])
     if foreign := _foreign_plan(root):
         done.problems.append(foreign)
-        _open(done, [root / PLAN_FILE])
+        _open(done, [plan_path(root)])
     report = verify(root)
     done.problems += report.problems
-    done.plan_opened, done.null_opened = report.plan_rejected, report.null_rejected
+    done.null_opened = report.null_rejected
+    if report.plan_rejected:
+        done.plan_opened = plan_path(root).name
     done.opened = sorted(report.rejected_units | (report.failed_units if failed else set()))
     # A folder or a pipe with the name of a derived file: `finalize` could not replace it.
     index = root / "index"
@@ -99,10 +103,10 @@ def repair(root: Path, *, failed: bool = False) -> Repaired:
     if os.path.lexists(index) and not index.is_dir():
         blocked.append(index)
     if done.plan_opened:
-        blocked.append(root / PLAN_FILE)
+        blocked.append(plan_path(root))
     is_whole = not report.num_missing and not report.null_missing
     # A finalised dataset whose records are gone must not be taken for a whole one.
-    if done.opened or done.null_opened or blocked or (report.finalised and not is_whole):
+    if done.opened or done.null_opened or blocked or (report.finalised and report.num_lost):
         _open(done, blocked)
     if is_whole and not done.opened and not done.null_opened and not done.plan_opened:
         finalize(root)
@@ -111,25 +115,26 @@ def repair(root: Path, *, failed: bool = False) -> Repaired:
 
 
 def _foreign_plan(root: Path) -> str:
-    """A problem line if plan.json is sound but no record belongs to that plan; else "".
+    """A problem line if the plan is sound but no record belongs to it; else "".
 
-    If there is a line, plan.json does not belong here: it is moved away, each unit is checked by
+    If there is a line, the plan does not belong here: it is moved away, each unit is checked by
     its own record, and no unit is rejected because of the wrong plan.
     """
     others = set()
     try:
-        plan_id = read_plan(root).plan_id
+        plan = read_plan(root)
         for unit in (NULL_UNIT, *sorted(committed_units(root))):
             with contextlib.suppress(EmbedPrecomputeError):
                 others.add(read_any_record(root, unit).plan_id)
-            if plan_id in others:
+            if plan.plan_id_of(unit) in others:
                 return ""
     except EmbedPrecomputeError:
         return ""  # which verify reports
     if not others:
         return ""
     named = ", ".join(sorted(other[:16] for other in others)[:MAX_NAMED])
-    return f"{root / PLAN_FILE}: found plan {plan_id[:16]}, expected that of its records: {named}"
+    found = f"plan {plan.plan_id[:16]}"
+    return f"{root / plan.file_name}: found {found}, expected that of its records: {named}"
 
 
 def _open(done: Repaired, blocked: list[Path]) -> None:

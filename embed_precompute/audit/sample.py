@@ -30,7 +30,10 @@ def sample_lines(root: Path, sample_id: str) -> list[str]:
     with contextlib.suppress(IncompleteError):  # without an index all units are searched
         index = DatasetIndex(root)
         sample_number = index.find(sample_id)
-        units = [] if sample_number is None else [int(index.shard[sample_number])]
+        if sample_number is not None:
+            units = [int(index.shard[sample_number])]
+        else:  # an extension that is not finished has units that the index does not know
+            units = [unit for unit in units if unit >= index.num_units]
     for unit in units:
         record = read_record(root, unit)
         for sample in read_samples(record.rows_path(root), plan.tensors, record.num_samples):

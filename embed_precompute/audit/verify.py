@@ -36,9 +36,10 @@ from embed_precompute.store.check import (
 from embed_precompute.store.commit import QUARANTINE, TEMP_PREFIX
 from embed_precompute.store.index import TABLE, index_dtypes, tensor_entries
 from embed_precompute.store.manifest import MANIFEST, DerivedCheck
-from embed_precompute.store.plan import PLAN_FILE, Plan, read_plan
+from embed_precompute.store.plan import PLAN_FILE, Plan, plan_path, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
+    PLAN_NAME,
     UnitRecord,
     committed_units,
     list_folder,
@@ -69,6 +70,8 @@ class Report:
     num_units: int = 0
     num_missing: int = 0
     """Number of units without a record."""
+    num_lost: int = 0
+    """How many of them are units that manifest.json describes."""
     null_missing: bool = False
     """The null embedding is not made yet."""
     num_samples: int = 0
@@ -135,11 +138,12 @@ def verify(
         raise InputError(f"level is {level!r}: expected quick, full or deep.")
     root = Path(root)
     require_folder(root)
-    if not any(os.path.lexists(root / name) for name in (PLAN_FILE, MANIFEST, "shards")):
+    ours = (plan_path(root), root / MANIFEST, root / "shards")
+    if not any(map(os.path.lexists, ours)):
         raise InputError(f"{root} holds no dataset: no {PLAN_FILE}, {MANIFEST} or shards.")
     report = Report(root, level, finalised=os.path.lexists(root / MANIFEST))
     plan: Plan | None = None
-    with report.problems.checking(root / PLAN_FILE):
+    with report.problems.checking(plan_path(root)):
         plan = read_plan(root)
     report.plan_rejected = plan is None
     encode_again: Callable[..., str] | None = None
@@ -196,14 +200,18 @@ def _check_units(report: Report, plan: Plan | None, checked: Mapping[int, str]) 
         problems.add(record_path(root, unit), f"unit {unit}", expected)
         report.rejected_units.add(unit)
     report.num_missing = report.num_units - len(units)
-    if report.num_missing or report.rejected_units or plan is None:
+    # An extension that is not finished leaves manifest.json as it was: it describes fewer units.
+    num_described = report.num_units if derived.plan is None else derived.plan.num_units
+    described = [unit for unit in units if unit < num_described or plan is None]
+    report.num_lost = num_described - len(described)
+    if report.num_lost or report.rejected_units or plan is None:
         derived.stop()
-    if report.num_missing and report.finalised:
+    if report.num_lost and report.finalised:
         sound = set(units)
         missing = (unit for unit in range(report.num_units) if unit not in sound)
-        for unit in itertools.islice(missing, MAX_NAMED_MISSING):
+        for unit in itertools.islice(missing, min(report.num_lost, MAX_NAMED_MISSING)):
             problems.add(record_path(root, unit), "no file", "a record: the dataset is finalised")
-        if (more := report.num_missing - MAX_NAMED_MISSING) > 0:
+        if (more := report.num_lost - MAX_NAMED_MISSING) > 0:
             problems.add(root / "shards", f"no record for {more} more units", "one for each")
     check = functools.partial(_check, root, plan, full, checked)
     with contextlib.closing(in_order(check, units)) as results:
@@ -220,9 +228,9 @@ def _check_units(report: Report, plan: Plan | None, checked: Mapping[int, str]) 
             report.num_ok[unit] = record.status[Status.OK.label]
             if count_failed(record.status):
                 report.failed_units.add(unit)
-            if isinstance(found, CheckedUnit):
+            if isinstance(found, CheckedUnit) and unit < num_described:
                 derived.add(found)
-    derived.finish(units)
+    derived.finish(described)
     report.num_bytes += derived.num_bytes
 
 
@@ -248,7 +256,7 @@ def _note_strays(report: Report, plan: Plan | None) -> None:
     use, shards and rows parts that no record names."""
     root = report.root
     provenance = ("config.yaml", "run.json", "logs", QUARANTINE)
-    ours = (PLAN_FILE, "null.json", MANIFEST, TABLE, "shards", "index", *provenance)
+    ours = ("null.json", MANIFEST, TABLE, "shards", "index", *provenance)
     names = index_dtypes(tensor_entries(plan.tensors)) if plan is not None else {}
     known = {root / name for name in (*ours, *(f"index/{name}.npy" for name in names))}
     with report.problems.checking(root / "shards"):
@@ -261,6 +269,8 @@ def _note_strays(report: Report, plan: Plan | None) -> None:
                     what = "is named by no record: finalize removes it"
                 elif name.startswith(TEMP_PREFIX):
                     what = "is a temporary file, of a run that goes on or died"
+                elif folder == root and PLAN_NAME.fullmatch(name):
+                    continue  # an extension, or a plan that was extended
                 elif path not in known and unit_of(root, folder, name) is None:
                     what = "is not ours"
                 else:

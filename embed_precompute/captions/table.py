@@ -137,6 +137,14 @@ class CaptionTable:
         is_list = types[config.text_columns[0]] == STRINGS
         return cls(config, row_map, bound, is_list, integers)
 
+    def in_order(self, order: Sequence[int]) -> CaptionTable:
+        """This table with its files in another order, or some of them only; `order` holds their
+        indexes."""
+        files = [self.row_map.files[index] for index in order]
+        return CaptionTable(
+            self.config, RowMap(files), self.recipe, self.is_list, self.integer_columns
+        )
+
     def scan(self, limit: int | None = None) -> Scan:
         """Check the ids, count samples and added tokens, of the first `limit` samples or all."""
         if limit is not None and limit < 1:

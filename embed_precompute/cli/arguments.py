@@ -25,6 +25,9 @@ EXIT_HELP = """exit codes:
 torchrun flattens exit codes: ask `embed-precompute status DIR` in scripts."""
 
 
+EXTEND_HELP = "append the caption files that were added, as further shards"
+
+
 class _HelpConfig(argparse.Action):
     """Prints every key of a CONFIG and ends."""
 
@@ -77,11 +80,21 @@ def command_parser() -> argparse.ArgumentParser:
 
     run = _config_command(commands, "run", "make the dataset, or go on with it")
     run.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
+    run.add_argument("--extend", action="store_true", help=EXTEND_HELP)
+    run.add_argument(
+        "--reuse",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="copy from this finished dataset what has the same text and encoder; may be repeated",
+    )
 
     plan = _config_command(commands, "plan", "show what a run would make; no model, no GPU")
     plan.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
+    plan.add_argument("--extend", action="store_true", help=EXTEND_HELP)
     ahead = plan.add_mutually_exclusive_group()
-    ahead.add_argument("--write", action="store_true", help="write plan.json ahead of the run")
+    ahead.add_argument("--write", action="store_true", help="write the plan ahead of the run")
     ahead.add_argument(
         "--no-weights",
         action="store_true",

@@ -199,7 +199,7 @@ def _run(config: Config, arguments: Any) -> int:
         from embed_precompute.job.run import run
     _log_to_stderr(dist, logging.INFO)
     _log_to_file(dist, Path(os.path.expanduser(config.output.path)))
-    result = run(config, arguments.limit, dist)
+    result = run(config, arguments.limit, dist, extend=arguments.extend, reuse=arguments.reuse)
     log.info(
         "this rank encoded %s samples in %.1f s: loading %.1f s, encoders %.1f s",
         *(f"{result.samples:,}", result.seconds, result.load_seconds, result.encode_seconds),
@@ -207,7 +207,8 @@ def _run(config: Config, arguments: Any) -> int:
     )
     if result.manifest is None:
         return EXIT_COMPLETE  # a peer finalises, and says so
-    for line in _summary(result.root, result.manifest):
+    copies = [f"  {what}: {count:,}" for what, count in result.copies.items()]
+    for line in [*_summary(result.root, result.manifest), *copies]:
         log.info("%s", line, extra=FILE_ONLY)
         # Without torchrun's store every rank finalises.
         if dist.is_main or dist.store_host is not None:
@@ -245,7 +246,12 @@ def _plan(config: Config, arguments: Any) -> int:
     from embed_precompute.job.estimate import estimate_lines
     from embed_precompute.job.prepare import prepare, publish
 
-    prepared = prepare(config, arguments.limit, with_weights=not arguments.no_weights)
+    prepared = prepare(
+        config,
+        arguments.limit,
+        extend=arguments.extend,
+        with_weights=not arguments.no_weights,
+    )
     report = estimate_lines(
         prepared.sampled,
         prepared.plan,
@@ -256,8 +262,8 @@ def _plan(config: Config, arguments: Any) -> int:
     for line in report:
         print(line)
     if arguments.write:
-        publish(prepared)
-        print(f"written: {prepared.root / 'plan.json'}")
+        published = publish(prepared)
+        print(f"written: {prepared.root / published.plan.file_name}")
     return EXIT_COMPLETE
 
 

@@ -64,7 +64,8 @@ class RuntimeConfig:
     max_failed_samples: int = 100
     """Samples that may fail (status non_finite) before the run stops with exit 5."""
     on_environment_change: Literal["warn", "refuse"] = "warn"
-    """What to do when units were made with other library versions or another device."""
+    """What to do when units, or rows that --reuse copies, were made with other library versions or
+    on another device."""
     plan_timeout_s: float = 600.0
     """How long ranks wait for rank 0's plan before they make the same plan themselves."""
     prefetch_units: int = 1

@@ -86,11 +86,12 @@ class Committed:
         if unit is None:
             return
         earlier = read_any_record(self._root, unit)
-        if earlier.plan_id != self._plan.plan_id:
+        expected = self._plan.plan_id_of(unit)
+        if earlier.plan_id != expected:
             raise ConflictError(
-                f"{self._root} holds units of another plan ({earlier.plan_id[:16]}; plan.json has "
-                f"{self._plan.plan_id[:16]}): plan.json was removed or replaced. Put it back, or "
-                "write to a new output.path."
+                f"{self._root} holds units of another plan ({earlier.plan_id[:16]}; "
+                f"{self._plan.file_name} has {expected[:16]}): plan.json was removed or replaced. "
+                "Put it back, or write to a new output.path."
             )
         differing = differing_fields(earlier.environment, environment)
         if not differing:

@@ -207,6 +207,12 @@ def estimate_lines(
         f"input      {len(plan.inputs.files):,} files, {plan.num_rows:,} rows, "
         f"{plan.num_samples:,} samples",
     ]
+    if plan.extends:
+        before = plan.extends[-1]
+        lines.append(
+            f"{'':<10} {len(plan.inputs.files) - before.num_files:,} files with "
+            f"{plan.num_samples - before.num_samples:,} samples extend those before"
+        )
     all_of_them = figures.samples == plan.num_samples
     basis = "all" if all_of_them else f"{figures.samples:,} evenly spread"
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(figures.status.items()))

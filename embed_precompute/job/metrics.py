@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from embed_precompute.errors import StorageError
 from embed_precompute.steps import duration
+from embed_precompute.store.commit import replace_bytes
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,15 @@ class UnitLog:
         self._written_at = time.monotonic()
 
     def add(
-        self, unit: int, *, samples: int, stored: int, tokens: Mapping[str, int], shard_bytes: int
+        self,
+        unit: int,
+        *,
+        samples: int,
+        stored: int,
+        copied: Mapping[str, int],
+        damaged: int,
+        tokens: Mapping[str, int],
+        shard_bytes: int,
     ) -> None:
         """Appends a line for a unit. Its `seconds` are those since this rank's last unit, or since
         its start: they add up to the time that the rank was at work."""
@@ -39,6 +49,8 @@ class UnitLog:
             "unit": unit,
             "samples": samples,
             "stored": stored,
+            "copied": dict(copied),
+            "damaged": damaged,
             "tokens": dict(tokens),
             "shard_bytes": shard_bytes,
             "seconds": round(self._written_at - before, 4),
@@ -98,3 +110,26 @@ def read_effort(root: Path) -> Effort | None:
         wall_seconds += max(0.0, end - max(begin, until))
         until = max(until, end)
     return Effort(samples, len(paths), dict(seconds), wall_seconds)
+
+
+def note_copies(root: Path) -> dict[str, int]:
+    """How many embeddings all ranks copied and encoded, by the lines of logs/; adds it to run.json.
+
+    The keys are for people, such as `t5 copied`.
+    """
+    counts: Counter[str] = Counter()
+    for path in sorted((root / "logs").glob("metrics-*.jsonl")):
+        with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
+            for text in file:
+                with contextlib.suppress(ValueError, LookupError, TypeError):  # a crash cut it off
+                    line = json.loads(text)
+                    for name in line["tokens"] if line["unit"] >= 0 else ():
+                        copied = line["copied"].get(name, 0)
+                        counts[f"{name} copied"] += copied
+                        counts[f"{name} encoded"] += line["stored"] - copied
+                    counts["damaged, so encoded"] += line["damaged"]
+    with contextlib.suppress(OSError, ValueError, StorageError):
+        facts = json.loads((root / "run.json").read_bytes())
+        payload = json.dumps({**facts, "copies": counts}, indent=2).encode() + b"\n"
+        replace_bytes(root / "run.json", payload)
+    return dict(counts)

@@ -4,7 +4,8 @@ Guarantees: a wrong configuration, caption table or checkpoint fails here, befor
 written. Implementation and shapes of every encoder are decided here, once: with the help of the
 stored plan or, if there is none, of the scanned captions. Every rank ends with the same plan, and a
 run that would change what the output holds is refused (exit 3) with the name of each differing
-field or file.
+field or file. Rows are numbered in the order of the plan's files, whatever the files are called
+now; files that `extend` appends come after them.
 Costs: each rank hashes the caption files (XXH3: as fast as they are read) and the weights (unless
 their digests are cached), and opens the tokenizers. The rank that makes the plan also reads the id
 column once (8 bytes of memory per row), and tokenises 10,000 rows of captions if
@@ -16,42 +17,34 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from embed_precompute.captions.files import refuse_output_inside
-from embed_precompute.captions.table import CaptionTable, Scan
+from embed_precompute.captions.table import CaptionTable
 from embed_precompute.config.schema import Config
 from embed_precompute.distributed import DistContext
 from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, resolve
-from embed_precompute.errors import ConflictError, InputError, StorageError
+from embed_precompute.errors import InputError, StorageError
 from embed_precompute.job.estimate import (
     FILES_PER_UNIT,
     SampledCaptions,
     example_lines,
     tokenizer_line,
 )
-from embed_precompute.store.commit import free_space, publish_bytes, remove_dead
+from embed_precompute.job.reuse import Reuse
+from embed_precompute.store.commit import free_space, remove_dead
 from embed_precompute.store.plan import (
-    PLAN_FILE,
     InputFile,
     Inputs,
     Plan,
     auto_samples_per_shard,
     check_same,
-    read_plan,
-)
-from embed_precompute.store.records import (
-    FORMAT_VERSION,
-    MAX_JSON_BYTES,
-    NULL_UNIT,
-    committed_units,
-    document_bytes,
-    read_any_record,
-    record_path,
-    refuse_linked_folders,
+    match_files,
+    publish_plan,
+    stored_plan,
 )
 
 log = logging.getLogger(__name__)
@@ -71,8 +64,10 @@ class Prepared:
     table: CaptionTable
     encoders: tuple[ResolvedEncoder, ...]
     plan: Plan
-    """The published plan, or the one that `publish` will write."""
+    """The published plan, or the one that `publish` will write, which may extend it."""
     sampled: SampledCaptions
+    reuse: Reuse | None = None
+    """Finished datasets whose embeddings are copied."""
 
 
 def prepare(
@@ -80,15 +75,23 @@ def prepare(
     limit: int | None = None,
     dist: DistContext | None = None,
     *,
+    extend: bool = False,
+    reuse: Sequence[Path] = (),
     with_weights: bool = True,
 ) -> Prepared:
     """Check everything and find the plan: the stored one, rank 0's, or one made here.
+
+    With `extend`, caption files that the stored plan lacks become further units. `reuse`: folders
+    of finished datasets whose embeddings need not be made again.
 
     Nothing is written. Rank 0, or a process without peers, makes the plan at once. Another rank
     waits for rank 0's plan, at most `runtime.plan_timeout_s`. If the plan does not come, the rank
     makes it itself; the result is the same. Without weights the plan has neither a fingerprint nor
     an id that mean anything, so it is never compared with the stored one.
     """
+    for name, excluded in (("--limit", limit is not None), ("--no-weights", not with_weights)):
+        if extend and excluded:
+            raise InputError(f"--extend and {name} exclude each other: leave one of them out.")
     dist = dist or DistContext()
     root = output_folder(config)
     refuse_output_inside(config.captions.path, root)
@@ -98,26 +101,48 @@ def prepare(
         open_encoder(name, config.encoders[name], with_weights=with_weights)
         for name in sorted(config.encoders)
     ]
-    stored = _stored_plan(root) if with_weights else None
-    if stored is None and not dist.is_main:
-        stored = _wait_for_plan(root, config.runtime.plan_timeout_s)
-    if stored is None:
-        scan = table.scan(limit)
-        counts = [scan.added_tokens.get(each.options.integer_column) for each in opened]
-        encoders = tuple(
-            resolve(each, added_tokens=rows) for each, rows in zip(opened, counts, strict=True)
+    inputs = _inputs(table, limit)
+    stored = stored_plan(root) if with_weights else None
+    if not dist.is_main:
+        stored = _wait_for_plan(root, inputs, config.runtime.plan_timeout_s, extend=extend)
+    matched, added = match_files(stored.inputs.files if stored else (), inputs.files)
+    table = table.in_order([*(index for index in matched if index is not None), *added])
+    is_extended = extend and stored is not None and len(added) > 0 and None not in matched
+    scan = table.scan(limit) if stored is None or is_extended else None
+    encoders = tuple(
+        resolve(
+            each,
+            stored.spec["encoders"].get(each.name, {}) if stored else None,
+            scan.added_tokens.get(each.options.integer_column) if scan else None,
         )
+        for each in opened
+    )
+    spec, samples_per_shard = _spec(config, table, encoders), config.output.samples_per_shard
+    olds = Reuse(reuse, root, spec) if reuse else None
+    if stored is None:
+        assert scan is not None
         sampled = SampledCaptions(table, encoders, scan.num_rows, scan.last_row_samples)
-        plan = _make_plan(config, table, scan, encoders, sampled, limit)
-    else:
-        specs = stored.spec["encoders"]
-        encoders = tuple(resolve(each, specs.get(each.name, {})) for each in opened)
-        sampled = SampledCaptions(table, encoders, stored.num_rows, stored.last_row_samples)
-        plan = stored
-        spec, wanted = _spec(config, table, encoders), config.output.samples_per_shard
-        inputs = _inputs(table, limit)
-        check_same(stored, spec, inputs, None if wanted == "auto" else wanted)
-    return Prepared(config, dist, root, table, encoders, plan, sampled)
+        if samples_per_shard == "auto":
+            embeddings = sampled.figures.embedding_bytes(encoders, config.output.dtype)
+            samples_per_shard = auto_samples_per_shard(embeddings / max(1, sampled.figures.encoded))
+        plan = Plan.make(
+            spec,
+            inputs,
+            samples_per_shard=samples_per_shard,
+            num_rows=scan.num_rows,
+            num_samples=scan.num_samples,
+            last_row_samples=scan.last_row_samples,
+        )
+        return Prepared(config, dist, root, table, encoders, plan, sampled, olds)
+    planned = replace(inputs, files=stored.inputs.files) if is_extended else inputs
+    check_same(stored, spec, planned, None if samples_per_shard == "auto" else samples_per_shard)
+    plan = stored
+    if scan is not None:
+        plan = stored.extended([inputs.files[index] for index in added], scan.num_samples)
+    elif extend and dist.is_main:
+        log.info("%s: no caption file was added since its plan was made", root)
+    sampled = SampledCaptions(table, encoders, plan.num_rows, plan.last_row_samples)
+    return Prepared(config, dist, root, table, encoders, plan, sampled, olds)
 
 
 def output_folder(config: Config) -> Path:
@@ -129,46 +154,14 @@ def output_folder(config: Config) -> Path:
 
 
 def publish(prepared: Prepared) -> Prepared:
-    """Write plan.json unless it is there; the stored plan, whoever wrote it, is in force.
+    """Write the plan unless it is there; the stored plan, whoever wrote it, is in force.
 
     Local rank 0 also removes the temporary files of processes that died on this machine: this frees
     the space of a killed job's shards.
     """
-    refuse_linked_folders(prepared.root)
     if prepared.dist.local_rank == 0 and (leftovers := remove_dead(prepared.root)):
         log.info("%d temporary files of writers that died here are removed", leftovers)
-    if _stored_plan(prepared.root) is None:
-        _refuse_foreign_units(prepared)
-        payload = document_bytes(prepared.plan)
-        if len(payload) > MAX_JSON_BYTES:
-            raise InputError(
-                f"{PLAN_FILE} would have {len(payload):,} bytes for {len(prepared.table.files):,} "
-                f"input files: at most {MAX_JSON_BYTES:,} are read back. Merge the parquet files."
-            )
-        publish_bytes(prepared.root / PLAN_FILE, payload)
-    stored = _stored_plan(prepared.root)
-    assert stored is not None
-    plan = prepared.plan
-    check_same(stored, plan.spec, plan.inputs, plan.samples_per_shard)
-    return replace(prepared, plan=stored)
-
-
-def _refuse_foreign_units(prepared: Prepared) -> None:
-    """Raises ConflictError if plan.json was lost and the committed units belong to another plan."""
-    units = committed_units(prepared.root)
-    if record_path(prepared.root, NULL_UNIT).exists():
-        units.add(NULL_UNIT)
-    if not units:
-        return
-    record = read_any_record(prepared.root, min(units))
-    if record.plan_id != prepared.plan.plan_id:
-        raise ConflictError(
-            f"{prepared.root} has no {PLAN_FILE}, and its units belong to another plan "
-            f"({record.plan_id[:16]}, fingerprint {record.fingerprint[:16]}) than this "
-            f"configuration makes ({prepared.plan.plan_id[:16]}, fingerprint "
-            f"{prepared.plan.fingerprint[:16]}). Give the configuration and captions back that "
-            "these units were made with, or write to a new output.path."
-        )
+    return replace(prepared, plan=publish_plan(prepared.root, prepared.plan))
 
 
 def check_sampled_captions(prepared: Prepared, units_left: Collection[int]) -> None:
@@ -214,7 +207,7 @@ def _spec(
     """The specification: all that decides what a caption becomes. Its hash is the fingerprint."""
     order = ("ftfy", "nfc", "whitespace")
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": Plan.format_version,
         "captions": {
             "recipe": table.recipe.resolved(),
             "normalize": [name for name in order if name in config.captions.normalize],
@@ -224,18 +217,15 @@ def _spec(
     }
 
 
-def _stored_plan(root: Path) -> Plan | None:
-    return read_plan(root) if (root / PLAN_FILE).exists() else None
-
-
-def _wait_for_plan(root: Path, timeout_s: float) -> Plan | None:
+def _wait_for_plan(root: Path, inputs: Inputs, timeout_s: float, *, extend: bool) -> Plan | None:
+    """The stored plan, when there is one and, with `extend`, when it has all files."""
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        plan = _stored_plan(root)
-        if plan is not None:
+    while True:
+        plan = stored_plan(root)
+        is_due = plan is None or (extend and match_files(plan.inputs.files, inputs.files)[1])
+        if not is_due or time.monotonic() >= deadline:
             return plan
         time.sleep(PLAN_POLL_S)
-    return None
 
 
 def _inputs(table: CaptionTable, limit: int | None) -> Inputs:
@@ -244,27 +234,4 @@ def _inputs(table: CaptionTable, limit: int | None) -> Inputs:
         text_column=table.config.text_column,
         id_column=table.config.id_column,
         limit=limit,
-    )
-
-
-def _make_plan(
-    config: Config,
-    table: CaptionTable,
-    scan: Scan,
-    encoders: tuple[ResolvedEncoder, ...],
-    sampled: SampledCaptions,
-    limit: int | None,
-) -> Plan:
-    spec = _spec(config, table, encoders)
-    samples_per_shard = config.output.samples_per_shard
-    if samples_per_shard == "auto":
-        embeddings = sampled.figures.embedding_bytes(encoders, config.output.dtype)
-        samples_per_shard = auto_samples_per_shard(embeddings / max(1, sampled.figures.encoded))
-    return Plan.make(
-        spec,
-        _inputs(table, limit),
-        samples_per_shard=samples_per_shard,
-        num_rows=scan.num_rows,
-        num_samples=scan.num_samples,
-        last_row_samples=scan.last_row_samples,
     )

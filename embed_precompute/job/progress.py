@@ -153,6 +153,7 @@ def write_provenance(prepared: Prepared, environment: dict[str, str]) -> None:
         "launched_by": prepared.dist.source,
         "python": sys.version.split()[0],
         "environment": environment,
+        "reuse": [str(folder) for folder in prepared.reuse.folders] if prepared.reuse else [],
         "checkpoints": {
             e.name: str(e.opened.checkpoint.folder.absolute()) for e in prepared.encoders
         },

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from embed_precompute.config.schema import Config
@@ -22,8 +23,10 @@ from embed_precompute.encoders.device import (
     start,
     warn_of_cpu,
 )
+from embed_precompute.encoders.encoder import TextEncoder
 from embed_precompute.job.claims import Claims, Committed, connect_store
-from embed_precompute.job.prepare import check_sampled_captions, prepare, publish
+from embed_precompute.job.metrics import note_copies
+from embed_precompute.job.prepare import Prepared, check_sampled_captions, prepare, publish
 from embed_precompute.job.progress import Progress, banner, write_provenance
 from embed_precompute.job.signals import StopRequest, stop_on_signals
 from embed_precompute.job.stages import Stages
@@ -46,22 +49,40 @@ class RunResult:
     """Seconds from the start of loading the first model to this rank's last commit."""
     load_seconds: float = 0.0
     encode_seconds: float = 0.0
+    copies: dict[str, int] = field(default_factory=dict)
+    """With `reuse`: how many embeddings were copied and encoded, by all ranks; see
+    `progress.note_copies`."""
 
 
-def run(config: Config, limit: int | None = None, dist: DistContext | None = None) -> RunResult:
-    """Make the dataset of `config`, or finish one that is under way; see `embed-precompute run`."""
+def run(
+    config: Config,
+    limit: int | None = None,
+    dist: DistContext | None = None,
+    *,
+    extend: bool = False,
+    reuse: Sequence[Path] = (),
+) -> RunResult:
+    """Make the dataset of `config`, or finish one that is under way; see `embed-precompute run`.
+
+    `limit`: only the first samples. `extend`: caption files that were added become further units.
+    `reuse`: finished datasets; embeddings of the same text and encoder are copied from them.
+    """
     dist = dist or DistContext.detect()
     with stop_on_signals(config.runtime.grace_s, dist) as stop:
-        return _run(config, limit, dist, stop)
+        # Before the captions are read: there may be no such GPU.
+        device = resolve_device(config.runtime.device, dist.local_rank)
+        return _run(prepare(config, limit, dist, extend=extend, reuse=reuse), device, stop)
 
 
-def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest) -> RunResult:
-    device = resolve_device(config.runtime.device, dist.local_rank)
-    prepared = prepare(config, limit, dist)
+def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
+    config, dist = prepared.config, prepared.dist
     check_machine(config.runtime.device, device, prepared.encoders)
+    runtime, current = config.runtime, environment(device, prepared.encoders)
+    if prepared.reuse is not None:
+        prepared.reuse.check_environment(current, runtime.on_environment_change)
     prepared = publish(prepared)
-    root, plan, runtime = prepared.root, prepared.plan, config.runtime
-    committed, current = Committed(root, plan), environment(device, prepared.encoders)
+    root, plan = prepared.root, prepared.plan
+    committed = Committed(root, plan)
     for line in banner(prepared, f"{device} ({device_name(device)})", committed.units):
         log.info("%s", line)
     warn_of_cpu(config.runtime.device, device)
@@ -74,21 +95,24 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
     result = RunResult(root, None)
     started = time.monotonic()
     if not committed.everything():
-        text_encoders = []
-        for each in prepared.encoders:
-            log.info("loading %s", each.opened.where)
-            text_encoders.append(start(each, device, config.output.dtype, runtime.self_check))
-        result.load_seconds = time.monotonic() - started
-        with Progress(prepared, device) as progress:
-            stages = Stages(
-                prepared, text_encoders, claims, committed, current, stop, progress.encoded
-            )
-            with stop.finishing():
-                stages.run()
+        resolved = {each.name: each for each in prepared.encoders}
+
+        def load(name: str) -> TextEncoder:
+            log.info("loading encoders.%s", name)
+            return start(resolved[name], device, config.output.dtype, runtime.self_check)
+
+        progress = Progress(prepared, device)
+        stages = Stages(prepared, load, claims, committed, current, stop, device, progress.encoded)
+        stages.load()
+        with progress, stop.finishing():
+            stages.run()
+        result.load_seconds = stages.load_seconds
         result.units, result.samples = stages.units, stages.samples
         result.encode_seconds = stages.encode_seconds
     result.seconds = time.monotonic() - started
     if claims.is_first_to_finalize():
         log.info("finalising")
         result.manifest = finalize(root).manifest
+        if prepared.reuse is not None:
+            result.copies = note_copies(root)
     return result

@@ -39,6 +39,8 @@ from embed_precompute.store.records import NULL_UNIT, committed_units, read_reco
 
 log = logging.getLogger(__name__)
 POLL_S = 0.1
+COPY_ROWS = 64
+"""Copied rows that are handed to the writer at a time."""
 READER_JOIN_S = 2.0
 COMMIT_SHARE = 0.25
 """Part of the grace that is reserved for a commit, until the time of a real commit is known."""
@@ -173,15 +175,18 @@ class Stages:
     def __init__(
         self,
         prepared: Prepared,
-        text_encoders: list[TextEncoder],
+        load: Callable[[str], TextEncoder],
         claims: Claims,
         committed: Committed,
         environment: dict[str, str],
         stop: StopRequest,
+        device: str,
         on_encoded: Callable[[int, float], None],
     ) -> None:
-        """`on_encoded(unit, samples)` is called after each forward: so many samples are encoded."""
-        self._prepared, self._encoders, self._claims = prepared, text_encoders, claims
+        """`load(name)` loads an encoder onto the `device`. `on_encoded(unit, samples)` is called
+        after each forward: so many samples are encoded."""
+        self._prepared, self._load, self._claims = prepared, load, claims
+        self._encoders: dict[str, TextEncoder] = {}
         self._on_encoded = on_encoded
         self._plan = prepared.plan
         self._committed, self._environment, self._stop = committed, environment, stop
@@ -195,12 +200,19 @@ class Stages:
         self.units = self.samples = 0
         """Numbers of units and samples that this rank wrote, also if another rank was first to
         commit them. The null embedding counts as a unit without samples."""
+        self.load_seconds = 0.0
         self.encode_seconds = 0.0
         """Seconds spent in the encoders. During the rest of the run the device waits."""
         self._unit_s = 0.0
         self._commit_s = COMMIT_SHARE * runtime.grace_s
-        device = text_encoders[0].device.type
-        self._unit_log = UnitLog(prepared.root, prepared.dist.rank, device)
+        kind = device.partition(":")[0]
+        self._unit_log = UnitLog(prepared.root, prepared.dist.rank, kind)
+
+    def load(self) -> None:
+        """Loads the encoders, unless rows are copied: an encoder may then never be needed."""
+        if self._prepared.reuse is None:
+            for resolved in self._prepared.encoders:
+                self._encoder(resolved.name)
 
     def run(self) -> None:
         """Run until nothing is left to claim."""
@@ -235,7 +247,7 @@ class Stages:
         for number in self._claims:
             if self._stop.is_set():
                 break
-            unit = read_unit(plan, number, reader, self._prepared.encoders)
+            unit = read_unit(plan, number, reader, self._prepared.encoders, self._prepared.reuse)
             unit.swept = self._claims.swept
             if not self._units.put(unit):
                 return
@@ -278,28 +290,47 @@ class Stages:
             yield from self._forwards_of(unit)
 
     def _forwards_of(self, unit: Unit) -> Iterator[tuple[_Forward, PendingOutput]]:
-        batches = (
-            (encoder, batch)
-            for encoder in self._encoders
-            for batch in encoder.resolved.batches(
-                unit.tokens[encoder.resolved.name], null=unit.is_null
-            )
-        )
-        work = {
-            each.resolved.name: each.resolved.work(unit.tokens[each.resolved.name])
-            for each in self._encoders
-        }
-        following = next(batches, None)
+        work = {each.name: each.work(unit.tokens[each.name]) for each in self._prepared.encoders}
+        steps = self._steps(unit)
+        following = next(steps, None)
         if following is None:
             yield _Forward(unit, is_last=True), PendingOutput({})
         while following is not None and not unit.abandoned:
-            (encoder, batch), following = following, next(batches, None)
-            name, began = encoder.resolved.name, time.monotonic()
+            (name, rows, begin), following = following, next(steps, None)
+            began = time.monotonic()
             with self._naming(unit, name):
-                pending = encoder.submit(batch)
+                pending = begin()
             self.encode_seconds += time.monotonic() - began
-            share = work[name] / sum(work.values()) * len(batch.rows) / len(unit.tokens[name])
-            yield _Forward(unit, following is None, name, batch.rows, share), pending
+            share = work[name] / sum(work.values()) * len(rows) / len(unit.tokens[name])
+            yield _Forward(unit, following is None, name, rows, share), pending
+
+    def _steps(self, unit: Unit) -> Iterator[tuple[str, np.ndarray, Callable[[], PendingOutput]]]:
+        """Yields (encoder, stored rows, what begins their forward); copied rows need no forward."""
+        for resolved in self._prepared.encoders:
+            name, copies = resolved.name, unit.copies.rows.get(resolved.name, {})
+            copied = list(copies)
+            for first in range(0, len(copied), COPY_ROWS):
+                some = copied[first : first + COPY_ROWS]
+                outputs = {
+                    suffix: [copies[row][suffix] for row in some] for suffix in copies[some[0]]
+                }
+                yield name, np.array(some), functools.partial(PendingOutput, outputs)
+            left = np.array([row for row in range(unit.num_stored) if row not in copies])
+            captions = unit.tokens[name]
+            if copies:
+                captions = captions.select(left.tolist())
+            if len(left):
+                encoder = self._encoder(name)
+                for batch in resolved.batches(captions, null=unit.is_null):
+                    yield name, left[batch.rows], functools.partial(encoder.submit, batch)
+
+    def _encoder(self, name: str) -> TextEncoder:
+        """An encoder, which is loaded when it is first asked for."""
+        if name not in self._encoders:
+            began = time.monotonic()
+            self._encoders[name] = self._load(name)
+            self.load_seconds += time.monotonic() - began
+        return self._encoders[name]
 
     def _wait(self, forward: _Forward, pending: PendingOutput) -> _Encoded:
         if forward.encoder is None:
@@ -362,6 +393,8 @@ class Stages:
             unit.number,
             samples=len(unit.samples),
             stored=unit.num_stored,
+            copied={name: len(rows) for name, rows in unit.copies.rows.items()},
+            damaged=unit.copies.num_damaged,
             tokens={name: sum(each.tokens) for name, each in unit.tokens.items()},
             shard_bytes=record.files.shard.bytes,
         )

@@ -1,4 +1,4 @@
-"""One unit of work: its captions, read and tokenised."""
+"""One unit of work: its captions, read and tokenised, and what need not be encoded again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from embed_precompute.captions.reader import CaptionReader
 from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.encoders.tokenizer import Tokenized
+from embed_precompute.job.reuse import Copies, Reuse
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import NULL_UNIT
@@ -31,6 +32,8 @@ class Unit:
     """For each encoder, the captions of the stored rows, tokenised."""
     lengths: dict[str, list[int]]
     """For each tensor, the number of vectors of each stored row."""
+    copies: Copies = field(default_factory=Copies)
+    """The embeddings that another dataset has."""
     swept: bool = False
     """True in the sweep (see `Claims`): another rank may be computing the same unit."""
     encoded: float = 0.0
@@ -54,9 +57,16 @@ class Unit:
 
 
 def read_unit(
-    plan: Plan, number: int, reader: CaptionReader, encoders: Sequence[ResolvedEncoder]
+    plan: Plan,
+    number: int,
+    reader: CaptionReader,
+    encoders: Sequence[ResolvedEncoder],
+    reuse: Reuse | None = None,
 ) -> Unit:
-    """Read and tokenise unit `number`; `NULL_UNIT` holds the empty caption alone."""
+    """Read and tokenise unit `number`; `NULL_UNIT` holds the empty caption alone.
+
+    `reuse`: the datasets that have some of its embeddings.
+    """
     before = Counter(reader.noted)
     if number == NULL_UNIT:
         first_row, num_rows, samples = 0, 0, [Sample("", 0, "")]
@@ -77,4 +87,7 @@ def read_unit(
         for encoder in encoders
         for tensor, output in encoder.tensors().items()
     }
-    return Unit(number, first_row, num_rows, samples, stored_row, tokens, lengths, noted=noted)
+    unit = Unit(number, first_row, num_rows, samples, stored_row, tokens, lengths, noted=noted)
+    if reuse is not None:
+        unit.copies = reuse.find(list(row_of), lengths, null=unit.is_null)
+    return unit

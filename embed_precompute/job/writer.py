@@ -21,6 +21,7 @@ from embed_precompute.samples import Status
 from embed_precompute.store.commit import publish_bytes, publish_bytes_by_content
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import (
+    NULL_UNIT,
     ROWS,
     SHARD,
     NullFiles,
@@ -55,7 +56,7 @@ class UnitWriter:
 
     def __init__(self, root: Path, plan: Plan, unit: Unit, environment: Mapping[str, str]) -> None:
         self._root, self._plan, self._unit = root, plan, unit
-        self._environment = dict(environment)
+        self._environment = {**environment, **unit.copies.environment}
         self._lengths = unit.lengths
         self._shard = ShardWriter(
             unit_path(root, unit.number, SHARD),
@@ -117,9 +118,10 @@ class UnitWriter:
 
     def _record_in_force(self, ours: Record) -> Record:
         """The record that was first. If its shard was made in our environment with other bytes,
-        that is a bug of ours."""
+        that is a bug of ours. Which rows were copied from other environments may differ."""
         first = read_any_record(self._root, ours.number)
-        if first.environment == ours.environment and first.files.shard != ours.files.shard:
+        same = first.environment == ours.environment and not self._unit.copies.environment
+        if same and first.files.shard != ours.files.shard:
             raise InternalError(
                 f"{unit_path(self._root, ours.number, SHARD)} was made twice in one environment "
                 f"with different bytes ({first.files.shard.name} and {ours.files.shard.name}): "
@@ -131,7 +133,7 @@ class UnitWriter:
         tokens = self._unit.tokens
         return NullRecord(
             fingerprint=self._plan.fingerprint,
-            plan_id=self._plan.plan_id,
+            plan_id=self._plan.plan_id_of(NULL_UNIT),
             environment=self._environment,
             encoders={
                 name: TokenCounts(each.tokens[0], int(each.truncated[0]))
@@ -150,7 +152,7 @@ class UnitWriter:
         ok = [sample for sample in samples if sample.index is not None]
         return UnitRecord(
             fingerprint=self._plan.fingerprint,
-            plan_id=self._plan.plan_id,
+            plan_id=self._plan.plan_id_of(unit.number),
             environment=self._environment,
             unit=unit.number,
             first_row=unit.first_row,

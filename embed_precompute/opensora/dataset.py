@@ -51,7 +51,8 @@ from embed_precompute.opensora.lengths import (
     made_for_patch,
 )
 from embed_precompute.store.index import Array
-from embed_precompute.store.plan import Plan, read_plan
+from embed_precompute.store.manifest import finished_plan
+from embed_precompute.store.plan import Plan
 from embed_precompute.train.dataset import AnyPath, EmbeddingDataset, SampleLookupError
 from embed_precompute.train.inputs import pad_null
 
@@ -194,7 +195,7 @@ class PrecomputedText:
         opensora["cached_text"] = cached_text
         super().__init__(**opensora)
         datasets = self._lengths.datasets
-        plans = [[read_plan(root) for root in each.roots] for each in datasets.values()]
+        plans = [[finished_plan(root) for root in each.roots] for each in datasets.values()]
         column = id_column or _id_column(self.data, str(opensora.get("data_path")), plans)
         kept, samples = self._join(column, on_missing)
         self._samples = {length: found[kept] for length, found in samples.items()}

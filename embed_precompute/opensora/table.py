@@ -18,7 +18,7 @@ import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from embed_precompute.opensora.dataset import FPS, SAMPLE_ID, TEXT
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import Sink, StagedFile, StoredFile
 from embed_precompute.store.index import DatasetIndex
-from embed_precompute.store.plan import read_plan
+from embed_precompute.store.manifest import finished_plan
+from embed_precompute.store.plan import InputFile, match_files
 from embed_precompute.train.dataset import EmbeddingDataset
 
 LATENTS = "latents_path"
@@ -64,7 +65,7 @@ class CaptionRows:
     """The caption table of a finished dataset. `path`: where it is now, if it has moved."""
 
     def __init__(self, dataset: EmbeddingDataset, root: Path, path: str | None) -> None:
-        plan = read_plan(root)
+        plan = finished_plan(root)
         captions = plan.spec["captions"]
         self.recipe = recipe_of(captions["recipe"])
         self.text_column, self.id_column = plan.inputs.text_column, plan.inputs.id_column
@@ -75,7 +76,7 @@ class CaptionRows:
             recipe=self.recipe,
             normalize=tuple(captions["normalize"]),
         )
-        table = CaptionTable.open(config)
+        table = _as_planned(CaptionTable.open(config), plan.inputs.files)
         if table.num_rows < plan.num_rows or (
             plan.inputs.limit is None and table.num_rows > plan.num_rows
         ):
@@ -140,6 +141,21 @@ class CaptionRows:
             f"{self.place(row)}: the captions have {found}, but what was encoded is {stored}. Name "
             "the captions that were encoded with --captions."
         )
+
+
+def _as_planned(table: CaptionTable, planned: Sequence[InputFile]) -> CaptionTable:
+    """The planned files in the plan's order, without others; the table itself if one is missing.
+
+    A file may have another name now, or other content under its name: every text is compared.
+    """
+    matched, _ = match_files(planned, [InputFile(**asdict(file)) for file in table.files])
+    by_path = {file.path: index for index, file in enumerate(table.files)}
+    order = [
+        by_path.get(file.path) if index is None else index
+        for file, index in zip(planned, matched, strict=True)
+    ]
+    found = [index for index in order if index is not None]
+    return table.in_order(found) if len(set(found)) == len(planned) else table
 
 
 def _captions_path(root: Path) -> str:

@@ -149,7 +149,7 @@ def in_order(function: Callable[[_T], _R], arguments: Iterable[_T]) -> Generator
 def _check_plan(root: Path, plan: Plan, record: Record) -> None:
     expected: dict[str, Any] = {
         "fingerprint": plan.fingerprint,
-        "plan_id": plan.plan_id,
+        "plan_id": plan.plan_id_of(record.number),
         "encoders": encoder_names(plan.tensors),
         "tensors": [tensor.name for tensor in plan.tensors],
     }

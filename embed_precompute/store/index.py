@@ -24,6 +24,7 @@ from embed_precompute.errors import IncompleteError, VerificationError
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import NAME_DIGITS, StagedFile, content_name, open_file
 from embed_precompute.store.records import (
+    PLAN_NAME,
     SHARD,
     Document,
     Per,
@@ -101,10 +102,11 @@ class Manifest(Document):
         check_status(self.counts.status, self.counts.samples)
         if self.tensors != tensor_entries(stored_tensors(self.spec)):
             raise MismatchError("tensors are not those of its spec.")
-        names = {"plan.json", "null.json", "manifest.parquet"}
+        names = {"null.json", "manifest.parquet"}
         names |= {f"index/{name}.npy" for name in index_dtypes(self.tensors)}
-        null = [name for name in self.files.keys() - names if _NULL_NAME.fullmatch(name)]
-        if len(null) != 1 or self.files.keys() != {*names, *null}:
+        for pattern in (PLAN_NAME, _NULL_NAME):  # one file each
+            names.add(next(filter(pattern.fullmatch, sorted(self.files)), pattern.pattern))
+        if self.files.keys() != names:
             raise MismatchError(f"files has keys {sorted(self.files)}: expected other names.")
 
 

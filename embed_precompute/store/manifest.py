@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from embed_precompute.documents import canonical_json, flatten, to_plain
-from embed_precompute.errors import IncompleteError, StorageError, VerificationError
+from embed_precompute.errors import IncompleteError, InputError, StorageError, VerificationError
 from embed_precompute.samples import Status
 from embed_precompute.steps import steps
 from embed_precompute.store.check import (
@@ -60,7 +60,7 @@ from embed_precompute.store.index import (
     read_manifest,
     tensor_entries,
 )
-from embed_precompute.store.plan import PLAN_FILE, Plan, read_plan
+from embed_precompute.store.plan import Plan, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
     TokenCounts,
@@ -132,9 +132,22 @@ def finalize(root: Path) -> Finalized:
     return Finalized(manifest, num_files, num_bytes)
 
 
+def finished_plan(root: Path) -> Plan:
+    """The plan that manifest.json is of. While an extension is not finished, the plan in force is a
+    later one. Raises InputError if there is no plan of that identity."""
+    plan_id = read_manifest(root).plan_id
+    plan = read_plan(root).as_of(plan_id)
+    if plan is None:
+        raise InputError(
+            f"{root}: manifest.json is of plan {plan_id[:16]}, the plan there is another: it was "
+            "replaced. Put it back."
+        )
+    return plan
+
+
 def _write_derived(root: Path, plan: Plan) -> Manifest:
     null = check_null(root, plan)
-    small = (PLAN_FILE, "null.json", null.files.shard.name)
+    small = (plan.file_name, "null.json", null.files.shard.name)
     files = {name: digest_file(root / name) for name in small}
     totals = Totals()
     check = functools.partial(check_unit, root, plan)
@@ -149,7 +162,7 @@ def _write_derived(root: Path, plan: Plan) -> Manifest:
             table.append(unit.rows)
         if totals.samples != plan.num_samples:
             raise VerificationError(
-                f"{root}: the units hold {totals.samples} samples, plan.json says "
+                f"{root}: the units hold {totals.samples} samples, {plan.file_name} says "
                 f"{plan.num_samples}."
             )
         derived = {TABLE: table.finish()}
@@ -270,15 +283,16 @@ class _SampleTable:
 class DerivedCheck:
     """Compares manifest.json, manifest.parquet and the index with what the units hold.
 
-    `add` the units in order. If a unit is missing or damaged, `stop`: the derived files are made
-    again anyway after its repair. Costs: the files are read once, in step with the units; 24 bytes
-    per sample in memory.
+    `plan` becomes the plan that manifest.json is of: an earlier one while an extension is not
+    finished. `add` the units of that plan, in order. If one is missing or damaged, `stop`: the
+    derived files are made again anyway after its repair. Costs: the files are read once, in step
+    with the units; 24 bytes per sample in memory.
     """
 
     def __init__(self, root: Path, plan: Plan | None, problems: Problems, *, full: bool) -> None:
         self.num_bytes = 0
         """Number of bytes whose sha256 was compared."""
-        self._root, self._plan, self._problems = root, plan, problems
+        self._root, self.plan, self._problems = root, plan, problems
         self._totals, self._builder = Totals(), IndexBuilder()
         self._manifest: Manifest | None = None
         self._index: DatasetIndex | None = None
@@ -301,7 +315,9 @@ class DerivedCheck:
                 else:
                     check_digest(self._root / name, entry)
                     self.num_bytes += entry.bytes
-        plan = self._plan
+        if self.plan is not None:
+            self.plan = self.plan.as_of(manifest.plan_id) or self.plan
+        plan = self.plan
         if plan is None or manifest.plan_id != plan.plan_id or len(self._problems) > before:
             return
         with self._problems.checking(self._root / "index"):
@@ -340,9 +356,9 @@ class DerivedCheck:
         """Compares what all `units` add up to, and names ids that occur twice in them."""
         pieces = self._builder.last()
         self._compare_index(pieces, "of all ids")
-        if self._plan is not None:
-            self._name_repeated(self._plan, units, pieces["id_hash"])
-            self._compare_sums(self._plan)
+        if self.plan is not None:
+            self._name_repeated(self.plan, units, pieces["id_hash"])
+            self._compare_sums(self.plan)
 
     def _compare_index(self, pieces: Mapping[str, Array], whose: str) -> None:
         if self._index is None:
@@ -372,11 +388,11 @@ class DerivedCheck:
                         seen[sample_id] = unit
 
     def _compare_sums(self, plan: Plan) -> None:
-        """Compares plan.json and manifest.json with the sums over all records."""
+        """Compares plan and manifest.json with the sums over all records."""
         manifest = self._manifest
         if self._complete and self._totals.samples != plan.num_samples:
             found = f"num_samples {plan.num_samples}"
-            self._problems.add(self._root / PLAN_FILE, found, self._totals.samples)
+            self._problems.add(self._root / plan.file_name, found, self._totals.samples)
         if manifest is None:
             return
         if self._complete:

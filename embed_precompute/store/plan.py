@@ -1,14 +1,21 @@
 """The plan: which input rows are in which shard, and under which fingerprint.
 
-Guarantees: a plan is a pure function of the resolved spec, the input files and the shard size; it
-names no rank. A plan that is read does not contradict itself. Comparing two plans names every field
-or file that differs.
+Guarantees: a plan is a pure function of the resolved spec, the contents of the input files in row
+order, the shard size and the plan that it extends; it names no rank. An input file is known by its
+content: its path is kept for people only. A plan that is read does not contradict itself. Comparing
+two plans names every field or file that differs.
+
+A plan is never changed. An extension is another plan, which appends files and units and leaves the
+earlier units as they are: plan.json, then plan-0001.json and so on. The last one is in force.
 """
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,11 +31,21 @@ from embed_precompute.documents import (
     listed,
     to_plain,
 )
-from embed_precompute.errors import ConflictError, InputError
+from embed_precompute.errors import ConflictError, IncompleteError, InputError, VerificationError
+from embed_precompute.store.commit import publish_bytes
 from embed_precompute.store.records import (
+    MAX_JSON_BYTES,
+    NULL_UNIT,
+    PLAN_NAME,
     Document,
     StoredTensor,
+    committed_units,
+    document_bytes,
+    list_folder,
+    read_any_record,
     read_document,
+    record_path,
+    refuse_linked_folders,
     require_folder,
     stored_tensors,
 )
@@ -58,7 +75,8 @@ class Inputs:
     """The caption rows of a dataset."""
 
     files: tuple[InputFile, ...]
-    """The files in the order in which rows are numbered."""
+    """The files in the order in which rows are numbered: sorted by path, those that an extension
+    added after all earlier ones."""
     text_column: str | tuple[str, ...]
     """Column of the captions; several columns give several samples a row, `id#column`."""
     id_column: str | None
@@ -66,17 +84,44 @@ class Inputs:
     """Number of samples asked for."""
 
 
+@dataclass(frozen=True)
+class EarlierPlan:
+    """A plan that was extended."""
+
+    plan_id: Hex64
+    num_files: Count
+    """Number of input files, the first ones of the later plan."""
+    num_samples: Count
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The units that one plan introduced."""
+
+    plan_id: str
+    first_unit: int
+    first_row: int
+    end_row: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan(Document):
-    """Unit k is the input rows [k * rows_per_unit, (k + 1) * rows_per_unit), and one shard."""
+    """Units are runs of `rows_per_unit` input rows, and a shard each.
+
+    The last unit of a plan may have fewer rows. An extension leaves that unit as it is: its own
+    first unit begins with the first row of the first file that it added.
+    """
 
     kind: Literal["plan"] = "plan"
     fingerprint: Hex64
     """Digest of `spec`: the identity of what a caption becomes."""
     plan_id: Hex64
-    """Digest of fingerprint, inputs and samples_per_shard: the other fields follow from these."""
+    """Digest of fingerprint, contents of the inputs, samples_per_shard and `extends`: the other
+    fields follow from these. Records name the plan that introduced their unit."""
     spec: dict[str, Any]
     inputs: Inputs
+    extends: tuple[EarlierPlan, ...]
+    """The plans that this one extends, oldest first."""
     samples_per_shard: _Positive
     num_rows: _Positive
     num_samples: Count
@@ -103,9 +148,10 @@ class Plan(Document):
         try:
             return cls(
                 fingerprint=fingerprint,
-                plan_id=_plan_id(fingerprint, inputs, samples_per_shard),
+                plan_id=_plan_id(fingerprint, inputs, samples_per_shard, ()),
                 spec=dict(spec),
                 inputs=inputs,
+                extends=(),
                 samples_per_shard=samples_per_shard,
                 num_rows=num_rows,
                 num_samples=num_samples,
@@ -116,18 +162,56 @@ class Plan(Document):
         except MismatchError as error:
             raise InputError(f"no plan can be made: {error}") from error
 
+    def extended(self, added: Sequence[InputFile], num_samples: int) -> Plan:
+        """The plan of `num_samples` samples that has the rows of `added` in units of their own."""
+        earlier = EarlierPlan(self.plan_id, len(self.inputs.files), self.num_samples)
+        files = (*self.inputs.files, *added)
+        return self._with(files, (*self.extends, earlier), num_samples)
+
+    def as_of(self, plan_id: str) -> Plan | None:
+        """This plan, or the one among those it extends, that has `plan_id`."""
+        if plan_id == self.plan_id:
+            return self
+        for number, earlier in enumerate(self.extends):
+            if earlier.plan_id == plan_id:
+                files = self.inputs.files[: earlier.num_files]
+                return self._with(files, self.extends[:number], earlier.num_samples)
+        return None
+
+    def _with(
+        self, files: tuple[InputFile, ...], extends: tuple[EarlierPlan, ...], num_samples: int
+    ) -> Plan:
+        inputs = dataclasses.replace(self.inputs, files=files)
+        plan_id = _plan_id(self.fingerprint, inputs, self.samples_per_shard, extends)
+        parts = _parts(inputs, extends, plan_id, sum(f.rows for f in files), self.rows_per_unit)
+        return dataclasses.replace(
+            self,
+            plan_id=plan_id,
+            inputs=inputs,
+            extends=extends,
+            num_rows=parts[-1].end_row,
+            num_samples=num_samples,
+            num_units=_end_unit(parts[-1], self.rows_per_unit),
+        )
+
     def __post_init__(self) -> None:
         stored_tensors(self.spec)
-        rows = sum(file.rows for file in self.inputs.files)
-        if self.num_rows > rows or (self.inputs.limit is None and self.num_rows < rows):
+        inputs, extends = self.inputs, self.extends
+        rows = sum(file.rows for file in inputs.files)
+        samples = [*(earlier.num_samples for earlier in extends), self.num_samples]
+        files = [0, *(earlier.num_files for earlier in extends), len(inputs.files)]
+        parts = _parts(inputs, extends, self.plan_id, self.num_rows, self.rows_per_unit)
+        if self.num_rows > rows or (inputs.limit is None and self.num_rows < rows):
             problem = f"num_rows is {self.num_rows}, and its inputs have {rows}"
-        elif self.num_samples < self.num_rows:
+        elif any(n < part.end_row for n, part in zip(samples, parts, strict=True)):
             problem = f"num_samples is {self.num_samples}, less than num_rows {self.num_rows}"
-        elif not -(-self.num_rows // self.rows_per_unit) == self.num_units < MAX_UNITS:
+        elif not _end_unit(parts[-1], self.rows_per_unit) == self.num_units < MAX_UNITS:
             problem = f"num_units is {self.num_units} of {self.num_rows} rows"
+        elif extends and (inputs.limit is not None or sorted(set(files)) != files):
+            problem = "extends does not name plans of fewer files, or a limit is extended"
         elif self.fingerprint != digest_of(self.spec):
             problem = "fingerprint is not the digest of spec"
-        elif self.plan_id != _plan_id(self.fingerprint, self.inputs, self.samples_per_shard):
+        elif self.plan_id != _plan_id(self.fingerprint, inputs, self.samples_per_shard, extends):
             problem = "plan_id is not the digest of what it names"
         else:
             return
@@ -138,34 +222,169 @@ class Plan(Document):
         """The tensors that are stored, sorted by name."""
         return stored_tensors(self.spec)
 
+    @property
+    def file_name(self) -> str:
+        """The name of the file that holds this plan."""
+        return f"plan-{len(self.extends):04d}.json" if self.extends else PLAN_FILE
+
     def unit_rows(self, unit: int) -> tuple[int, int]:
         """(first row, number of rows) of `unit`."""
-        first = unit * self.rows_per_unit
-        return first, min(self.rows_per_unit, self.num_rows - first)
+        part = self._part_of(unit)
+        first = part.first_row + (unit - part.first_unit) * self.rows_per_unit
+        return first, min(self.rows_per_unit, part.end_row - first)
+
+    def plan_id_of(self, unit: int) -> str:
+        """The plan that the record of `unit` names; the first one for the null embedding."""
+        return self._part_of(max(0, unit)).plan_id
+
+    @functools.cached_property
+    def _units(self) -> list[_Part]:
+        return _parts(self.inputs, self.extends, self.plan_id, self.num_rows, self.rows_per_unit)
+
+    def _part_of(self, unit: int) -> _Part:
+        after = bisect.bisect_right(self._units, unit, key=lambda part: part.first_unit)
+        return self._units[after - 1]
 
 
-def _plan_id(fingerprint: str, inputs: Inputs, samples_per_shard: int) -> str:
+def _parts(
+    inputs: Inputs,
+    extends: Sequence[EarlierPlan],
+    plan_id: str,
+    num_rows: int,
+    rows_per_unit: int,
+) -> list[_Part]:
+    rows = [0, *itertools.accumulate(file.rows for file in inputs.files)]
+    ends = [(each.plan_id, rows[min(each.num_files, len(rows) - 1)]) for each in extends]
+    parts: list[_Part] = []
+    unit = first_row = 0
+    for part_id, end in [*ends, (plan_id, num_rows)]:
+        parts.append(_Part(part_id, unit, first_row, end))
+        unit, first_row = _end_unit(parts[-1], rows_per_unit), end
+    return parts
+
+
+def _end_unit(part: _Part, rows_per_unit: int) -> int:
+    return part.first_unit - (part.first_row - part.end_row) // rows_per_unit
+
+
+def _plan_id(
+    fingerprint: str, inputs: Inputs, samples_per_shard: int, extends: Sequence[EarlierPlan]
+) -> str:
+    identity = to_plain(inputs)
+    for file in identity["files"]:
+        del file["path"]  # a file that was moved is the same input
     return digest_of(
         {
             "fingerprint": fingerprint,
-            "inputs": to_plain(inputs),
+            "inputs": identity,
             "samples_per_shard": samples_per_shard,
+            "extends": to_plain(extends),
         }
     )
 
 
-def read_plan(root: Path) -> Plan:
-    """Reads plan.json. Raises InputError if there is none."""
-    require_folder(root)
+def plan_path(root: Path) -> Path:
+    """The file of the plan in force: the last extension of plan.json, or plan.json itself."""
+    matches = (PLAN_NAME.fullmatch(name) for name in list_folder(root))
+    names = {int(match["number"] or 0): match.string for match in matches if match}
+    return root / names[max(names)] if names else root / PLAN_FILE
+
+
+def stored_plan(root: Path) -> Plan | None:
+    """The plan in force; None if there is none."""
+    path = plan_path(root)
     try:
-        return read_document(root / PLAN_FILE, Plan)
+        plan = read_document(path, Plan)
     except FileNotFoundError:
-        raise InputError(f"{root} is not a dataset of embed-precompute: no {PLAN_FILE}.") from None
+        return None
+    if plan.file_name != path.name:
+        raise VerificationError(f"{path} holds the plan of {plan.file_name}: name it so.")
+    return plan
+
+
+def read_plan(root: Path) -> Plan:
+    """The plan in force. Raises InputError if there is none."""
+    require_folder(root)
+    plan = stored_plan(root)
+    if plan is None:
+        raise InputError(f"{root} is not a dataset of embed-precompute: no {PLAN_FILE}.")
+    return plan
+
+
+def publish_plan(root: Path, plan: Plan) -> Plan:
+    """Writes the plan unless it is there. Returns the plan in force, which is equal.
+
+    Raises ConflictError if the stored plan is another, or if there is none and the units in `root`
+    belong to another.
+    """
+    refuse_linked_folders(root)
+    stored = stored_plan(root)
+    if stored is None:
+        _refuse_foreign_units(root, plan)
+    if stored is None or (plan.extends and plan.extends[-1].plan_id == stored.plan_id):
+        payload = document_bytes(plan)
+        if len(payload) > MAX_JSON_BYTES:
+            raise InputError(
+                f"{plan.file_name} would have {len(payload):,} bytes for "
+                f"{len(plan.inputs.files):,} input files: at most {MAX_JSON_BYTES:,} are read "
+                "back. Merge the caption files."
+            )
+        publish_bytes(root / plan.file_name, payload)
+        stored = read_plan(root)
+    if stored.plan_id != plan.plan_id:
+        if stored.as_of(plan.plan_id) is None:
+            check_same(stored, plan.spec, plan.inputs, plan.samples_per_shard)
+        raise IncompleteError(
+            f"{root}: another job has just written {stored.file_name}, another plan than this "
+            "run's. Run the same command again."
+        )
+    return stored
+
+
+def _refuse_foreign_units(root: Path, plan: Plan) -> None:
+    """Raises ConflictError if plan.json was lost and the committed units belong to another plan."""
+    units = committed_units(root)
+    if record_path(root, NULL_UNIT).exists():
+        units.add(NULL_UNIT)
+    if not units:
+        return
+    record = read_any_record(root, min(units))
+    if record.plan_id != plan.plan_id:
+        raise ConflictError(
+            f"{root} has no {PLAN_FILE}, and its units belong to another plan "
+            f"({record.plan_id[:16]}, fingerprint {record.fingerprint[:16]}) than this "
+            f"configuration makes ({plan.plan_id[:16]}, fingerprint {plan.fingerprint[:16]}). "
+            "Give the configuration and captions back that these units were made with, or write to "
+            "a new output.path."
+        )
 
 
 def auto_samples_per_shard(bytes_per_sample: float) -> int:
     """1 GiB divided by the estimated bytes of a sample, at most 4,096."""
     return max(1, min(AUTO_MAX_SAMPLES, int(AUTO_SHARD_BYTES / max(1.0, bytes_per_sample))))
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+def match_files(
+    planned: Sequence[InputFile], found: Sequence[InputFile]
+) -> tuple[list[int | None], list[int]]:
+    """For each planned file the index of the found one with the same content, or None; and the
+    indexes of the found files that were not planned.
+
+    Files of equal content are told apart by their paths, or else matched in order.
+    """
+    by_path = {file: index for index, file in enumerate(found)}
+    matched = [by_path.pop(file, None) for file in planned]
+    left: dict[InputFile, list[int]] = {}
+    for file, index in by_path.items():
+        left.setdefault(dataclasses.replace(file, path=""), []).insert(0, index)
+    for number, file in enumerate(planned):
+        same = left.get(dataclasses.replace(file, path=""))
+        if matched[number] is None and same:
+            matched[number] = same.pop()
+    return matched, sorted(set(range(len(found))) - set(matched))
 
 
 def check_same(
@@ -177,22 +396,42 @@ def check_same(
     """
     same = stored.fingerprint == digest_of(spec)
     lines = [] if same else differing_fields(stored.spec, spec)
+    files, added = _differing_files(stored.inputs.files, inputs.files)
+    lines += files
     old, new = to_plain(stored.inputs), to_plain(inputs)
-    old_files, new_files = ({f["path"]: f for f in each.pop("files")} for each in (old, new))
-    for path in sorted(old_files.keys() | new_files.keys()):
-        if path not in new_files:
-            lines.append(f"{path}: removed")
-        elif path not in old_files:
-            lines.append(f"{path}: added")
-        elif fields := differing_fields(old_files[path], new_files[path]):
-            lines.append(f"{path}: changed ({'; '.join(fields)})")
+    del old["files"], new["files"]
     lines += differing_fields(old, new)
     if samples_per_shard not in (None, stored.samples_per_shard):
         lines.append(f"samples_per_shard: {stored.samples_per_shard} -> {samples_per_shard}")
-    if not lines:
+    if not lines and not added:
         return
-    raise ConflictError(
-        "the output holds another dataset; this run differs in\n  "
-        + listed(lines)
-        + "\nGive the old value back, or write to a new output.path."
+    advice = (
+        "Give the old one back, or write to a new output.path; with --reuse and the folder of this "
+        "dataset, what is the same is copied."
     )
+    if added and not lines and stored.inputs.limit is None:
+        advice = (
+            "Run with --extend to append the added files. Or write to a new output.path; with "
+            "--reuse and the folder of this dataset, what is the same is copied. Or make the added "
+            "files a dataset of their own: EmbeddingDataset([one, other]) reads both as one."
+        )
+    lines += [f"{path}: added" for path in added]
+    raise ConflictError(
+        "the output holds another dataset; this run differs in\n  " + listed(lines) + f"\n{advice}"
+    )
+
+
+def _differing_files(
+    planned: Sequence[InputFile], found: Sequence[InputFile]
+) -> tuple[list[str], list[str]]:
+    """A line for each planned file that is gone or has changed; the paths of added files."""
+    matched, others = match_files(planned, found)
+    added = {found[index].path: found[index] for index in others}
+    lines = []
+    for file, match in zip(planned, matched, strict=True):
+        if match is None and (now := added.pop(file.path, None)) is not None:
+            fields = differing_fields(to_plain(file), to_plain(now))
+            lines.append(f"{file.path}: changed ({'; '.join(fields)})")
+        elif match is None:
+            lines.append(f"{file.path}: removed")
+    return lines, sorted(added)

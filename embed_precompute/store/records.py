@@ -24,6 +24,7 @@ from embed_precompute.documents import (
     Hex64,
     MismatchError,
     canonical_json,
+    digest_of,
     from_plain,
     to_plain,
 )
@@ -46,6 +47,8 @@ ENCODER_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 RESERVED_ENDINGS = ("_offsets", "_xxh3", "_length", "_mask", "_tokens", "_truncated")
 """Suffixes that the format adds to an encoder's or tensor's name, as in `t5_tokens`: no encoder or
 tensor may have a name that ends in one."""
+PLAN_NAME = re.compile(r"plan(?:-(?P<number>[0-9]{4,9}))?\.json")
+"""The name of a plan: plan.json, and for each extension its number, from 1 on."""
 SHARD, ROWS, RECORD = ".safetensors", ".rows.parquet", ".json"
 
 _FOLDER_NAME = re.compile(r"[0-9]{3,15}")
@@ -198,6 +201,15 @@ def stored_tensors(spec: Mapping[str, Any]) -> tuple[StoredTensor, ...]:
     if not tensors:
         raise MismatchError("spec.encoders has no output: expected at least one.")
     return tuple(tensors[name] for name in sorted(tensors))
+
+
+def encoder_fingerprints(spec: Mapping[str, Any]) -> dict[str, str]:
+    """For each encoder of a resolved spec, the identity of what it makes of a text and stores.
+
+    The encoder's name and the recipe are no part of it: the texts are compared as encoded.
+    """
+    common = {"format_version": spec.get("format_version"), "output": spec["output"]}
+    return {name: digest_of({**common, "encoder": each}) for name, each in spec["encoders"].items()}
 
 
 # --- records and manifest -------------------------------------------------------------------------

@@ -38,6 +38,8 @@ class Job:
     num_units: int
     """Units of the plan, with the null embedding."""
     undisturbed: dict[str, bytes]
+    options: tuple[str, ...] = ()
+    """Of `run`, after the configuration."""
 
     @property
     def folder(self) -> Path:
@@ -57,7 +59,8 @@ class Job:
     def start(self, *hooks: Hook) -> ForkServerProcess:
         """`run` in a process of its own; what it says is in the log."""
         environment = clean_environment()
-        return launch(program, ["run", str(self.path)], str(self.log), environment, hooks)
+        words = ["run", str(self.path), *self.options]
+        return launch(program, words, str(self.log), environment, hooks)
 
     def gang(
         self,
@@ -69,7 +72,7 @@ class Job:
         """`run` on `world` ranks under an agent; `of` has more hooks for some ranks."""
         by_rank = [[*hooks, *(of or {}).get(rank, ())] for rank in range(world)]
         board = self.folder / f"{time.monotonic_ns()}.pids"
-        words = ["run", str(self.path)]
+        words = ["run", str(self.path), *self.options]
         process = launch(agent, words, str(self.log), by_rank, max_restarts, str(board))
         assert process.pid is not None
         return Gang(process, process.pid, board)
@@ -85,7 +88,7 @@ class Job:
 
     def assert_resumes(self) -> None:
         """The same command, undisturbed, ends with the undisturbed bytes."""
-        expect(0, "run", self.path)
+        expect(0, "run", self.path, *self.options)
         self.assert_undisturbed()
 
     def assert_undisturbed(self) -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from breaking import flip
-from jobs import call, dataset_bytes, write_job
+from jobs import call, dataset_bytes, expect, write_job
 from opensora_case import NULL_ROWS, RECIPE, ROWS, captions_table, make, with_column
 
 from embed_precompute import EmbeddingDataset
@@ -309,6 +309,27 @@ def test_the_same_captions_are_the_same_whatever_their_file(root: Path, tmp_path
     assert [row["latents_path"] for row in rows[:2]] == [NO_LATENTS, "latents.pt"]
     assert done.table.filled_latents == 1
     check_tensors(root, rows)
+
+
+def test_an_extended_dataset_has_the_rows_of_its_plan(
+    tmp_path: Path, tiny_t5: Path, tiny_clip: Path
+) -> None:
+    """Also while the extension is not finished, and where its file sorts before the others."""
+    captions, table = tmp_path / "captions", captions_table()
+    captions.mkdir()
+    pq.write_table(table.slice(0, 20), captions / "b.parquet")
+    job = write_job(tmp_path, captions, tiny_t5, tiny_clip, samples_per_shard=6)
+    expect(0, "run", job)
+    pq.write_table(table.slice(20), captions / "a.parquet")
+    expect(0, "plan", job, "--extend", "--write")
+    ids = [f"s{i}" for i in range(ROWS) if i not in NULL_ROWS]
+    for end in (18, 28):
+        out = tmp_path / f"exported {end}"
+        export(tmp_path / "out", out, table_only=True)
+        assert [row["id"] for row in rows_of(out)] == ids[:end]
+        (captions / "b.parquet").rename(captions / "c.parquet")
+        expect(0, "run", job)
+        (captions / "c.parquet").rename(captions / "b.parquet")
 
 
 def test_captions_that_are_not_found(root: Path, tmp_path: Path) -> None:

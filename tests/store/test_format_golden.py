@@ -65,7 +65,7 @@ INPUTS = {"files": [FILE], "text_column": "text", "id_column": "id", "limit": No
 
 HEAD_SHA256 = "4fb7a7618eee455162282f8cf186ecf33e1f4ac32329c0c4007db1b4322dda1b"
 NULL_HEAD_SHA256 = "da324859c97e88653f048ecacaa5b8ef45330a41f9e3c461e5d9481a22a4f675"
-ROOT_FILES_SHA256 = "f58c11038f2044673e17512d0b7f6500647132ccd70f68ce56acdc0cb49b9189"
+ROOT_FILES_SHA256 = "009a7ec3237a2ac2a2b1389000095bf09f01fb123c5afeaa219b7acfa1b89863"
 
 
 def canonical(value: Any) -> bytes:
@@ -82,7 +82,9 @@ def digest(value: Any) -> str:
 
 
 FINGERPRINT = digest(SPEC)
-PLAN_ID = digest({"fingerprint": FINGERPRINT, "inputs": INPUTS, "samples_per_shard": 4})
+CONTENT = {name: value for name, value in FILE.items() if name != "path"}
+IDENTITY = {"fingerprint": FINGERPRINT, "samples_per_shard": 4, "extends": []}
+PLAN_ID = digest({**IDENTITY, "inputs": {**INPUTS, "files": [CONTENT]}})
 
 
 def bf16(values: list[float]) -> bytes:
@@ -167,6 +169,7 @@ def plan_body() -> dict[str, Any]:
     return {
         **{"format_version": 1, "kind": "plan", "fingerprint": FINGERPRINT, "plan_id": PLAN_ID},
         **{"spec": SPEC, "inputs": INPUTS, "samples_per_shard": 4, "rows_per_unit": 4},
+        "extends": [],
         **{"num_rows": 3, "num_samples": 3, "last_row_samples": None, "num_units": 1},
     }
 

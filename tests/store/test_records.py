@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from embed_precompute.documents import MismatchError, digest_of
 from embed_precompute.errors import IncompleteError, InputError, VerificationError
 from embed_precompute.store.commit import publish_bytes
 from embed_precompute.store.index import read_manifest
-from embed_precompute.store.plan import Inputs, Plan, read_plan
+from embed_precompute.store.plan import Inputs, Plan, match_files, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
     StoredTensor,
@@ -121,6 +122,31 @@ def test_plan(tmp_path: Path) -> None:
         read_plan(tmp_path / "absent")
 
 
+def test_an_extended_plan_has_the_earlier_ones() -> None:
+    first = make_plan(10, 4)
+    files = [
+        dataclasses.replace(first.inputs.files[0], path=f"{rows}", rows=rows) for rows in (0, 5)
+    ]
+    second = first.extended(files[:1], 10)
+    third = second.extended(files[1:], 7 + 10)
+    assert [plan.num_units for plan in (first, second, third)] == [3, 3, 5]
+    assert [third.unit_rows(unit) for unit in (2, 3, 4)] == [(8, 2), (10, 4), (14, 1)]
+    ids = [plan.plan_id for plan in (first, first, third)]
+    assert [third.plan_id_of(unit) for unit in (NULL_UNIT, 2, 3)] == ids
+    assert [third.as_of(plan.plan_id) for plan in (first, second, third)] == [first, second, third]
+    assert first.as_of(third.plan_id) is None
+    assert third.file_name == "plan-0002.json"
+
+
+def test_files_are_matched_by_content_one_to_one() -> None:
+    file = make_plan(1, 1).inputs.files[0]
+    a, b, c = (dataclasses.replace(file, path=name) for name in "abc")
+    other = dataclasses.replace(a, content_xxh3="1" * 32)
+    assert match_files([a, b], [c, b]) == ([0, 1], [])
+    assert match_files([a, b], [b, a, c]) == ([1, 0], [2])
+    assert match_files([a, b, c], [other, b]) == ([None, 1, None], [0])
+
+
 def test_no_plan_with_names_that_clash() -> None:
     plan = make_plan(2, 1)
     spec = {**plan.spec, "encoders": {"a_mask": {"outputs": [output("token", 4, "real")]}}}
@@ -137,6 +163,9 @@ PLAN_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "num_units is 4": lambda plan: plan.update(num_units=4),
     "plan_id is not": lambda plan: plan.update(samples_per_shard=5),
     "num_rows is 10": lambda plan: plan["inputs"]["files"][0].update(rows=11),
+    "extends does not name": lambda plan: plan.update(
+        extends=[{"plan_id": "0" * 64, "num_files": 1, "num_samples": 10}]
+    ),
     "fingerprint is not": lambda plan: plan["spec"]["encoders"]["t5"].update(x=1),
     "inputs.text_column is missing": lambda plan: plan["inputs"].pop("text_column"),
     r"inputs.files\[0\] is 1": lambda plan: plan["inputs"].update(files=[1]),

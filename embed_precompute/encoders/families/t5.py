@@ -219,15 +219,15 @@ class T5(Family[T5Options]):
         return encode
 
     def _padded_length(self, opened: OpenEncoder[T5Options], facts: Facts) -> int:
-        """The one padded length, from the options; if added_tokens names a column, from the plan
-        or, if there is no plan, from the column's values. Raises InputError that lists the lengths
-        if there are several."""
+        """The one padded length, from the options; if added_tokens names a column, from the
+        column's values or, if they were not counted, from the plan. Raises InputError that lists
+        the lengths if there are several."""
         options, added = opened.options, opened.options.added_tokens
         if isinstance(added, int):
             return options.padded_length(added)
         if isinstance(added, VideoTokensConfig):
             return length_of_buckets(f"{opened.where}.added_tokens", options, added)
-        if facts.stored is not None:
+        if facts.added_tokens is None and facts.stored is not None:
             stored = facts.stored.get("padded_length")
             # If the plan has another kind of encoder here, any length will do: `check_same` then
             # reports that the specs differ.
