@@ -12,6 +12,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embed_precompute.documents import canonical_json
 from embed_precompute.errors import InputError, VerificationError
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import read_file
@@ -90,7 +90,9 @@ def rows_digest(samples: Iterable[StoredSample]) -> str:
 
 def digested_row(sample_id: str, text: str | None) -> bytes:
     """One sample's bytes in the input of the digest `rows_sha256`."""
-    return canonical_json([sample_id, text]) + b"\n"
+    # As `canonical_json` would write it, at a quarter of the time: this runs once per sample.
+    quoted = "null" if text is None else encode_basestring(text)
+    return f"[{encode_basestring(sample_id)},{quoted}]\n".encode()
 
 
 def text_sha256(text: str | None) -> str | None:

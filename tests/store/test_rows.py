@@ -10,6 +10,7 @@ import pytest
 from breaking import flips
 from handmade import make_plan
 
+from embed_precompute.documents import canonical_json
 from embed_precompute.errors import VerificationError
 from embed_precompute.samples import Status
 from embed_precompute.store import rows
@@ -56,3 +57,10 @@ def test_damaged_rows_part(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(VerificationError, match="is missing"):
         list(read_samples(path, TENSORS))
+
+
+def test_a_digested_row_is_canonical_json() -> None:
+    every = "".join(map(chr, [*range(0x100), 0x2028, 0xFEFF, 0x1F600, 0xFFFF]))
+    for sample_id, text in (("a", None), (every, every), ('"\\', ""), ("null", "null")):
+        expected = canonical_json([sample_id, text]) + b"\n"
+        assert rows.digested_row(sample_id, text) == expected
