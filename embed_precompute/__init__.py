@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         prepare,
         prepare_ids,
     )
+    from embed_precompute.train.joined import JoinedDataset
     from embed_precompute.train.loader import EmbeddingLoader
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ _HOME = {
     "prompt_similarity": "audit.similarity",
     "EmbeddingDataset": "train.dataset",
     "EmbeddingLoader": "train.loader",
+    "JoinedDataset": "train.joined",
     "collate_embeddings": "train.dataset",
 }
 
@@ -51,6 +53,7 @@ __all__ = [
     "EmbeddingDataset",
     "EmbeddingLoader",
     "HFEmbedder",
+    "JoinedDataset",
     "collate_embeddings",
     "dropout_condition",
     "load_config",

@@ -14,8 +14,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from jobs import PACKAGE_ROOT, clean_environment, expect
+from safetensors.torch import load_file
 
 import configuration_page
 from embed_precompute.cli.arguments import command_parser
@@ -108,7 +110,14 @@ def run_blocks(page: Path, folder: Path, elsewhere: set[str]) -> None:
     execute([sys.executable, "-c", python], folder)
 
 
-def test_the_blocks_of_readme_run(checkout: Path) -> None:
+def test_the_blocks_of_readme_run(checkout: Path, tiny_t5: Path) -> None:
+    """With T5 as the hub has it: a pickle."""
+    preset = yaml.safe_load((checkout / PRESET).read_text(encoding="utf-8"))
+    folder = shutil.copytree(tiny_t5, checkout / "google" / "t5-v1_1-xxl")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    preset["encoders"]["t5"]["pretrained"] = "google/t5-v1_1-xxl"
+    (checkout / PRESET).write_text(yaml.safe_dump(preset), encoding="utf-8")
     run_blocks(PACKAGE_ROOT / "README.md", checkout, elsewhere={"scripts/test.sh"})
 
 

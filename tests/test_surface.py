@@ -23,7 +23,8 @@ from embed_precompute.encoders.families import FAMILIES
 CONFIG_OPTIONS = {"--help-config", "--print_config", "--print-config"}
 COMMANDS = {
     "run": {"--limit", *CONFIG_OPTIONS},
-    "plan": {"--limit", "--sample", "--write", *CONFIG_OPTIONS},
+    "plan": {"--limit", "--no-weights", "--sample", "--write", *CONFIG_OPTIONS},
+    "fetch": {"--output", *CONFIG_OPTIONS},
     "bench": {*("--captions", "--json", "--rounds", "--variants"), *CONFIG_OPTIONS},
     "status": {"--json"},
     "verify": {"--level", "--sample", "--seed", "--device"},
@@ -37,7 +38,14 @@ COMMANDS = {
 }
 PUBLIC = {
     *("ConditionDropout", "Config", "EmbeddingDataset", "EmbeddingLoader", "HFEmbedder"),
-    *("collate_embeddings", "dropout_condition", "load_config", "nearest_captions", "prepare"),
+    *(
+        "JoinedDataset",
+        "collate_embeddings",
+        "dropout_condition",
+        "load_config",
+        "nearest_captions",
+        "prepare",
+    ),
     *("prepare_ids", "prompt_similarity", "run", "shardformer_t5"),
 }
 ENCODER = "kind pretrained revision tokenizer max_length dtype implementation compile tf32"
@@ -114,6 +122,7 @@ def test_exit_codes_are_frozen() -> None:
     [
         ("import embed_precompute.cli.main as cli; cli.main(['run', '--help'])", "torch numpy"),
         ("import embed_precompute.store.plan, embed_precompute.store.index", "torch"),
+        ("import embed_precompute.encoders.resolve", "torch"),
     ],
 )
 def test_help_and_listings_bring_no_heavy_library(code: str, heavy: str) -> None:

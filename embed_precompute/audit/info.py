@@ -142,6 +142,7 @@ def dataset_lines(root: Path) -> list[str]:
             f"  {counts.stored:,} embeddings stored for {counts.samples:,} samples of "
             f"{counts.rows:,} rows (equal captions of a shard share one)"
         )
+        lines += [f"  {n:,} {what}" for what, n in sorted(counts.noted.items())]
         for name, sums in sorted(counts.encoders.items()):
             lines.append(f"  {name}: {sums.tokens:,} tokens, {sums.truncated:,} captions truncated")
         for name, vectors in sorted(counts.tensors.items()):

@@ -33,7 +33,7 @@ from embed_precompute.store.check import (
     in_order,
 )
 from embed_precompute.store.commit import QUARANTINE, TEMP_PREFIX
-from embed_precompute.store.index import index_dtypes
+from embed_precompute.store.index import index_dtypes, tensor_entries
 from embed_precompute.store.manifest import MANIFEST, TABLE, DerivedCheck
 from embed_precompute.store.plan import PLAN_FILE, Plan, read_plan
 from embed_precompute.store.records import (
@@ -235,7 +235,7 @@ def _note_strays(report: Report, plan: Plan | None) -> None:
     root = report.root
     provenance = ("config.yaml", "run.json", "logs", QUARANTINE)
     ours = (PLAN_FILE, "null.json", MANIFEST, TABLE, "shards", "index", *provenance)
-    names = index_dtypes(tensor.name for tensor in plan.tensors) if plan is not None else {}
+    names = index_dtypes(tensor_entries(plan.tensors)) if plan is not None else {}
     known = {root / name for name in (*ours, *(f"index/{name}.npy" for name in names))}
     with report.problems.checking(root / "shards"):
         unnamed = set(unnamed_files(root))

@@ -1,10 +1,10 @@
-"""Which parquet files a path names, and what their footers say.
+"""Which files a path names, and what parquet's footers say.
 
 Guarantees: the same files in the same (bytewise) order wherever the folder is mounted; a file that
-is missing, truncated, not parquet or changed since it was planned is an error that names it; the
-files of a dataset of ours are never taken for captions.
+is missing, truncated, not of its format or changed since it was planned is an error that names it;
+the files of a dataset or an export of ours are never taken for captions.
 Costs: one walk over the folders, then each file is read once for its digest, in a thread pool;
-opening it again reads its footer only. No page of a column is decoded here.
+opening a parquet file again reads its footer only. No page of a column is decoded here.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import xxhash
 
+from embed_precompute.captions.text_tables import DELIMITERS, TextIndex, TextRows, index_text
 from embed_precompute.errors import ConflictError, InputError, one_line
 
 log = logging.getLogger(__name__)
-DATA_EXTENSIONS = (".parquet", ".pq", ".parq")
+DATA_EXTENSIONS = (".parquet", ".pq", ".parq", *DELIMITERS)
 FOOTER_THREADS = 16
 CONTENT_PIECE = 4 << 20
 MAGIC = b"PAR1"
@@ -49,7 +50,8 @@ class InputFile:
     bytes: int
     rows: int
     footer_sha256: str
-    """sha256 of the footer's thrift bytes: a cheap check each time the file is opened."""
+    """sha256 of a parquet footer's thrift bytes: a cheap check each time the file is opened. Of
+    another format: sha256 of the whole file."""
     content_xxh3: str
     """XXH3-128 of the whole file: two captions swapped in place leave the footer as it was."""
 
@@ -65,6 +67,12 @@ class Source:
     def __str__(self) -> str:
         return self.location
 
+    @property
+    def format(self) -> str:
+        """An ending of DELIMITERS, or `parquet`, whatever the name."""
+        ending = os.path.splitext(self.path)[1].lower()
+        return ending if ending in DELIMITERS else "parquet"
+
 
 @dataclass(frozen=True)
 class CaptionFile:
@@ -74,6 +82,8 @@ class CaptionFile:
     input: InputFile
     group_starts: np.ndarray[Any, np.dtype[np.int64]]
     """[groups + 1] first row of each row group within the file."""
+    text: TextIndex | None = None
+    """Of a file that is not parquet: where its rows are, and of which types."""
 
 
 # --- finding files -----------------------------------------------------------------------------
@@ -126,7 +136,8 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def find_files(path: str) -> list[Source]:
-    """Parquet files named by `path` (file, folder, glob or URI), sorted bytewise by path."""
+    """The files named by `path` (file, folder, glob or URI), sorted bytewise by path; all of one
+    format."""
     search = _search(path)
     if isinstance(search, Source):
         return [search]
@@ -144,17 +155,23 @@ def find_files(path: str) -> list[Source]:
             )
     if not found:
         raise InputError(
-            f"captions.path {path!r} holds no parquet file ({num_others} other files were "
+            f"captions.path {path!r} holds no caption table ({num_others} other files were "
             f"ignored): expected names that end in {', '.join(DATA_EXTENSIONS)} and do not start "
             "with '.' or '_'. Point captions.path at the folder that has them."
         )
     try:
-        return sorted(found, key=lambda source: source.path.encode("utf-8"))
+        found.sort(key=lambda source: source.path.encode("utf-8"))
     except UnicodeEncodeError as error:
         raise InputError(
             f"captions.path {path!r} holds a file whose name is not UTF-8: {error.object!r}. "
             "Rename it."
         ) from None
+    if other := next((source for source in found if source.format != found[0].format), None):
+        raise InputError(
+            f"captions.path {path!r} holds two formats, {found[0]} and {other}: expected one. "
+            "Name the captions with a glob, such as 'folder/*.csv', or move the others away."
+        )
+    return found
 
 
 def refuse_output_inside(path: str, output: str | os.PathLike[str]) -> None:
@@ -170,7 +187,7 @@ def refuse_output_inside(path: str, output: str | os.PathLike[str]) -> None:
     if search.enters([] if below == "." else below.split(os.sep)):
         raise InputError(
             f"output.path {os.fspath(output)!r} lies inside captions.path {path!r}: the dataset's "
-            "own parquet files would be read as captions. Choose an output.path outside it."
+            "own files would be read as captions. Choose an output.path outside it."
         )
 
 
@@ -206,9 +223,9 @@ def _search(path: str) -> _Search | Source:
     root, pattern = _split_glob(local)
     if not os.path.isdir(root):
         raise InputError(
-            f"captions.path {path!r} does not exist (looked for {local}): expected a parquet "
-            "file, a folder of them, a glob or a URI. Check the path and that this machine "
-            "mounts it."
+            f"captions.path {path!r} does not exist (looked for {local}): expected a file "
+            "(parquet, CSV, JSON Lines), a folder of them, a glob or a URI. Check the path "
+            "and that this machine mounts it."
         )
     return _Search(path, filesystem, root, pattern, is_local=True)
 
@@ -238,7 +255,7 @@ def _cannot_list(path: str, error: Exception) -> NoReturn:
 
 def _walk(search: _Search) -> Iterator[tuple[str, ...]]:
     """Files below the root, by the parts of their relative path; linked folders are followed, each
-    real folder once; folders that hold a dataset of ours are left out."""
+    real folder once; folders that hold a dataset or an export of ours are left out."""
     top = os.path.realpath(search.root)
     seen: set[str] = set()
     waiting: list[tuple[str, ...]] = [()]
@@ -253,8 +270,13 @@ def _walk(search: _Search) -> Iterator[tuple[str, ...]]:
                 continue
             seen.add(real)
         folders, files = _listed(search, location)
-        if "plan.json" in files and "shards" in folders:
-            log.warning("captions.path: %s holds a dataset of ours and is skipped.", location)
+        ours = None
+        if "shards" in folders and {"plan.json", "manifest.json"} & set(files):
+            ours = "a dataset"
+        elif {"source.json", "null_t5.pt"} <= set(files):
+            ours = "an export"
+        if ours is not None:
+            log.warning("captions.path: %s holds %s of ours and is skipped.", location, ours)
             continue
         below = [(*parts, name) for name in sorted(folders, reverse=True)]
         waiting += [folder for folder in below if search.enters(folder)]
@@ -294,6 +316,9 @@ def read_footers(
     """
 
     def read(source: Source) -> T:
+        if source.format != "parquet":
+            file = _read_text(source)
+            return examine(file, file.text.schema)  # type: ignore[union-attr]
         file, _, schema = _read_footer(source)  # no metadata is kept: a wide file's is large
         return examine(file, schema)
 
@@ -301,28 +326,57 @@ def read_footers(
         return list(pool.map(read, sources))
 
 
-def open_parquet(file: CaptionFile) -> pq.ParquetFile:
-    """The file for streaming its pages; ConflictError if it changed."""
-    source, expected = file.source, file.input
-    found, metadata, _ = _read_footer(source, expected.content_xxh3)
-    if found.input != expected:
-        raise ConflictError(
-            f"{source} changed since it was planned: {found.input.bytes} bytes and "
-            f"{found.input.rows} rows now, {expected.bytes} and {expected.rows} then. Put the "
-            "old file back, or start a new output folder."
-        )
-    # Without pre_buffer and with a buffer the reader holds a window of each column chunk, not the
-    # chunk: memory does not depend on the size of row groups.
+def _read_text(source: Source) -> CaptionFile:
     try:
+        with source.filesystem.open_input_file(source.location) as file:
+            index = index_text(file, str(source), DELIMITERS[source.format])
+    except InputError:
+        raise
+    except Exception as error:  # as in `_remote_search`
+        raise InputError(f"{source} cannot be read: {one_line(error)}.") from error
+    rows = int(index.row_starts[-1])
+    found = InputFile(source.path, index.bytes, rows, index.sha256, index.content_xxh3)
+    return CaptionFile(source, found, index.row_starts, index)
+
+
+def open_rows(file: CaptionFile) -> pq.ParquetFile | TextRows:
+    """The file for streaming its rows; ConflictError if it changed."""
+    source, expected, metadata = file.source, file.input, None
+    if file.text is None:
+        found, metadata, _ = _read_footer(source, expected.content_xxh3)
+        if found.input != expected:
+            raise _changed(
+                source,
+                f"{found.input.bytes} bytes and {found.input.rows} rows now, {expected.bytes} and "
+                f"{expected.rows} then",
+            )
+    try:
+        opened = source.filesystem.open_input_file(source.location)
+        if file.text is not None:
+            if (size := opened.size()) != expected.bytes:
+                opened.close()
+                raise _changed(source, f"{size} bytes now, {expected.bytes} then")
+            return TextRows(opened, str(source), file.text)
+        # Without pre_buffer and with a buffer the reader holds a window of each column chunk, not
+        # the chunk: memory does not depend on the size of row groups.
         return pq.ParquetFile(
-            source.filesystem.open_input_file(source.location),
+            opened,
             metadata=metadata,
             pre_buffer=False,
             buffer_size=1 << 20,
             page_checksum_verification=True,
         )
+    except ConflictError:
+        raise
     except Exception as error:  # as in `_remote_search`
         raise InputError(f"{source} cannot be opened: {one_line(error)}.") from error
+
+
+def _changed(source: Source, how: str) -> ConflictError:
+    return ConflictError(
+        f"{source} changed since it was planned: {how}. Put the old file back, or start a new "
+        "output folder."
+    )
 
 
 def _read_footer(source: Source, content_xxh3: str | None = None) -> tuple[CaptionFile, Any, Any]:
@@ -374,7 +428,8 @@ def _footer_bytes(source: Source, file: Any, size: int) -> bytes:
             )
         raise InputError(
             f"{source} is not a parquet file ({size} bytes, which start with {head!r}; "
-            f"expected {MAGIC!r}). Convert it to parquet, or move it out of captions.path."
+            f"expected {MAGIC!r}). Convert it to parquet, give it its own ending (.csv, .tsv, "
+            ".jsonl), or move it out of captions.path."
         )
     num_bytes = int.from_bytes(tail[:4], "little")
     if num_bytes > size - 12:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embed_precompute.captions.files import CaptionFile, open_parquet
+from embed_precompute.captions.files import CaptionFile, open_rows
 from embed_precompute.captions.recipes import (
     BOOLEAN,
     DECIMAL,
@@ -32,7 +32,7 @@ from embed_precompute.captions.recipes import (
     Recipe,
     make_normalizer,
 )
-from embed_precompute.errors import InputError, one_line
+from embed_precompute.errors import ConflictError, InputError, one_line
 from embed_precompute.samples import Sample, Status
 
 BATCH_BYTES = 4 << 20
@@ -75,7 +75,7 @@ class RowCursor:
         self._columns = list(columns)
         self._batch_rows = batch_rows
         self._row_bytes = 0.0  # decoded bytes per row of the latest batch; 0 before the first
-        self._parquet: Any = None
+        self._opened: Any = None
         self.close()
 
     def batches(self, first_row: int, num_rows: int) -> Iterator[tuple[int, Any]]:
@@ -90,9 +90,9 @@ class RowCursor:
             row += len(piece)
 
     def close(self) -> None:
-        if self._parquet is not None:
-            self._parquet.close(force=True)
-        self._parquet, self._file_index, self._group = None, -1, -1
+        if self._opened is not None:
+            self._opened.close(force=True)
+        self._opened, self._file_index, self._group = None, -1, -1
         self._stream: Iterator[Any] = iter(())
         self._batch: Any = ()
         self._batch_start = 0
@@ -113,7 +113,7 @@ class RowCursor:
         file = self._map.files[index]
         if index != self._file_index:
             self.close()
-            self._parquet, self._file_index = open_parquet(file), index
+            self._opened, self._file_index = open_rows(file), index
         self._group = int(np.searchsorted(file.group_starts, local, side="right")) - 1
         start, end = (int(n) for n in file.group_starts[self._group : self._group + 2])
         self._next_row, self._stream_end = row - local + start, row - local + end
@@ -127,12 +127,14 @@ class RowCursor:
 
     def _stream_group(self, batch_rows: int) -> Iterator[Any]:
         options = {"row_groups": [self._group], "columns": self._columns, "use_threads": False}
-        batches: Iterator[Any] = self._parquet.iter_batches(batch_rows, **options)
+        batches: Iterator[Any] = self._opened.iter_batches(batch_rows, **options)
         return batches
 
     def _next_of(self, stream: Iterator[Any]) -> Any:
         try:
             batch = next(stream, None)
+        except ConflictError:
+            raise
         except Exception as error:  # a library's own errors: damage, or a network's
             raise self._damage(one_line(error)) from error
         if not batch or self._next_row + len(batch) > self._stream_end:
@@ -234,17 +236,24 @@ class CaptionReader:
         self.noted: Counter[str] = Counter()
         """What was read and may surprise: captions that are empty, and rows where a column of the
         recipe is null."""
+        self.first_noted: dict[str, str] = {}
+        """Where the first of each of them is."""
         self._config = config
         self._map = row_map
         self._recipe = recipe
         self._normalize = make_normalizer(config.normalize)
         self._num_rows = num_rows
         self._last_row_samples = last_row_samples
-        names = [config.text_column, config.id_column, *recipe.columns]
+        names = [*config.text_columns, config.id_column, *recipe.columns]
         columns = dict.fromkeys(name for name in names if name is not None)
         self._cursor = RowCursor(row_map, list(columns), READ_ROWS)
         self._convert: Callable[[int, Any], Iterator[Sample]]
-        self._convert = self._list_samples if is_list else self._text_samples
+        if is_list:
+            self._convert = self._list_samples
+        elif isinstance(config.text_column, str):
+            self._convert = self._text_samples
+        else:
+            self._convert = self._column_samples
 
     def read(self, first_row: int, num_rows: int) -> list[Sample]:
         """All samples of these rows, in order."""
@@ -267,19 +276,27 @@ class CaptionReader:
         self._cursor.close()
 
     def _text_samples(self, first: int, batch: Any) -> Iterator[Sample]:
-        column = self._config.text_column
+        (column,) = self._config.text_columns
         captions = values(batch.column(column), column)
-        ids, rows = self._ids(first, batch), range(first, first + len(batch))
-        return map(self._sample, ids, rows, captions, self._recipe_rows(batch))
+        for i, (sample_id, row_values) in enumerate(self._fields(first, batch)):
+            yield self._sample(sample_id, first + i, captions[i], row_values, column)
+
+    def _column_samples(self, first: int, batch: Any) -> Iterator[Sample]:
+        columns = self._config.text_columns
+        captions = [values(batch.column(column), column) for column in columns]
+        for i, (row_id, row_values) in enumerate(self._fields(first, batch)):
+            row = first + i
+            most = self._last_row_samples if row == self._num_rows - 1 else None
+            for column, texts in list(zip(columns, captions, strict=True))[:most]:
+                yield self._sample(f"{row_id}#{column}", row, texts[i], row_values, column)
 
     def _list_samples(self, first: int, batch: Any) -> Iterator[Sample]:
-        name = self._config.text_column
+        (name,) = self._config.text_columns
         column = batch.column(name)
         lengths = entries_per_row(column).tolist()
         nulls = column.is_null().to_pylist()
         captions = iter(values(column.flatten(), name))
-        fields = zip(self._ids(first, batch), self._recipe_rows(batch), strict=True)
-        for i, (row_id, row_values) in enumerate(fields):
+        for i, (row_id, row_values) in enumerate(self._fields(first, batch)):
             row = first + i
             entries: list[str | Problem | None] = list(islice(captions, lengths[i]))
             if nulls[i]:
@@ -289,18 +306,24 @@ class CaptionReader:
             if row == self._num_rows - 1:
                 entries = entries[: self._last_row_samples]
             for k, caption in enumerate(entries):
-                yield self._sample(f"{row_id}#{k}", row, caption, row_values)
+                yield self._sample(f"{row_id}#{k}", row, caption, row_values, name)
 
     def _sample(
-        self, sample_id: str, row: int, caption: str | Problem | None, row_values: Sequence[Any]
+        self,
+        sample_id: str,
+        row: int,
+        caption: str | Problem | None,
+        row_values: Sequence[Any],
+        column: str,
     ) -> Sample:
-        text = self._text(caption, row_values)
+        text = self._text(row, caption, row_values, column)
         if isinstance(text, Problem):
             return Sample(sample_id, row, None, text.status, text.error)
         return Sample(sample_id, row, text)
 
-    def _text(self, caption: str | Problem | None, row_values: Sequence[Any]) -> str | Problem:
-        column = self._config.text_column
+    def _text(
+        self, row: int, caption: str | Problem | None, row_values: Sequence[Any], column: str
+    ) -> str | Problem:
         if caption is None:
             return Problem(Status.NULL_TEXT, f"column {column!r} is null")
         if isinstance(caption, Problem):
@@ -308,7 +331,7 @@ class CaptionReader:
         if self._normalize is not None:
             caption = self._normalize(caption)
         if not caption:
-            self.noted["empty captions"] += 1
+            self._note("empty captions", row)
             if self._config.on_bad_text == "fail":
                 return Problem(Status.INVALID_TEXT, f"column {column!r} is empty")
         text = self._recipe.render(caption, row_values)
@@ -317,15 +340,24 @@ class CaptionReader:
             return Problem(Status.INVALID_TEXT, long)
         return text
 
+    def _fields(self, first: int, batch: Any) -> Iterator[tuple[str, Sequence[Any]]]:
+        """The id of each row, and the values that its recipe wants."""
+        return zip(self._ids(first, batch), self._recipe_rows(first, batch), strict=True)
+
     def _ids(self, first: int, batch: Any) -> list[str]:
         column = self._config.id_column
         if column is None:
             return list(map(str, range(first, first + len(batch))))
         return ids_of(batch.column(column), column, self._map, first)
 
-    def _recipe_rows(self, batch: Any) -> Sequence[Sequence[Any]]:
+    def _recipe_rows(self, first: int, batch: Any) -> Sequence[Sequence[Any]]:
         for name in self._recipe.columns:
             if num_nulls := batch.column(name).null_count:
-                self.noted[f"rows where {name} is null"] += num_nulls
+                row = first + first_null(batch.column(name))
+                self._note(f"rows where {name} is null", row, num_nulls)
         columns = [values(batch.column(name), name) for name in self._recipe.columns]
         return list(zip(*columns, strict=True)) if columns else [()] * len(batch)
+
+    def _note(self, what: str, row: int, count: int = 1) -> None:
+        self.noted[what] += count
+        self.first_noted.setdefault(what, self._map.place(row))

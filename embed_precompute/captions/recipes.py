@@ -330,11 +330,14 @@ class CaptionsConfig:
     """The caption table: where it is and how its rows become samples."""
 
     path: str
-    """A parquet file, a folder of them (nested), a glob, or a URI (s3://, gs://, hf://)."""
-    text_column: str = "text"
-    """Column with the caption: string, or a list of strings (one sample per caption)."""
-    id_column: str | None = "id"
-    """Column with a unique id, string or integer; null: the row number in file order."""
+    """A file, a folder of them (nested), a glob, or a URI (s3://, gs://, hf://). Parquet, CSV, TSV
+    or JSON Lines, by the ending."""
+    text_column: str | tuple[str, ...] = "text"
+    """Column with the caption: string, or a list of strings (one sample per caption). Several
+    columns, [short, long]: of a row with the id x they make the samples x#short and x#long."""
+    id_column: str | None = "auto"
+    """Column with a unique id, string or integer. auto: id, or else sample_id, or else path; null:
+    the row number in file order."""
     recipe: Recipes = field(default_factory=PlainRecipe)
     """How a row becomes the text that is encoded: one recipe, or a list of recipes that follow one
     another (the text of one is the caption of the next)."""
@@ -345,8 +348,19 @@ class CaptionsConfig:
     an empty caption, which record encodes and counts."""
 
     def __post_init__(self) -> None:
-        require(bool(self.path), "path is empty: expected a parquet file or folder.")
+        require(bool(self.path), "path is empty: expected a file or folder.")
+        if isinstance(self.text_column, tuple):
+            names = self.text_column
+            require(
+                len(names) > 0 and len(set(names)) == len(names) and "#" not in "".join(names),
+                f"text_column is {list(names)}: expected different columns, without # in a name.",
+            )
         require(self.recipe != (), "recipe is an empty list: expected a recipe, or kind none.")
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """`text_column`, or each of several."""
+        return (self.text_column,) if isinstance(self.text_column, str) else self.text_column
 
 
 def make_normalizer(names: Sequence[str]) -> Callable[[str], str] | None:

@@ -2,15 +2,15 @@
 
 Guarantees: what is wrong with the table as a whole (files, columns, types, ids) is an InputError
 before the first sample.
-Costs: `open` reads every file once for its digest, and an integer FPS column to its first null;
-`scan` reads the id, integer and, for lists, text columns once and holds 8 bytes a row.
+Costs: `open` reads every file once for its digest, and an integer FPS column of parquet to its
+first null; `scan` reads the id, integer and, for lists, text columns once and holds 8 bytes a row.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from embed_precompute.captions.files import (
     CaptionFile,
     InputFile,
     find_files,
-    open_parquet,
+    open_rows,
     read_footers,
 )
 from embed_precompute.captions.reader import (
@@ -43,12 +43,15 @@ from embed_precompute.captions.recipes import (
     RequiredColumn,
     as_one,
 )
+from embed_precompute.captions.text_tables import as_one_table
 from embed_precompute.errors import InputError
 
 SCAN_ROWS = 16384
 SUSPECTS = 1 << 16
 """Repeated hashes of ids that are compared in one pass, which bounds memory."""
 RECIPE = "captions.recipe"
+AUTO_IDS = ("id", "sample_id", "path")
+"""The columns of which `id_column: auto` takes the first that there is."""
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 
@@ -87,56 +90,74 @@ class CaptionTable:
 
     @classmethod
     def open(cls, config: CaptionsConfig, integer_columns: Sequence[str] = ()) -> CaptionTable:
-        """Find the files and check them; `integer_columns` are the encoders' added_tokens."""
+        """Find the files and check them; `integer_columns` are the encoders' added_tokens.
+
+        The table's own `config` names the id column that `auto` stands for.
+        """
         recipe = as_one(config.recipe)
-        needs = [RequiredColumn(config.text_column, "captions.text_column", (STRING, STRINGS))]
-        if config.id_column is not None:
-            advice = " Null uses row numbers as ids."
-            id_types = (STRING, INTEGER)
-            needs.append(RequiredColumn(config.id_column, "captions.id_column", id_types, advice))
-        needs += recipe.needs(RECIPE)
         integers = tuple(dict.fromkeys(integer_columns))
-        needs += [RequiredColumn(c, "an encoder's added_tokens", (INTEGER,)) for c in integers]
-        found = read_footers(
-            find_files(config.path), lambda file, schema: (file, _types(file, schema, needs))
-        )
-        row_map, types = RowMap([file for file, _ in found]), found[0][1]
-        for file, others in found:
-            for need in needs:
-                if others[need.name] != types[need.name]:
+
+        def examine(file: CaptionFile, schema: pa.Schema) -> _Examined:
+            id_column = _id_column(config, file, schema.names)
+            needs = _needs(config, id_column, recipe, integers)
+            return _Examined(file, id_column, needs, _types(file, schema, needs))
+
+        sources = find_files(config.path)
+        if sources[0].format == "parquet":
+            found = read_footers(sources, examine)
+        else:  # the types of a column are known when all files are
+            files = read_footers(sources, lambda file, schema: (file, schema.names))
+            if not any(names for _, names in files):
+                raise _no_rows(config, len(files))
+            ids = [_id_column(config, file, names) for file, names in files if names]
+            strings = {*config.text_columns, *(name for name in ids if name is not None)}
+            found = [examine(*typed) for typed in _typed([file for file, _ in files], strings)]
+        first = found[0]
+        row_map, types = RowMap([each.file for each in found]), first.types
+        for each in found:
+            if each.id_column != first.id_column:
+                raise InputError(
+                    f"{each.file.source} has no column {first.id_column!r}, in which "
+                    f"{first.file.source} has its ids (captions.id_column auto): expected one "
+                    "column for all files. Name it in captions.id_column, or rename it."
+                )
+            for need in each.needs:
+                if each.types[need.name] != types[need.name]:
                     raise InputError(
-                        f"{file.source}: column {need.name!r} ({need.setting}) is "
-                        f"{others[need.name]}, but it is {types[need.name]} in "
-                        f"{row_map.files[0].source}: the files' schemas disagree. Convert one of "
+                        f"{each.file.source}: column {need.name!r} ({need.setting}) is "
+                        f"{each.types[need.name]}, but it is {types[need.name]} in "
+                        f"{first.file.source}: the files' schemas disagree. Convert one of "
                         "them, or point captions.path at files that agree."
                     )
         if row_map.num_rows == 0:
-            raise InputError(
-                f"captions.path {config.path!r} has no rows: {len(found)} parquet file(s), all "
-                "empty. Expected at least one caption."
-            )
+            raise _no_rows(config, len(found))
         bound = recipe.bind(RECIPE, types, lambda column: _holds_null(row_map, column))
-        return cls(config, row_map, bound, types[config.text_column] == STRINGS, integers)
+        config = replace(config, id_column=first.id_column)
+        is_list = types[config.text_columns[0]] == STRINGS
+        return cls(config, row_map, bound, is_list, integers)
 
     def scan(self, limit: int | None = None) -> Scan:
         """Check the ids, count samples and added tokens, of the first `limit` samples or all."""
         if limit is not None and limit < 1:
             raise InputError(f"--limit is {limit}: expected 1 or more.")
         id_column = self.config.id_column
-        text_column = self.config.text_column if self.is_list else None
-        names = [id_column, text_column, *self.integer_columns]
+        per_row = len(self.config.text_columns)
+        listed = self.config.text_columns if self.is_list else ()
+        names = [id_column, *listed, *self.integer_columns]
         columns = dict.fromkeys(name for name in names if name is not None)
-        most = self.num_rows if limit is None else min(limit, self.num_rows)
+        most = self.num_rows if limit is None else min(-(-limit // per_row), self.num_rows)
         counts: dict[str, dict[int, int]] = {name: {} for name in self.integer_columns}
         if not columns:
-            return Scan(most, most, None, counts)
+            samples = most * per_row if limit is None else min(limit, most * per_row)
+            left = samples - (most - 1) * per_row
+            return Scan(most, samples, left if left < per_row else None, counts)
         ids = None if id_column is None else IdCheck(self.row_map, id_column, most)
         num_rows = num_samples = 0
         last_row_samples = None
         cursor = RowCursor(self.row_map, list(columns), SCAN_ROWS)
         for first, batch in cursor.batches(0, most):
-            left = None if limit is None else limit - num_samples
-            rows, samples, last_row_samples = self._count(batch, left)
+            left_over = None if limit is None else limit - num_samples
+            rows, samples, last_row_samples = self._count(batch, left_over)
             num_rows += rows
             num_samples += samples
             if ids is not None:
@@ -152,9 +173,10 @@ class CaptionTable:
 
     def _count(self, batch: Any, left: int | None) -> tuple[int, int, int | None]:
         """(rows, samples, samples of the last row if it is cut) of at most `left` samples."""
-        if not self.is_list:
-            return len(batch), len(batch), None
-        per_row = np.maximum(entries_per_row(batch.column(self.config.text_column)), 1)
+        if self.is_list:
+            per_row = np.maximum(entries_per_row(batch.column(self.config.text_columns[0])), 1)
+        else:
+            per_row = np.full(len(batch), len(self.config.text_columns))
         ends = np.cumsum(per_row)
         if left is None or ends[-1] <= left:
             return len(batch), int(ends[-1]), None
@@ -179,9 +201,9 @@ class CaptionTable:
         """All columns of all files, in the order they are first met, with types that fit all."""
         schemas = []
         for file in self.row_map.files:
-            parquet = open_parquet(file)
-            schemas.append(parquet.schema_arrow.remove_metadata())
-            parquet.close(force=True)
+            opened = open_rows(file)
+            schemas.append(opened.schema_arrow.remove_metadata())
+            opened.close(force=True)
         try:
             unified = pa.unify_schemas(schemas, promote_options="permissive")
         except pa.ArrowException as error:
@@ -212,6 +234,56 @@ class CaptionTable:
 # --- columns -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Examined:
+    """A file, and what of it the configuration needs."""
+
+    file: CaptionFile
+    id_column: str | None
+    needs: list[RequiredColumn]
+    types: dict[str, str]
+
+
+def _no_rows(config: CaptionsConfig, num_files: int) -> InputError:
+    return InputError(
+        f"captions.path {config.path!r} has no rows: {num_files} file(s), all empty. Expected at "
+        "least one caption."
+    )
+
+
+def _id_column(config: CaptionsConfig, file: CaptionFile, names: Sequence[str]) -> str | None:
+    """The column that `captions.id_column` means in this file."""
+    if config.id_column != "auto":
+        return config.id_column
+    found = next((name for name in AUTO_IDS if name in names), None)
+    if found is None:
+        raise InputError(
+            f"{file.source} has none of the columns {', '.join(AUTO_IDS)} (captions.id_column "
+            f"auto). Its columns: {_listed(names)}. Name the column with the ids in "
+            "captions.id_column. Null uses row numbers as ids."
+        )
+    return found
+
+
+def _needs(
+    config: CaptionsConfig, id_column: str | None, recipe: Recipe, integers: Sequence[str]
+) -> list[RequiredColumn]:
+    captions = (STRING, STRINGS) if isinstance(config.text_column, str) else (STRING,)
+    needs = [RequiredColumn(c, "captions.text_column", captions) for c in config.text_columns]
+    if id_column is not None:
+        advice = " Null uses row numbers as ids."
+        needs.append(RequiredColumn(id_column, "captions.id_column", (STRING, INTEGER), advice))
+    needs += recipe.needs(RECIPE)
+    return needs + [RequiredColumn(c, "an encoder's added_tokens", (INTEGER,)) for c in integers]
+
+
+def _typed(files: list[CaptionFile], strings: set[str]) -> list[tuple[CaptionFile, pa.Schema]]:
+    """Text files, with one type for each column of the table."""
+    indexes = as_one_table([file.text for file in files if file.text is not None], strings)
+    pairs = zip(files, indexes, strict=True)
+    return [(replace(file, text=index), index.schema) for file, index in pairs]
+
+
 def _types(file: CaptionFile, schema: pa.Schema, needs: Sequence[RequiredColumn]) -> dict[str, str]:
     """The type of each required column. Raises InputError naming file, column and setting."""
     types: dict[str, str] = {}
@@ -226,12 +298,22 @@ def _types(file: CaptionFile, schema: pa.Schema, needs: Sequence[RequiredColumn]
             )
         arrow_type = schema.field(positions[0]).type
         types[need.name] = column_type(arrow_type)
-        if types[need.name] not in need.types:
+        expected = " or ".join(need.types)
+        odd = None if file.text is None else file.text.odd.get(need.name)
+        if types[need.name] in need.types and (odd is None or file.source.format != ".jsonl"):
+            continue
+        if odd is not None:
+            row, value = odd
             raise InputError(
-                f"{file.source}: column {need.name!r} ({need.setting}) has type {arrow_type}: "
-                f"expected {' or '.join(need.types)}. Convert the column, or name another in "
-                f"{need.setting}.{need.advice}"
+                f"{file.source}, row {row} (the first is row 0): column {need.name!r} "
+                f"({need.setting}) holds {value!r:.80}: expected {expected} in all rows. Correct "
+                f"the value, or name another column in {need.setting}.{need.advice}"
             )
+        raise InputError(
+            f"{file.source}: column {need.name!r} ({need.setting}) has type {arrow_type}: "
+            f"expected {expected}. Convert the column, or name another in "
+            f"{need.setting}.{need.advice}"
+        )
     return types
 
 
@@ -239,15 +321,21 @@ def _missing(file: CaptionFile, names: Sequence[str], need: RequiredColumn) -> I
     lowered = {name.lower(): name for name in reversed(names)}
     near = difflib.get_close_matches(need.name.lower(), lowered, n=1)
     hint = f" Did you mean {lowered[near[0]]!r}?" if near else ""
-    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     return InputError(
         f"{file.source} has no column {need.name!r} ({need.setting}).{hint} Its columns: "
-        f"{shown}. Set {need.setting} to one of them.{need.advice}"
+        f"{_listed(names)}. Set {need.setting} to one of them.{need.advice}"
     )
 
 
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
 def _holds_null(row_map: RowMap, column: str) -> bool:
-    """Whether a column holds a null anywhere; it is read up to the first."""
+    """Whether a column holds a null anywhere; of parquet it is read up to the first."""
+    indexes = [file.text for file in row_map.files if file.text is not None]
+    if indexes:
+        return any(column in index.nullable for index in indexes)
     cursor = RowCursor(row_map, [column], SCAN_ROWS)
     try:
         return any(batch.column(0).null_count for _, batch in cursor.batches(0, row_map.num_rows))

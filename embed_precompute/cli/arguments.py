@@ -46,14 +46,28 @@ def command_parser() -> argparse.ArgumentParser:
 
     plan = _config_command(commands, "plan", "show what a run would make; no model, no GPU")
     plan.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
-    plan.add_argument("--write", action="store_true", help="write plan.json ahead of the run")
+    ahead = plan.add_mutually_exclusive_group()
+    ahead.add_argument("--write", action="store_true", help="write plan.json ahead of the run")
+    ahead.add_argument(
+        "--no-weights",
+        action="store_true",
+        help="from config.json and tokenizer alone: all but the fingerprint",
+    )
     plan.add_argument(
         "--sample",
         type=_count,
         default=10_000,
         metavar="N",
-        help="captions that are tokenised for the figures, from the first on; 0 = all "
+        help="input rows that are tokenised for the figures, evenly out of the table; 0 = all "
         "(default: %(default)s)",
+    )
+
+    fetch = _config_command(commands, "fetch", "convert the checkpoints to safetensors, once")
+    fetch.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="write each to FOLDER/NAME (default: the cache folder, where run finds them)",
     )
 
     status = _folder_command(commands, "status", "what is done, left and failed")

@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import socket
 import sys
 import traceback
@@ -74,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command(config, arguments)
         return command(arguments)
     except EmbedPrecomputeError as error:
-        print(f"embed-precompute: error: {error}", file=sys.stderr)
+        words = [getattr(arguments, "config", "CONFIG"), *overrides]
+        message = str(error).replace("fetch CONFIG", f"fetch {shlex.join(words)}")
+        print(f"embed-precompute: error: {message}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("embed-precompute: interrupted", file=sys.stderr)
@@ -168,6 +171,7 @@ def _summary(root: Path, manifest: Manifest) -> list[str]:
     ]
     status = ", ".join(f"{name} {n:,}" for name, n in counts.status.items() if n)
     lines.append(f"  status: {status}; {counts.stored:,} distinct embeddings stored")
+    lines += [f"  {n:,} {what}" for what, n in sorted(counts.noted.items())]
     for name, sums in counts.encoders.items():
         lines.append(f"  {name}: {sums.tokens:,} tokens, {sums.truncated:,} captions truncated")
     if len(manifest.environments) > 1:
@@ -184,9 +188,9 @@ def _plan(config: Config, arguments: Any) -> int:
     from embed_precompute.job.estimate import estimate_lines
     from embed_precompute.job.prepare import prepare, publish
 
-    prepared = prepare(config, arguments.limit)
+    prepared = prepare(config, arguments.limit, with_weights=not arguments.no_weights)
     report = estimate_lines(
-        prepared.first_captions,
+        prepared.sampled,
         prepared.plan,
         prepared.root,
         config.output.dtype,
@@ -197,6 +201,19 @@ def _plan(config: Config, arguments: Any) -> int:
     if arguments.write:
         publish(prepared)
         print(f"written: {prepared.root / 'plan.json'}")
+    return EXIT_COMPLETE
+
+
+def _fetch(config: Config, arguments: Any) -> int:
+    from embed_precompute.encoders.fetch import fetch
+
+    for line in fetch(config.encoders, arguments.output):
+        print(line, flush=True)
+    if arguments.output is None:
+        print("run and plan find these copies by the configuration's pretrained and dtype")
+    else:
+        keys = (f"--encoders.{n}.pretrained {arguments.output / n}" for n in config.encoders)
+        print(f"use them with {' '.join(keys)}")
     return EXIT_COMPLETE
 
 
@@ -304,6 +321,7 @@ def _export(arguments: Any) -> int:
 COMMANDS: dict[str, Callable[..., int]] = {
     "run": _run,
     "plan": _plan,
+    "fetch": _fetch,
     "status": _status,
     "bench": _bench,
     "verify": _verify,

@@ -1,37 +1,39 @@
-"""A checkpoint: where its folder is, what its config says, and the digest that names its weights.
+"""A checkpoint: where its folder is, what its config says, which files hold its weights.
 
-Only safetensors is ever read. The digest depends on the weights' bytes and on the config's values,
-never on a folder's name or place. What is on this machine is used before the hub is asked.
-
-A file is hashed once (about 1 GB/s) and its digest remembered in XDG_CACHE_HOME/embed_precompute,
-for as long as its path, size, mtime and inode stay. The cache only saves time: a file without a
-readable entry is hashed again.
+Only safetensors is ever read; the command `fetch` alone reads pickles, to convert them. What is on
+this machine is used before the hub is asked: a copy that `fetch` made first of all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from embed_precompute.documents import canonical_json, digest_of
+from embed_precompute.documents import digest_of
 from embed_precompute.errors import InputError, one_line
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+SMALL_FILES = ("*.json", "*.model", "*.txt")
+"""Patterns of config and tokenizer."""
+TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-BOOKKEEPING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
-"""Keys of config.json that say how the model was saved, not what it computes."""
-SHA256 = re.compile(r"[0-9a-f]{64}")
+FETCH = "embed-precompute fetch CONFIG"
+ORIGIN = "fetched.json"
+"""In a folder that `fetch` made: what it was made from."""
+
+Need = Literal["weights", "convertible", "config", "tokenizer"]
+"""What is needed: all with safetensors; with these or pickles, for `fetch`; without weights; the
+tokenizer alone."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Checkpoint:
     config: dict[str, Any]
     """config.json."""
     files: tuple[Path, ...]
-    """The safetensors files, sorted by name."""
+    """The files of its weights, sorted by name; none if it was opened without weights."""
 
     @property
     def model_type(self) -> str:
@@ -76,27 +78,28 @@ class Checkpoint:
             ) from error
         return getattr(config, "text_config", config)
 
-    @functools.cached_property
-    def weights(self) -> str:
-        """Digest of the weights and the config. Raises InputError: a file cannot be read."""
-        try:
-            digests = [file_sha256(path) for path in self.files]
-        except OSError as error:
-            raise InputError(
-                f"{self.where}: cannot read {error.filename}: {error.strerror}."
-            ) from error
-        return digest_of({"config": _without_bookkeeping(self.config), "files": digests})
-
 
 def open_checkpoint(
-    where: str, pretrained: str, revision: str | None, kind: str, models: Mapping[str, str]
+    where: str,
+    pretrained: str,
+    revision: str | None,
+    kind: str,
+    models: Mapping[str, str],
+    *,
+    dtype: str | None = None,
+    need: Need = "weights",
 ) -> Checkpoint:
     """The checkpoint in a folder or under a hub id; reads no weights.
 
-    `models`: model_type -> transformers class of the family `kind`. Raises InputError: nothing
-    there, no config.json, another kind of model, no safetensors.
+    `models`: model_type -> transformers class of the family `kind`. `dtype`: take the copy that
+    `fetch` made in this dtype, if there is one. Raises InputError: nothing there, no config.json,
+    another kind of model, no weights of the form that is needed.
     """
-    folder = locate(where, pretrained, revision)
+    folder = None
+    if need != "convertible" and dtype is not None:
+        folder = find_fetched(origin_of(pretrained, revision, kind, dtype))
+    if folder is None:
+        folder = locate(where, pretrained, revision, need)
     config = _read_json(where, folder / "config.json")
     model_type = str(config.get("model_type"))
     if model_type not in models:
@@ -104,11 +107,61 @@ def open_checkpoint(
             f"{where}: {folder / 'config.json'} has model_type {model_type!r}: an encoder of kind "
             f"{kind} takes {', '.join(models)}. Choose another checkpoint or kind."
         )
-    files = _weight_files(where, pretrained, folder, models[model_type])
+    files = [] if need == "config" else _weight_files(where, folder, need)
     return Checkpoint(where, folder, config, tuple(files))
 
 
-def locate(where: str, pretrained: str, revision: str | None) -> Path:
+def origin_of(pretrained: str, revision: str | None, kind: str, dtype: str) -> dict[str, str]:
+    """What names a copy that `fetch` makes: the checkpoint as it is configured, kind and dtype."""
+    path = Path(pretrained).expanduser()
+    if path.is_dir() or HUB_ID.fullmatch(pretrained) is None:
+        pretrained = str(path.resolve())
+    return {
+        "pretrained": pretrained,
+        "revision": revision or "main",
+        "kind": kind,
+        "dtype": dtype,
+    }
+
+
+def fetched_folder(origin: Mapping[str, str]) -> Path:
+    """Where `fetch` puts the copy."""
+    name = f"{Path(origin['pretrained']).name}-{digest_of(dict(origin))[:16]}"
+    return cache_home() / "checkpoints" / name
+
+
+def find_fetched(origin: Mapping[str, str], folder: Path | None = None) -> Path | None:
+    """The copy that `fetch` made of `origin`, in its own place or in `folder`; None: there is none.
+
+    A copy of a folder whose files have changed since is none.
+    """
+    folder = folder or fetched_folder(origin)
+    found, source = read_origin(folder), Path(origin["pretrained"])
+    if found is None or not found.items() >= origin.items():
+        return None
+    if source.is_absolute() and source.is_dir() and found.get("state") != state_of(source):
+        return None
+    return folder
+
+
+def read_origin(folder: Path) -> dict[str, Any] | None:
+    """What a copy was made from; None: `fetch` did not make this folder."""
+    try:
+        found = json.loads((folder / ORIGIN).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def state_of(folder: Path) -> dict[str, list[int]]:
+    """Name -> [size, mtime in ns] of the files that a checkpoint in a folder may consist of."""
+    patterns = (*SMALL_FILES, "*.safetensors", "*.bin")
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.name != ORIGIN}
+    stats = {path.name: path.stat() for path in sorted(paths)}
+    return {name: [each.st_size, each.st_mtime_ns] for name, each in stats.items()}
+
+
+def locate(where: str, pretrained: str, revision: str | None, need: Need = "weights") -> Path:
     """Folder of a checkpoint or tokenizer: `pretrained` itself, or a snapshot of that hub id."""
     folder = Path(pretrained).expanduser()
     if folder.is_dir():
@@ -125,31 +178,36 @@ def locate(where: str, pretrained: str, revision: str | None) -> Path:
             f"{where} is {pretrained!r}: there is no such folder, and it is not a hub id either. "
             "Expected a checkpoint folder or an id such as owner/name."
         )
-    return _snapshot(where, pretrained, revision)
+    return _snapshot(where, pretrained, revision, need)
 
 
-def _snapshot(where: str, repo_id: str, revision: str | None) -> Path:
+def _snapshot(where: str, repo_id: str, revision: str | None, need: Need) -> Path:
     """A hub repository's top-level files: from the local cache if whole, else downloaded."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
-    def snapshot(local_files_only: bool) -> Path:
+    def snapshot(patterns: list[str] | None) -> Path:
         path = snapshot_download(
             repo_id,
             revision=revision,
-            allow_patterns=HUB_PATTERNS,
+            allow_patterns=patterns,
             ignore_patterns=["*/*"],  # subfolders: other formats, other models of a pipeline
-            local_files_only=local_files_only,
+            local_files_only=patterns is None,
         )
         return Path(path)
 
     # The hub client's errors share no base class in all its versions, hence the two broad excepts.
     cached: Path | None = None
     with contextlib.suppress(Exception):
-        cached = snapshot(local_files_only=True)
-    if cached is not None and _looks_whole(cached):
+        cached = snapshot(None)
+    if cached is not None and _looks_whole(cached, need):
         return cached
     try:
-        return snapshot(local_files_only=False)
+        weights = ["*.safetensors"] if need in ("weights", "convertible") else []
+        if need == "convertible":
+            names = HfApi().list_repo_files(repo_id, revision=revision)
+            if WEIGHTS not in names and WEIGHTS_INDEX not in names:
+                weights = ["pytorch_model*.bin"]
+        return snapshot([*SMALL_FILES, *weights])
     except Exception as error:
         if cached is not None:
             return cached
@@ -157,54 +215,64 @@ def _snapshot(where: str, repo_id: str, revision: str | None) -> Path:
         raise InputError(
             f"{where} is {repo_id!r}: there is no such folder, and the hub gives nothing under "
             f"that id (revision {revision or 'main'}; {type(error).__name__}: {reason}). Check the "
-            "name, or download it where there is a network and give its folder."
+            f"name, or run where there is a network: {FETCH}"
         ) from error
 
 
-def _looks_whole(folder: Path) -> bool:
-    """Whether a snapshot is complete: it has all shards of the weights, or a tokenizer."""
-    index = folder / WEIGHTS_INDEX
-    if index.is_file():
-        return all((folder / name).is_file() for name in _shards("", index))
-    if (folder / "config.json").is_file():
-        return (folder / WEIGHTS).is_file()
-    names = (WEIGHTS, "tokenizer.json", "spiece.model", "vocab.json")
-    return any((folder / name).is_file() for name in names)
+def _looks_whole(folder: Path, need: Need) -> bool:
+    """Whether a snapshot has what is needed."""
+    config = (folder / "config.json").is_file()
+    tokenizer = any((folder / name).is_file() for name in TOKENIZERS)
+    if need in ("config", "tokenizer"):
+        return tokenizer and (config or need == "tokenizer")
+    files = _listed_files("", folder, need)
+    weights = bool(files) and all(path.is_file() for path in files)
+    return weights and config and (tokenizer or need == "weights")
 
 
-def _weight_files(where: str, pretrained: str, folder: Path, model_class: str) -> list[Path]:
-    """The safetensors files of a checkpoint that transformers would load, sorted by name."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    index = folder / WEIGHTS_INDEX
-    if index.is_file():
-        files = [folder / name for name in _shards(where, index)]
-        for path in files:
-            if not path.is_file():
-                raise InputError(
-                    f"{where}: {path} is missing, but {index.name} names it. Copy or download the "
-                    "whole checkpoint."
-                )
+def _weight_files(where: str, folder: Path, need: Need) -> list[Path]:
+    """The weights' files that transformers would load, sorted by name."""
+    files = _listed_files(where, folder, need)
+    for path in files:
+        if not path.is_file():
+            raise InputError(
+                f"{where}: {path} is missing, but the index of {folder} names it. Copy or download "
+                "the whole checkpoint."
+            )
+    if files:
         return files
     pickles = sorted(path.name for path in folder.glob("*.bin"))
-    found = f"only pickled weights ({', '.join(pickles)})" if pickles else "no weights"
-    convert = (
-        f"from transformers import AutoTokenizer as T, {model_class} as M; "
-        f"M.from_pretrained('{pretrained}', torch_dtype='auto').save_pretrained('NEW_FOLDER'); "
-        f"T.from_pretrained('{pretrained}').save_pretrained('NEW_FOLDER')"
-    )
+    if need == "convertible":
+        raise InputError(
+            f"{where}: {folder} holds no weights: expected {WEIGHTS} or {PICKLE}, or the index of "
+            "several files and these. Copy or download the whole checkpoint."
+        )
+    if pickles:
+        raise InputError(
+            f"{where}: {folder} holds only pickled weights ({', '.join(pickles)}): expected "
+            f"{WEIGHTS}. Convert them once: {FETCH}"
+        )
     raise InputError(
-        f"{where}: {folder} holds {found}: expected {WEIGHTS}, or {WEIGHTS_INDEX} and its files. "
-        "Pickles are never loaded, for they can run code. If you trust the checkpoint, "
-        f'convert it once with python -c "{convert}" and set {where} to NEW_FOLDER.'
+        f"{where}: {folder} holds no weights: expected {WEIGHTS}, or {WEIGHTS_INDEX} and its "
+        "files. Copy the whole checkpoint there, or name a hub id and bring it here once: "
+        f"{FETCH}. For rows, tokens and bytes without weights there is plan --no-weights."
     )
 
 
-def _shards(where: str, index: Path) -> list[str]:
-    names = _read_json(where, index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise InputError(f"{where}: {index} has no weight_map. Download the checkpoint again.")
-    return sorted({str(name) for name in names.values()})
+def _listed_files(where: str, folder: Path, need: Need) -> list[Path]:
+    """The one file of the weights, or those that an index lists, there or not; else none."""
+    forms = [(WEIGHTS, WEIGHTS_INDEX), (PICKLE, PICKLE_INDEX)]
+    for name, index in forms if need == "convertible" else forms[:1]:
+        if (folder / name).is_file():
+            return [folder / name]
+        if (folder / index).is_file():
+            names = _read_json(where, folder / index).get("weight_map")
+            if not isinstance(names, dict) or not names:
+                raise InputError(
+                    f"{where}: {folder / index} has no weight_map. Download the checkpoint again."
+                )
+            return [folder / name for name in sorted({str(each) for each in names.values()})]
+    return []
 
 
 def _read_json(where: str, path: Path) -> dict[str, Any]:
@@ -224,40 +292,11 @@ def _read_json(where: str, path: Path) -> dict[str, Any]:
     return value
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, remembered as long as its path, size, mtime and inode stay."""
-    real = path.resolve()
-    if real.parent.name == "blobs" and SHA256.fullmatch(real.name):
-        return real.name  # the hub's cache names a large file by its sha256
-    status = real.stat()
-    key = [str(real), status.st_size, status.st_mtime_ns, status.st_ino]
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    entry = Path(home).expanduser() / "embed_precompute" / "sha256" / f"{digest_of(key)}.json"
-    # No entry, or a damaged one: the file is hashed.
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(entry.read_bytes())
-        if known["file"] == key and SHA256.fullmatch(known["sha256"]):
-            return str(known["sha256"])
-    digest = hashlib.sha256()
-    with real.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    after = real.stat()
-    if [after.st_size, after.st_mtime_ns, after.st_ino] != key[1:]:
-        raise InputError(f"{real} changed while it was read. Run again when it is complete.")
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=entry.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(canonical_json({"file": key, "sha256": digest.hexdigest()}))
-        os.replace(temporary, entry)
-    return digest.hexdigest()
-
-
-def _without_bookkeeping(config: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in config.items() if key not in BOOKKEEPING}
-    nested = {k: _without_bookkeeping(v) for k, v in kept.items() if isinstance(v, dict)}
-    return {**kept, **nested}
+def cache_home() -> Path:
+    """The folder for what may be made again: digests and converted checkpoints."""
+    if home := os.environ.get("EMBED_PRECOMPUTE_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "embed_precompute"
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.util
 import logging
 import math
 import os
@@ -111,6 +112,11 @@ def check_machine(setting: str, device: str, encoders: Sequence[ResolvedEncoder]
                 "g++ nor clang++ is in PATH (CXX names another). Install one, or set compile false "
                 "and give a new output.path."
             )
+        if decision.compiled and device.startswith("cuda") and not has_flex_attention():
+            raise InputError(
+                f"{opened.where}.compile is true, and on a GPU that needs torch 2.5 or newer: this "
+                f"is {torch.__version__}. Set compile false and give a new output.path."
+            )
         if setting == "auto" and device == "cpu":
             count = num_parameters(Source(opened.checkpoint, encoder.family, encoder.options))
             if count > LARGE:
@@ -133,6 +139,11 @@ def log_device(setting: str, device: str) -> None:
 def compiler() -> str | None:
     """The C++ compiler that torch.compile calls, on a GPU too; None if there is none."""
     return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+
+
+def has_flex_attention() -> bool:
+    """Whether torch has the attention that compiled layers need on a GPU."""
+    return importlib.util.find_spec("torch.nn.attention.flex_attention") is not None
 
 
 def start(

@@ -72,9 +72,16 @@ class HFEmbedder(nn.Module):
         if shardformer and "shardformer" not in family.implementations:
             raise InputError("HFEmbedder.shardformer is for T5EncoderModel only. Remove it.")
         revision = hf_kwargs.pop("revision", None)
-        checkpoint = open_checkpoint(WHERE, from_pretrained, revision, kind, family.models)
-        self.tokenizer = load_tokenizer(WHERE, checkpoint.folder, family.special_tokens)
         dtype = _dtype_of(hf_kwargs)
+        checkpoint = open_checkpoint(
+            WHERE,
+            from_pretrained,
+            revision,
+            kind,
+            family.models,
+            dtype=str(dtype).removeprefix("torch."),
+        )
+        self.tokenizer = load_tokenizer(WHERE, checkpoint.folder, family.special_tokens)
         model = load_model(Source(checkpoint, family, options), dtype, **hf_kwargs)
         positions = model.config.max_position_embeddings if kind == "clip" else None
         if self.max_length < 1:

@@ -1,9 +1,10 @@
 """A family's transformers model, loaded from a checkpoint onto a device.
 
 Guarantees: every weight comes from the checkpoint, in the dtype asked for; only safetensors is
-read. Loading takes the memory of the weights and one block of 16 MiB more, whatever dtype the files
-have. A tensor that has the dtype already stays mapped from its file, so that processes of a node
-share its pages. A GPU gets each weight from the file, and the host never holds the model.
+read. Loading takes the memory of the weights and a few blocks more, whatever dtype the files have.
+A weight that has the dtype already and lies at a multiple of 64 bytes stays mapped from its file,
+so that processes of a node share its pages. A GPU gets each weight from the file, and the host
+never holds the model.
 
 transformers casts tensor by tensor too, but keeps the whole file mapped meanwhile: measured, a
 float32 checkpoint asked for in bfloat16 takes 3 times its weights while it is loaded.
@@ -15,8 +16,8 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,23 +26,16 @@ from safetensors import safe_open
 
 from embed_precompute.encoders.checkpoint import Checkpoint, quiet_transformers
 from embed_precompute.encoders.families.base import EncoderConfig, Family
+from embed_precompute.encoders.weights import CODES, StoredWeight, num_threads, stored_weights
 from embed_precompute.errors import EmbedPrecomputeError, InputError, one_line
 
 log = logging.getLogger(__name__)
 GB = 1e9
-BLOCK_BYTES = 1 << 24
-"""Number of bytes of a file that are mapped at a time while they are cast."""
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""The dtypes that are cast, by their names in a safetensors header."""
-HARMLESS_LEFTOVERS = ("position_ids", "embed_tokens.weight")
-"""Buffers that older versions saved, and the second name of T5's shared embedding."""
+ALIGNMENT = 64
+"""A weight begins at a multiple of this in memory. Where it lies decides how a product is summed,
+and so the last bits: copies of a checkpoint have their weights at different places in their files,
+and have to give equal embeddings."""
+TORCH_DTYPES = {code: getattr(torch, name) for name, code in CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -56,35 +50,24 @@ class Source:
     def model_class(self) -> Any:
         return getattr(transformers, self.family.model_class(self.options, self.checkpoint))
 
-    def tensors(self) -> Iterator[tuple[Path, str, torch.dtype | None, list[int]]]:
-        """Yields (file, name, dtype, shape) of the text encoder's tensors; dtype None: not cast."""
-        for path in self.checkpoint.files:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  (it has no iterator)
-                    if not self.family.is_other_part(self.options, self.checkpoint, name):
-                        tensor = file.get_slice(name)
-                        yield path, name, DTYPES.get(tensor.get_dtype()), tensor.get_shape()
+    def weights(self, dtype: torch.dtype) -> list[StoredWeight]:
+        """The weights that a model of `dtype` loads; reads headers only."""
+        return stored_weights(self.checkpoint, self.family, self.options, name_of(dtype))
 
-    def target(
-        self, name: str, stored: torch.dtype | None, dtype: torch.dtype
-    ) -> torch.dtype | None:
-        """The dtype a tensor gets; None: it holds no floating point numbers and is left alone."""
-        if stored is None:
-            return None
-        return torch.float32 if self.family.keeps_float32(name, dtype) else dtype
+
+def name_of(dtype: torch.dtype) -> str:
+    """float32 of torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def num_parameters(source: Source) -> int:
     """How many numbers the text encoder's weights hold; reads headers only."""
-    return sum(math.prod(shape) for _, _, _, shape in source.tensors())
+    return sum(math.prod(weight.shape) for weight in source.weights(torch.float32))
 
 
 def loaded_bytes(source: Source, dtype: torch.dtype) -> int:
     """How many bytes the text encoder's weights take in `dtype`; reads headers only."""
-    return sum(
-        math.prod(shape) * (source.target(name, stored, dtype) or torch.int64).itemsize
-        for _, name, stored, shape in source.tensors()
-    )
+    return sum(weight.target_bytes for weight in source.weights(dtype))
 
 
 def num_bytes(model: Any) -> int:
@@ -113,16 +96,17 @@ def load_model(source: Source, dtype: torch.dtype | str, **hf_kwargs: Any) -> An
     changes = source.family.config_changes(source.options, source.checkpoint)
     with quiet_transformers():
         try:
-            cast = None
-            if hf_kwargs.keys() <= {"attn_implementation"} and isinstance(dtype, torch.dtype):
-                cast = read_cast(source, dtype)
-            if cast is not None or changes:
+            state = None
+            plain = hf_kwargs.keys() <= {"attn_implementation"}
+            if plain and isinstance(dtype, torch.dtype) and name_of(dtype) in CODES:
+                state = read_weights(source, dtype)
+            if state is not None or changes:
                 config = model_class.config_class.from_pretrained(folder, local_files_only=True)
                 for name, value in changes.items():
                     setattr(config, name, value)
                 ours["config"] = config
-            if cast is not None:
-                ours |= {"pretrained_model_name_or_path": None, "state_dict": cast}
+            if state is not None:
+                ours |= {"pretrained_model_name_or_path": None, "state_dict": state}
             model, loading = model_class.from_pretrained(**{**hf_kwargs, **ours})
         except (EmbedPrecomputeError, torch.OutOfMemoryError):
             raise
@@ -175,29 +159,36 @@ def load_on(
         return load_model(source, dtype, device_map="auto", max_memory=memory)
 
 
-def read_cast(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
-    """The text encoder's tensors in `dtype`, cast block by block; None when all have that dtype.
+def read_weights(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The text encoder's weights as a model of `dtype` holds them, each at a multiple of 64 bytes.
 
-    Raises what safetensors raises for a damaged file.
+    A weight that lies so in its file, in its dtype, is mapped. Others are copied and cast, block by
+    block. Raises InputError, and what safetensors raises, for a damaged file.
     """
-    found = list(source.tensors())
-    if all(source.target(name, stored, dtype) == stored for _, name, stored, _ in found):
-        return None
-    state = {}
-    for path, name, stored, shape in found:
-        target = source.target(name, stored, dtype)
-        if target is None or target == stored or not shape:
-            with safe_open(path, "pt") as file:
-                whole: torch.Tensor = file.get_tensor(name)
-            state[name] = whole if target is None else whole.to(target)
-            continue
-        state[name] = torch.empty(shape, dtype=target)
-        step = max(1, BLOCK_BYTES // max(1, 4 * math.prod(shape[1:])))
-        for start in range(0, shape[0], step):
-            with safe_open(path, "pt") as file:  # opened again, to release the last block's pages
-                block: Any = file.get_slice(name)
-                state[name][start : start + step] = block[start : start + step]
+    state: dict[str, torch.Tensor] = {}
+    to_copy = []
+    weights = source.weights(dtype)
+    for path in source.checkpoint.files:
+        with safe_open(path, "pt") as file:
+            for weight in (each for each in weights if each.path == path):
+                target = TORCH_DTYPES.get(weight.target)
+                if weight.code == weight.target:
+                    mapped = state[weight.name] = file.get_tensor(weight.name)
+                    if mapped.data_ptr() % ALIGNMENT == 0:
+                        continue
+                    target = mapped.dtype
+                state[weight.name] = torch.empty(weight.shape, dtype=target)
+                to_copy.append(weight)
+    with ThreadPoolExecutor(num_threads()) as pool:
+        list(pool.map(lambda weight: _fill(state[weight.name], weight), to_copy))
     return state
+
+
+def _fill(tensor: torch.Tensor, weight: StoredWeight) -> None:
+    held, start = tensor.reshape(-1).view(torch.uint8).numpy(), 0
+    for block in weight.blocks():
+        held[start : start + len(block)] = block
+        start += len(block)
 
 
 def _check_loading(source: Source, loading: dict[str, Any]) -> None:
@@ -219,8 +210,8 @@ def _check_loading(source: Source, loading: dict[str, Any]) -> None:
     leftovers = [
         key
         for key in loading["unexpected_keys"]
-        if key.startswith(family.encoder_prefixes)
-        and not key.endswith(HARMLESS_LEFTOVERS)
+        if (name := family.canonical_name(key)) is not None
+        and name not in family.second_names.values()
         and not family.is_other_part(options, checkpoint, key)
     ]
     if leftovers:

@@ -23,6 +23,7 @@ from embed_precompute.encoders.families.base import (
     Output,
 )
 from embed_precompute.encoders.tokenizer import TokenBatch, Tokenized, make_batches, pack
+from embed_precompute.encoders.weights import weights_digest
 from embed_precompute.errors import InputError
 
 
@@ -78,13 +79,20 @@ class ResolvedEncoder:
                 tokenizer.empty, (shape,), tokenizer.pad_id or 0, tokenizer.empty
             )
 
+    @property
+    def weights(self) -> str | None:
+        """Digest of what the encoder computes with; None if the checkpoint was opened without
+        weights. Raises InputError: a file is damaged."""
+        checkpoint = self.opened.checkpoint
+        return weights_digest(checkpoint, self.family, self.options) if checkpoint.files else None
+
     def spec(self) -> dict[str, Any]:
         """All settings of this encoder that change bytes, as JSON: its part of the fingerprint."""
         options, tokenizer = self.options, self.opened.tokenizer
         return {
             "kind": options.kind,
-            "model_type": self.opened.checkpoint.model_type,
-            "weights": self.opened.checkpoint.weights,
+            "model_type": self.opened.checkpoint.text_config.model_type,
+            "weights": self.weights,
             "tokenizer": tokenizer.digest,
             "pad_token_id": tokenizer.pad_id,
             "max_length": options.max_length,
@@ -96,19 +104,28 @@ class ResolvedEncoder:
         }
 
 
-def open_encoder(name: str, options: EncoderConfig) -> OpenEncoder[Any]:
+def open_encoder(
+    name: str, options: EncoderConfig, *, with_weights: bool = True
+) -> OpenEncoder[Any]:
     """Find checkpoint and tokenizer, and check that they belong together.
 
-    Raises InputError naming the field of `encoders.<name>`.
+    Without weights the encoder can be asked for everything but its digest. Raises InputError naming
+    the field of `encoders.<name>`.
     """
     family, where = FAMILIES[options.kind], f"encoders.{name}"
     checkpoint = open_checkpoint(
-        f"{where}.pretrained", options.pretrained, options.revision, options.kind, family.models
+        f"{where}.pretrained",
+        options.pretrained,
+        options.revision,
+        options.kind,
+        family.models,
+        dtype=options.dtype,
+        need="weights" if with_weights else "config",
     )
     tokenizer_where, folder = f"{where}.pretrained", checkpoint.folder
     if options.tokenizer is not None:
         tokenizer_where = f"{where}.tokenizer"
-        folder = locate(tokenizer_where, options.tokenizer, None)
+        folder = locate(tokenizer_where, options.tokenizer, None, "tokenizer")
     # First: the tokenizer reads config.json too, and its error would not blame a bad config.json.
     rows = family.sizes(checkpoint).vocabulary
     tokenizer = family.open_tokenizer(tokenizer_where, folder, options)

@@ -1,14 +1,15 @@
-"""What the first captions tell about a job: tokens, bytes, duplicates; the report of `plan`.
+"""What some of the captions tell about a job: tokens, bytes, duplicates; the report of `plan`.
 
-The shard size, the free space that is needed and the report are estimated from one reading of the
-first captions. In the report the numbers of rows, samples and shards are exact. Figures that need
-tokens come from the first captions, or from all; the report says how many were read. Only the disk
-size is scaled up to the whole dataset. Nothing is written.
+The shard size, the free space that is needed and the report are estimated from one reading of
+10,000 input rows that lie evenly over the table. In the report the numbers of rows, samples and
+shards are exact. Figures that need tokens come from those rows, or from all; the report says how
+many samples were read. Only the disk size is scaled up to the whole dataset. Nothing is written.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,15 +18,18 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from embed_precompute.captions.reader import CaptionReader
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.encoders.resolve import ResolvedEncoder
-from embed_precompute.samples import Sample, Status
+from embed_precompute.samples import Status
 from embed_precompute.store.commit import UNLIMITED, free_space
 from embed_precompute.store.plan import Plan
 
-FIRST_SAMPLES = 10_000
+SAMPLED_ROWS = 10_000
+RUNS = 100
 PIECE_ROWS = 10_000
+PERCENTS = (5, 50, 95, 99)
+MAX_BARS, BAR_CHARACTERS = 7, 30
+WIDTHS = [step * 10**power for power in range(9) for step in (1, 2, 5)]
 ROWS_BYTES_PER_SAMPLE = 60
 """Estimated bytes of a sample in a rows part, compressed, without the text; measured once."""
 FILES_PER_UNIT = 3
@@ -39,16 +43,32 @@ FEW_CHARACTERS = 2.0
 class TokenFigures:
     """Sums over the captions that were tokenised with one encoder."""
 
-    tokens: int = 0
-    longest: int = 0
-    truncated: int = 0
+    whole: Counter[int] = field(default_factory=Counter)
+    """Captions that are not truncated, by their number of tokens."""
+    cut: Counter[int] = field(default_factory=Counter)
+    """Truncated captions, by the number of tokens that is left."""
     unknown: int = 0
     vectors: Counter[str] = field(default_factory=Counter)
     """Number of stored vectors, by tensor."""
     whole_characters: int = 0
-    whole_tokens: int = 0
-    """Number of tokens of the captions that are not truncated; `whole_characters` counts the
-    characters of the same captions."""
+    """Characters of the captions that are not truncated."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(tokens * count for tokens, count in (self.whole + self.cut).items())
+
+    @property
+    def characters_per_token(self) -> float:
+        """Of the captions that are not truncated; inf where there is none."""
+        tokens = sum(tokens * count for tokens, count in self.whole.items())
+        return self.whole_characters / tokens if tokens else math.inf
+
+    def percentiles(self, *percents: int) -> list[int]:
+        """The least number of tokens that so many percent of the captions do not exceed."""
+        lengths = sorted((self.whole + self.cut).items())
+        ends = np.cumsum([count for _, count in lengths])
+        wanted = [np.searchsorted(ends, ends[-1] * percent / 100) for percent in percents]
+        return [lengths[at][0] for at in wanted]
 
 
 @dataclass
@@ -61,6 +81,8 @@ class Figures:
     distinct: int = 0
     noted: Counter[str] = field(default_factory=Counter)
     """Counts of unusual input: empty captions, rows where a column of the recipe is null."""
+    first_noted: dict[str, str] = field(default_factory=dict)
+    """Where the first of each of them is."""
     encoders: dict[str, TokenFigures] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
     """The first texts as they are encoded."""
@@ -78,8 +100,8 @@ class Figures:
         )
 
 
-class FirstCaptions:
-    """The first captions of a table, read and tokenised when they are first asked for."""
+class SampledCaptions:
+    """Captions from everywhere in a table, read and tokenised when they are first asked for."""
 
     def __init__(
         self,
@@ -94,16 +116,17 @@ class FirstCaptions:
 
     @functools.cached_property
     def figures(self) -> Figures:
-        """The figures of the first 10,000 samples."""
-        return self.measure(FIRST_SAMPLES)
+        """The figures of 10,000 input rows."""
+        return self.measure(SAMPLED_ROWS)
 
-    def measure(self, max_samples: int | None) -> Figures:
-        """Returns the figures of the first `max_samples` samples (None: of all)."""
+    def measure(self, max_rows: int | None) -> Figures:
+        """Returns the figures of `max_rows` input rows (None: of all)."""
         reader = self._table.reader(self._num_rows, self._last_row_samples)
         sums = {encoder.name: TokenFigures() for encoder in self.encoders}
-        figures = Figures(noted=reader.noted, encoders=sums)
+        figures = Figures(noted=reader.noted, first_noted=reader.first_noted, encoders=sums)
         hashes: list[np.ndarray] = []
-        for samples in self._pieces(reader, max_samples):
+        for first, rows in sampled_runs(self._num_rows, max_rows):
+            samples = reader.read(first, rows)
             texts = [sample.text for sample in samples if sample.text is not None]
             figures.examples += texts[: EXAMPLES - len(figures.examples)]
             figures.samples += len(samples)
@@ -113,31 +136,34 @@ class FirstCaptions:
             hashes.append(np.array([xxhash.xxh3_64_intdigest(t) for t in encoded], np.uint64))
             for encoder in self.encoders:
                 _add(figures.encoders[encoder.name], encoder, texts)
-        figures.distinct = len(np.unique(np.concatenate(hashes))) if hashes else 0
+        reader.close()
+        figures.distinct = len(np.unique(np.concatenate(hashes)))
         return figures
 
-    def _pieces(self, reader: CaptionReader, max_samples: int | None) -> Iterator[list[Sample]]:
-        left = max_samples
-        for first in range(0, self._num_rows, PIECE_ROWS):
-            rows = min(PIECE_ROWS, self._num_rows - first)
-            samples = reader.read(first, rows if left is None else min(rows, left))
-            samples = samples if left is None else samples[:left]
-            left = None if left is None else left - len(samples)
-            yield samples
-            if left is not None and left <= 0:
-                break
-        reader.close()
+
+def sampled_runs(num_rows: int, max_rows: int | None) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of each run of input rows to look at, in ascending order.
+
+    100 runs, each in the middle of a hundredth of the table, so that a table that is sorted by
+    length or by source counts as it is. A run lies in one row group, or in two.
+    """
+    if max_rows is None or max_rows >= num_rows:
+        for first in range(0, num_rows, PIECE_ROWS):
+            yield first, min(PIECE_ROWS, num_rows - first)
+        return
+    runs = min(RUNS, max_rows)
+    for i in range(runs):
+        start, end = num_rows * i // runs, num_rows * (i + 1) // runs
+        rows = min(end - start, max_rows * (i + 1) // runs - max_rows * i // runs)
+        yield start + (end - start - rows) // 2, rows
 
 
 def _add(sums: TokenFigures, encoder: ResolvedEncoder, texts: list[str]) -> None:
     captions = encoder.opened.tokenizer.encode(texts)
-    sums.tokens += sum(captions.tokens)
-    sums.longest = max([sums.longest, *captions.tokens])
-    sums.truncated += sum(captions.truncated)
+    for text, tokens, cut in zip(texts, captions.tokens, captions.truncated, strict=True):
+        (sums.cut if cut else sums.whole)[tokens] += 1
+        sums.whole_characters += 0 if cut else len(text)
     sums.unknown += sum(captions.unknown)
-    whole = [row for row, cut in enumerate(captions.truncated) if not cut]
-    sums.whole_characters += sum(len(texts[row]) for row in whole)
-    sums.whole_tokens += sum(captions.tokens[row] for row in whole)
     for tensor, output in encoder.tensors().items():
         sums.vectors[tensor] += sum(encoder.stored_lengths(output, captions, null=False))
 
@@ -154,10 +180,10 @@ def example_lines(figures: Figures) -> list[str]:
 
 def tokenizer_line(encoder: ResolvedEncoder, figures: Figures) -> tuple[str, bool]:
     """The report's line on the tokenizer, and whether the tokenizer seems to be another model's."""
-    sums = figures.encoders[encoder.name]
-    ratio = sums.whole_characters / max(1, sums.whole_tokens)
-    line = f"{encoder.opened.tokenizer.name}, {ratio:.1f} characters per token"
-    suspicious = sums.whole_tokens > 0 and ratio < FEW_CHARACTERS
+    ratio = figures.encoders[encoder.name].characters_per_token
+    known = f"{ratio:.1f} characters per token" if ratio < math.inf else "all captions are cut"
+    line = f"{encoder.opened.tokenizer.name}, {known}"
+    suspicious = ratio < FEW_CHARACTERS
     if suspicious:
         line += (
             ": fewer than 2, so it may be another model's tokenizer. Only captions in Chinese, "
@@ -167,25 +193,29 @@ def tokenizer_line(encoder: ResolvedEncoder, figures: Figures) -> tuple[str, boo
 
 
 def estimate_lines(
-    first: FirstCaptions, plan: Plan, root: Path, dtype: str, max_samples: int | None
+    sampled: SampledCaptions, plan: Plan, root: Path, dtype: str, max_rows: int | None
 ) -> list[str]:
-    """The report, line by line, from the first `max_samples` samples (None: of all)."""
-    figures = first.figures if max_samples == FIRST_SAMPLES else first.measure(max_samples)
+    """The report, line by line, from `max_rows` input rows (None: from all)."""
+    figures = sampled.figures if max_rows == SAMPLED_ROWS else sampled.measure(max_rows)
+    names = f"plan {plan.plan_id[:16]}, fingerprint {plan.fingerprint[:16]}"
+    if any(spec["weights"] is None for spec in plan.spec["encoders"].values()):
+        names = "plan without weights: its id and fingerprint follow when the weights are there"
     lines = [
-        f"plan {plan.plan_id[:16]}, fingerprint {plan.fingerprint[:16]}",
+        names,
         f"input      {len(plan.inputs.files):,} files, {plan.num_rows:,} rows, "
         f"{plan.num_samples:,} samples",
     ]
     all_of_them = figures.samples == plan.num_samples
-    basis = "all" if all_of_them else f"the first {figures.samples:,}"
+    basis = "all" if all_of_them else f"{figures.samples:,} evenly spread"
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(figures.status.items()))
     duplicates = figures.encoded - figures.distinct
     lines.append(f"captions   of {basis} samples: {status}; {duplicates:,} repeat an earlier text")
-    lines += [f"{'':<10} {count:,} {what}" for what, count in sorted(figures.noted.items())]
+    for what, count in sorted(figures.noted.items()):
+        lines.append(f"{'':<10} {count:,} {what}, such as {figures.first_noted[what]}")
     lines += example_lines(figures)
-    for encoder in first.encoders:
+    for encoder in sampled.encoders:
         lines += _encoder_lines(encoder, figures)
-    embeddings = figures.embedding_bytes(first.encoders, dtype)
+    embeddings = figures.embedding_bytes(sampled.encoders, dtype)
     rows = figures.text_bytes + ROWS_BYTES_PER_SAMPLE * figures.samples
     scale = plan.num_samples / max(1, figures.samples)
     return lines + _disk_lines(plan, root, scale * (rows + embeddings))
@@ -193,7 +223,6 @@ def estimate_lines(
 
 def _encoder_lines(encoder: ResolvedEncoder, figures: Figures) -> list[str]:
     sums, decision = figures.encoders[encoder.name], encoder.decision
-    count, tokens = max(1, figures.encoded), max(1, sums.tokens)
     shapes = ", ".join(f"{batch}x{length}" for batch, length in decision.shapes)
     stored = []
     for tensor, output in encoder.tensors().items():
@@ -201,14 +230,42 @@ def _encoder_lines(encoder: ResolvedEncoder, figures: Figures) -> list[str]:
         what = vectors.get(output.positions or "", "one vector of")
         stored.append(f"text_{tensor}: {what} {output.width}")
     tokenizer, suspicious = tokenizer_line(encoder, figures)
+    if not figures.encoded:
+        return [f"{encoder.name:<10} no caption to encode"]
+    tokens, longest = sums.tokens, max(sums.whole + sums.cut)
+    shares = zip(PERCENTS, sums.percentiles(*PERCENTS), strict=True)
     return [
-        f"{encoder.name:<10} {sums.tokens:,} tokens, mean {sums.tokens / count:.1f}, longest "
-        f"{sums.longest}; {sums.truncated:,} truncated at {encoder.options.max_length}; "
-        f"<unk> {100 * sums.unknown / tokens:.3f} %",
+        f"{encoder.name:<10} {tokens:,} tokens, mean {tokens / figures.encoded:.1f}, "
+        + ", ".join(f"p{percent} {length}" for percent, length in shares)
+        + f", max {longest}; <unk> {100 * sums.unknown / max(1, tokens):.3f} %",
+        *(f"{'':<10} {line}" for line in _histogram(sums, encoder.options.max_length)),
         f"{'WARNING' if suspicious else '':<10} tokenizer {tokenizer}",
         f"{'':<10} stored: {', '.join(stored)}; forwards of {shapes}; implementation "
         f"{decision.implementation}",
     ]
+
+
+def _histogram(sums: TokenFigures, max_length: int) -> list[str]:
+    """How many captions have how many tokens, in at most 7 bars, and how many are truncated."""
+    longest = max(1, *sums.whole)
+    width = next(w for w in WIDTHS if w * MAX_BARS >= longest)
+    starts = range(0, longest, width)
+    counts = {f"{w + 1} to {min(w + width, longest)}": 0 for w in starts}
+    labels = list(counts)
+    for tokens, count in sums.whole.items():
+        counts[labels[max(0, tokens - 1) // width]] += count
+    counts[f"cut at {max_length}"] = sum(sums.cut.values())
+    most, percent = max(counts.values()), 100 / sum(counts.values())
+    return [
+        f"{label:>12} {_bar(count / most):<{BAR_CHARACTERS}} {count:>9,} {count * percent:6.2f} %"
+        for label, count in counts.items()
+    ]
+
+
+def _bar(share: float) -> str:
+    """A bar of `share` of the full width, in eighths of a character; empty for 0 alone."""
+    eighths = math.ceil(share * BAR_CHARACTERS * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
 def _disk_lines(plan: Plan, root: Path, total: float) -> list[str]:

@@ -7,7 +7,7 @@ run that would change what the output holds is refused (exit 3) with the name of
 field or file.
 Costs: each rank hashes the caption files (XXH3: as fast as they are read) and the weights (unless
 their digests are cached), and opens the tokenizers. The rank that makes the plan also reads the id
-column once (8 bytes of memory per row), and tokenises the first 10,000 captions if
+column once (8 bytes of memory per row), and tokenises 10,000 rows of captions if
 `samples_per_shard` is auto. No model is loaded and no GPU is touched.
 """
 
@@ -29,7 +29,7 @@ from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, res
 from embed_precompute.errors import ConflictError, InputError, StorageError
 from embed_precompute.job.estimate import (
     FILES_PER_UNIT,
-    FirstCaptions,
+    SampledCaptions,
     example_lines,
     tokenizer_line,
 )
@@ -72,23 +72,33 @@ class Prepared:
     encoders: tuple[ResolvedEncoder, ...]
     plan: Plan
     """The published plan, or the one that `publish` will write."""
-    first_captions: FirstCaptions
+    sampled: SampledCaptions
 
 
-def prepare(config: Config, limit: int | None = None, dist: DistContext | None = None) -> Prepared:
+def prepare(
+    config: Config,
+    limit: int | None = None,
+    dist: DistContext | None = None,
+    *,
+    with_weights: bool = True,
+) -> Prepared:
     """Check everything and find the plan: the stored one, rank 0's, or one made here.
 
     Nothing is written. Rank 0, or a process without peers, makes the plan at once. Another rank
     waits for rank 0's plan, at most `runtime.plan_timeout_s`. If the plan does not come, the rank
-    makes it itself; the result is the same.
+    makes it itself; the result is the same. Without weights the plan has neither a fingerprint nor
+    an id that mean anything, so it is never compared with the stored one.
     """
     dist = dist or DistContext()
     root = output_folder(config)
     refuse_output_inside(config.captions.path, root)
     columns = [options.integer_column for options in config.encoders.values()]
     table = CaptionTable.open(config.captions, [name for name in columns if name is not None])
-    opened = [open_encoder(name, config.encoders[name]) for name in sorted(config.encoders)]
-    stored = _stored_plan(root)
+    opened = [
+        open_encoder(name, config.encoders[name], with_weights=with_weights)
+        for name in sorted(config.encoders)
+    ]
+    stored = _stored_plan(root) if with_weights else None
     if stored is None and not dist.is_main:
         stored = _wait_for_plan(root, config.runtime.plan_timeout_s)
     if stored is None:
@@ -97,17 +107,17 @@ def prepare(config: Config, limit: int | None = None, dist: DistContext | None =
         encoders = tuple(
             resolve(each, added_tokens=rows) for each, rows in zip(opened, counts, strict=True)
         )
-        first = FirstCaptions(table, encoders, scan.num_rows, scan.last_row_samples)
-        plan = _make_plan(config, table, scan, encoders, first, limit)
+        sampled = SampledCaptions(table, encoders, scan.num_rows, scan.last_row_samples)
+        plan = _make_plan(config, table, scan, encoders, sampled, limit)
     else:
         specs = stored.spec["encoders"]
         encoders = tuple(resolve(each, specs.get(each.name, {})) for each in opened)
-        first = FirstCaptions(table, encoders, stored.num_rows, stored.last_row_samples)
+        sampled = SampledCaptions(table, encoders, stored.num_rows, stored.last_row_samples)
         plan = stored
         spec, wanted = _spec(config, table, encoders), config.output.samples_per_shard
-        inputs = _inputs(config, table, limit)
+        inputs = _inputs(table, limit)
         check_same(stored, spec, inputs, None if wanted == "auto" else wanted)
-    return Prepared(config, dist, root, table, encoders, plan, first)
+    return Prepared(config, dist, root, table, encoders, plan, sampled)
 
 
 def output_folder(config: Config) -> Path:
@@ -161,14 +171,14 @@ def _refuse_foreign_units(prepared: Prepared) -> None:
         )
 
 
-def check_first_captions(prepared: Prepared, units_left: Collection[int]) -> None:
-    """Log how the tokenizers fit the captions, and whether the rest of the dataset fits on disk.
+def check_sampled_captions(prepared: Prepared, units_left: Collection[int]) -> None:
+    """Log how the tokenizers fit some captions, and whether the rest of the dataset fits on disk.
 
     Warns if not all of it fits. Raises StorageError (exit 74) if not even one shard fits.
     """
     if not units_left:
         return
-    plan, root, figures = prepared.plan, prepared.root, prepared.first_captions.figures
+    plan, root, figures = prepared.plan, prepared.root, prepared.sampled.figures
     for line in example_lines(figures):
         log.info("%s", line)
     for encoder in prepared.encoders:
@@ -228,11 +238,11 @@ def _wait_for_plan(root: Path, timeout_s: float) -> Plan | None:
     return None
 
 
-def _inputs(config: Config, table: CaptionTable, limit: int | None) -> Inputs:
+def _inputs(table: CaptionTable, limit: int | None) -> Inputs:
     return Inputs(
         files=tuple(InputFile(**asdict(file)) for file in table.files),
-        text_column=config.captions.text_column,
-        id_column=config.captions.id_column,
+        text_column=table.config.text_column,
+        id_column=table.config.id_column,
         limit=limit,
     )
 
@@ -242,17 +252,17 @@ def _make_plan(
     table: CaptionTable,
     scan: Scan,
     encoders: tuple[ResolvedEncoder, ...],
-    first: FirstCaptions,
+    sampled: SampledCaptions,
     limit: int | None,
 ) -> Plan:
     spec = _spec(config, table, encoders)
     samples_per_shard = config.output.samples_per_shard
     if samples_per_shard == "auto":
-        embeddings = first.figures.embedding_bytes(encoders, config.output.dtype)
-        samples_per_shard = auto_samples_per_shard(embeddings / max(1, first.figures.encoded))
+        embeddings = sampled.figures.embedding_bytes(encoders, config.output.dtype)
+        samples_per_shard = auto_samples_per_shard(embeddings / max(1, sampled.figures.encoded))
     return Plan.make(
         spec,
-        _inputs(config, table, limit),
+        _inputs(table, limit),
         samples_per_shard=samples_per_shard,
         num_rows=scan.num_rows,
         num_samples=scan.num_samples,

@@ -22,7 +22,7 @@ from embed_precompute.encoders.device import (
     start,
 )
 from embed_precompute.job.claims import Claims, Committed, connect_store
-from embed_precompute.job.prepare import check_first_captions, prepare, publish
+from embed_precompute.job.prepare import check_sampled_captions, prepare, publish
 from embed_precompute.job.progress import Progress, write_provenance
 from embed_precompute.job.signals import StopRequest, stop_on_signals
 from embed_precompute.job.stages import Stages
@@ -64,7 +64,7 @@ def _run(config: Config, limit: int | None, dist: DistContext, stop: StopRequest
     committed, current = Committed(root, plan), environment(device, prepared.encoders)
     committed.check_environment(current, runtime.on_environment_change)
     if dist.is_main and not committed.everything():
-        check_first_captions(prepared, committed.left())
+        check_sampled_captions(prepared, committed.left())
         write_provenance(prepared, current)
     store = connect_store(dist)
     claims = Claims(dist, plan.plan_id, plan.num_units, committed, store, committed.refresh)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +13,8 @@ from embed_precompute.encoders.tokenizer import Tokenized
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import NULL_UNIT
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,6 +33,8 @@ class Unit:
     """For each tensor, the number of vectors of each stored row."""
     swept: bool = False
     """True in the sweep (see `Claims`): another rank may be computing the same unit."""
+    noted: dict[str, int] = field(default_factory=dict)
+    """What of its rows may surprise: see `CaptionReader.noted`."""
     began: float = 0.0
     """When its first forward was begun, on the clock time.monotonic."""
     abandoned: bool = False
@@ -49,11 +55,15 @@ def read_unit(
     plan: Plan, number: int, reader: CaptionReader, encoders: Sequence[ResolvedEncoder]
 ) -> Unit:
     """Read and tokenise unit `number`; `NULL_UNIT` holds the empty caption alone."""
+    before = Counter(reader.noted)
     if number == NULL_UNIT:
         first_row, num_rows, samples = 0, 0, [Sample("", 0, "")]
     else:
         first_row, num_rows = plan.unit_rows(number)
         samples = reader.read(first_row, num_rows)
+    noted = dict(reader.noted - before)
+    for what in sorted(noted.keys() - before.keys()):  # later ones are counted only
+        log.info("%s: the first of the %s that this rank reads", reader.first_noted[what], what)
     row_of: dict[str, int] = {}
     stored_row = [
         None if sample.text is None else row_of.setdefault(sample.text, len(row_of))
@@ -65,4 +75,4 @@ def read_unit(
         for encoder in encoders
         for tensor, output in encoder.tensors().items()
     }
-    return Unit(number, first_row, num_rows, samples, stored_row, tokens, lengths)
+    return Unit(number, first_row, num_rows, samples, stored_row, tokens, lengths, noted=noted)

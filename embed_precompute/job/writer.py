@@ -158,6 +158,7 @@ class UnitWriter:
             num_samples=len(samples),
             num_stored=len(kept),
             status={each.label: sum(s.status is each for s in samples) for each in Status},
+            noted=unit.noted,
             rows_sha256=rows_digest(samples),
             encoders={
                 name: TokenCounts(

@@ -3,11 +3,12 @@
 `PrecomputedVideoTextDataset` is Open-Sora's own `CachedVideoTextDataset` in all but where
 `text_t5` and `text_clip` come from. They are, bit for bit, what an export would have stored. A row
 without an embedding is dropped and counted, or refused, before the sampler sees it. An embedding
-that cannot be read ends the training with its message and is never replaced by zeros.
+that cannot be read ends the training with its message and is never replaced by zeros. Where the
+length of a text depends on the bucket of its clip, the bucket says which folder it is taken from.
 
 At the start the text that the trainer would encode for each row is compared with the text that was
 encoded, so neither a wrong id column nor changed captions can pair a clip with the wrong text. That
-takes about 30 us a row; afterwards a sample is one copy out of the mapped shard.
+takes about 30 us a row and folder; afterwards a sample is one copy out of the mapped shard.
 
 In Open-Sora's configuration:
 
@@ -20,10 +21,12 @@ Written from opensora/datasets/datasets.py of https://github.com/hpcaitech/Open-
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import logging
 import numbers
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +42,15 @@ from embed_precompute.captions.recipes import (
     make_normalizer,
     recipe_of,
 )
+from embed_precompute.encoders.video_buckets import Bucket
 from embed_precompute.errors import ConflictError, InputError
+from embed_precompute.opensora.lengths import (
+    NO_CACHED_TEXT,
+    TRAINER_PATCH,
+    TextLengths,
+    made_for_patch,
+)
+from embed_precompute.store.index import Array
 from embed_precompute.store.plan import Plan, read_plan
 from embed_precompute.train.dataset import AnyPath, EmbeddingDataset, SampleLookupError
 from embed_precompute.train.inputs import pad_null
@@ -108,7 +119,8 @@ class TextPair:
 class PrecomputedText:
     """What `PrecomputedVideoTextDataset` puts before Open-Sora's class.
 
-    `embeddings`: the dataset's folder, or a list of folders with one fingerprint. All arguments
+    `embeddings`: the dataset's folder, or a list of folders. Those of one fingerprint are one
+    dataset; those that differ in the length of their texts are for other buckets. All arguments
     that are not explained here are Open-Sora's own, but memory_efficient must be False.
 
     `id_column`: the table's column with the ids of the samples. By default it is the one that the
@@ -118,6 +130,10 @@ class PrecomputedText:
     that Open-Sora would encode, with its fps_max and vmaf. `dataset`: the row's caption with the
     dataset's own normalisation and recipe; for training on other text than Open-Sora's on purpose.
     `on_missing`: rows whose sample has no embedding are dropped, or an InputError.
+    `time_compression_ratio`, `spatial_compression_ratio`: of the trainer's autoencoder. With a
+    dataset's seq_align they say which length the texts of a bucket have; an InputError names a
+    length that no folder has. With `bucket_config`, the trainer's table, that is checked at the
+    start for all its buckets, else with the first sample of one. `patch_size` must be 2.
     `verify` is that of `EmbeddingDataset`; `t5`, `clip` and `pad_masked` are those of `TextPair`.
     """
 
@@ -139,6 +155,10 @@ class PrecomputedText:
         pad_masked: PadMasked = "refuse",
         compare: Literal["trainer", "dataset"] = "trainer",
         on_missing: Literal["drop", "error"] = "drop",
+        bucket_config: Mapping[str, Any] | None = None,
+        time_compression_ratio: int = 4,
+        spatial_compression_ratio: int = 8,
+        patch_size: int = TRAINER_PATCH,
         verify: Literal["never", "rows"] = "never",
         cached_text: bool = True,
         **opensora: Any,
@@ -152,61 +172,80 @@ class PrecomputedText:
                 "memory_efficient is True: ids and captions of all rows are compared at the start, "
                 "so they must be in memory. Set it to False; embeddings are not held there."
             )
+        if patch_size != TRAINER_PATCH:
+            raise InputError(
+                f"patch_size is {patch_size}: with cached text Open-Sora's train.py makes patches "
+                f"of {TRAINER_PATCH} x {TRAINER_PATCH}, because it does not pass patch_size to "
+                "prepare_ids. Train with cached_text False."
+            )
+        paths = [embeddings] if isinstance(embeddings, (str, os.PathLike)) else list(embeddings)
+        self._lengths = TextLengths(
+            paths,
+            verify,
+            t5,
+            time_compression_ratio=time_compression_ratio,
+            spatial_compression_ratio=spatial_compression_ratio,
+        )
+        self._pair = TextPair(self._lengths.first, t5, clip, pad_masked)
+        if patch := made_for_patch(self._lengths.first.roots[0], t5):
+            log.warning(NO_CACHED_TEXT, patch)
+        if bucket_config is not None:
+            self._lengths.require_all(bucket_config)
         opensora["cached_text"] = cached_text
         super().__init__(**opensora)
-        self._embeddings = EmbeddingDataset(embeddings, verify)
-        self._pair = TextPair(self._embeddings, t5, clip, pad_masked)
-        plans = [read_plan(root) for root in self._embeddings.roots]
+        datasets = self._lengths.datasets
+        plans = [[read_plan(root) for root in each.roots] for each in datasets.values()]
         column = id_column or _id_column(self.data, str(opensora.get("data_path")), plans)
         kept, samples = self._join(column, on_missing)
-        self._samples = np.array(samples, np.int64)
-        """The sample of each row."""
+        self._samples = {length: found[kept] for length, found in samples.items()}
+        """For each length, the sample of each row; -1 where that folder has none."""
         self.num_dropped = len(self.data) - len(kept)
         """Rows of the table that have no embedding."""
         if self.num_dropped:
             self.data = self.data.iloc[kept].reset_index(drop=True)
-        self._check_texts(kept, compare, plans[0])
+        self._check_texts(kept, compare, plans[0][0])
 
-    def _join(self, column: str | None, on_missing: str) -> tuple[list[int], list[int]]:
-        """The rows that have an embedding, and the sample of each of them."""
-        ids: Iterator[str] = map(str, range(len(self.data)))
+    def _join(self, column: str | None, on_missing: str) -> tuple[Array, dict[int, Array]]:
+        """The rows that have an embedding, and for each length the sample of every row or -1."""
+        ids = list(map(str, range(len(self.data))))
         if column is not None:
             _require_column(self.data, column, "it names the samples")
-            ids = map(str, self.data[column].tolist())
+            ids = list(map(str, self.data[column].tolist()))
             for value in self.data[column].tolist():  # pandas reads integers with a gap as floats
                 if not isinstance(value, (str, numbers.Integral)):  # numpy's integers too
                     raise InputError(
                         f"column {column!r} holds {value!r} ({type(value).__name__}): expected "
                         "strings or integers without a null."
                     )
-        kept, samples, why = [], [], ""
-        for row, sample_id in enumerate(ids):
+        samples = {length: np.full(len(ids), -1) for length in self._lengths.datasets}
+        why = ""
+        for length, dataset in self._lengths.datasets.items():
+            for row, sample_id in enumerate(ids):
+                with contextlib.suppress(SampleLookupError):
+                    samples[length][row] = dataset.index_of(sample_id)
+        has_one = np.any([found >= 0 for found in samples.values()], axis=0)
+        kept = np.flatnonzero(has_one)
+        if len(kept) < len(ids):
             try:
-                samples.append(self._embeddings.index_of(sample_id))
-                kept.append(row)
+                self._lengths.first.index_of(ids[int(np.argmin(has_one))])
             except SampleLookupError as error:
-                why = why or str(error)
-        if why:
+                why = str(error)
             by = "row number" if column is None else f"column {column!r}"
-            missing, total = len(self.data) - len(kept), len(self.data)
+            missing, total = len(ids) - len(kept), len(ids)
             said = f"{missing:,} of {total:,} rows have no embedding by their {by}: {why}"
-            if on_missing == "error" or not kept:
+            if on_missing == "error" or not len(kept):
                 raise InputError(
                     f"{said} Remove them from the table, precompute them, or set "
-                    "dataset.id_column; for lists of captions, use the table of an export."
+                    "dataset.id_column; for several captions a row, use the table of an export."
                 )
             log.warning("%s They are left out.", said)
         return kept, samples
 
-    def _check_texts(self, kept: list[int], compare: str, plan: Plan) -> None:
+    def _check_texts(self, kept: Array, compare: str, plan: Plan) -> None:
         """ConflictError unless each row's text is the one that was encoded.
 
         64 bits of the sha256 are compared: enough to find a difference, and 8 bytes a sample.
         """
-        digests = (
-            d for part in self._embeddings.columns("text_sha256") for d in part["text_sha256"]
-        )
-        stored = np.fromiter((int(d[:16], 16) for d in digests), np.uint64, len(self._embeddings))
         found = np.fromiter(
             (
                 int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
@@ -215,21 +254,27 @@ class PrecomputedText:
             np.uint64,
             len(kept),
         )
-        wrong = np.flatnonzero(stored[self._samples] != found)
-        if not len(wrong):
+        of_wrong: dict[int, tuple[EmbeddingDataset, int]] = {}
+        for length, dataset in self._lengths.datasets.items():
+            samples = self._samples[length]
+            digests = (d for part in dataset.columns("text_sha256") for d in part["text_sha256"])
+            stored = np.fromiter((int(d[:16], 16) for d in digests), np.uint64, len(dataset))
+            rows = np.flatnonzero(samples >= 0)
+            for row in rows[stored[samples[rows]] != found[rows]].tolist():
+                of_wrong.setdefault(row, (dataset, int(samples[row])))
+        if not of_wrong:
             return
-        lines = []
+        lines, named = [], sorted(of_wrong)[:NAMED_ROWS]
         for row, text in enumerate(self._texts(compare, plan)):
-            if row in wrong[:NAMED_ROWS]:
-                sample_id = self._embeddings[int(self._samples[row])]["id"]
-                encoded = self._embeddings.encoded_text(int(self._samples[row]))
+            if row in named:
+                dataset, sample = of_wrong[row]
                 lines.append(
-                    f"row {kept[row]}, sample {sample_id!r}: the {compare} makes {text!r:.200}, "
-                    f"encoded was {encoded!r:.200}"
+                    f"row {kept[row]}, sample {dataset.ids[sample]!r}: the {compare} makes "
+                    f"{text!r:.200}, encoded was {dataset.encoded_text(sample)!r:.200}"
                 )
         settings = recipe_of(plan.spec["captions"]["recipe"]).trainer_settings()
         raise ConflictError(
-            f"{len(wrong):,} of {len(kept):,} rows have another text than their sample:\n  "
+            f"{len(of_wrong):,} of {len(kept):,} rows have another text than their sample:\n  "
             + "\n  ".join(lines)
             + "\nUse the captions that were encoded, with their ids in dataset.id_column"
             + (f", and {', '.join(settings)} in dataset" if settings else "")
@@ -251,7 +296,9 @@ class PrecomputedText:
             normalize, text_column = None, TEXT
         else:
             recipe = recipe_of(captions["recipe"])
-            normalize, text_column = make_normalizer(captions["normalize"]), plan.inputs.text_column
+            normalize, text_column = make_normalizer(captions["normalize"]), TEXT
+            if isinstance(plan.inputs.text_column, str):  # of several, an export makes one
+                text_column = plan.inputs.text_column
         columns = [text_column, *recipe.columns]
         for name in columns:
             _require_column(self.data, name, f"the text of the {compare} is made of it")
@@ -261,14 +308,26 @@ class PrecomputedText:
                 text = normalize(caption) if normalize and isinstance(caption, str) else caption
                 yield str(recipe.render(text, row))
 
-    def get_conditioning_latents(self, index: int) -> dict[str, Any]:
-        """What Open-Sora's method of this name gives, with the text from the shards."""
+    def get_conditioning_latents(self, index: int, length: int | None = None) -> dict[str, Any]:
+        """What Open-Sora's method of this name gives, with the text from the shards.
+
+        `length`: of the text, where there are datasets of several.
+        """
         row = self.data.iloc[index]
         sample: dict[str, Any] = {}
         if self.cached_video:
             sample["video_latents"] = self.get_latents(row["latents_path"])  # type: ignore[attr-defined]
         if self.cached_text:
-            sample |= self._pair.of(self._embeddings[int(self._samples[index])])
+            length = next(iter(self._samples)) if length is None else length
+            dataset, at = self._lengths.datasets[length], int(self._samples[length][index])
+            if at < 0:
+                has = [str(each) for each, found in self._samples.items() if found[index] >= 0]
+                raise InputError(
+                    f"row {index} has no embedding among the texts of {length} vectors "
+                    f"({', '.join(map(str, dataset.roots))}), only among those of "
+                    f"{', '.join(has)}: precompute it for this bucket too."
+                )
+            sample |= self._pair.of(dataset[at])
         if self.return_latents_path:
             sample["latents_path"] = row["latents_path"]
             sample["text_t5_path"] = sample["text_clip_path"] = ""  # there is no file
@@ -287,27 +346,32 @@ class PrecomputedText:
             if loaded is None:
                 return None
             sample.update(loaded)
-        sample.update(self.get_conditioning_latents(int(index.split("-")[0])))
+        row, frames, height, width = map(int, index.split("-"))
+        length = self._lengths.of(Bucket(frames, height, width))
+        sample.update(self.get_conditioning_latents(row, length))
         return sample
 
 
-def _id_column(data: Any, data_path: str, plans: Sequence[Plan]) -> str | None:
-    """The column that names the samples, None: they are row numbers."""
+def _id_column(data: Any, data_path: str, datasets: Sequence[Sequence[Plan]]) -> str | None:
+    """The column that names the samples, None: they are row numbers.
+
+    `datasets`: the plans of each length's folders.
+    """
     if SAMPLE_ID in data.columns and (Path(data_path).parent / DONE_FILE).is_file():
         return SAMPLE_ID
-    columns = {plan.inputs.id_column for plan in plans}
-    if len(columns) > 1 or (len(plans) > 1 and None in columns):
+    columns = {plan.inputs.id_column for plans in datasets for plan in plans}
+    if len(columns) > 1 or (None in columns and any(len(plans) > 1 for plans in datasets)):
         raise InputError(
             f"the folders were made with the id columns {columns} (None: row numbers): no column "
             "names the samples of all of them. Set dataset.id_column, or train from one folder."
         )
     column = columns.pop()
-    rows = sum(file.rows for file in plans[0].inputs.files)
-    if column is None and rows != len(data):
-        raise InputError(
-            f"the samples are named by the row numbers of a table of {rows:,} rows, and this one "
-            f"has {len(data):,}. Read the table that was encoded, or set dataset.id_column."
-        )
+    for plan, *_ in datasets if column is None else ():
+        if (rows := sum(file.rows for file in plan.inputs.files)) != len(data):
+            raise InputError(
+                f"the samples are named by the row numbers of a table of {rows:,} rows, and this "
+                f"one has {len(data):,}. Read the table that was encoded, or set dataset.id_column."
+            )
     return column
 
 

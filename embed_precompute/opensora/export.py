@@ -29,6 +29,7 @@ from embed_precompute.documents import differing_fields
 from embed_precompute.encoders.families.base import DType
 from embed_precompute.errors import ConflictError, InputError, StorageError, VerificationError
 from embed_precompute.opensora.dataset import DONE_FILE, PadMasked, TextPair
+from embed_precompute.opensora.lengths import NO_CACHED_TEXT, made_for_patch
 from embed_precompute.opensora.table import SAMPLER_COLUMNS, CaptionRows, Entry, TrainerTable
 from embed_precompute.store.commit import (
     free_space,
@@ -69,9 +70,11 @@ or on the command line of scripts/diffusion/train.py
 --dataset.data_path {table}"""
 FOREIGN_RECIPE = """\
 The captions were encoded without Open-Sora's FPS and motion score, with which
-its own configurations train (captions.recipe.kind opensora)."""
+its own configurations train. To train as they do, precompute with the recipe
+opensora (captions.recipe.kind) and the trainer's own fps_max and vmaf."""
 NULL_FILES = """\
-patch_size must be 2: with cached text, train.py makes patches of 2 x 2 only.
+patch_size must be 2: with cached text, train.py makes patches of 2 x 2 only. A trainer with
+patch_size 1 (Open-Sora's high_compression.py) cannot use cached text.
 
 The trainer loads its null embeddings from paths hard-coded in train.py. Either put
   {t5}  at  /mnt/ddn/sora/tmp_load/null_t5.pt
@@ -287,6 +290,8 @@ class Export:
                 yield f"  note: {name} is null in {table.nulls[name]:,} rows; the sampler needs it"
         name = self.dataset.tensors[self.options.t5].encoder
         encoder = self.dataset.manifest.spec["encoders"][name]
+        if patch := made_for_patch(self.root, name):
+            yield f"  note: {NO_CACHED_TEXT % patch}"
         if encoder.get("seq_align", 1) == 1:
             yield "  note: seq_align 1 is for a trainer without sequence parallelism (sp_size 1)"
         if encoder.get("implementation") not in (None, "hf"):

@@ -31,7 +31,7 @@ import yaml
 from embed_precompute.captions.recipes import CaptionsConfig, PlainRecipe, recipe_of
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.errors import ConflictError, InputError, StorageError, VerificationError
-from embed_precompute.opensora.dataset import SAMPLE_ID, TEXT
+from embed_precompute.opensora.dataset import FPS, SAMPLE_ID, TEXT
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import Sink, StagedFile, StoredFile
 from embed_precompute.store.index import DatasetIndex
@@ -170,11 +170,16 @@ class TrainerTable:
                 f"the captions have a column {SAMPLE_ID!r} that is not their id column "
                 f"({captions.id_column!r}): the export needs that name. Rename the column."
             )
-        made = [captions.text_column, TEXT, SAMPLE_ID, LATENTS]
+        own = captions.text_column
+        self._text_columns = {TEXT, own} if isinstance(own, str) else {TEXT}
+        """Columns with the sample's caption; where several columns have captions, these stay."""
+        made = [*sorted(self._text_columns), SAMPLE_ID, LATENTS]
         made += [] if path_of is None else PATHS.values()
-        self.replaced = [n for n in made if n in names and n not in (*made[:1], SAMPLE_ID, LATENTS)]
+        self.replaced = [n for n in made if n in names and n not in (own, SAMPLE_ID, LATENTS)]
         """Columns of the captions that have other values now."""
-        floats = captions.recipe.float_columns()
+        floats = {*captions.recipe.float_columns()}
+        if FPS in names and pa.types.is_null(captions.schema.field(FPS).type):
+            floats.add(FPS)  # images have none: pandas would read None, at which the sampler fails
         fields = {f.name: pa.float64() if f.name in floats else f.type for f in captions.schema}
         self.schema = pa.schema(list({**fields, **dict.fromkeys(made, pa.string())}.items()))
 
@@ -194,8 +199,7 @@ class TrainerTable:
         """Append the rows of these entries."""
         captions = pa.array([entry.caption for entry in entries], pa.string())
         made: dict[str, Any] = {
-            self._captions.text_column: captions,
-            TEXT: captions,
+            **dict.fromkeys(self._text_columns, captions),
             SAMPLE_ID: pa.array([entry.sample_id for entry in entries], pa.string()),
             LATENTS: self._latents(rows),
         }

@@ -282,19 +282,20 @@ def _check_rows(
         require(lengths[name] == expected, f"{name}_length unlike the shard's")
     found = {each.label: int((status == each).sum()) for each in Status}
     _require_same(path, "status", found, record.status)
+    tokens = {name: filled(f"{name}_tokens", 0) for name in encoder_names(tensors)}
     encoders = {
         name: TokenCounts(
-            int(filled(f"{name}_tokens", 0).sum(dtype=np.int64)),
-            int(filled(f"{name}_truncated", False).sum()),
+            int(counts.sum(dtype=np.int64)), int(filled(f"{name}_truncated", False).sum())
         )
-        for name in encoder_names(tensors)
+        for name, counts in tokens.items()
     }
     _require_same(path, "encoders", encoders, record.encoders)
     ids = rows.column("sample_id").cast(pa.binary()).to_pylist()
     hashes = np.fromiter(map(id_hash, ids), np.uint64, len(ids))
     digest = int(record.files.shard.head_sha256[:NAME_DIGITS], 16)
     columns = UnitColumns(
-        record.unit, shard.num_rows, digest, ids, hashes, status, index, lengths, checksums
+        *(record.unit, shard.num_rows, digest, ids, hashes),
+        *(status, index, tokens, lengths, checksums),
     )
     return rows, columns
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +64,7 @@ class Counts:
     stored: Count
     """Stored rows: equal texts of a unit share one."""
     status: dict[str, Count]
+    noted: dict[str, Count]
     encoders: dict[str, TokenCounts]
     tensors: dict[str, Count]
 
@@ -106,9 +107,11 @@ class Manifest(Document):
             raise MismatchError(f"files has keys {sorted(self.files)}: expected other names.")
 
 
-def index_dtypes(tensors: Iterable[str]) -> dict[str, str]:
+def index_dtypes(tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
     """Every array of the index and its dtype; the file is index/<name>.npy."""
     dtypes = {"status": "|u1", "shard": "<i4", "index": "<i4"}
+    for encoder in sorted({tensor.encoder for tensor in tensors.values()}):
+        dtypes[f"tokens_{encoder}"] = "<i4"
     for name in sorted(tensors):
         dtypes |= {f"length_{name}": "<i4", f"xxh3_{name}": "<u8"}
     return dtypes | {
@@ -160,6 +163,8 @@ class UnitColumns:
     """Number of each sample's status, uint8."""
     index: Array
     """Stored row of each sample; -1 unless its status is ok."""
+    tokens: Mapping[str, Array]
+    """For each encoder, the number of tokens of each sample; 0 unless its status is ok."""
     lengths: Mapping[str, Array]
     """For each tensor, the number of stored vectors of each sample; 0 unless its status is ok."""
     checksums: Mapping[str, Array]
@@ -184,6 +189,7 @@ class IndexBuilder:
             "status": unit.status,
             "shard": np.full(count, unit.unit, np.int32),
             "index": unit.index,
+            **{f"tokens_{name}": values for name, values in unit.tokens.items()},
             **{f"length_{name}": values for name, values in unit.lengths.items()},
             **{f"xxh3_{name}": values for name, values in unit.checksums.items()},
             "ids": np.frombuffer(b"".join(unit.ids), np.uint8),
@@ -203,7 +209,7 @@ class IndexBuilder:
 class IndexWriter:
     """Writes the arrays of the index, unit by unit, in input order."""
 
-    def __init__(self, folder: Path, tensors: Iterable[str]) -> None:
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
         self._builder = IndexBuilder()
         self._dtypes = index_dtypes(tensors)
         self._sizes = dict.fromkeys(self._dtypes, 0)
@@ -283,12 +289,14 @@ class DatasetIndex:
         }
         self.arrays = {
             name: self._open(name, dtype, shapes.get(name, (n,)))
-            for name, dtype in index_dtypes(self.tensors).items()
+            for name, dtype in index_dtypes(self.manifest.tensors).items()
         }
         """Every array, by name. The attributes below are some of these arrays."""
         self.status, self.shard = self.arrays["status"], self.arrays["shard"]
         self.index, self.ok = self.arrays["index"], self.arrays["ok"]
         self.shards = self.arrays["shards"]
+        encoders = {tensor.encoder for tensor in self.manifest.tensors.values()}
+        self.tokens = {name: self.arrays[f"tokens_{name}"] for name in sorted(encoders)}
         self.lengths = {name: self.arrays[f"length_{name}"] for name in self.tensors}
         self.checksums = {name: self.arrays[f"xxh3_{name}"] for name in self.tensors}
 

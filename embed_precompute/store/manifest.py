@@ -138,7 +138,7 @@ def _write_derived(root: Path, plan: Plan) -> Manifest:
     check = functools.partial(check_unit, root, plan)
     with (
         contextlib.closing(in_order(check, range(plan.num_units))) as units,
-        IndexWriter(root / "index", [tensor.name for tensor in plan.tensors]) as index,
+        IndexWriter(root / "index", tensor_entries(plan.tensors)) as index,
         _SampleTable(root / TABLE, plan.tensors) as table,
     ):
         for unit in units:
@@ -175,6 +175,7 @@ class Totals:
     def __init__(self) -> None:
         self.samples = self.stored = self.units = 0
         self.status: Counter[str] = Counter({status.label: 0 for status in Status})
+        self.noted: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
         self.truncated: Counter[str] = Counter()
         self.vectors: Counter[str] = Counter()
@@ -186,6 +187,7 @@ class Totals:
         self.samples += record.num_samples
         self.stored += record.num_stored
         self.status.update(record.status)
+        self.noted.update(record.noted)
         self.tokens.update({name: sums.tokens for name, sums in record.encoders.items()})
         self.truncated.update({name: sums.truncated for name, sums in record.encoders.items()})
         self.vectors.update(record.tensors)
@@ -205,6 +207,7 @@ class Totals:
                 units=self.units,
                 stored=self.stored,
                 status=dict(self.status),
+                noted=dict(self.noted),
                 encoders={n: TokenCounts(k, self.truncated[n]) for n, k in self.tokens.items()},
                 tensors=dict(self.vectors),
             ),

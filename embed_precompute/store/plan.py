@@ -59,7 +59,8 @@ class Inputs:
 
     files: tuple[InputFile, ...]
     """The files in the order in which rows are numbered."""
-    text_column: str
+    text_column: str | tuple[str, ...]
+    """Column of the captions; several columns give several samples a row, `id#column`."""
     id_column: str | None
     limit: Count | None = None
     """Number of samples asked for."""

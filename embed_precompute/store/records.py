@@ -280,6 +280,8 @@ class UnitRecord(Record):
     num_stored: Count
     status: dict[str, Count]
     """Number of samples of each status, by label."""
+    noted: dict[str, Count]
+    """What of its input may surprise, in words, and how often: such as empty captions, encoded."""
     rows_sha256: Hex64
     files: UnitFiles
 

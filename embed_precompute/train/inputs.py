@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from embed_precompute.errors import InputError
-from embed_precompute.train.dataset import EmbeddingDataset
+from embed_precompute.train.dataset import TOKEN_MASK, EmbeddingDataset
 
 
 class SequenceEmbedder(Protocol):
@@ -150,10 +150,13 @@ class ConditionDropout:
       pad's, up to the sample's length, as Open-Sora's trainer does. Length and mask stay.
     - attention_mask padding: the real tokens of the empty caption, then zeros. The sample's length
       and mask become those of the empty caption; the batch gets longer where that is longer.
+    In both, text_<name>_token_mask becomes that of the empty caption.
     """
 
     def __init__(self, dataset: EmbeddingDataset, prob: float | Mapping[str, float]) -> None:
-        self._null = dataset.null
+        null = dataset.null
+        self._null = {name: null[name] for name in null if not name.endswith(TOKEN_MASK)}
+        self._tokens = {name: null[name + TOKEN_MASK] for name in null if name + TOKEN_MASK in null}
         self._masked = {name: dataset.is_masked(name) for name in self._null}
         self._together = not isinstance(prob, Mapping)
         self._prob = dict(prob) if isinstance(prob, Mapping) else dict.fromkeys(self._null, prob)
@@ -195,6 +198,13 @@ class ConditionDropout:
                 null = pad_null(null[None], values.shape[1])
                 stored = _entry(batch, f"{name}_mask").to(values.device)
                 made[name] = torch.where((dropped[:, None] & stored)[..., None], null, values)
+            if (mask := batch.get(name + TOKEN_MASK)) is not None:
+                longest, tokens = made[name].shape[1], self._tokens[name].to(mask.device)
+                tokens, mask = (
+                    functional.pad(each, (0, longest - each.shape[-1])) for each in (tokens, mask)
+                )
+                drop = dropped.to(mask.device)[:, None]
+                made[name + TOKEN_MASK] = torch.where(drop, tokens, mask)
         return made
 
 

@@ -18,6 +18,9 @@ At the end of an epoch M < W x B positions may be left. `ends` says what becomes
           M < W, so these ranks have one step less: only for loops without collectives.
 When the world size or batch size changes within an epoch, this holds for the rest of it.
 
+With a batch sampler of the user's (`GivenBatches`) the order is its own. A state then counts the
+batches of a rank, which are skipped when the sampler is iterated again, and compared.
+
 Save the state between two steps, on rank 0, with the model. The ranks must be in lockstep: after
 equally many steps they have equal states (with `uneven`, rank 0 makes the most steps).
 
@@ -27,8 +30,9 @@ Imports torch and numpy, no transformers.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from math import isqrt
 from typing import Any, Literal, get_args
 
@@ -119,6 +123,36 @@ class Position:
     consumed: int = 0
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Which rank this is, and whether that was found out or given."""
+
+    rank: int
+    world_size: int
+    detected: bool
+
+    @classmethod
+    def of(cls, rank: int | None, world_size: int | None) -> _Place:
+        if (rank is None) is not (world_size is None):
+            raise InputError(f"rank {rank} of world_size {world_size}: give both, or neither.")
+        if rank is None or world_size is None:
+            dist = DistContext.of_training()
+            return cls(dist.rank, dist.world_size, detected=True)
+        if not 0 <= rank < world_size:
+            raise InputError(f"rank {rank} of {world_size}: expected a rank below world_size.")
+        return cls(operator.index(rank), operator.index(world_size), detected=False)
+
+    def check(self) -> None:
+        """InputError where a process group that was made since says something else."""
+        dist = DistContext.of_training() if self.detected else DistContext()
+        if dist.source == "group" and (dist.rank, dist.world_size) != (self.rank, self.world_size):
+            raise InputError(
+                f"the loader was made for rank {self.rank} of {self.world_size}, but the process "
+                f"group says {dist.rank} of {dist.world_size}. Make the loader after "
+                "torch.distributed.init_process_group, or give it rank and world_size."
+            )
+
+
 class ResumableSampler(Sampler[list[int]]):
     """Batches of sample indexes for one rank, from `position` to the end of its epoch.
 
@@ -147,27 +181,21 @@ class ResumableSampler(Sampler[list[int]]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        self._detected = rank is None and world_size is None
-        if rank is None or world_size is None:
-            if not self._detected:
-                raise InputError(f"rank {rank} of world_size {world_size}: give both, or neither.")
-            dist = DistContext.of_training()
-            rank, world_size = dist.rank, dist.world_size
+        self._place = _Place.of(rank, world_size)
+        self.rank, self.world_size = self._place.rank, self._place.world_size
         self.num_samples, self.batch_size = map(operator.index, (num_samples, batch_size))
-        self.rank, self.world_size = operator.index(rank), operator.index(world_size)
         self.seed, self.shuffle, self.ends = operator.index(seed), bool(shuffle), ends
         self.position = Position()
         if self.num_samples < 1:
             raise InputError("the dataset has no samples: expected at least one.")
         if self.batch_size < 1:
             raise InputError(f"batch_size is {batch_size}: expected 1 or more.")
-        if not 0 <= self.rank < self.world_size:
-            raise InputError(f"rank {rank} of {world_size}: expected a rank below world_size.")
         if ends not in get_args(Ends):
             raise InputError(f"ends is {ends!r}: expected one of {', '.join(get_args(Ends))}.")
         if len(self) == 0 and ends == "drop":
             raise InputError(
-                f"{num_samples} samples make no full step of {world_size} ranks x {batch_size}, "
+                f"{num_samples} samples make no full step of {self.world_size} ranks x "
+                f"{batch_size}, "
                 "and ends is 'drop': every epoch would be empty. Use smaller batches or 'pad'."
             )
 
@@ -201,13 +229,7 @@ class ResumableSampler(Sampler[list[int]]):
         return Position(start.epoch, consumed)
 
     def __iter__(self) -> Iterator[list[int]]:
-        dist = DistContext.of_training() if self._detected else DistContext()
-        if dist.source == "group" and (dist.rank, dist.world_size) != (self.rank, self.world_size):
-            raise InputError(
-                f"the loader was made for rank {self.rank} of {self.world_size}, but the process "
-                f"group says {dist.rank} of {dist.world_size}. Make the loader after "
-                "torch.distributed.init_process_group, or give it rank and world_size."
-            )
+        self._place.check()
         start, steps, order = self.position, 0, None
         if self.shuffle:
             order = EpochOrder(self.num_samples, self.seed, start.epoch)
@@ -225,10 +247,8 @@ class ResumableSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of `epoch`; nothing happens where `position` is in that epoch already."""
-        if epoch < 0:
-            raise InputError(f"epoch is {epoch}: expected 0 or more.")
-        if epoch != self.position.epoch:
-            self.position = Position(operator.index(epoch))
+        if (begin := _begin_of(epoch)).epoch != self.position.epoch:
+            self.position = begin
 
     def state_dict(self, position: Position | None = None) -> dict[str, Any]:
         """A position (by default the sampler's) and the order, for JSON; equal on all ranks."""
@@ -242,24 +262,98 @@ class ResumableSampler(Sampler[list[int]]):
         Raises InputError for anything that is no state, ConflictError for a state of a dataset of
         another length. Then nothing has changed.
         """
-        version = _entry(state_dict, "version", int)
-        if version != ORDER_VERSION:
-            raise InputError(
-                f"the state has version {version}: expected {ORDER_VERSION}. The release that "
-                "saved it has another order of samples: use that release until the end of the "
-                "epoch."
-            )
-        saved = _entry(state_dict, "num_samples", int)
-        if saved != self.num_samples:
-            raise ConflictError(
-                f"the state is of a dataset of {saved} samples, this one has {self.num_samples}. "
-                f"{REMEDY}"
-            )
+        saved = _check_head(state_dict, self.num_samples)
         position = Position(_entry(state_dict, "epoch", int), _entry(state_dict, "consumed", int))
         if position.epoch < 0 or not 0 <= position.consumed <= saved:
             raise InputError(f"no state of a loader: {position} of {saved} samples.")
         seed, shuffle = _entry(state_dict, "seed", int), _entry(state_dict, "shuffle", bool)
         self.seed, self.shuffle, self.position = seed, shuffle, position
+
+
+class GivenBatches(Sampler[list[Any]]):
+    """A user's batch sampler from `position` to the end of its epoch; `consumed` counts batches.
+
+    The sampler gives the batches of this rank, and has to give the same ones whenever it is
+    iterated in the same epoch. `set_epoch` is called before, on it or on its `sampler`. To go on
+    within an epoch it is iterated anew, and the batches that were consumed are skipped, unread. A
+    digest of them is compared: ConflictError where the sampler gives others than it gave before,
+    because it has another seed, world size or table, or draws from a random generator.
+    """
+
+    def __init__(
+        self, batches: Iterable[Sequence[Any]], num_samples: int, seed: int, place: _Place
+    ) -> None:
+        if isinstance(batches, Iterator):
+            raise InputError(
+                f"batch_sampler is a {type(batches).__name__}, which can be iterated only once: "
+                "expected an object that every epoch iterates anew, as torch's BatchSampler."
+            )
+        self._batches, self._place = batches, place
+        self.num_samples, self.seed, self.rank = num_samples, operator.index(seed), place.rank
+        self.position = Position()
+        self._digests: dict[int, str] = {}
+        """Of the first n batches of the epoch of `position`, for n that may be asked for."""
+
+    def __len__(self) -> int:
+        """Batches of this rank in an epoch: what the user's sampler says."""
+        return len(self._batches)  # type: ignore[arg-type]
+
+    def batches_left(self, consumed: int) -> int:
+        return max(0, len(self) - consumed)
+
+    def after(self, start: Position, steps: int) -> Position:
+        """The position `steps` batches after `start`, which training has reached."""
+        consumed = start.consumed + steps
+        self._digests = {n: digest for n, digest in self._digests.items() if n >= consumed}
+        return Position(start.epoch, consumed)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        self._place.check()
+        start, digest, skipped = self.position, "", 0
+        expected = self._digests.get(start.consumed, "")  # empty: another rank saved the state
+        self._digests = {start.consumed: expected}
+        _tell_epoch(self._batches, "sampler", start.epoch)
+        batches = map(list, self._batches)
+        for batch in islice(batches, start.consumed):
+            digest, skipped = _chained(digest, batch), skipped + 1
+        if skipped < start.consumed or (expected and digest != expected):
+            raise ConflictError(
+                f"the batch sampler gives other batches in epoch {start.epoch} than the "
+                f"{start.consumed} that were trained, or fewer. Give it the seed, world size and "
+                "table of the saved state, or go to the next epoch with set_epoch."
+            )
+        for count, batch in enumerate(batches, start.consumed + 1):
+            digest = self._digests[count] = _chained(digest, batch)
+            self.position = Position(start.epoch, count)
+            yield batch
+        self.position = Position(start.epoch + 1)
+
+    def state_dict(self, position: Position) -> dict[str, Any]:
+        """How many batches this rank was given, for JSON. Rank 0's is that of the job."""
+        return {
+            **{"version": ORDER_VERSION, "seed": self.seed, "num_samples": self.num_samples},
+            **{"epoch": position.epoch, "batches": position.consumed},
+            **{"rank": self.rank, "world_size": self._place.world_size},
+            "seen": self._digests.get(position.consumed, ""),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As ResumableSampler's; ConflictError for a state of another world size too."""
+        _check_head(state_dict, self.num_samples)
+        position = Position(_entry(state_dict, "epoch", int), _entry(state_dict, "batches", int))
+        if position.epoch < 0 or position.consumed < 0:
+            raise InputError(f"no state of a loader: {position}.")
+        world_size, own = _entry(state_dict, "world_size", int), self._place.world_size
+        if position.consumed and world_size != own:
+            raise ConflictError(
+                f"the state is of {world_size} ranks, and there are {own}: a batch sampler's "
+                "batches are those of one number of ranks. Go on with that many, or go to the next "
+                "epoch with set_epoch."
+            )
+        rank, seen = _entry(state_dict, "rank", int), _entry(state_dict, "seen", str)
+        self.seed, self.position = _entry(state_dict, "seed", int), position
+        # Another rank's batches are others: only the rank that saved the state can compare.
+        self._digests = {position.consumed: seen if rank == self.rank else ""}
 
 
 class EmbeddingLoader:
@@ -275,10 +369,13 @@ class EmbeddingLoader:
             for batch in loader:
                 ...  # train; now and then save {"model": ..., "loader": loader.state_dict()}
 
-    `shuffle`, `seed`, `rank` and `world_size` are those of ResumableSampler, `ends` is described in
-    the module's docstring, and `options` go to torch's DataLoader. By default workers live for all
-    epochs, and memory is pinned where there is CUDA. A batch that raised an error is not counted:
-    the next iteration starts with it.
+    `shuffle` (True unless given), `seed`, `rank` and `world_size` are those of ResumableSampler,
+    `ends` (`pad` unless given) is described in the module's docstring, and `options` go to torch's
+    DataLoader. A `batch_sampler` gives the batches of this rank instead, as GivenBatches says: it
+    shuffles and deals out on its own, so batch_size, shuffle and ends are refused with it. A
+    dataset with `set_epoch` is told each epoch; a wrapper's `dataset` is, if it has none. By
+    default workers live for all epochs, and memory is pinned where there is CUDA. A batch that
+    raised an error is not counted: the next iteration starts with it.
 
     A state says which samples it is about, and another dataset refuses it (ConflictError). They are
     known by `fingerprint` and `samples_digest`, which an EmbeddingDataset has; a wrapper is asked
@@ -290,11 +387,12 @@ class EmbeddingLoader:
     def __init__(
         self,
         dataset: Dataset[Any],
-        batch_size: int,
+        batch_size: int | None = None,
         *,
-        shuffle: bool = True,
+        batch_sampler: Iterable[Sequence[Any]] | None = None,
+        shuffle: bool | None = None,
         seed: int = 0,
-        ends: Ends = "pad",
+        ends: Ends | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = collate_embeddings,
@@ -312,9 +410,25 @@ class EmbeddingLoader:
         self.dataset = dataset
         self._identity = _identity_of(dataset)
         self._allow_unknown = allow_unknown_dataset
-        order: Any = {"shuffle": shuffle, "seed": seed, "ends": ends}
-        ranks: Any = {"rank": rank, "world_size": world_size}
-        self._sampler = ResumableSampler(len(dataset), batch_size, **order, **ranks)
+        self._sampler: ResumableSampler | GivenBatches
+        if batch_sampler is not None:
+            given = {"batch_size": batch_size, "shuffle": shuffle, "ends": ends}
+            if given := {name: value for name, value in given.items() if value is not None}:
+                raise InputError(
+                    f"batch_sampler says which samples a batch has: leave out {', '.join(given)}."
+                )
+            place = _Place.of(rank, world_size)
+            self._sampler = GivenBatches(batch_sampler, len(dataset), seed, place)
+        elif batch_size is None:
+            raise InputError("neither batch_size nor batch_sampler is given: expected one of them.")
+        else:
+            order: Any = {
+                "shuffle": shuffle is None or shuffle,
+                "seed": seed,
+                "ends": ends or "pad",
+            }
+            ranks: Any = {"rank": rank, "world_size": world_size}
+            self._sampler = ResumableSampler(len(dataset), batch_size, **order, **ranks)
         self._generator = torch.Generator()
         options.setdefault("generator", self._generator)
         options.setdefault("persistent_workers", num_workers > 0)
@@ -346,6 +460,7 @@ class EmbeddingLoader:
     def __iter__(self) -> Iterator[Any]:
         self._iteration = object()
         self._sampler.position = start = self._position
+        _tell_epoch(self.dataset, "dataset", start.epoch)
         # DataLoader draws the seed of its workers from this generator, and otherwise from torch's
         # global one: then a resumed job would draw another dropout than one that never stopped.
         seeds = (self._sampler.seed, start.epoch, start.consumed, self._sampler.rank)
@@ -376,17 +491,20 @@ class EmbeddingLoader:
 
         Epochs follow each other without it; it is for loops written for torch's DistributedSampler.
         """
-        self._sampler.position = self._position
-        self._sampler.set_epoch(epoch)
-        if self._sampler.position != self._position:
-            self._begin_at(self._sampler.position)
+        if (begin := _begin_of(epoch)).epoch != self._position.epoch:
+            self._begin_at(begin)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the training loop is, for JSON; equal on all ranks after equally many steps."""
+        """How far the training loop is, for JSON; equal on all ranks after equally many steps.
+
+        With a batch sampler it is this rank's: save that of rank 0, and load it on all.
+        """
         return {**self._sampler.state_dict(self._position), **self._identity}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state that was saved with any world size, batch size and workers.
+
+        With a batch sampler the world size has to be the same, and so its batches: rank 0 compares.
 
         Seed and shuffle become those of the state. Raises InputError for anything that is no state
         and for a dataset that nothing identifies, ConflictError for a state of another dataset.
@@ -405,6 +523,12 @@ class EmbeddingLoader:
                 f"{type(self.dataset).__name__} has neither `fingerprint` and `samples_digest` nor "
                 "a `dataset` with them: nothing says whether the state is of these samples. Give "
                 "it these attributes, or make the loader with allow_unknown_dataset=True."
+            )
+        given = isinstance(self._sampler, GivenBatches)
+        if "version" in state_dict and ("batches" in state_dict) is not given:
+            raise ConflictError(
+                f"the state is of a loader with{'out' if given else ''} a batch_sampler, and this "
+                f"one has {'one' if given else 'none'}: make the loader as it was."
             )
         self._sampler.load_state_dict(state_dict)
         self._begin_at(self._sampler.position)
@@ -430,6 +554,42 @@ def _identity_of(dataset: Any) -> dict[str, str | None]:
         subset = f"{found['samples_digest']} {xxhash.xxh3_128_hexdigest(indices.tobytes())}"
         found["samples_digest"] = xxhash.xxh3_128_hexdigest(subset.encode())
     return found
+
+
+def _chained(digest: str, batch: Sequence[Any]) -> str:
+    """The digest of some batches and the one after them."""
+    text = f"{digest} {' '.join(map(str, batch))}"
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
+def _begin_of(epoch: int) -> Position:
+    if epoch < 0:
+        raise InputError(f"epoch is {epoch}: expected 0 or more.")
+    return Position(operator.index(epoch))
+
+
+def _tell_epoch(told: Any, inner: str, epoch: int) -> None:
+    """Call `set_epoch` of an object, or of the first one inside it that has this method."""
+    while told is not None and not hasattr(told, "set_epoch"):
+        told = getattr(told, inner, None)
+    if told is not None:
+        told.set_epoch(epoch)
+
+
+def _check_head(state: Mapping[str, Any], num_samples: int) -> int:
+    """The number of samples of a state, which has to be that of this dataset."""
+    version = _entry(state, "version", int)
+    if version != ORDER_VERSION:
+        raise InputError(
+            f"the state has version {version}: expected {ORDER_VERSION}. The release that saved it "
+            "has another order of samples: use that release until the end of the epoch."
+        )
+    saved: int = _entry(state, "num_samples", int)
+    if saved != num_samples:
+        raise ConflictError(
+            f"the state is of a dataset of {saved} samples, this one has {num_samples}. {REMEDY}"
+        )
+    return saved
 
 
 def _entry(state: Mapping[str, Any], key: str, kind: Any) -> Any:

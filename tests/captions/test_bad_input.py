@@ -12,7 +12,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 from caption_case import opened, samples_of, utf8, write
-from jobs import call, run_code, write_captions, write_job
+from jobs import call, expect, run_code, write_captions, write_job
 
 from embed_precompute.captions.recipes import OpenSoraRecipe, TemplateRecipe
 from embed_precompute.errors import EXIT_USAGE, InputError
@@ -74,15 +74,15 @@ def test_any_error_of_a_remote_file_system_is_one_of_the_input(
 
 
 def test_a_folder_without_rows(tmp_path: Path) -> None:
-    refused(tmp_path, str(tmp_path), "holds no parquet file (0 other files were ignored)")
+    refused(tmp_path, str(tmp_path), "holds no caption table (0 other files were ignored)")
     (tmp_path / "_SUCCESS").touch()
     (tmp_path / "notes.txt").touch()
     refused(tmp_path, "(2 other files were ignored)", "Point captions.path at the folder")
-    refused(tmp_path / "*.parquet", "holds no parquet file")
+    refused(tmp_path / "*.parquet", "holds no caption table")
     none = {"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}
     for name in "ab":
         write(tmp_path / f"{name}.parquet", none)
-    refused(tmp_path, str(tmp_path), "has no rows", "2 parquet file(s)")
+    refused(tmp_path, str(tmp_path), "has no rows", "2 file(s)")
 
 
 def test_files_that_are_no_whole_parquet_file(tmp_path: Path) -> None:
@@ -350,4 +350,13 @@ def test_the_plan_counts_what_may_surprise(tmp_path: Path, tiny_clip: Path) -> N
     code, said, _ = call("plan", str(job), "--captions.recipe.kind", "opensora")
     assert code == 0
     assert "ok 4; 0 repeat an earlier text\n" in said
-    assert "\n           2 empty captions\n           2 rows where fps is null\n" in said
+    place = f"such as {tmp_path / 'a.parquet'}, row 1 "
+    assert f"2 empty captions, {place}" in said
+    assert f"2 rows where fps is null, {place}" in said
+    words = ("--captions.recipe.kind", "opensora", "--output.samples_per_shard", "1")
+    code, summary, log = call("run", str(job), *words)
+    assert code == 0
+    assert "\n  2 empty captions\n  2 rows where fps is null\n" in summary
+    assert f"{tmp_path / 'a.parquet'}, row " in log
+    assert log.count("the first of the empty captions that this rank reads") == 1
+    assert "\n  2 empty captions\n" in expect(0, "info", tmp_path / "out")

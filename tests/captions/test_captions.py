@@ -143,8 +143,15 @@ def test_datasets_of_ours_are_skipped_and_named(
     (old / "plan.json").write_text("{}")
     assert paths(tmp_path / "data") == ["a.parquet"]
     assert f"{old} holds a dataset of ours" in caplog.text
+    (old / "plan.json").rename(old / "manifest.json")  # a dataset that lost its plan
+    export = tmp_path / "data" / "exported"
+    write(export / "table.parquet", rows(2))
+    for name in ("source.json", "null_t5.pt"):
+        (export / name).touch()
+    assert paths(tmp_path / "data") == ["a.parquet"]
+    assert f"{export} holds an export of ours" in caplog.text
     assert paths(tmp_path / "**" / "*.parquet") == ["data/a.parquet"]
-    with pytest.raises(InputError, match="holds no parquet file"):
+    with pytest.raises(InputError, match="holds no caption table"):
         opened(old)
 
 
@@ -296,6 +303,74 @@ def test_ids(tmp_path: Path) -> None:
         fields = {"id_column": "key", "text_column": "cap"}
         assert opened(file, **fields).scan().num_rows == 3
         assert [sample.sample_id for sample in samples_of(file, **fields)] == expected
+
+
+def test_the_id_column_is_found(tmp_path: Path) -> None:
+    columns = {"path": ["p"], "text": ["x"], "sample_id": ["s"], "id": ["i"]}
+    for found in ("id", "sample_id", "path"):
+        table = opened(write(tmp_path / "a.parquet", columns))
+        assert table.config.id_column == found
+        assert samples_of(tmp_path) == [Sample(found[0], 0, "x")]
+        del columns[found]
+    write(tmp_path / "a.parquet", columns)
+    with pytest.raises(InputError, match=r"none of the columns id, sample_id, path .* row numbers"):
+        opened(tmp_path)
+    write(tmp_path / "a.parquet", {"id": ["i"], **columns})
+    write(tmp_path / "b.parquet", {"path": ["p"], **columns})
+    with pytest.raises(InputError, match=r"b\.parquet has no column 'id', in which .*a\.parquet"):
+        opened(tmp_path)
+
+
+# --- several text columns ----------------------------------------------------------------------
+
+SHORT_LONG = {"id": ["x", "y", "x#short"], "short": ["a", None, "e"], "long": ["b", "d", ""]}
+BOTH = ("short", "long")
+
+
+def test_several_text_columns_are_several_samples(tmp_path: Path) -> None:
+    """The id of a row may hold a `#`: the column is what follows the last one."""
+    file = write(tmp_path / "a.parquet", {**SHORT_LONG, "fps": [8, 9, 10]}, row_group_size=2)
+    expected = [
+        Sample("x#short", 0, "a 8 FPS."),
+        Sample("x#long", 0, "b 8 FPS."),
+        Sample("y#short", 1, None, Status.NULL_TEXT, "column 'short' is null"),
+        Sample("y#long", 1, "d 9 FPS."),
+        Sample("x#short#short", 2, "e 10 FPS."),
+        Sample("x#short#long", 2, " 10 FPS."),
+    ]
+    fields = {"text_column": BOTH, "recipe": OpenSoraRecipe()}
+    table = opened(file, **fields)
+    reader = table.reader()
+    assert reader.read(0, 3) == expected
+    assert (reader.noted, table.scan()) == ({"empty captions": 1}, Scan(3, 6, None, {}))
+    assert [s.sample_id for s in samples_of(file, id_column=None, **fields)][:2] == [
+        "0#short",
+        "0#long",
+    ]
+    for id_column in ("id", None):  # without an id nothing needs to be read
+        table = opened(file, id_column=id_column, **fields)
+        for limit, scan in (
+            (1, Scan(1, 1, 1, {})),
+            (2, Scan(1, 2, None, {})),
+            (3, Scan(2, 3, 1, {})),
+            (9, Scan(3, 6, None, {})),
+        ):
+            assert table.scan(limit) == scan
+            found = table.reader(scan.num_rows, scan.last_row_samples).read(0, scan.num_rows)
+            assert [s.text for s in found] == [s.text for s in expected[:limit]]
+
+
+def test_text_columns_that_cannot_be(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", {**SHORT_LONG, "all": [["x"]] * 3, "a#b": ["x"] * 3})
+    for names, said in (
+        ((), "text_column is "),
+        (("short", "short"), "text_column is "),
+        (("short", "a#b"), "without # in a name"),
+        (("short", "lang"), "no column 'lang' .*mean 'long'"),
+        (("short", "all"), "column 'all' .* expected string"),
+    ):
+        with pytest.raises(InputError, match=said):
+            opened(file, text_column=names)
 
 
 def test_no_id_column_counts_rows_over_files(tmp_path: Path) -> None:

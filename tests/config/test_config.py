@@ -116,7 +116,7 @@ def test_yaml_round_trip(yaml_file: Path, tmp_path: Path) -> None:
         ("--encoders.t5.buckets [16]", "attention_mask padding"),
         ("--encoders.t5.added_tokens {bukets: 1}", "no key encoders.t5.added_tokens.bukets: did"),
         ("--encoders {t5_xxh3: {kind: t5, pretrained: x}}", "Choose another name"),
-        ("--captions.path ", "--captions.path is empty: expected a parquet file"),
+        ("--captions.path ", "--captions.path is empty: expected a file"),
         ("--captions.recipe.fps_max 8", "--captions.recipe.fps_max: captions.recipe.kind is miss"),
         ("--captions.recipe opensora", "--captions.recipe is 'opensora': expected a mapping with"),
         ("--captions.recipe [{kind: opensora, fps_mx: 1}]", "key captions.recipe[0].fps_mx: did"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,16 @@ def test_compile_without_a_compiler_is_one_line(
     assert "encoders.t5.compile is true, and torch.compile needs a C++ compiler" in said
     assert "Traceback" not in said
     assert not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_compile_on_a_gpu_needs_torch_2_5(monkeypatch: pytest.MonkeyPatch) -> None:
+    decision = SimpleNamespace(implementation="fused", compiled=True)
+    encoder: Any = SimpleNamespace(opened=SimpleNamespace(where="encoders.t5"), decision=decision)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(device, "has_flex_attention", lambda: False)
+    with pytest.raises(InputError, match=r"compile is true, and on a GPU that needs torch 2\.5"):
+        device.check_machine("cuda", "cuda:0", [encoder])
+    device.check_machine("cpu", "cpu", [encoder])
 
 
 def test_the_self_check_stops_a_run_that_would_compute_wrong(

@@ -6,7 +6,9 @@ through all of these.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ import pytest
 import torch
 import transformers
 import yaml
-from family_case import Case, built, encode, every_case, parameters, reference_of, resolved
+from family_case import Case, built, copied, encode, every_case, parameters, reference_of, resolved
 from jobs import call, write_captions
 
 from embed_precompute.documents import canonical_json
 from embed_precompute.encoders.device import check_numbers, difference, distance
-from embed_precompute.encoders.families.base import Decision
+from embed_precompute.encoders.families.base import Decision, in_dtype
+from embed_precompute.encoders.fetch import fetch
 from embed_precompute.encoders.loading import Source, load_model, loaded_bytes
 from embed_precompute.encoders.resolve import resolve
 from embed_precompute.errors import InputError
@@ -162,10 +165,90 @@ def test_every_weight_has_the_dtype(case: Case, dtype: str, folder_of: Any) -> N
     model = load_model(source, asked)
     direct = dict(load_model(source, asked, device_map={"": "cpu"}).named_parameters())
     for name, parameter in model.named_parameters():
-        kept = encoder.family.keeps_float32(name, asked)
+        kept = encoder.family.keeps_float32(name, dtype)
         assert parameter.dtype == (torch.float32 if kept else asked), name
         assert torch.equal(parameter, direct[name]), name
     assert loaded_bytes(source, asked) >= 0.9 * sum(p.nbytes for p in model.parameters())
+
+
+@every_family
+def test_a_copy_of_equal_values_is_the_same_encoder(
+    case: Case, folder_of: Any, tmp_path: Path
+) -> None:
+    """As transformers saves the encoder alone: other names, several files, another config.json."""
+    fields = {"dtype": "bfloat16", "implementation": "hf"}
+    encoder = resolved(case, folder_of(case), **fields)
+    digest, checkpoint = encoder.weights, encoder.opened.checkpoint
+    assert digest != resolved(case, folder_of(case), dtype="float32").weights
+    model_class = Source(checkpoint, encoder.family, encoder.options).model_class
+    for dtype in ("bfloat16", "float32"):  # the second holds values of the first
+        model = model_class.from_pretrained(
+            tmp_path / "bfloat16" if dtype == "float32" else checkpoint.folder,
+            **in_dtype(dtype),
+            **encoder.family.model_arguments,
+        )
+        model.save_pretrained(tmp_path / dtype, max_shard_size="100KB")
+        for path in checkpoint.folder.glob("*token*"):
+            shutil.copy(path, tmp_path / dtype)
+        assert len(list((tmp_path / dtype).glob("*.safetensors"))) > 1
+        assert resolved(case, tmp_path / dtype, **fields).weights == digest
+
+
+@every_implementation
+def test_a_fetched_copy_gives_the_same_bits(
+    case: Case, implementation: str, folder_of: Any, texts: list[str], tmp_path: Path
+) -> None:
+    for dtype in ("float16", "float32", "bfloat16"):
+        fields = {"implementation": implementation, "dtype": dtype}
+        source = resolved(case, folder_of(case), **fields)
+        assert len(list(fetch({"enc": source.options}, tmp_path / dtype))) == 2
+        assert resolved(case, tmp_path / dtype / "enc", **fields).spec() == source.spec()
+        if dtype == "float16":  # no CPU's dtype
+            continue
+        encoder = built(case, folder_of(case), dtype, **fields)
+        copy = built(case, tmp_path / dtype / "enc", dtype, **fields)
+        expected, found = encode(encoder, texts[:6]), encode(copy, texts[:6])
+        for suffix, rows in expected.items():
+            assert all(map(torch.equal, rows, found[suffix]))
+
+
+@every_family
+def test_whatever_changes_the_numbers_changes_the_digest(
+    case: Case, folder_of: Any, tmp_path: Path
+) -> None:
+    """Every key of config.json, with other values that still give a model of these weights."""
+    folder = folder_of(case)
+    texts, changed = ["a red fox", "two children wait beside a frozen lake"], 0
+
+    def numbers(folder: Path) -> tuple[str | None, list[torch.Tensor]]:
+        encoder = built(case, folder, implementation="hf")
+        stored = encode(encoder, texts)
+        return encoder.resolved.weights, [each for rows in stored.values() for each in rows]
+
+    digest, expected = numbers(folder)
+    for key, value in json.loads((folder / "config.json").read_bytes()).items():
+        for other in others(value):
+            shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+            with contextlib.suppress(InputError):
+                found, states = numbers(copied(folder, tmp_path / "copy", **{key: other}))
+                same = all(map(torch.equal, states, expected))
+                assert same or found != digest, (key, other)
+                changed += not same
+    assert changed > 0
+
+
+def others(value: Any) -> list[Any]:
+    """Other values of the same kind."""
+    if isinstance(value, dict):
+        return [{**value, key: other} for key in value for other in others(value[key])]
+    if isinstance(value, bool) or value is None:
+        return [not value]
+    if isinstance(value, int):
+        return [2 * value or 1]
+    if isinstance(value, float):
+        return [1.5 * value + 1e-3]
+    activations = ("relu", "gelu", "silu", "gated-gelu", "quick_gelu")
+    return [other for other in activations if value in activations and other != value]
 
 
 @every_implementation

@@ -82,5 +82,8 @@ def test_the_worked_example_passes_the_kit(
     kit.test_the_null_embedding_is_the_empty_captions(CASE, "hf", folder_of)
     kit.test_tokens_and_spans(CASE, folder_of, texts)
     kit.test_what_was_decided_stands_in_the_spec(CASE, folder_of)
+    kit.test_a_copy_of_equal_values_is_the_same_encoder(CASE, folder_of, tmp_path)
+    kit.test_whatever_changes_the_numbers_changes_the_digest(CASE, folder_of, tmp_path)
+    kit.test_a_fetched_copy_gives_the_same_bits(CASE, "hf", folder_of, texts, tmp_path)
     kit.test_the_self_check_sees_a_wrong_encoder(CASE, "hf", folder_of, monkeypatch)
     kit.test_a_whole_job(CASE, folder_of, texts, tmp_path)

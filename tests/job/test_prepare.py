@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from handmade import paths_of
-from jobs import call, expect, write_captions, write_job
+from jobs import call, edit, expect, write_captions, write_job
 
-from embed_precompute.captions.reader import CaptionReader
-from embed_precompute.job import prepare
+from embed_precompute.captions.reader import CaptionReader, RowCursor
+from embed_precompute.captions.recipes import CaptionsConfig
+from embed_precompute.captions.table import CaptionTable
+from embed_precompute.job import estimate, prepare
 from embed_precompute.store.commit import UNLIMITED, free_space, this_host
 from embed_precompute.store.plan import read_plan
 
@@ -72,7 +77,7 @@ def test_space_for_the_last_small_shard_is_enough(
     expect(0, "run", *config)
 
 
-def test_the_first_captions_are_read_once(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sampled_captions_are_read_once(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the shard size, the free space and the report of `plan`."""
     reads: list[tuple[int, int]] = []
     original = CaptionReader.read
@@ -99,6 +104,77 @@ def test_the_first_captions_are_shown_as_they_are_encoded(job: Path) -> None:
         assert TEXTS[3] not in said
 
 
+MASKED = ("--encoders.t5.attention_mask", "padding", "--encoders.t5.max_length", "120")
+
+
+def disk(said: str) -> float:
+    """Bytes that a report of `plan` gives for the dataset."""
+    number, unit = said.partition("disk       about ")[2].split()[:2]
+    return float(number.replace(",", "")) * {"KiB": 1, "MiB": 1024, "GiB": 1024**2}[unit]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_a_table_sorted_by_length_is_estimated_right(
+    tmp_path: Path, tiny_t5: Path, order: int, num_files: int
+) -> None:
+    """The first captions alone would give a tenth of it, or twice as much."""
+    texts = ["ship " * max(1, i // 50) for i in range(6000)][::order]
+    for k in range(num_files):
+        some = texts[6000 * k // num_files : 6000 * (k + 1) // num_files]
+        rows = {"id": [f"{k}-{i}" for i in range(len(some))], "text": some}
+        pq.write_table(pa.table(rows), tmp_path / f"{k}.parquet", row_group_size=700)
+    job = write_job(tmp_path, tmp_path, tiny_t5, None)
+    words = ("plan", job, *MASKED, "--output.path", tmp_path.with_name("out"), "--sample")
+    sampled, all_of_them = expect(0, *words, "500"), expect(0, *words, "0")
+    assert disk(sampled) == pytest.approx(disk(all_of_them), rel=0.03)
+    assert "of 500 evenly spread samples: ok 500" in sampled
+    assert "of all samples: ok 6,000" in all_of_them
+    assert "max 120;" in sampled
+
+
+def test_the_runs_lie_evenly_and_few_row_groups_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for num_rows, max_rows in ((151, 150), (10_001, 10_000), (2_000_000, 10_000), (10**9, 37)):
+        runs = list(estimate.sampled_runs(num_rows, max_rows))
+        assert 0.6 * max_rows < sum(rows for _, rows in runs) <= max_rows
+        ends = [0, *(first + rows for first, rows in runs)]
+        gaps = [first - end for (first, _), end in zip(runs, ends, strict=False)]
+        assert min(gaps) >= 0
+        assert max(gaps) <= num_rows / len(runs) + 1
+        assert ends[-1] <= num_rows
+    assert list(estimate.sampled_runs(25_000, None))[-1] == (20_000, 5_000)
+    captions = write_captions(tmp_path / "a.parquet", ["x"] * 20_000, row_group_size=20)
+    opened: list[int] = []
+    original = RowCursor._open_group
+
+    def open_group(self: RowCursor, row: int) -> None:
+        opened.append(row)
+        original(self, row)
+
+    monkeypatch.setattr(RowCursor, "_open_group", open_group)
+    table = CaptionTable.open(CaptionsConfig(str(captions)))
+    figures = estimate.SampledCaptions(table, (), 20_000, None).measure(1000)
+    assert figures.samples == 1000
+    assert len(opened) <= 200  # of 1,000; a run of ten rows touches at most two
+
+
+def test_the_histogram_shows_lengths_and_what_is_cut(tmp_path: Path, tiny_clip: Path) -> None:
+    texts = [*["a"] * 6, *["a b c d e f g h"] * 3, "a b " * 60]
+    captions = write_captions(tmp_path / "captions.parquet", texts)
+    said = expect(0, "plan", write_job(tmp_path, captions, None, tiny_clip))
+    lines = [line.split() for line in said.splitlines() if " to " in line or "cut at" in line]
+    shown = [(" ".join(words[:3]), *words[3:]) for words in lines if words[1] in ("to", "at")]
+    full = "█" * estimate.BAR_CHARACTERS
+    assert ("1 to 2", "0", "0.00", "%") in shown
+    assert ("3 to 4", full, "6", "60.00", "%") in shown
+    assert ("9 to 10", full[:15], "3", "30.00", "%") in shown
+    assert ("cut at 77", full[:5], "1", "10.00", "%") in shown
+    assert len(shown) <= 8
+    assert "mean 12.5, p5 3, p50 3, p95 77, p99 77, max 77;" in said
+
+
 def test_another_models_tokenizer_is_warned_of(
     tmp_path: Path, tiny_t5: Path, corpus: list[str]
 ) -> None:
@@ -114,6 +190,25 @@ def test_another_models_tokenizer_is_warned_of(
     assert "WARNING    tokenizer " in said
     assert "it may be another model's tokenizer" in said
     assert "WARNING encoders.t5: tokenizer " in expect(0, "run", job, *words)
+
+
+def test_a_plan_without_weights(job: Path, tmp_path: Path, tiny_clip: Path) -> None:
+    """All but the fingerprint, from config.json and tokenizer."""
+    whole = expect(0, "plan", job).splitlines()
+    bare = shutil.copytree(tiny_clip, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    edit(job, "encoders.clip", pretrained=str(bare))
+    said = expect(2, "plan", job)
+    assert "holds no weights" in said
+    assert "plan --no-weights" in said
+    assert f"embed-precompute fetch {job}" in said
+    found = expect(0, "plan", job, "--no-weights").splitlines()
+    assert found[0].endswith("its id and fingerprint follow when the weights are there")
+    assert found[1:] == whole[1:]
+    with pytest.raises(SystemExit) as ended:
+        call("plan", str(job), "--no-weights", "--write")
+    assert ended.value.code == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_rerun_takes_the_plans_implementation(job: Path, tmp_path: Path) -> None:

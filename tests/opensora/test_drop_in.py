@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import random
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from handmade import write_dataset
+from jobs import call, write_job
 from opensora_case import NULL_ROWS, RECIPE, ROWS, captions_table, make, with_column
 from torch.utils.data import DataLoader, default_collate
 
@@ -23,26 +23,7 @@ from embed_precompute import EmbeddingDataset
 from embed_precompute.errors import ConflictError, InputError, VerificationError
 from embed_precompute.opensora.export import OpenSoraOptions, export_opensora
 
-TRANSCRIPTION = Path(__file__).parent / "transcription"
 KEPT = [i for i in range(ROWS) if i not in NULL_ROWS]
-
-
-def forget_opensora() -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "opensora"]:
-        del sys.modules[name]
-    vars(ours).pop(ours.CLASS_NAME, None)
-
-
-@pytest.fixture(scope="module")
-def open_sora() -> Iterator[Any]:
-    """Open-Sora's registry, with our class in it, as its trainer's configuration imports it."""
-    forget_opensora()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TRANSCRIPTION))
-        registry = importlib.import_module("opensora.registry").DATASETS
-        importlib.reload(ours)
-        yield registry
-    forget_opensora()
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +181,116 @@ def test_several_folders(
     assert torch.equal(dataset[index_of(5)]["text_clip"], stored[5]["text_clip"])
 
 
+# --- sequence parallelism: a folder for each text length ------------------------------------------
+
+SP_SIZE, MAX_LENGTH = 4, 24
+BUCKETS = {"1-16-16": 1, "1-16-32": 2, "1-48-16": 3, "5-16-32": 4, "4-32-32": 4, "33-16-16": 9}
+"""Frames, height and width of a clip, and the tokens it has for Open-Sora's model."""
+
+
+def text_length(added_tokens: int) -> int:
+    """opensora/models/text/conditioner.py."""
+    length = MAX_LENGTH
+    while (added_tokens + length) % SP_SIZE != 0:
+        length += 1
+    return length
+
+
+@pytest.fixture(scope="module")
+def of_length(
+    tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path, tiny_clip: Path
+) -> dict[int, Path]:
+    folder, found = tmp_path_factory.mktemp("lengths"), {}
+    for added in range(SP_SIZE):
+        made = make(
+            folder / str(added),
+            captions_table(),
+            tiny_t5,
+            tiny_clip,
+            *RECIPE,
+            seq_align=SP_SIZE,
+            added_tokens=added,
+        )
+        found[text_length(added)] = made
+    assert sorted(found) == [24, 25, 26, 27]
+    return found
+
+
+def test_the_bucket_picks_the_length(open_sora: Any, of_length: dict[int, Path]) -> None:
+    table = next(iter(of_length.values())).parent / "captions.parquet"
+    options = {"type": ours.REGISTERED_NAME, "fps_max": 24, "data_path": str(table)}
+    dataset = open_sora.build({**options, "embeddings": list(of_length.values())})
+    stored = {length: EmbeddingDataset(folder) for length, folder in of_length.items()}
+    for bucket, tokens in BUCKETS.items():
+        for row in (0, 20):
+            found, length = dataset[f"{row}-{bucket}"]["text_t5"], text_length(tokens)
+            assert (len(found) + tokens) % SP_SIZE == 0
+            assert torch.equal(found, stored[length][row]["text_t5"])
+    batch = [f"{row}-5-16-32" for row in range(3)]
+    loader: Any = DataLoader(dataset, batch_sampler=[batch], num_workers=1)
+    assert next(iter(loader))["text_t5"].shape[:2] == (3, MAX_LENGTH)
+    two = {**options, "embeddings": [of_length[24], of_length[25]]}
+    with pytest.raises(InputError) as caught:
+        open_sora.build(two)["0-33-16-16"]
+    for said in (
+        "bucket 33x16x16 adds 9 tokens (time_compression_ratio 4, spatial_compression_ratio 8)",
+        "with seq_align 4 its texts have 27 vectors; there are folders of 24, 25",
+        "encoders.t5.added_tokens 9",
+    ):
+        assert said in str(caught.value)
+    other_autoencoder = {"time_compression_ratio": 1, "spatial_compression_ratio": 16}
+    assert len(open_sora.build({**two, **other_autoencoder})["0-3-32-32"]["text_t5"]) == 25
+
+
+def test_missing_lengths_are_named_before_training(
+    drop_in: Any, of_length: dict[int, Path]
+) -> None:
+    one = of_length[MAX_LENGTH]
+    squares: dict[str, Any] = {"256px_ar1:1": {1: [1.0, 8], 5: [1.0, 4]}}  # 256 and 512 tokens
+    assert len(drop_in(one, bucket_config=squares)) == 28
+    said = r"the bucket 256px 1x\d+x\d+ adds \d+ tokens .* texts have 2[567] vectors; .* of 24\. "
+    with pytest.raises(InputError, match=said):
+        drop_in(one, bucket_config={**squares, "256px": {1: [1.0, 8]}})
+    with pytest.raises(InputError, match=r"patch_size is 1: .* patches of 2 x 2"):
+        drop_in(one, patch_size=1)
+
+
+def test_folders_that_differ_in_more_than_the_length(
+    open_sora: Any, of_length: dict[int, Path], root: Path, tmp_path: Path, tiny_t5: Path,
+    tiny_clip: Path,
+) -> None:  # fmt: skip
+    options = {"type": ours.REGISTERED_NAME, "fps_max": 24}
+    options["data_path"] = str(root.parent / "captions.parquet")
+    with pytest.raises(ConflictError, match="seq_align: 4 -> 1"):
+        open_sora.build({**options, "embeddings": [of_length[24], root]})
+    fields = {"seq_align": SP_SIZE, "added_tokens": 5}
+    same_length = make(tmp_path, captions_table(), tiny_t5, tiny_clip, *RECIPE, **fields)
+    with pytest.raises(ConflictError, match="added_tokens: 0 -> 5"):
+        open_sora.build({**options, "embeddings": [of_length[24], of_length[27], same_length]})
+
+
+def test_a_row_that_one_length_lacks(
+    open_sora: Any, of_length: dict[int, Path], tmp_path: Path, tiny_t5: Path, tiny_clip: Path
+) -> None:
+    fields = {"seq_align": SP_SIZE, "added_tokens": 1}
+    few = make(tmp_path, captions_table().slice(0, 9), tiny_t5, tiny_clip, *RECIPE, **fields)
+    table = of_length[24].parent / "captions.parquet"
+    options = {"type": ours.REGISTERED_NAME, "fps_max": 24, "data_path": str(table)}
+    dataset = open_sora.build({**options, "embeddings": [of_length[24], few]})
+    assert len(dataset) == 28
+    assert len(dataset["7-1-16-16"]["text_t5"]) == 27
+    assert len(dataset["8-4-32-32"]["text_t5"]) == 24
+    with pytest.raises(InputError, match=r"row 8 has no embedding among the texts of 27 vectors"):
+        dataset["8-1-16-16"]
+    changed = captions_table().slice(0, 9)
+    texts = ["new", *changed["text"].to_pylist()[1:]]
+    other = make(
+        tmp_path / "c", with_column(changed, "text", texts), tiny_t5, tiny_clip, *RECIPE, **fields
+    )
+    with pytest.raises(ConflictError, match="1 of 28 rows have another text"):
+        open_sora.build({**options, "embeddings": [of_length[24], other]})
+
+
 def test_rows_without_an_embedding(drop_in: Any, root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"2 of 30 rows .* column 'id': .*status is null_text"):
         drop_in(on_missing="error")
@@ -247,6 +338,43 @@ def test_what_is_compared_is_what_the_trainer_would_encode(
     write_dataset(tmp_path / "other", [*texts[:23], texts[23] + "!"])
     with pytest.raises(ConflictError, match="1 of 24 rows have another text"):
         drop_in(tmp_path / "other", path, pad_masked="zeros", **settings)
+
+
+@pytest.mark.parametrize("fps", [[24, 8, 60], [24, None, 60], [23.976, 8.0, 60.0]], ids=str)
+def test_open_soras_own_csv(
+    drop_in: Any, fps: list[Any], tmp_path: Path, tiny_t5: Path, tiny_clip: Path
+) -> None:
+    """Its trainer reads the same file with pandas: every row must have the text that it makes."""
+    texts = ['a "large" dog,\nand a cat', "", "naïve"]
+    columns = {"path": ["7.mp4", "b", "c"], "text": texts, "num_frames": [33] * 3, "fps": fps}
+    table = pd.DataFrame({**columns, "fps": pd.array(fps, dtype=object)})
+    table.to_csv(tmp_path / "captions.csv", index=False)
+    job = write_job(tmp_path, tmp_path / "captions.csv", tiny_t5, tiny_clip)
+    assert call("run", str(job), *RECIPE)[0] == 0
+    dataset = drop_in(tmp_path / "out", tmp_path / "captions.csv")
+    assert (len(dataset), dataset.num_dropped) == (2, 1)  # an empty field is no caption
+    export_opensora(tmp_path / "out", tmp_path / "e", OpenSoraOptions(table_only=True))
+    exported = pq.read_table(tmp_path / "e" / "table.parquet")
+    assert exported["sample_id"].to_pylist() == ["7.mp4", "c"]
+    assert exported.schema.field("num_frames").type == pa.int64()
+    assert len(drop_in(tmp_path / "out", tmp_path / "e" / "table.parquet")) == 2
+
+
+def test_several_text_columns(drop_in: Any, tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
+    """Their samples are rows of an export's table, where `text` is the caption of each."""
+    long = pa.array([None, *(f"a longer caption {i}" for i in range(1, ROWS))])
+    table = with_column(captions_table(), "long", long)
+    words = ("--captions.text_column", "[text, long]", *RECIPE)
+    root = make(tmp_path, table, tiny_t5, tiny_clip, *words)
+    with pytest.raises(InputError, match=r"'s0' is not in .*: s0#text, s0#long\. .* export"):
+        drop_in(root)
+    export_opensora(root, tmp_path / "e", OpenSoraOptions(table_only=True))
+    exported = tmp_path / "e" / "table.parquet"
+    rows = pq.read_table(exported).to_pylist()
+    assert [row["sample_id"] for row in rows[:3]] == ["s0#text", "s1#text", "s1#long"]
+    assert [row["text"] for row in rows[1:3]] == [table["text"][1].as_py(), "a longer caption 1"]
+    check_rows(drop_in(root, exported), root, [row["sample_id"] for row in rows])
+    assert len(drop_in(root, exported, compare="dataset")) == len(rows) == 2 * ROWS - 3
 
 
 def test_changed_captions_do_not_train(drop_in: Any, tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,6 +29,7 @@ from embed_precompute.errors import (
     VerificationError,
 )
 from embed_precompute.opensora import export as export_module
+from embed_precompute.opensora.dataset import REGISTERED_NAME
 from embed_precompute.opensora.export import Export, OpenSoraOptions, export_opensora
 from embed_precompute.opensora.table import NO_LATENTS, Entry
 from embed_precompute.store.records import read_json
@@ -353,10 +358,58 @@ def test_command_line(root: Path, masked: Path, tmp_path: Path) -> None:
     code, said, _ = call(*f"export {root} {out} --format opensora --table-only".split())
     assert 'type="precomputed_video_text"' in said
     words = f"export {masked} {tmp_path / 'm'} --format opensora --pad-masked zeros --table-only"
-    assert "without Open-Sora's FPS and motion score" in call(*words.split())[1]
+    said = call(*words.split())[1]
+    assert "without Open-Sora's FPS and motion score" in said
+    assert "precompute with the recipe\nopensora" in said
     code, _, said = call("export", str(root), str(out), "--format", "opensora", "--t5", "x")
     assert code == 2
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("all_null", [False, True])
+def test_a_null_frame_rate_is_no_reason_for_a_note(
+    tmp_path: Path, tiny_t5: Path, tiny_clip: Path, all_null: bool, open_sora: Any
+) -> None:
+    """Their sampler takes every frame then, and their text has no FPS; num_frames it needs.
+
+    A table of images has a column of nulls alone.
+    """
+    of_bucket = importlib.import_module("opensora.datasets.bucket").get_bucket_id
+    fps = pa.nulls(ROWS) if all_null else pa.array([None, *[30] * (ROWS - 1)], pa.int64())
+    table = with_column(captions_table(), "fps", fps)
+    table = with_column(table, "num_frames", pa.array([33, None, *[33] * (ROWS - 2)]))
+    root = make(tmp_path, table, tiny_t5, tiny_clip, *(() if all_null else RECIPE))
+    done = export(root, tmp_path / "e")
+    said = "\n".join(done.lines())
+    assert "note: num_frames is null in 1 rows; the sampler needs it" in said
+    assert "fps is null" not in said
+    data = pd.read_parquet(tmp_path / "e" / "table.parquet")
+    found = data.apply(of_bucket, axis=1, args=(24,)).tolist()
+    rest = 33 if all_null else 16  # every second frame of 30 FPS
+    assert (found[0], found[2:]) == (33, [rest] * 26)
+    assert np.isnan(found[1])
+    path = str(tmp_path / "e" / "table.parquet")
+    theirs = open_sora.build({"type": "text", "data_path": path, "fps_max": 24})
+    dataset = EmbeddingDataset(root)
+    for i, row in enumerate(rows_of(tmp_path / "e")):
+        assert theirs[i]["text"] == dataset.encoded_text(dataset.index_of(row["sample_id"]))
+
+
+def test_patch_size_1_cannot_train_from_cached_text(
+    tmp_path: Path, tiny_t5: Path, tiny_clip: Path, open_sora: Any,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    added = {"buckets": [[1, 256, 256]], "spatial_compression_ratio": 32, "patch_size": 1}
+    fields = {"seq_align": 4, "added_tokens": added}
+    root = make(tmp_path, captions_table(), tiny_t5, tiny_clip, *RECIPE, **fields)
+    said = "\n".join(export(root, tmp_path / "e", table_only=True).lines())
+    assert "note: the dataset was made for a trainer of patch_size 1" in said
+    assert "patch_size 1 (Open-Sora's high_compression.py) cannot use cached text" in said
+    options = {"type": REGISTERED_NAME, "embeddings": str(root), "fps_max": 24}
+    monkeypatch.setattr(logging.getLogger("embed_precompute"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        open_sora.build({**options, "data_path": str(tmp_path / "captions.parquet")})
+    assert "was made for a trainer of patch_size 1" in caplog.text
 
 
 def test_patch_has_their_four_lines_at_most() -> None:

@@ -65,7 +65,7 @@ INPUTS = {"files": [FILE], "text_column": "text", "id_column": "id", "limit": No
 
 HEAD_SHA256 = "4fb7a7618eee455162282f8cf186ecf33e1f4ac32329c0c4007db1b4322dda1b"
 NULL_HEAD_SHA256 = "da324859c97e88653f048ecacaa5b8ef45330a41f9e3c461e5d9481a22a4f675"
-ROOT_FILES_SHA256 = "d77f3ac5e091f0504b3a5e502903e953b098a86e30bddbe7c251c093359dea74"
+ROOT_FILES_SHA256 = "f58c11038f2044673e17512d0b7f6500647132ccd70f68ce56acdc0cb49b9189"
 
 
 def canonical(value: Any) -> bytes:
@@ -181,6 +181,7 @@ def record_body(rows: bytes) -> dict[str, Any]:
         **{"kind": "unit", "unit": 0, "first_row": 0},
         **{"num_rows": 3, "num_samples": 3, "num_stored": 2},
         "status": {label: counts.get(label, 0) for label in labels},
+        "noted": {},
         "rows_sha256": hashlib.sha256(lines).hexdigest(),
         "encoders": {"clip": {"tokens": 7, "truncated": 0}, "t5": {"tokens": 3, "truncated": 1}},
         "tensors": {"clip": 2, "t5": 3},
@@ -226,7 +227,7 @@ def test_files(dataset: Path) -> None:
     files = sorted(str(p.relative_to(dataset)) for p in dataset.rglob("*") if p.is_file())
     names = (
         "id_hash id_offsets id_order ids index length_clip length_t5 ok shard shard_digest shards "
-        "status xxh3_clip xxh3_t5"
+        "status tokens_clip tokens_t5 xxh3_clip xxh3_t5"
     )
     rows = hashlib.sha256(rows_bytes(dataset)).hexdigest()[:16]
     ends = (f"{HEAD_SHA256[:16]}.safetensors", f"{rows}.rows.parquet")
@@ -278,6 +279,8 @@ def test_index(dataset: Path) -> None:
         "status": npy("|u1", "(3,)", bytes([0, 1, 0])),
         "shard": npy("<i4", "(3,)", struct.pack("<3i", 0, 0, 0)),
         "index": npy("<i4", "(3,)", struct.pack("<3i", 0, -1, 1)),
+        "tokens_clip": npy("<i4", "(3,)", struct.pack("<3i", 3, 0, 4)),
+        "tokens_t5": npy("<i4", "(3,)", struct.pack("<3i", 2, 0, 1)),
         "length_clip": npy("<i4", "(3,)", struct.pack("<3i", 1, 0, 1)),
         "length_t5": npy("<i4", "(3,)", struct.pack("<3i", 2, 0, 1)),
         "ids": npy("|u1", "(4,)", "abü".encode()),
@@ -310,7 +313,10 @@ def test_root_manifest(dataset: Path) -> None:
             "clip": {"encoder": "clip", "per": "caption", "width": 2, "dtype": "bfloat16"},
             "t5": {"encoder": "t5", "per": "token", "width": 4, "dtype": "bfloat16"},
         },
-        "counts": {**counts, **{name: record[name] for name in ("status", "encoders", "tensors")}},
+        "counts": {
+            **counts,
+            **{name: record[name] for name in ("status", "noted", "encoders", "tensors")},
+        },
         "environments": [{"environment": RECORD_HEAD["environment"], "units": 1}],
         "records_sha256": hashlib.sha256(f"{digest(record)}\n".encode()).hexdigest(),
         "files": files,

@@ -28,6 +28,8 @@ def test_index(tmp_path: Path) -> None:
     assert opened.index.tolist() == [0, -1, 0, 1] * 3
     assert opened.lengths["t5"].tolist() == [3, 0, 3, 2, 4, 0, 4, 2, 2, 0, 2, 3]
     assert opened.lengths["clip"].tolist() == [1, 0, 1, 1] * 3
+    assert opened.tokens["t5"].tolist() == opened.lengths["t5"].tolist()
+    assert opened.tokens["clip"].tolist() == opened.lengths["t5"].tolist()
     assert opened.ok.tolist() == [0, 2, 3, 4, 6, 7, 8, 10, 11]
     assert opened.shards.tolist() == [[0, 4, 2], [4, 4, 2], [8, 4, 2]]
     for sample in opened.ok.tolist():

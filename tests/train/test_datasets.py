@@ -25,9 +25,12 @@ from handmade import (
     write_samples,
     write_units,
 )
-from jobs import run_code
+from jobs import edit, expect, run_code, write_captions, write_job
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
 
+import embed_precompute.train.dataset as dataset_module
+from embed_precompute import ConditionDropout, EmbeddingLoader
 from embed_precompute.errors import ConflictError, IncompleteError, InputError, VerificationError
 from embed_precompute.store.index import TensorEntry, read_manifest
 from embed_precompute.store.manifest import finalize
@@ -55,7 +58,8 @@ def own_root(root: Path, tmp_path: Path) -> Path:
 def check(sample: dict[str, Any], row: int, first: int = 0) -> None:
     text = TEXTS[row]
     assert text is not None
-    assert list(sample) == ["id", "text_clip", "text_t5"]
+    assert list(sample) == ["id", "text_clip", "text_t5", "text_t5_token_mask"]
+    assert sample["text_t5_token_mask"].tolist() == [True] * len(sample["text_t5"])
     assert sample["id"] == f"s{first + row}"
     for name in ("clip", "t5"):
         assert torch.equal(sample[f"text_{name}"], embedding(name, text))
@@ -147,6 +151,67 @@ def test_what_was_encoded(root: Path, tmp_path: Path) -> None:
         list(dataset.columns("text_sha256"))
 
 
+def test_ids_lengths_and_tokens(root: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "more", ["x y", "z"], first=100)
+    more = EmbeddingDataset(tmp_path / "more")
+    for dataset in (EmbeddingDataset(root), more, EmbeddingDataset([tmp_path / "more", root])):
+        wanted = [dataset[i] for i in range(len(dataset))]
+        ids = pickle.loads(pickle.dumps(dataset)).ids
+        assert list(ids) == ids[:] == [sample["id"] for sample in wanted]
+        assert (len(ids), ids[-1], ids[1:5:2]) == (len(wanted), list(ids)[-1], list(ids)[1:5:2])
+        assert "s4" not in more.ids
+        assert dataset.lengths["t5"].tolist() == [len(sample["text_t5"]) for sample in wanted]
+        assert dataset.lengths["clip"].tolist() == [1] * len(wanted)
+        for name in ("clip", "t5"):
+            assert dataset.tokens[name].tolist() == dataset.lengths["t5"].tolist()
+    assert isinstance(more.lengths["t5"].base, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        dataset.tokens["t5"][0] = 1
+    assert repr(more.ids) == "SampleIds(2: 's100', 's101')"
+
+
+def test_ids_of_many_samples_are_read_in_parts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_module, "IDS_AT_ONCE", 4)
+    assert list(EmbeddingDataset([root, root]).ids) == [f"s{row}" for row in OK] * 2
+
+
+@pytest.mark.parametrize("attention_mask", ["none", "padding"])
+def test_the_token_mask_is_the_tokenizers(
+    tmp_path: Path, tiny_t5: Path, tiny_clip: Path, attention_mask: str
+) -> None:
+    """A model may mask pads that its encoder attended (LTX-Video): they are stored, and named."""
+    texts = ["a fox", "", "a red fox jumps over " * 20, "two ships"]
+    captions = write_captions(tmp_path / "captions.parquet", texts)
+    fields = {"outputs": ["pooled", "hidden"]}
+    job = write_job(tmp_path, captions, tiny_t5, tiny_clip, attention_mask=attention_mask)
+    edit(job, "encoders.clip", **fields)
+    expect(0, "run", job)
+    dataset = EmbeddingDataset(tmp_path / "out")
+    batch = next(iter(EmbeddingLoader(dataset, 4, shuffle=False, num_workers=1)))
+    for name, folder, length in (("t5", tiny_t5, 24), ("clip_hidden", tiny_clip, 77)):
+        tokenize = AutoTokenizer.from_pretrained(folder)
+        options = {"padding": "max_length", "truncation": True, "max_length": length}
+        wanted = torch.tensor(tokenize(texts, **options)["attention_mask"]).bool()
+        mask, null = f"text_{name}_token_mask", dataset.null
+        if name == "t5" and attention_mask == "padding":
+            assert torch.equal(batch[mask], wanted[:, : batch[mask].shape[1]])
+            assert torch.equal(batch[mask], batch["text_t5_mask"])
+            assert null[mask].all()
+            continue
+        assert torch.equal(batch[mask], wanted)
+        assert batch[f"text_{name}_mask"].all()
+        assert torch.equal(null[mask], wanted[1])
+        assert torch.equal(dataset[3][mask], wanted[3])
+        assert dataset.tokens[dataset.tensors[name].encoder].tolist() == wanted.sum(1).tolist()
+    dropped = ConditionDropout(dataset, 1.0)(batch)
+    empty = collate_embeddings([dataset[1]])
+    for key in empty.keys() - {"id"}:
+        for line in dropped[key]:
+            own = line[: empty[key].shape[1]] if line.ndim else line
+            assert torch.equal(own, empty[key][0]), key
+            assert line.ndim == 0 or not line[len(own) :].any(), key
+
+
 def test_nothing_is_mapped_until_it_is_touched(root: Path) -> None:
     dataset = EmbeddingDataset(root, max_open_shards=2)
     assert len(dataset) == 6
@@ -207,8 +272,10 @@ def test_data_loader(root: Path, workers: int, context: str) -> None:
     assert [tuple(batch["text_t5"].shape) for batch in batches] == [(4, 6, 4), (2, 6, 4)]
     for k, row in enumerate(OK):
         sample = {name: values[k % 4] for name, values in batches[k // 4].items()}
-        text_t5 = sample["text_t5"][: sample["text_t5_length"]]
-        check({"id": sample["id"], "text_clip": sample["text_clip"], "text_t5": text_t5}, row)
+        for name in ("text_t5", "text_t5_token_mask"):
+            sample[name] = sample[name][: sample["text_t5_length"]]
+        del sample["text_t5_length"], sample["text_t5_mask"]
+        check({name: sample[name] for name in sorted(sample)}, row)
 
 
 def test_error_in_a_worker_keeps_its_kind(own_root: Path) -> None:
@@ -354,6 +421,11 @@ def test_damaged_index_does_not_end_a_loop(own_root: Path, name: str, value: int
     for verify in ("never", "rows"):
         with pytest.raises(VerificationError):
             list(EmbeddingDataset(own_root, verify))  # type: ignore[arg-type]
+    if name == "ok":
+        with pytest.raises(VerificationError, match=r"ok\.npy does not rise"):
+            list(EmbeddingDataset(own_root).ids)
+        with pytest.raises(VerificationError, match=r"ok\.npy does not rise"):
+            _ = EmbeddingDataset(own_root).tokens
 
 
 def test_row_of_another_length_is_found(own_root: Path) -> None:
@@ -394,6 +466,22 @@ def test_collate(dtype: torch.dtype, length: int | None) -> None:
     assert torch.equal(collate_embeddings(without_ids, length)["text_t5_mask"], mask)
 
 
+def test_collate_takes_what_else_a_sample_has() -> None:
+    """A user's data set returns its video and the embeddings in one dict."""
+    samples = [
+        {"video": torch.full((3, 2), k), "fps": 24.0 + k, "text": f"t{k}", "size": {"w": k}}
+        | {"id": f"v{k}", "text_t5": torch.ones(k + 1, 4), "text_clip": torch.ones(3)}
+        for k in range(2)
+    ]
+    batch = collate_embeddings(samples)
+    assert batch["video"].shape == (2, 3, 2)
+    assert batch["fps"].tolist() == [24.0, 25.0]
+    assert batch["size"]["w"].tolist() == [0, 1]
+    assert (batch["text"], batch["id"]) == (["t0", "t1"], ["v0", "v1"])
+    assert batch["text_t5_length"].tolist() == [1, 2]
+    assert "text_t5_token_mask" not in batch, "nobody said which are tokens"
+
+
 def test_collate_refuses_what_it_does_not_know() -> None:
     one: dict[str, Any] = {"id": "a", "text_t5": torch.ones(2, 4)}
     longer = {"id": "b", "text_t5": torch.ones(3, 4)}
@@ -401,7 +489,8 @@ def test_collate_refuses_what_it_does_not_know() -> None:
         ([one, longer], r"sample 'b' has 3 vectors in text_t5.*length=2"),  # nothing is cut
         ([], "without samples"),
         ([one, {"id": "b"}], "have keys"),
-        ([{**one, "video": torch.ones(1)}], "not video"),
+        ([{**one, "video": torch.ones(1)}, {**one, "video": torch.ones(2)}], "'video' of the sam"),
+        ([{**one, "video": None}], r"'video' of the samples a makes no batch: .*NoneType"),
         ([{**one, "text_t5_length": torch.ones(3)}], "text_t5_length"),
     ):
         with pytest.raises(InputError, match=said):

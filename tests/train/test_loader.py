@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from collections.abc import Iterator
 from math import factorial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ import pytest
 import torch
 from handmade import write_dataset
 from torch import distributed
-from torch.utils.data import ChainDataset, DataLoader, Dataset, Subset
+from torch.utils.data import (
+    BatchSampler,
+    ChainDataset,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    Subset,
+)
 
 from embed_precompute import EmbeddingDataset, EmbeddingLoader
 from embed_precompute.distributed import DistContext
@@ -466,6 +475,132 @@ def test_what_it_cannot_load() -> None:
         loader_of(3, in_order=False)
     with pytest.raises(ValueError, match="mutually exclusive"):
         loader_of(3, drop_last=True)
+
+
+# --- a batch sampler of the user's ----------------------------------------------------------------
+
+
+class Buckets:
+    """What video trainers have: batches of one shape, dealt out to ranks, shuffled by epoch."""
+
+    def __init__(self, num_samples: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        self.num_samples, self.seed, self.epoch = num_samples, seed, -1
+        self.rank, self.world_size = rank, world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_samples // 2 // self.world_size
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples // 2)
+        for k in order[self.rank :: self.world_size][: len(self)].tolist():
+            yield 2 * k, 2 * k + 1
+
+
+def given(sampler: Any, num_samples: int = 20, **options: Any) -> EmbeddingLoader:
+    options = {"collate_fn": list, "allow_unknown_dataset": True, **options}
+    return EmbeddingLoader(Numbers(num_samples), batch_sampler=sampler, **options)
+
+
+def expected_of(sampler: Buckets, epoch: int) -> list[list[int]]:
+    sampler.set_epoch(epoch)
+    return [list(batch) for batch in sampler]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_batch_sampler_goes_on_at_every_step(num_workers: int, rank: int) -> None:
+    """Rank 0 saves the state, and every rank loads it."""
+    ranks: dict[str, Any] = {"rank": rank, "world_size": 2}
+    wanted = [expected_of(Buckets(20, 3, **ranks), epoch) for epoch in range(2)]
+    saving = given(Buckets(20, 3, 0, 2), rank=0, world_size=2)
+    options = {**ranks, "num_workers": num_workers, "persistent_workers": False}
+    for epoch in range(2):
+        iterator = iter(saving)
+        for steps in range(6):
+            state = json.loads(json.dumps(saving.state_dict()))
+            assert (state["epoch"], state["batches"]) == (epoch, steps)
+            resumed = given(Buckets(20, 3, **ranks), **options)
+            resumed.load_state_dict(state)
+            assert (resumed.epoch, resumed.batches_left) == (epoch, 5 - steps)
+            assert list(resumed) == wanted[epoch][steps:]
+            assert resumed.epoch == epoch + 1
+            next(iterator, None)
+    assert next(iter(resumed)) == expected_of(Buckets(20, 3, **ranks), 2)[0]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_break_loses_no_given_batch(num_workers: int) -> None:
+    loader = given(Buckets(20), num_workers=num_workers)
+    seen: list[list[int]] = []
+    for stop in (2, 1, 3):
+        seen += itertools.islice(loader, stop)
+        assert (loader.batches_left, len(loader)) == (10 - len(seen), 10)
+    saved = loader.state_dict()
+    assert seen + list(loader) == expected_of(Buckets(20), 0)
+    loader.set_epoch(4)
+    assert list(loader) == expected_of(Buckets(20), 4)
+    loader.load_state_dict(saved)
+    assert seen + list(loader) == expected_of(Buckets(20), 0)
+
+
+def test_torchs_samplers_shuffle_anew_in_each_epoch() -> None:
+    """A BatchSampler has no set_epoch: that of the sampler in it is called."""
+    inner = DistributedSampler(Numbers(20), num_replicas=2, rank=1)
+    loader = given(BatchSampler(inner, 4, drop_last=False), rank=1, world_size=2)
+    first, second = list(loader), list(loader)
+    assert first != second
+    loader.set_epoch(0)
+    assert list(loader) == first
+
+
+def test_other_batches_than_before_are_refused() -> None:
+    loader = given(Buckets(20, 3))
+    list(itertools.islice(loader, 4))
+    state, said = loader.state_dict(), "gives other batches in epoch 0 than the 4 that were trained"
+    for other in (Buckets(20, 4), Buckets(6, 3), Buckets(20, 3, 1, 2)):
+        resumed = given(other)
+        resumed.load_state_dict(state)
+        with pytest.raises(ConflictError, match=said):
+            list(resumed)
+        resumed.set_epoch(1)
+        assert list(resumed) == expected_of(other, 1)
+    unseeded = given(BatchSampler(RandomSampler(Numbers(20)), 4, drop_last=False))
+    list(itertools.islice(unseeded, 2))
+    with pytest.raises(ConflictError, match="other batches in epoch 0 than the 2"):
+        list(unseeded)
+    two = given(Buckets(20, 3), rank=0, world_size=2)
+    with pytest.raises(ConflictError, match=r"of 1 ranks, and there are 2: .*set_epoch"):
+        two.load_state_dict(state)
+    with pytest.raises(ConflictError, match="a dataset of 20 samples, this one has 19"):
+        given(Buckets(20), 19).load_state_dict(state)
+
+
+def test_states_of_both_kinds_are_kept_apart() -> None:
+    own, batches = loader_of(20), given(Buckets(20))
+    with pytest.raises(ConflictError, match="a loader without a batch_sampler, and this one has o"):
+        batches.load_state_dict(own.state_dict())
+    with pytest.raises(ConflictError, match="a loader with a batch_sampler, and this one has none"):
+        own.load_state_dict(batches.state_dict())
+    for change in ({"batches": -1}, {"seen": None}, {"world_size": "2"}):
+        with pytest.raises(InputError, match="no state of a loader"):
+            batches.load_state_dict({**batches.state_dict(), **change})
+
+
+def test_what_a_batch_sampler_cannot_go_with() -> None:
+    for options, said in (
+        ({"batch_size": 2, "shuffle": True}, "leave out batch_size, shuffle"),
+        ({"ends": "pad"}, "leave out ends"),
+        ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
+    ):
+        with pytest.raises(InputError, match=said):
+            given(Buckets(20), **options)
+    with pytest.raises(InputError, match="batch_sampler is a generator, which can be iterated onl"):
+        given([k] for k in range(3))
+    with pytest.raises(InputError, match="neither batch_size nor batch_sampler"):
+        EmbeddingLoader(Numbers(3))
 
 
 # --- with other loaders ---------------------------------------------------------------------------

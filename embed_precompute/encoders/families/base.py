@@ -34,7 +34,7 @@ class EncoderConfig:
     kind: str
     """The family; each family has keys of its own."""
     pretrained: str
-    """Checkpoint folder or hub id; weights must be safetensors."""
+    """Checkpoint folder or hub id; weights must be safetensors, or converted by `fetch`."""
     revision: str | None = None
     """Hub revision; only for a hub id."""
     tokenizer: str | None = None
@@ -197,9 +197,17 @@ class Family(abc.ABC, Generic[Options]):
     model_arguments: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Arguments of the transformers class, such as `add_pooling_layer=False`: a part that is never
     run is then not made, and its weights may be missing."""
+    checkpoint_prefix: ClassVar[str] = ""
+    """What stands before the encoder's names in checkpoints that hold more, or were saved by
+    another release: "model." of a decoder with its head."""
     encoder_prefixes: ClassVar[tuple[str, ...]]
-    """How the names of the encoder's weights begin. A weight of such a name that the model does not
-    know is an error. Other unknown weights are ignored: they belong to parts that are not used."""
+    """How the names of the encoder's weights begin, after `checkpoint_prefix`. A weight of such a
+    name that the model does not know is an error. Others are not read: they are other parts."""
+    second_names: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Second name of a weight -> its name, where a checkpoint may have either or both."""
+    config_keys: ClassVar[tuple[str, ...]]
+    """What of transformers' config the encoder's numbers depend on, apart from what the shapes of
+    the weights say: it is in the fingerprint."""
     implementations: ClassVar[tuple[str, ...]] = ("hf",)
     special_tokens: ClassVar[tuple[str, ...]] = ("eos_token", "pad_token")
     """Special tokens that the tokenizer must have; pad_token among them if pads can be attended."""
@@ -230,6 +238,30 @@ class Family(abc.ABC, Generic[Options]):
         `choose_implementation` and `in_buckets` below do most of it.
         """
 
+    # -- the weights: no torch here
+
+    def canonical_name(self, weight: str) -> str | None:
+        """The weight's name in the encoder alone, however the checkpoint was saved. None: it is no
+        weight of the encoder, or a buffer that the model makes by itself."""
+        name = weight.removeprefix(self.checkpoint_prefix)
+        name = self.second_names.get(name, name)
+        buffer = name.endswith(("position_ids", "inv_freq"))
+        return name if name.startswith(self.encoder_prefixes) and not buffer else None
+
+    def is_other_part(self, options: Options, checkpoint: Checkpoint, weight: str) -> bool:
+        """Whether a weight of the encoder is never run with these options: it is not read."""
+        return False
+
+    def keeps_float32(self, weight: str, dtype: str) -> bool:
+        """Whether transformers keeps this weight in float32 when the rest has `dtype`."""
+        return False
+
+    def config_values(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The values of `config_keys`, with transformers' defaults for those that are left out."""
+        config = checkpoint.text_config
+        values = {key: getattr(config, key, None) for key in self.config_keys}
+        return {"model_type": config.model_type, **values}
+
     # -- the model
 
     def model_class(self, options: Options, checkpoint: Checkpoint) -> str:
@@ -239,15 +271,6 @@ class Family(abc.ABC, Generic[Options]):
     def config_changes(self, options: Options, checkpoint: Checkpoint) -> dict[str, Any]:
         """Values that replace those of config.json when the model is made."""
         return {}
-
-    def is_other_part(self, options: Options, checkpoint: Checkpoint, weight: str) -> bool:
-        """Whether a weight of the checkpoint belongs to a part that is never run: it is not
-        read."""
-        return False
-
-    def keeps_float32(self, weight: str, dtype: torch.dtype) -> bool:
-        """Whether transformers keeps this weight in float32 when the rest has `dtype`."""
-        return False
 
     def adapt(self, model: Any, options: Options) -> None:
         """Change the loaded model in place before it is run."""

@@ -102,8 +102,12 @@ class Clip(Family[ClipOptions]):
     options = ClipOptions
     models = MappingProxyType({"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"})
     implementations = ("hf", "fused")
-    # transformers 5 removes `text_model.` from names before it reports unexpected weights.
-    encoder_prefixes = ("text_model.", "encoder.")
+    checkpoint_prefix = "text_model."
+    encoder_prefixes = ("embeddings.", "encoder.", "final_layer_norm.", "text_projection.")
+    config_keys = (
+        *("num_hidden_layers", "num_attention_heads", "layer_norm_eps", "hidden_act"),
+        "eos_token_id",
+    )
     batch_setting = "batch_size"
 
     def check(self, opened: OpenEncoder[ClipOptions]) -> None:
@@ -179,9 +183,7 @@ class Clip(Family[ClipOptions]):
         return "CLIPTextModelWithProjection" if options.projection else "CLIPTextModel"
 
     def is_other_part(self, options: ClipOptions, checkpoint: Checkpoint, weight: str) -> bool:
-        if weight.startswith("text_projection."):
-            return not options.projection
-        return weight.startswith(("vision_model.", "visual_projection.", "logit_scale"))
+        return weight.startswith("text_projection.") and not options.projection
 
     def forward(
         self, model: Any, options: ClipOptions, input_ids: torch.Tensor, lengths: torch.Tensor
@@ -197,10 +199,12 @@ class Clip(Family[ClipOptions]):
     def fused_layers(
         self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
     ) -> FusedLayers:
-        from embed_precompute.encoders.fused import graph, layers
+        from embed_precompute.encoders.fused import layers
 
         assert tokenizer.eos_id is not None
         if compiled and model.device.type == "cuda":
+            from embed_precompute.encoders.fused import graph  # needs torch 2.5
+
             return graph.GraphLayers(graph.ClipGraph(model, longest, tokenizer.eos_id))
         return layers.ClipLayers(model, tokenizer.eos_id, compiled=compiled)
 

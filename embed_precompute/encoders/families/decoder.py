@@ -94,7 +94,12 @@ class Decoder(Family[DecoderOptions]):
             "qwen3": "Qwen3Model",
         }
     )
-    encoder_prefixes = ("model.", "layers.", "embed_tokens.", "norm.")
+    checkpoint_prefix = "model."
+    encoder_prefixes = ("layers.", "embed_tokens.", "norm.")
+    config_keys = (
+        *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps"),
+        *("hidden_act", "max_position_embeddings"),
+    )
     special_tokens = ()  # pads are never attended
 
     def open_tokenizer(self, where: str, folder: Path, options: DecoderOptions) -> CaptionTokenizer:
@@ -144,16 +149,42 @@ class Decoder(Family[DecoderOptions]):
         return changes
 
     def is_other_part(self, options: DecoderOptions, checkpoint: Checkpoint, weight: str) -> bool:
-        """True for the head, and for layers after the hidden state.
+        """True for layers after the hidden state.
 
         False for layers beyond config.json's number of them: `_check_loading` refuses those.
         """
-        name = weight.removeprefix("model.")
-        layer = re.match(r"layers\.(\d+)\.", name)
+        layer = re.match(r"layers\.(\d+)\.", weight.removeprefix("model."))
         if layer is None:
-            return name.startswith("lm_head.")
+            return False
         layers = int(checkpoint.text_config.num_hidden_layers)
         return _num_layers(options, checkpoint) <= int(layer[1]) < layers
+
+    def config_values(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Releases of transformers name rotary embeddings and sliding windows differently."""
+        import transformers
+
+        config = checkpoint.text_config
+        if transformers.__version__.startswith("4."):  # it would ignore rope_parameters
+            scaling = getattr(config, "rope_scaling", None)
+            rope = {"rope_theta": config.rope_theta, **(scaling or {})}
+        else:
+            rope = config.rope_parameters
+        rope = {"rope_type": "default", **rope}
+        rope.pop("type", None)  # the old name of rope_type
+        window = getattr(config, "sliding_window", None)
+        if not getattr(config, "use_sliding_window", True):
+            window = None
+        windows = getattr(config, "layer_types", None) or [
+            "sliding_attention" if layer >= getattr(config, "max_window_layers", 0) else ""
+            for layer in range(config.num_hidden_layers)
+        ]
+        return {
+            **super().config_values(checkpoint),
+            "head_dim": self.sizes(checkpoint).inner // config.num_attention_heads,
+            "rope": rope,
+            "sliding_window": window,
+            "sliding": window and [each == "sliding_attention" for each in windows],
+        }
 
     def adapt(self, model: Any, options: DecoderOptions) -> None:
         import torch

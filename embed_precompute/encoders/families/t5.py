@@ -123,6 +123,11 @@ class T5(Family[T5Options]):
     )
     implementations = ("hf", "fused", "shardformer")
     encoder_prefixes = ("encoder.",)
+    second_names = MappingProxyType({"shared.weight": "encoder.embed_tokens.weight"})
+    config_keys = (
+        *("num_layers", "num_heads", "d_kv", "layer_norm_epsilon", "dense_act_fn", "is_gated_act"),
+        *("relative_attention_num_buckets", "relative_attention_max_distance"),
+    )
 
     def outputs(self, options: T5Options, checkpoint: Checkpoint) -> tuple[Output, ...]:
         positions: Literal["all", "real"] = "all" if options.is_padded else "real"
@@ -169,12 +174,8 @@ class T5(Family[T5Options]):
             return Decision(implementation, options.compile, None, (stream,), stream)
         return in_buckets(opened, implementation, options.buckets, BUCKETS, batch_of)
 
-    def is_other_part(self, options: T5Options, checkpoint: Checkpoint, weight: str) -> bool:
-        return weight.startswith(("decoder.", "lm_head."))
-
-    def keeps_float32(self, weight: str, dtype: torch.dtype) -> bool:
-        # wo overflows in float16.
-        return str(dtype) == "torch.float16" and ".wo." in weight
+    def keeps_float32(self, weight: str, dtype: str) -> bool:
+        return dtype == "float16" and ".wo." in weight  # wo overflows in float16
 
     def forward(
         self, model: Any, options: T5Options, input_ids: torch.Tensor, lengths: torch.Tensor
@@ -185,9 +186,11 @@ class T5(Family[T5Options]):
     def fused_layers(
         self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
     ) -> FusedLayers:
-        from embed_precompute.encoders.fused import graph, layers
+        from embed_precompute.encoders.fused import layers
 
         if compiled and model.device.type == "cuda":
+            from embed_precompute.encoders.fused import graph  # needs torch 2.5
+
             return graph.GraphLayers(graph.T5Graph(model, longest))
         return layers.T5Layers(model, longest, compiled=compiled)
 

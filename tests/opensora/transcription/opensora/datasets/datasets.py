@@ -21,7 +21,8 @@ def map_target_fps(fps, max_fps):
 @DATASETS.register_module("text")
 class TextDataset(torch.utils.data.Dataset):
     def __init__(self, data_path=None, fps_max=16, vmaf=False, **kwargs):
-        self.data = pd.read_parquet(data_path)
+        is_csv = data_path.endswith(".csv")
+        self.data = pd.read_csv(data_path) if is_csv else pd.read_parquet(data_path)
         self.vmaf = vmaf
         self.fps_max = 999999999 if fps_max is None else fps_max
 
