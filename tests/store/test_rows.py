@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from breaking import flips
-from handmade import make_plan
+from handmade import columns_of, make_plan
 
 from embed_precompute.documents import canonical_json
 from embed_precompute.errors import VerificationError
@@ -37,18 +37,18 @@ def test_rows_part_is_split_by_rows_and_by_text(
     path = tmp_path / "x"
     for text_bytes, groups in ((64 << 20, 2), (1, 4)):
         monkeypatch.setattr(rows, "ROW_GROUP_TEXT_BYTES", text_bytes)
-        path.write_bytes(rows_part_bytes(3, TENSORS, SAMPLES))
+        path.write_bytes(rows_part_bytes(3, TENSORS, columns_of(SAMPLES)))
         assert pq.ParquetFile(path).metadata.num_row_groups == groups
         assert list(read_samples(path, TENSORS)) == SAMPLES
 
 
 def test_damaged_rows_part(tmp_path: Path) -> None:
-    whole = rows_part_bytes(3, TENSORS, SAMPLES)
+    whole = rows_part_bytes(3, TENSORS, columns_of(SAMPLES))
     path = tmp_path / "x"
     for _ in flips(path, whole, range(0, len(whole) * 8, 13)):
         with contextlib.suppress(VerificationError):  # anything else is a failure here
             list(read_samples(path, TENSORS))
-    path.write_bytes(rows_part_bytes(3, TENSORS[:1], SAMPLES))
+    path.write_bytes(rows_part_bytes(3, TENSORS[:1], columns_of(SAMPLES)))
     with pytest.raises(VerificationError, match="has columns"):
         list(read_samples(path, TENSORS))
     path.write_bytes(whole)
