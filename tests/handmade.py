@@ -30,7 +30,7 @@ from embed_precompute.store.records import (
     record_path,
     unit_path,
 )
-from embed_precompute.store.rows import StoredSample, read_samples, rows_part_bytes
+from embed_precompute.store.rows import SampleColumns, StoredSample, read_samples, rows_part_bytes
 
 DIMS = {"clip": 3, "t5": 4}
 ENVIRONMENT = {"torch": "2.0", "device": "cpu"}
@@ -187,6 +187,18 @@ def restate(root: Path, unit: int, kind: str, path: Path) -> Path:
     return path.with_name(stored.name)
 
 
+def columns_of(samples: Sequence[StoredSample]) -> SampleColumns:
+    def by_name(field: str) -> dict[str, list[Any]]:
+        names = {name for sample in samples for name in getattr(sample, field)}
+        return {name: [getattr(sample, field).get(name) for sample in samples] for name in names}
+
+    columns: dict[str, Any] = {
+        name: [getattr(sample, name) for sample in samples]
+        for name in ("sample_id", "row", "status", "error", "index", "text")
+    }
+    return SampleColumns(**columns, **{f: by_name(f) for f in ("tokens", "truncated", "lengths")})
+
+
 def forge_rows(
     root: Path, unit: int, change: Callable[[list[StoredSample]], list[StoredSample]]
 ) -> None:
@@ -195,7 +207,7 @@ def forge_rows(
     path = paths_of(root, unit).rows
     samples = change(list(read_samples(path, tensors)))
     forged = unit_path(root, unit, ROWS)
-    forged.write_bytes(rows_part_bytes(unit, tensors, samples))
+    forged.write_bytes(rows_part_bytes(unit, tensors, columns_of(samples)))
     restate(root, unit, "rows", forged)
     forged.unlink()
     path.unlink(missing_ok=True)

@@ -208,10 +208,15 @@ class CaptionTokenizer:
             truncated=truncated,
             # CLIP uses one token as unknown token and as end token. So the number of these in the
             # empty caption is subtracted.
-            unknown=[
-                max(0, int((each == self._unk_id).sum()) - self._unknown_in_empty) for each in ids
-            ],
+            unknown=np.maximum(0, self._unknown(ids) - self._unknown_in_empty).tolist(),
         )
+
+    def _unknown(self, ids: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
+        """How often the unknown token is in each caption."""
+        found = np.concatenate([np.zeros(0, np.int32), *ids]) == self._unk_id
+        before: NDArray[np.int64] = np.concatenate(([0], np.cumsum(found)))
+        counts: NDArray[np.int64] = np.diff(before[np.cumsum([0, *map(len, ids)])])
+        return counts
 
     def _encode(self, texts: Sequence[str]) -> list[Any]:
         whole = [f"{self._template.before}{text}{self._template.after}" for text in texts]

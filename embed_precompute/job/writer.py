@@ -7,10 +7,10 @@ the first record stays. Equal shards have the same file name, so the second rank
 
 from __future__ import annotations
 
-import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,8 +36,10 @@ from embed_precompute.store.records import (
     record_path,
     unit_path,
 )
-from embed_precompute.store.rows import StoredSample, rows_digest, rows_part_bytes
+from embed_precompute.store.rows import SampleColumns, rows_digest, rows_part_bytes
 from embed_precompute.store.shards import ShardWriter
+
+T = TypeVar("T")
 
 INF = {
     torch.float32: (torch.int32, 0x7F800000),
@@ -146,10 +148,10 @@ class UnitWriter:
     def _unit_record(self, shard: StoredShard, kept: Sequence[int]) -> UnitRecord:
         """Publishes the rows part and returns the record that names it."""
         unit = self._unit
-        samples = self._stored_samples(kept)
+        samples = self._columns(kept)
         payload = rows_part_bytes(unit.number, self._plan.tensors, samples)
         rows = publish_bytes_by_content(unit_path(self._root, unit.number, ROWS), payload)
-        ok = [sample for sample in samples if sample.index is not None]
+        status = Counter(samples.status)
         return UnitRecord(
             fingerprint=self._plan.fingerprint,
             plan_id=self._plan.plan_id_of(unit.number),
@@ -157,15 +159,15 @@ class UnitWriter:
             unit=unit.number,
             first_row=unit.first_row,
             num_rows=unit.num_rows,
-            num_samples=len(samples),
+            num_samples=len(unit.samples),
             num_stored=len(kept),
-            status={each.label: sum(s.status is each for s in samples) for each in Status},
+            status={each.label: status[each] for each in Status},
             noted=unit.noted,
             rows_sha256=rows_digest(samples),
             encoders={
                 name: TokenCounts(
-                    sum(sample.tokens[name] for sample in ok),
-                    sum(sample.truncated[name] for sample in ok),
+                    sum(filter(None, samples.tokens[name])),
+                    sum(filter(None, samples.truncated[name])),
                 )
                 for name in unit.tokens
             },
@@ -175,24 +177,31 @@ class UnitWriter:
             files=UnitFiles(shard, rows),
         )
 
-    def _stored_samples(self, kept: Sequence[int]) -> list[StoredSample]:
+    def _columns(self, kept: Sequence[int]) -> SampleColumns:
+        """What became of each sample; only the stored rows `kept` have an embedding."""
         unit, index = self._unit, {row: i for i, row in enumerate(kept)}
-        samples = []
-        for sample, row in zip(unit.samples, unit.stored_row, strict=True):
-            status, error = sample.status, sample.error
-            if row is not None and row not in index:
-                status, error = unit.failures[row]
-            stored = StoredSample(sample.sample_id, sample.row, status, error, text=sample.text)
-            if row is not None and row in index:
-                stored = dataclasses.replace(
-                    stored,
-                    index=index[row],
-                    tokens={name: each.tokens[row] for name, each in unit.tokens.items()},
-                    truncated={name: each.truncated[row] for name, each in unit.tokens.items()},
-                    lengths={name: lengths[row] for name, lengths in self._lengths.items()},
-                )
-            samples.append(stored)
-        return samples
+        places = [None if row is None else index.get(row) for row in unit.stored_row]
+        rows = [None if place is None else kept[place] for place in places]
+
+        def column(of_rows: Sequence[T]) -> list[T | None]:
+            return [None if row is None else of_rows[row] for row in rows]
+
+        status = [sample.status for sample in unit.samples]
+        errors = [sample.error for sample in unit.samples]
+        for i, row in enumerate(unit.stored_row if unit.failures else ()):
+            if row in unit.failures:
+                status[i], errors[i] = unit.failures[row]
+        return SampleColumns(
+            sample_id=[sample.sample_id for sample in unit.samples],
+            row=[sample.row for sample in unit.samples],
+            status=status,
+            error=errors,
+            index=places,
+            tokens={name: column(each.tokens) for name, each in unit.tokens.items()},
+            truncated={name: column(each.truncated) for name, each in unit.tokens.items()},
+            lengths={name: column(lengths) for name, lengths in self._lengths.items()},
+            text=[sample.text for sample in unit.samples],
+        )
 
 
 def is_finite(values: torch.Tensor) -> bool:

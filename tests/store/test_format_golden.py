@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import xxhash
+from handmade import columns_of
 
 from embed_precompute.samples import Status
 from embed_precompute.store.commit import publish_bytes, publish_bytes_by_content
@@ -212,7 +213,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     publish_bytes(root / "plan.json", document_bytes(plan_body()))
     write_shard(root, 0, CLIP, T5)
     write_shard(root, NULL_UNIT, CLIP[1:], T5[1:])
-    rows = rows_part_bytes(0, TENSORS, SAMPLES)
+    rows = rows_part_bytes(0, TENSORS, columns_of(SAMPLES))
     publish_bytes_by_content(unit_path(root, 0, ROWS), rows)
     publish_bytes(record_path(root, 0), document_bytes(record_body(rows)))
     publish_bytes(record_path(root, NULL_UNIT), document_bytes(null_body()))
@@ -257,7 +258,7 @@ def test_documents(dataset: Path) -> None:
     assert (dataset / "plan.json").read_bytes() == document(plan_body())
     assert (dataset / "shards/000/shard-000000.json").read_bytes() == document(record_body(rows))
     assert (dataset / "null.json").read_bytes() == document(null_body())
-    assert rows_digest(SAMPLES) == record_body(rows)["rows_sha256"]
+    assert rows_digest(columns_of(SAMPLES)) == record_body(rows)["rows_sha256"]
     literal = b'{"a":["\xc3\xbc\\n",null,1,true],"format_version":1,"kind":"x"}'
     expected_digest = "bdeb0696fcf619a42ebc2ab7e25b4a99d608cce11b7bf6956e8b4e2910ef50fc"
     assert hashlib.sha256(literal).hexdigest() == expected_digest
