@@ -359,4 +359,4 @@ def test_the_plan_counts_what_may_surprise(tmp_path: Path, tiny_clip: Path) -> N
     assert "\n  2 empty captions\n  2 rows where fps is null\n" in summary
     assert f"{tmp_path / 'a.parquet'}, row " in log
     assert log.count("the first of the empty captions that this rank reads") == 1
-    assert "\n  2 empty captions\n" in expect(0, "info", tmp_path / "out")
+    assert "\nnoted        2 empty captions\n" in expect(0, "info", tmp_path / "out")

@@ -99,7 +99,7 @@ def test_an_extension_keeps_every_byte_of_the_old_units(
     assert ids(out) == [f"s{i}" for i in range(21)]
     expect(0, "verify", out)
     assert "complete" in expect(0, "status", out)
-    assert "extensions: 3" in expect(0, "info", out)
+    assert ", 3 times extended" in expect(0, "info", out)
     assert "0.parquet, row 0 (row 20" in expect(0, "info", out, "--id", "s20")
     at_once = tmp_path / "at once"
     expect(0, "run", job, "--output.path", at_once)

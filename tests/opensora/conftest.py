@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import embed_precompute.opensora.dataset as ours
+import embed_precompute.opensora.export as export
 
 TRANSCRIPTION = Path(__file__).parent / "transcription"
 
@@ -29,5 +30,6 @@ def open_sora() -> Iterator[Any]:
         patch.syspath_prepend(str(TRANSCRIPTION))
         registry = importlib.import_module("opensora.registry").DATASETS
         importlib.reload(ours)
+        importlib.reload(export)  # it holds classes of the module before
         yield registry
     forget_opensora()
