@@ -10,13 +10,12 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from embed_precompute.errors import StorageError
 from embed_precompute.steps import duration
-from embed_precompute.store.commit import replace_bytes
 
 log = logging.getLogger(__name__)
 
@@ -93,43 +92,42 @@ def read_effort(root: Path) -> Effort | None:
     seconds: Counter[str] = Counter()
     spans: list[tuple[float, float]] = []
     samples = 0
-    paths = sorted((root / "logs").glob("metrics-*.jsonl"))
-    for path in paths:
-        with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
-            for text in file:
-                with contextlib.suppress(ValueError, LookupError, TypeError):  # a crash cut it off
-                    line = json.loads(text)
-                    span = (line["time"] - line["seconds"], line["time"])
-                    samples += line["samples"] if line["unit"] >= 0 else 0
-                    seconds[line["device"]] += line["seconds"]
-                    spans.append(span)
+    for line in _lines(root):
+        with contextlib.suppress(LookupError, TypeError):
+            span = (line["time"] - line["seconds"], line["time"])
+            seconds[line["device"]] += line["seconds"]
+            samples += line["samples"] if line["unit"] >= 0 else 0
+            spans.append(span)
     if not spans:
         return None
     wall_seconds, until = 0.0, 0.0
     for begin, end in sorted(spans):
         wall_seconds += max(0.0, end - max(begin, until))
         until = max(until, end)
-    return Effort(samples, len(paths), dict(seconds), wall_seconds)
+    ranks = len(list((root / "logs").glob("metrics-*.jsonl")))
+    return Effort(samples, ranks, dict(seconds), wall_seconds)
 
 
-def note_copies(root: Path) -> dict[str, int]:
-    """How many embeddings all ranks copied and encoded, by the lines of logs/; adds it to run.json.
+def read_copies(root: Path) -> dict[str, int]:
+    """How many embeddings all ranks copied and encoded, by the lines of their files.
 
     The keys are for people, such as `t5 copied`.
     """
     counts: Counter[str] = Counter()
+    for line in _lines(root):
+        with contextlib.suppress(LookupError, TypeError, AttributeError):
+            for name in line["tokens"] if line["unit"] >= 0 else ():
+                copied = line["copied"].get(name, 0)
+                counts[f"{name} copied"] += copied
+                counts[f"{name} encoded"] += line["stored"] - copied
+            counts["damaged, so encoded"] += line["damaged"]
+    return dict(counts)
+
+
+def _lines(root: Path) -> Iterator[Any]:
+    """Yields what every line of every rank holds."""
     for path in sorted((root / "logs").glob("metrics-*.jsonl")):
         with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
             for text in file:
-                with contextlib.suppress(ValueError, LookupError, TypeError):  # a crash cut it off
-                    line = json.loads(text)
-                    for name in line["tokens"] if line["unit"] >= 0 else ():
-                        copied = line["copied"].get(name, 0)
-                        counts[f"{name} copied"] += copied
-                        counts[f"{name} encoded"] += line["stored"] - copied
-                    counts["damaged, so encoded"] += line["damaged"]
-    with contextlib.suppress(OSError, ValueError, StorageError):
-        facts = json.loads((root / "run.json").read_bytes())
-        payload = json.dumps({**facts, "copies": counts}, indent=2).encode() + b"\n"
-        replace_bytes(root / "run.json", payload)
-    return dict(counts)
+                with contextlib.suppress(ValueError):  # a crash cut it off
+                    yield json.loads(text)

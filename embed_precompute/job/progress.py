@@ -9,17 +9,20 @@ plan says how many rows a unit has.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import threading
 import time
+from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 
 from embed_precompute.config.files import to_yaml
 from embed_precompute.errors import EmbedPrecomputeError, StorageError
+from embed_precompute.job.metrics import read_copies
 from embed_precompute.job.prepare import Prepared
 from embed_precompute.steps import duration
 from embed_precompute.store.commit import replace_bytes
@@ -165,3 +168,13 @@ def write_provenance(prepared: Prepared, environment: dict[str, str]) -> None:
         replace_bytes(prepared.root / "run.json", payload)
     except StorageError as error:  # for people only: no reason to stop
         log.warning("provenance is not written: %s", error)
+
+
+def note_copies(root: Path) -> dict[str, int]:
+    """What `read_copies` says, which is added to run.json."""
+    copies = read_copies(root)
+    with contextlib.suppress(OSError, ValueError, StorageError):  # for people only
+        facts = json.loads((root / "run.json").read_bytes())
+        payload = json.dumps({**facts, "copies": copies}, indent=2).encode() + b"\n"
+        replace_bytes(root / "run.json", payload)
+    return copies

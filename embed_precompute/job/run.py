@@ -23,11 +23,9 @@ from embed_precompute.encoders.device import (
     start,
     warn_of_cpu,
 )
-from embed_precompute.encoders.encoder import TextEncoder
 from embed_precompute.job.claims import Claims, Committed, connect_store
-from embed_precompute.job.metrics import note_copies
 from embed_precompute.job.prepare import Prepared, check_sampled_captions, prepare, publish
-from embed_precompute.job.progress import Progress, banner, write_provenance
+from embed_precompute.job.progress import Progress, banner, note_copies, write_provenance
 from embed_precompute.job.signals import StopRequest, stop_on_signals
 from embed_precompute.job.stages import Stages
 from embed_precompute.store.index import Manifest
@@ -95,14 +93,18 @@ def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
     result = RunResult(root, None)
     started = time.monotonic()
     if not committed.everything():
-        resolved = {each.name: each for each in prepared.encoders}
-
-        def load(name: str) -> TextEncoder:
-            log.info("loading encoders.%s", name)
-            return start(resolved[name], device, config.output.dtype, runtime.self_check)
-
+        encoders = {each.name: each for each in prepared.encoders}
         progress = Progress(prepared, device)
-        stages = Stages(prepared, load, claims, committed, current, stop, device, progress.encoded)
+        stages = Stages(
+            prepared,
+            lambda name: start(encoders[name], device, config.output.dtype, runtime.self_check),
+            claims,
+            committed,
+            current,
+            stop,
+            device,
+            progress.encoded,
+        )
         stages.load()
         with progress, stop.finishing():
             stages.run()

@@ -328,6 +328,7 @@ class Stages:
         """An encoder, which is loaded when it is first asked for."""
         if name not in self._encoders:
             began = time.monotonic()
+            log.info("loading encoders.%s", name)
             self._encoders[name] = self._load(name)
             self.load_seconds += time.monotonic() - began
         return self._encoders[name]
