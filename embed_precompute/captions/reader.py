@@ -306,6 +306,8 @@ class CaptionReader:
             if row == self._num_rows - 1:
                 entries = entries[: self._last_row_samples]
             for k, caption in enumerate(entries):
+                if caption is None and not nulls[i]:
+                    caption = Problem(Status.NULL_TEXT, f"entry {k} of column {name!r} is null")
                 yield self._sample(f"{row_id}#{k}", row, caption, row_values, name)
 
     def _sample(

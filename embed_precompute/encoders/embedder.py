@@ -74,7 +74,7 @@ class HFEmbedder(nn.Module):
         revision = hf_kwargs.pop("revision", None)
         dtype = _dtype_of(hf_kwargs)
         checkpoint = open_checkpoint(
-            WHERE,
+            f"{WHERE} with hf_module {hf_module!r}",
             from_pretrained,
             revision,
             kind,
@@ -104,6 +104,9 @@ class HFEmbedder(nn.Module):
         CLIP's captions longer: CLIP has no more positions.
         """
         captions = [text] if isinstance(text, str) else list(text)
+        for k, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise InputError(f"HFEmbedder: caption {k} is {caption!r}: expected a string.")
         if not captions:
             raise InputError("HFEmbedder: text is an empty list. Give at least one caption.")
         if added_tokens < 0 or seq_align < 1:

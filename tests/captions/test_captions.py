@@ -281,7 +281,7 @@ def test_list_text_gives_a_sample_per_caption(tmp_path: Path, arrow_type: Any) -
         Sample("s#0", 1, None, Status.EMPTY_LIST, "column 'text' is an empty list"),
         Sample("t#0", 2, None, Status.NULL_TEXT, "column 'text' is null"),
         Sample("u#0", 3, "c"),
-        Sample("u#1", 3, None, Status.NULL_TEXT, "column 'text' is null"),
+        Sample("u#1", 3, None, Status.NULL_TEXT, "entry 1 of column 'text' is null"),
         Sample("u#2", 3, ""),
         Sample("v#0", 4, "d"),
     ]

@@ -130,7 +130,10 @@ def test_another_tokenizer_can_be_assigned(tiny_t5: Path) -> None:
     ("arguments", "words"),
     [
         ({"hf_module": "T5Model"}, "hf_module is 'T5Model': expected T5EncoderModel or CLIP"),
-        ({"hf_module": "CLIPTextModel"}, "has model_type 't5': an encoder of kind clip takes"),
+        (
+            {"hf_module": "CLIPTextModel"},
+            r"with hf_module 'CLIPTextModel': .* model_type 't5': an encoder of kind clip takes",
+        ),
         ({"dtype": torch.float32, "torch_dtype": torch.float32}, "both dtype and torch_dtype"),
         ({"use_safetensors": False}, "reads safetensors only"),
         ({"max_length": 0}, "max_length is 0: expected 1 or more"),
@@ -141,6 +144,11 @@ def test_another_tokenizer_can_be_assigned(tiny_t5: Path) -> None:
 def test_wrong_arguments(tiny_t5: Path, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         HFEmbedder(str(tiny_t5), **arguments)
+
+
+def test_a_caption_that_is_none(tiny_t5: Path) -> None:
+    with pytest.raises(InputError, match="caption 1 is None: expected a string"):
+        HFEmbedder(str(tiny_t5))(["a", None])
 
 
 def test_wrong_arguments_for_clip(tiny_clip: Path) -> None:
