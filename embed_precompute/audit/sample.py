@@ -7,6 +7,7 @@ searched.
 from __future__ import annotations
 
 import contextlib
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,6 +19,9 @@ from embed_precompute.store.records import UnitRecord, committed_units, read_rec
 from embed_precompute.store.rows import StoredSample, read_samples
 from embed_precompute.store.shards import ShardReader
 
+NAMED = 8
+"""Captions of a row that a message names."""
+
 
 def sample_lines(root: Path, sample_id: str) -> list[str]:
     """All about one sample. Raises InputError if the dataset has no such id."""
@@ -27,18 +31,29 @@ def sample_lines(root: Path, sample_id: str) -> list[str]:
     where = f"{root}, in any of its {len(units):,} units"
     if len(units) < plan.num_units:
         where += f" ({plan.num_units - len(units):,} are not made yet)"
+    ids: list[str] = []
+    """Of the captions, where `sample_id` is that of a row with several."""
     with contextlib.suppress(IncompleteError):  # without an index all units are searched
         index = DatasetIndex(root)
         sample_number = index.find(sample_id)
         if sample_number is not None:
             units = [int(index.shard[sample_number])]
         else:  # an extension that is not finished has units that the index does not know
+            captions = index.captions_of(sample_id, plan.inputs.text_column)
+            ids += map(index.sample_id, islice(captions, NAMED))
             units = [unit for unit in units if unit >= index.num_units]
     for unit in units:
         record = read_record(root, unit)
         for sample in read_samples(record.rows_path(root), plan.tensors, record.num_samples):
             if sample.sample_id == sample_id:
                 return _sample_lines(root, plan, record, sample)
+            if len(ids) < NAMED and sample.sample_id.rpartition("#")[0] == sample_id:
+                ids.append(sample.sample_id)
+    if ids:
+        raise InputError(
+            f"{sample_id!r} is the id of a row with several captions, which are samples of their "
+            f"own: give one of {', '.join(ids)}."
+        )
     raise InputError(f"sample {sample_id!r} is not in {where}. Give an id of the id column.")
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -328,19 +329,31 @@ class DatasetIndex:
         """The sample number of an id, or None."""
         # A lone surrogate gives bytes that no stored id has.
         wanted = sample_id.encode(errors="surrogatepass")
-        hashes, order = self.arrays["id_hash"], self.arrays["id_order"]
         # A Python int here would make numpy convert the whole array.
-        hashed = np.uint64(id_hash(wanted))
+        for sample in self.of_hash(np.uint64(id_hash(wanted))):
+            if self._id_bytes(sample) == wanted:
+                return sample
+        return None
+
+    def of_hash(self, hashed: np.uint64) -> Iterator[int]:
+        """The samples whose ids have this hash: one, but for collisions."""
+        hashes, order = self.arrays["id_hash"], self.arrays["id_order"]
         at = int(np.searchsorted(hashes, hashed))
         while at < self.num_samples and hashes[at] == hashed:
             sample = int(order[at])
             if not 0 <= sample < self.num_samples:
                 where = self.root / "index" / "id_order.npy"
                 raise VerificationError(f"{where} holds {sample} of {self.num_samples} samples.")
-            if self._id_bytes(sample) == wanted:
-                return sample
+            yield sample
             at += 1
-        return None
+
+    def captions_of(self, row_id: str, text_column: str | Sequence[str]) -> Iterator[int]:
+        """The samples of a row with several captions: its id, # and a number or a column."""
+        names = map(str, count()) if isinstance(text_column, str) else text_column
+        for name in names:
+            if (sample := self.find(f"{row_id}#{name}")) is None:
+                return
+            yield sample
 
     def _id_bytes(self, sample: int) -> bytes:
         if not 0 <= sample < self.num_samples:

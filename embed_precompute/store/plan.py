@@ -412,9 +412,13 @@ def check_same(
     if added and not lines and stored.inputs.limit is None:
         advice = (
             "Run with --extend to append the added files. Or write to a new output.path; with "
-            "--reuse and the folder of this dataset, what is the same is copied. Or make the added "
-            "files a dataset of their own: EmbeddingDataset([one, other]) reads both as one."
+            "--reuse and the folder of this dataset, what is the same is copied."
         )
+        if stored.inputs.id_column is not None:  # row numbers would be ids of both
+            advice += (
+                " Or make the added files a dataset of their own: EmbeddingDataset([one, other]) "
+                "reads both as one."
+            )
     lines += [f"{path}: added" for path in added]
     raise ConflictError(
         "the output holds another dataset; this run differs in\n  " + listed(lines) + f"\n{advice}"

@@ -7,7 +7,8 @@ owns its memory.
 
 One object may be used by several threads. It may be forked, and a pickled one holds no mapped file:
 each process maps the files that it reads. Opening reads the manifest.json of each folder, and the
-first look-up maps the index, without private memory. A sample is one copy out of the mapped shard.
+first look-up maps the index, without private memory. Opening several folders compares the hashes of
+all ids, with 16 bytes a sample while it lasts. A sample is one copy out of the mapped shard.
 Imports torch and numpy; pyarrow only for texts and columns of the manifest, and no transformers.
 """
 
@@ -52,12 +53,15 @@ AnyPath = str | os.PathLike[str]
 TOKEN_MASK = "_token_mask"
 """text_<name> + this: which vectors of a sequence are of real tokens."""
 IDS_AT_ONCE = 65_536
-NAMED_CAPTIONS = 8
-"""Captions of a list that a message names."""
+NAMED = 3
+"""Ids that a message names."""
 
 
 class SampleLookupError(InputError, KeyError):
     """No embedding for an id: it is not in the dataset, or its sample's status is not ok."""
+
+    has_sample = False
+    """Whether the dataset has a sample of this id, with another status than ok."""
 
     __str__ = Exception.__str__  # KeyError would show the message in quotes
 
@@ -125,11 +129,28 @@ class _Folder:
             for start, end in zip(bounds[own].tolist(), bounds[own + 1].tolist(), strict=True):
                 yield raw[start:end].decode()
 
+    def ok_hashes(self) -> Array:
+        """The hashes of the ids of the samples whose status is ok, sorted; [num_ok]."""
+        hashes, order = self.index.arrays["id_hash"], self.index.arrays["id_order"]
+        if self.num_ok == len(hashes):
+            return hashes
+        try:
+            found: Array = hashes[self.index.status[order] == Status.OK]
+            return found
+        except IndexError as error:
+            raise self.damaged(f"id_order.npy: {error}") from error
+
+    def status(self, sample: int) -> str:
+        """The label of a sample's status."""
+        try:
+            return Status(int(self.index.status[sample])).label
+        except ValueError as error:
+            raise self.damaged(f"status.npy: {error}, sample {sample}") from None
+
     @functools.cached_property
-    def caption_names(self) -> Sequence[str]:
-        """What follows the `#` in the ids of a row with several captions; of a list the first."""
-        column = read_plan(self.root).inputs.text_column
-        return list(map(str, range(NAMED_CAPTIONS))) if isinstance(column, str) else column
+    def text_column(self) -> str | Sequence[str]:
+        """The column of the captions, or the columns."""
+        return read_plan(self.root).inputs.text_column
 
     def damaged(self, found: object) -> VerificationError:
         return VerificationError(
@@ -142,14 +163,14 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
     """The samples of a finished dataset whose status is ok, in input order.
 
     `path` is the dataset's folder, or a list of folders with one fingerprint, whose samples follow
-    one another; an id that several folders hold is found in the first. `verify="rows"` checks every
-    row that is read against its checksum in the index; `"never"` checks headers, sizes and lengths
-    only. `copy=False` gives tensors that share the mapped file. It is for callers that copy them
-    anyway, such as `collate_embeddings`, and never write to a tensor or send one to another
-    process. At most `max_open_shards` shards stay mapped.
+    one another. `verify="rows"` checks every row that is read against its checksum in the index;
+    `"never"` checks headers, sizes and lengths only. `copy=False` gives tensors that share the
+    mapped file. It is for callers that copy them anyway, such as `collate_embeddings`, and never
+    write to a tensor or send one to another process. At most `max_open_shards` shards stay mapped.
 
     Raises InputError for a folder that holds no dataset, IncompleteError for one that is not
-    finalised, ConflictError for folders of different fingerprints, VerificationError for damage.
+    finalised, VerificationError for damage; ConflictError for folders of different fingerprints,
+    and for folders that both have an embedding for the same id.
     """
 
     def __init__(
@@ -179,6 +200,8 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
                     + listed(lines)
                     + "\nOnly folders of one fingerprint are one dataset: open these apart."
                 )
+        if len(self._folders) > 1:
+            _check_ids_once(self._folders)
         self._ends = list(accumulate(folder.num_ok for folder in self._folders))
         self._verify_rows, self._copy = verify == "rows", copy
         self._max_open_shards = max_open_shards
@@ -305,10 +328,7 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         failed: str | None = None
         for number, folder in enumerate(self._folders):
             index = folder.index
-            try:
-                sample = index.find(sample_id)
-            except UnicodeEncodeError:  # no stored id holds a lone surrogate
-                sample = None
+            sample = index.find(sample_id)
             if sample is None:
                 continue
             if index.status[sample] == Status.OK:
@@ -316,28 +336,25 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
                 if at >= folder.num_ok or index.ok[at] != sample:
                     raise folder.damaged(f"ok.npy lacks sample {sample} ({sample_id!r})")
                 return self._start(number) + at
-            try:
-                label = Status(int(index.status[sample])).label
-            except ValueError as error:
-                raise folder.damaged(f"status.npy: {error}, sample {sample}") from None
             failed = failed or (
-                f"sample {sample_id!r} has no embedding: its status is {label}. "
+                f"sample {sample_id!r} has no embedding: its status is {folder.status(sample)}. "
                 f"`embed-precompute info {folder.root} --id {sample_id}` says why."
             )
         where = ", ".join(map(str, self.roots))
-        raise SampleLookupError(
+        error = SampleLookupError(
             failed or f"sample {sample_id!r} is not in {where}.{self._captions_of(sample_id)}"
         )
+        error.has_sample = failed is not None
+        raise error
 
     def _captions_of(self, row_id: str) -> str:
         """A hint, where the id is that of a row with several captions."""
         found: list[str] = []
-        with contextlib.suppress(UnicodeEncodeError):
-            for folder in self._folders:
-                for name in folder.caption_names:
-                    if folder.index.find(f"{row_id}#{name}") is None:
-                        break
-                    found.append(f"{row_id}#{name}")
+        for folder in self._folders:
+            for sample in islice(folder.index.captions_of(row_id, folder.text_column), 8):
+                status = folder.status(sample)
+                without = "" if status == Status.OK.label else f" (no embedding: {status})"
+                found.append(folder.sample_id(sample) + without)
         return f" It has a sample for each caption of the row: {', '.join(found)}." if found else ""
 
     def encoded_text(self, i: int) -> str:
@@ -374,6 +391,11 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
 
     def _locate(self, i: int) -> tuple[int, int]:
         """(folder, sample number in it) of index `i`."""
+        if not hasattr(i, "__index__"):
+            raise InputError(
+                f"the index is {i!r}: expected an integer. For an id there is index_of, for "
+                "several samples torch.utils.data.Subset."
+            )
         position = operator.index(i)
         if position < 0:
             position += len(self)
@@ -461,6 +483,31 @@ class SampleIds(Sequence[str]):
         return f"SampleIds({len(self):,}: {first}{', ...' if len(self) > 3 else ''})"
 
 
+def _check_ids_once(folders: Sequence[_Folder]) -> None:
+    """ConflictError where an id has an embedding in two folders: it would be trained twice."""
+    # Stable, because numpy then merges what is sorted already.
+    hashes = np.sort(np.concatenate([folder.ok_hashes() for folder in folders]), kind="stable")
+    twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    named: dict[str, list[Path]] = {}
+    for hashed in twice:
+        ids: dict[str, list[Path]] = {}
+        for folder in folders:
+            for sample in folder.index.of_hash(hashed):
+                if folder.index.status[sample] == Status.OK:
+                    ids.setdefault(folder.sample_id(sample), []).append(folder.root)
+        named |= {sample_id: roots for sample_id, roots in ids.items() if len(roots) > 1}
+        if len(named) >= NAMED:
+            break
+    if named:
+        some = ", ".join(map(repr, named)) + (", ..." if len(twice) > len(named) else "")
+        both = " and ".join(map(str, next(iter(named.values()))))
+        raise ConflictError(
+            f"{len(twice):,} ids have an embedding in more than one folder, and would be samples "
+            f"twice: {some} (in {both}). Give each folder once, and folders of other ids; row "
+            "numbers are ids where a dataset was made without an id column."
+        )
+
+
 def _with_mask(tensor: StoredTensor, values: torch.Tensor, tokens: int) -> dict[str, torch.Tensor]:
     """A sample's entries for a tensor: text_<name>, and for a sequence text_<name>_token_mask."""
     name = f"text_{tensor.name}"
@@ -473,7 +520,8 @@ def _with_mask(tensor: StoredTensor, values: torch.Tensor, tokens: int) -> dict[
 
 def _read_manifest(root: Path) -> Manifest:
     try:
-        return read_manifest(root)
+        if not root.is_file():
+            return read_manifest(root)
     except FileNotFoundError:
         if (root / "plan.json").is_file():
             raise IncompleteError(

@@ -141,9 +141,10 @@ class ConditionDropout:
         for batch in loader:
             batch = dropout(batch)
 
-    `dataset` gives the empty caption's embeddings. `prob` is the probability for each tensor; each
-    tensor is dropped independently of the others, as in Open-Sora's trainer, and one that is not
-    named is kept. A single number drops all tensors of a sample together.
+    `dataset` gives the empty caption's embeddings: an EmbeddingDataset, or a JoinedDataset or
+    Subset of one. `prob` is the probability for each tensor; each tensor is dropped independently
+    of the others, as in Open-Sora's trainer, and one that is not named is kept. A single number
+    drops all tensors of a sample together.
 
     A dropped sequence becomes what the model is given for an empty prompt at inference:
     - attention_mask none: the empty caption lengthened by repeating its last vector, which is a
@@ -151,9 +152,13 @@ class ConditionDropout:
     - attention_mask padding: the real tokens of the empty caption, then zeros. The sample's length
       and mask become those of the empty caption; the batch gets longer where that is longer.
     In both, text_<name>_token_mask becomes that of the empty caption.
+
+    Raises InputError for a batch of a dataset with the other attention_mask. On an accelerator only
+    the first batch is checked: looking at each would wait for the device.
     """
 
-    def __init__(self, dataset: EmbeddingDataset, prob: float | Mapping[str, float]) -> None:
+    def __init__(self, dataset: Any, prob: float | Mapping[str, float]) -> None:
+        dataset = _embeddings_of(dataset)
         null = dataset.null
         self._null = {name: null[name] for name in null if not name.endswith(TOKEN_MASK)}
         self._tokens = {name: null[name + TOKEN_MASK] for name in null if name + TOKEN_MASK in null}
@@ -164,6 +169,11 @@ class ConditionDropout:
             _check_probability(value)
             if name not in self._null:
                 raise InputError(f"the dataset has no {name}, only {', '.join(self._null)}.")
+        self._checked = False
+
+    def __repr__(self) -> str:
+        how = "together" if self._together else "independently"
+        return f"ConditionDropout({self._prob}, {how})"
 
     def __call__(
         self, batch: Mapping[str, Any], generator: torch.Generator | None = None
@@ -180,6 +190,8 @@ class ConditionDropout:
             if drawn is None or not self._together:
                 drawn = torch.rand(values.shape[0], device=values.device, generator=generator)
             dropped = drawn.to(values.device) < prob
+            if values.ndim == 3:
+                self._check(batch, name)
             if values.ndim == 2:
                 made[name] = torch.where(dropped[:, None], null, values)
             elif self._masked[name]:
@@ -205,7 +217,40 @@ class ConditionDropout:
                 )
                 drop = dropped.to(mask.device)[:, None]
                 made[name + TOKEN_MASK] = torch.where(drop, tokens, mask)
+        self._checked = True
         return made
+
+    def _check(self, batch: Mapping[str, Any], name: str) -> None:
+        """InputError where a sequence of the batch cannot be of this dataset's attention_mask."""
+        lengths, stored = _entry(batch, f"{name}_length"), _entry(batch, f"{name}_mask")
+        tokens = batch.get(name + TOKEN_MASK)
+        if tokens is None or (self._checked and lengths.device.type != "cpu"):
+            return
+        other = not torch.equal(
+            stored, tokens.to(stored.device)
+        )  # pads are stored, so they were attended
+        if not self._masked[name]:  # a caption that fills max_length has no pad either
+            other = not other and bool((lengths < len(self._null[name])).any())
+        if other:
+            masks = ("padding", "none") if self._masked[name] else ("none", "padding")
+            raise InputError(
+                f"{name}: the dataset of ConditionDropout was made with attention_mask {masks[0]}, "
+                f"and the batch is of one with {masks[1]}. Give ConditionDropout the dataset that "
+                "the loader reads."
+            )
+
+
+def _embeddings_of(dataset: Any) -> EmbeddingDataset:
+    """The EmbeddingDataset itself, or the one that it wraps."""
+    found = dataset
+    while found is not None and not isinstance(found, EmbeddingDataset):
+        found = getattr(found, "embeddings", getattr(found, "dataset", None))
+    if found is None:
+        raise InputError(
+            f"{type(dataset).__name__} is no EmbeddingDataset and has none as `embeddings` or "
+            "`dataset`: give ConditionDropout the EmbeddingDataset."
+        )
+    return found
 
 
 def _entry(batch: Mapping[str, Any], name: str) -> Any:

@@ -21,6 +21,7 @@ import torch
 import xxhash
 from torch.utils.data import Dataset
 
+from embed_precompute.distributed import DistContext
 from embed_precompute.documents import digest_of
 from embed_precompute.errors import InputError
 from embed_precompute.store.index import Array
@@ -58,6 +59,8 @@ class JoinedDataset(Dataset[dict[str, Any]]):
     ) -> None:
         if on_missing not in ("error", "drop"):
             raise InputError(f"on_missing is {on_missing!r}: expected error or drop.")
+        if not hasattr(seed, "__index__"):
+            raise InputError(f"seed is {seed!r}: expected an integer.")
         self.videos, self.embeddings, self._seed = videos, embeddings, int(seed)
         ids, self._on = _ids_of(videos, on)
         self._ids_alone = isinstance(on, str) and self._on is None
@@ -75,7 +78,8 @@ class JoinedDataset(Dataset[dict[str, Any]]):
             said += f"; and {len(missing) - NAMED:,} more" if len(missing) > NAMED else ""
             if on_missing == "error" or not len(kept):
                 raise InputError(f"{said}. Leave them out, or set on_missing='drop'.")
-            log.warning("%s. They are left out.", said)
+            if DistContext.of_training().is_main:  # the others would say the same
+                log.warning("%s. They are left out.", said)
         self._videos, self._counts, self._samples = kept, counts[kept], samples
         self._starts = starts[:-1][own[kept]]
         # In shared memory: workers that live for all epochs must see a later set_epoch.
@@ -154,9 +158,9 @@ def _shared(values: torch.Tensor) -> torch.Tensor:
 
 def _ids_of(videos: Any, on: str | Sequence[str | int]) -> tuple[list[str], str | None]:
     """The id of each video, and the key that it has in the videos' dicts, if one was given."""
-    key = None
+    key, videos = None, _listed(videos)
     if not isinstance(on, str):
-        ids: list[Any] = list(on)
+        ids: list[Any] = list(_listed(on))
         if len(ids) != len(videos):
             raise InputError(f"`on` has {len(ids):,} ids for {len(videos):,} videos.")
     elif not isinstance(videos, Sequence):
@@ -183,6 +187,14 @@ def _ids_of(videos: Any, on: str | Sequence[str | int]) -> tuple[list[str], str 
     return list(map(str, ids)), key
 
 
+def _listed(values: Any) -> Any:
+    """The Python objects of an array, tensor, pandas or Arrow column; all else as it is."""
+    for name in ("to_pylist", "tolist"):
+        if hasattr(values, name):
+            return getattr(values, name)()
+    return values
+
+
 def _captions_of(number: Mapping[str, int], embeddings: EmbeddingDataset) -> tuple[Array, Array]:
     """For video k of `number` its embeddings are samples[starts[k] : starts[k + 1]].
 
@@ -190,20 +202,16 @@ def _captions_of(number: Mapping[str, int], embeddings: EmbeddingDataset) -> tup
     """
     exact = np.full(len(number), -1, np.int64)
     videos, samples = array("q"), array("q")
-    several, seen = len(embeddings.roots) > 1, set()
     for i, sample_id in enumerate(embeddings.ids):
         k = number.get(sample_id)
         if k is not None:
-            exact[k] = i if exact[k] < 0 else exact[k]  # the first of several folders
+            exact[k] = i
             continue
         video, mark, _ = sample_id.rpartition("#")
         k = number.get(video) if mark else None
-        if k is None or sample_id in seen:
-            continue
-        if several:
-            seen.add(sample_id)
-        videos.append(k)
-        samples.append(i)
+        if k is not None:
+            videos.append(k)
+            samples.append(i)
     of_video, found = np.array(videos, np.int64), np.array(samples, np.int64)
     other = exact[of_video] < 0
     has_one = np.flatnonzero(exact >= 0)

@@ -39,7 +39,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import xxhash
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from embed_precompute.distributed import DistContext
 from embed_precompute.errors import ConflictError, InputError
@@ -50,6 +50,11 @@ ORDER_VERSION = 1
 ROUNDS = 16
 """With 12 rounds the orders of 6 and 7 samples are not yet equally likely; with 16 they are."""
 REMEDY = "Open the dataset of the saved state, or start again without load_state_dict."
+DIFFERS = {
+    "fingerprint": "What a caption becomes differs: the encoders or their settings.",
+    "samples_digest": "The samples or their order differ, or the seed of a JoinedDataset.",
+}
+"""What differs where the two datasets differ in this."""
 BLOCK = 4096
 """Positions of the order computed at once: a numpy call costs as much as 900 positions."""
 
@@ -184,6 +189,8 @@ class ResumableSampler(Sampler[list[int]]):
         self._place = _Place.of(rank, world_size)
         self.rank, self.world_size = self._place.rank, self._place.world_size
         self.num_samples, self.batch_size = map(operator.index, (num_samples, batch_size))
+        if not hasattr(seed, "__index__"):
+            raise InputError(f"seed is {seed!r}: expected an integer.")
         self.seed, self.shuffle, self.ends = operator.index(seed), bool(shuffle), ends
         self.position = Position()
         if self.num_samples < 1:
@@ -280,16 +287,17 @@ class GivenBatches(Sampler[list[Any]]):
     because it has another seed, world size or table, or draws from a random generator.
     """
 
-    def __init__(
-        self, batches: Iterable[Sequence[Any]], num_samples: int, seed: int, place: _Place
-    ) -> None:
+    seed = 0
+    """The order is the sampler's; the random numbers of workers follow from the step."""
+
+    def __init__(self, batches: Iterable[Sequence[Any]], num_samples: int, place: _Place) -> None:
         if isinstance(batches, Iterator):
             raise InputError(
                 f"batch_sampler is a {type(batches).__name__}, which can be iterated only once: "
                 "expected an object that every epoch iterates anew, as torch's BatchSampler."
             )
         self._batches, self._place = batches, place
-        self.num_samples, self.seed, self.rank = num_samples, operator.index(seed), place.rank
+        self.num_samples, self.rank, self.world_size = num_samples, place.rank, place.world_size
         self.position = Position()
         self._digests: dict[int, str] = {}
         """Of the first n batches of the epoch of `position`, for n that may be asked for."""
@@ -312,7 +320,11 @@ class GivenBatches(Sampler[list[Any]]):
         start, digest, skipped = self.position, "", 0
         expected = self._digests.get(start.consumed, "")  # empty: another rank saved the state
         self._digests = {start.consumed: expected}
-        _tell_epoch(self._batches, "sampler", start.epoch)
+        told: Any = self._batches
+        while told is not None and not hasattr(told, "set_epoch"):
+            told = getattr(told, "sampler", None)
+        if told is not None:
+            told.set_epoch(start.epoch)
         batches = map(list, self._batches)
         for batch in islice(batches, start.consumed):
             digest, skipped = _chained(digest, batch), skipped + 1
@@ -322,18 +334,21 @@ class GivenBatches(Sampler[list[Any]]):
                 f"{start.consumed} that were trained, or fewer. Give it the seed, world size and "
                 "table of the saved state, or go to the next epoch with set_epoch."
             )
+        count = start.consumed
         for count, batch in enumerate(batches, start.consumed + 1):
             digest = self._digests[count] = _chained(digest, batch)
             self.position = Position(start.epoch, count)
             yield batch
+        if not count:
+            raise InputError(f"the batch sampler gives no batch in epoch {start.epoch}.")
         self.position = Position(start.epoch + 1)
 
     def state_dict(self, position: Position) -> dict[str, Any]:
         """How many batches this rank was given, for JSON. Rank 0's is that of the job."""
         return {
-            **{"version": ORDER_VERSION, "seed": self.seed, "num_samples": self.num_samples},
+            **{"version": ORDER_VERSION, "num_samples": self.num_samples},
             **{"epoch": position.epoch, "batches": position.consumed},
-            **{"rank": self.rank, "world_size": self._place.world_size},
+            **{"rank": self.rank, "world_size": self.world_size},
             "seen": self._digests.get(position.consumed, ""),
         }
 
@@ -343,7 +358,7 @@ class GivenBatches(Sampler[list[Any]]):
         position = Position(_entry(state_dict, "epoch", int), _entry(state_dict, "batches", int))
         if position.epoch < 0 or position.consumed < 0:
             raise InputError(f"no state of a loader: {position}.")
-        world_size, own = _entry(state_dict, "world_size", int), self._place.world_size
+        world_size, own = _entry(state_dict, "world_size", int), self.world_size
         if position.consumed and world_size != own:
             raise ConflictError(
                 f"the state is of {world_size} ranks, and there are {own}: a batch sampler's "
@@ -351,7 +366,7 @@ class GivenBatches(Sampler[list[Any]]):
                 "epoch with set_epoch."
             )
         rank, seen = _entry(state_dict, "rank", int), _entry(state_dict, "seen", str)
-        self.seed, self.position = _entry(state_dict, "seed", int), position
+        self.position = position
         # Another rank's batches are others: only the rank that saved the state can compare.
         self._digests = {position.consumed: seen if rank == self.rank else ""}
 
@@ -369,19 +384,20 @@ class EmbeddingLoader:
             for batch in loader:
                 ...  # train; now and then save {"model": ..., "loader": loader.state_dict()}
 
-    `shuffle` (True unless given), `seed`, `rank` and `world_size` are those of ResumableSampler,
-    `ends` (`pad` unless given) is described in the module's docstring, and `options` go to torch's
-    DataLoader. A `batch_sampler` gives the batches of this rank instead, as GivenBatches says: it
-    shuffles and deals out on its own, so batch_size, shuffle and ends are refused with it. A
-    dataset with `set_epoch` is told each epoch; a wrapper's `dataset` is, if it has none. By
-    default workers live for all epochs, and memory is pinned where there is CUDA. A batch that
-    raised an error is not counted: the next iteration starts with it.
+    `shuffle` (True unless given), `seed` (0 unless given), `rank` and `world_size` are those of
+    ResumableSampler, `ends` (`pad` unless given) is described in the module's docstring, and
+    `options` go to torch's DataLoader. A `batch_sampler` gives the batches of this rank instead, as
+    GivenBatches says: it shuffles and deals out on its own, so batch_size, shuffle, seed and ends
+    are refused with it. A dataset with `set_epoch` is told each epoch; where it has none, the
+    datasets are told that it holds as attributes, alone or in a list. By default workers live for
+    all epochs, and memory is pinned where there is CUDA. A batch that raised an error is not
+    counted: the next iteration starts with it.
 
     A state says which samples it is about, and another dataset refuses it (ConflictError). They are
     known by `fingerprint` and `samples_digest`, which an EmbeddingDataset has; a wrapper is asked
-    for them first, then its `dataset` attribute, as torch's Subset and most wrappers have. For a
-    dataset without them only the length could be compared, so loading a state is refused, unless
-    `allow_unknown_dataset` is True.
+    for them first, then its `dataset` attribute, where that has as many samples or the wrapper has
+    `indices`, as torch's Subset. For a dataset without them only the length could be compared, so
+    loading a state is refused, unless `allow_unknown_dataset` is True.
     """
 
     def __init__(
@@ -391,7 +407,7 @@ class EmbeddingLoader:
         *,
         batch_sampler: Iterable[Sequence[Any]] | None = None,
         shuffle: bool | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         ends: Ends | None = None,
         rank: int | None = None,
         world_size: int | None = None,
@@ -407,24 +423,27 @@ class EmbeddingLoader:
             )
         if not options.get("in_order", True):
             raise InputError("in_order is False: batches out of order can't be counted.")
+        for name, instead in (("drop_last", "ends='drop'"), ("sampler", "batch_sampler=")):
+            if options.pop(name, None):
+                raise InputError(f"{name} is DataLoader's: give EmbeddingLoader {instead} instead.")
         self.dataset = dataset
         self._identity = _identity_of(dataset)
         self._allow_unknown = allow_unknown_dataset
         self._sampler: ResumableSampler | GivenBatches
         if batch_sampler is not None:
-            given = {"batch_size": batch_size, "shuffle": shuffle, "ends": ends}
-            if given := {name: value for name, value in given.items() if value is not None}:
+            own = {"batch_size": batch_size, "shuffle": shuffle, "seed": seed, "ends": ends}
+            if given := [name for name, value in own.items() if value is not None]:
                 raise InputError(
                     f"batch_sampler says which samples a batch has: leave out {', '.join(given)}."
                 )
             place = _Place.of(rank, world_size)
-            self._sampler = GivenBatches(batch_sampler, len(dataset), seed, place)
+            self._sampler = GivenBatches(batch_sampler, len(dataset), place)
         elif batch_size is None:
             raise InputError("neither batch_size nor batch_sampler is given: expected one of them.")
         else:
             order: Any = {
                 "shuffle": shuffle is None or shuffle,
-                "seed": seed,
+                "seed": 0 if seed is None else seed,
                 "ends": ends or "pad",
             }
             ranks: Any = {"rank": rank, "world_size": world_size}
@@ -443,6 +462,14 @@ class EmbeddingLoader:
         self._position = Position()  # of the training loop; the sampler's is that of the workers
         self._iteration = object()
 
+    def __repr__(self) -> str:
+        position, sampler = self._position, self._sampler
+        unit = "batches" if isinstance(sampler, GivenBatches) else "samples"
+        return (
+            f"EmbeddingLoader({self.dataset!r}, rank {sampler.rank} of {sampler.world_size}, after "
+            f"{position.consumed:,} {unit} of epoch {position.epoch})"
+        )
+
     @property
     def epoch(self) -> int:
         """The epoch of the next batch; after the last batch, inside its loop, still that epoch."""
@@ -460,7 +487,7 @@ class EmbeddingLoader:
     def __iter__(self) -> Iterator[Any]:
         self._iteration = object()
         self._sampler.position = start = self._position
-        _tell_epoch(self.dataset, "dataset", start.epoch)
+        _tell_epoch(self.dataset, start.epoch)
         # DataLoader draws the seed of its workers from this generator, and otherwise from torch's
         # global one: then a resumed job would draw another dropout than one that never stopped.
         seeds = (self._sampler.seed, start.epoch, start.consumed, self._sampler.rank)
@@ -516,13 +543,14 @@ class EmbeddingLoader:
             if known and saved != own:
                 raise ConflictError(
                     f"the state is of another dataset: its {key} is {saved}, that of this dataset "
-                    f"{own}. {REMEDY}"
+                    f"{own}. {DIFFERS[key]} {REMEDY}"
                 )
         if not known and not self._allow_unknown:
             raise InputError(
                 f"{type(self.dataset).__name__} has neither `fingerprint` and `samples_digest` nor "
-                "a `dataset` with them: nothing says whether the state is of these samples. Give "
-                "it these attributes, or make the loader with allow_unknown_dataset=True."
+                "a `dataset` of its length with them: nothing says whether the state is of these "
+                "samples. Give it these attributes, or make the loader with "
+                "allow_unknown_dataset=True."
             )
         given = isinstance(self._sampler, GivenBatches)
         if "version" in state_dict and ("batches" in state_dict) is not given:
@@ -541,19 +569,23 @@ class EmbeddingLoader:
 def _identity_of(dataset: Any) -> dict[str, str | None]:
     """`fingerprint` and `samples_digest` of a dataset or of the one that it wraps; else None.
 
-    The digest of a torch Subset covers its indices, because they say which samples it has.
+    Where a wrapper has `indices`, as torch's Subset, the digest covers them, because they say which
+    samples it has. A wrapper of another length without them has samples that nobody knows.
     """
     keys = ("fingerprint", "samples_digest")
     found = {key: getattr(dataset, key, None) for key in keys}
     inner = getattr(dataset, "dataset", None)
     if any(found.values()) or inner is None:
         return found
-    found = _identity_of(inner)
-    if isinstance(dataset, Subset) and any(found.values()):
-        indices = np.asarray(dataset.indices, np.int64)
-        subset = f"{found['samples_digest']} {xxhash.xxh3_128_hexdigest(indices.tobytes())}"
-        found["samples_digest"] = xxhash.xxh3_128_hexdigest(subset.encode())
-    return found
+    known = _identity_of(inner)
+    if not any(known.values()):
+        return found
+    indices = getattr(dataset, "indices", None)
+    if indices is None:
+        return known if len(dataset) == len(inner) else found
+    digest = xxhash.xxh3_128_hexdigest(np.asarray(indices, np.int64).tobytes())
+    subset = f"{known['samples_digest']} {digest}"
+    return {**known, "samples_digest": xxhash.xxh3_128_hexdigest(subset.encode())}
 
 
 def _chained(digest: str, batch: Sequence[Any]) -> str:
@@ -568,12 +600,21 @@ def _begin_of(epoch: int) -> Position:
     return Position(operator.index(epoch))
 
 
-def _tell_epoch(told: Any, inner: str, epoch: int) -> None:
-    """Call `set_epoch` of an object, or of the first one inside it that has this method."""
-    while told is not None and not hasattr(told, "set_epoch"):
-        told = getattr(told, inner, None)
-    if told is not None:
-        told.set_epoch(epoch)
+def _tell_epoch(dataset: Any, epoch: int) -> None:
+    """Call `set_epoch` of a dataset; where it has none, of the datasets that it holds."""
+    left, seen = [dataset], set()
+    while left:
+        told = left.pop()
+        if hasattr(told, "set_epoch"):
+            told.set_epoch(epoch)
+        elif told is not None and id(told) not in seen:
+            seen.add(id(told))
+            left.append(getattr(told, "dataset", None))  # of any class, as in most wrappers
+            for held in getattr(told, "__dict__", {}).values():
+                several = held.values() if isinstance(held, dict) else held
+                several = several if isinstance(held, (dict, list, tuple)) else [held]
+                # The first says what the others are: there may be millions of them.
+                left += several if isinstance(next(iter(several), None), Dataset) else []
 
 
 def _check_head(state: Mapping[str, Any], num_samples: int) -> int:

@@ -343,6 +343,17 @@ def test_info_is_what_a_person_wants(root: Path) -> None:
 
 
 @pytest.mark.parametrize("finalised", [True, False])
+def test_the_id_of_a_row_with_several_captions(tmp_path: Path, finalised: bool) -> None:
+    samples = [Sample(each, row, each) for row, each in enumerate(("v#0", "v#1", "w"))]
+    write_samples(tmp_path, make_plan(3, 3), samples)
+    if finalised:
+        finalize(tmp_path)
+    said = "'v' is the id of a row with several captions.*: give one of v#0, v#1"
+    with pytest.raises(InputError, match=said):
+        sample_lines(tmp_path, "v")
+
+
+@pytest.mark.parametrize("finalised", [True, False])
 def test_sample_lines(root: Path, finalised: bool) -> None:
     if not finalised:
         (root / "manifest.json").unlink()

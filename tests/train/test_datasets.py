@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pickle
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -81,6 +82,12 @@ def test_samples_in_input_order(root: Path, verify: Any, copy: bool) -> None:
     asked = [5, 0, -1, 0, 3]  # a batch keeps the order that was asked for
     for i, sample in zip(asked, dataset.__getitems__(asked), strict=True):
         check(sample, OK[i])
+    wrong: Any
+    for wrong in (slice(0, 3), "s0", 1.0):
+        with pytest.raises(
+            InputError, match=f"the index is {re.escape(repr(wrong))}: expected an i"
+        ):
+            dataset[wrong]
     for i in (len(OK), -len(OK) - 1, 10**20):
         with pytest.raises(IndexError, match="the dataset has 6 samples"):
             dataset[i]
@@ -172,7 +179,7 @@ def test_ids_lengths_and_tokens(root: Path, tmp_path: Path) -> None:
 
 def test_ids_of_many_samples_are_read_in_parts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset_module, "IDS_AT_ONCE", 4)
-    assert list(EmbeddingDataset([root, root]).ids) == [f"s{row}" for row in OK] * 2
+    assert list(EmbeddingDataset(root).ids) == [f"s{row}" for row in OK]
 
 
 @pytest.mark.parametrize("attention_mask", ["none", "padding"])
@@ -315,17 +322,35 @@ def test_reading_imports_neither_transformers_nor_pyarrow(root: Path) -> None:
 
 def test_folders_of_one_fingerprint_are_one_dataset(root: Path, tmp_path: Path) -> None:
     write_dataset(tmp_path / "more", TEXTS, samples_per_shard=5, first=100)
-    dataset = EmbeddingDataset([root, str(tmp_path / "more"), root])
-    assert len(dataset) == 18
-    for i in range(18):
-        for each in (i, i - 18):
-            check(dataset[each], OK[i % 6], first=100 if 6 <= i < 12 else 0)
+    dataset = EmbeddingDataset([root, str(tmp_path / "more")])
+    assert len(dataset) == 12
+    for i in range(12):
+        for each in (i, i - 12):
+            check(dataset[each], OK[i % 6], first=100 if i >= 6 else 0)
     assert dataset.index_of("s105") == 9
     assert dataset.index_of("s5") == 3
     with pytest.raises(SampleLookupError, match=r"non_finite.*more --id s103"):
         dataset.index_of("s103")
-    samples = pickle.loads(pickle.dumps(dataset)).__getitems__([17, 6, 0])
-    assert [sample["id"] for sample in samples] == ["s7", "s100", "s0"]
+    samples = pickle.loads(pickle.dumps(dataset)).__getitems__([11, 6, 0])
+    assert [sample["id"] for sample in samples] == ["s107", "s100", "s0"]
+
+
+def test_an_id_in_two_folders_is_refused(root: Path, tmp_path: Path) -> None:
+    """It was a sample twice. A sample that failed in one of them, as s1 and s3, is none there."""
+    write_dataset(tmp_path / "some", ["x", "y"], first=5)
+    write_dataset(tmp_path / "mended", ["a caption now"], first=1)
+    for folders, said in (
+        (
+            [root, root],
+            r"6 ids have an embedding in more than one folder.*: 's\d', .*, \.\.\. \(in ",
+        ),
+        ([root, tmp_path / "some"], r"2 ids .*'s[56]', 's[56]' \(in .*out and .*some\)"),
+        ([tmp_path / "mended", root, tmp_path / "mended"], r"1 ids .*'s1' \(in .*mended and "),
+    ):
+        with pytest.raises(ConflictError, match=said):
+            EmbeddingDataset(folders)
+    mended = EmbeddingDataset([root, tmp_path / "mended"])
+    assert (len(mended), mended.index_of("s1")) == (7, 6)
 
 
 def test_other_fingerprint_is_refused(root: Path, tmp_path: Path) -> None:
@@ -347,6 +372,9 @@ def test_what_is_no_finished_dataset(tmp_path: Path) -> None:
         EmbeddingDataset(tmp_path)
     with pytest.raises(InputError, match="no folder is given"):
         EmbeddingDataset([])
+    (tmp_path / "file.parquet").touch()
+    with pytest.raises(InputError, match=r"file\.parquet is not a folder"):
+        EmbeddingDataset(tmp_path / "file.parquet")
     write_units(tmp_path, ["a"])
     with pytest.raises(IncompleteError, match="embed-precompute finalize"):
         EmbeddingDataset(tmp_path)

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from embed_precompute import (
     ConditionDropout,
     EmbeddingDataset,
     HFEmbedder,
+    JoinedDataset,
     collate_embeddings,
     dropout_condition,
     prepare,
@@ -278,6 +280,41 @@ def test_one_probability_drops_all_of_a_sample() -> None:
     assert 60 < int(t5_dropped.sum()) < 140
     only_clip = ConditionDropout(MadeUp(null, True), {"text_clip": 1.0})(batch_of([2]))
     assert int(only_clip["text_t5_length"]) == 2
+
+
+def test_a_batch_of_the_other_mask_is_refused() -> None:
+    """It got the empty caption of another mask, with lengths and masks that were not its own."""
+    null = {"text_t5": torch.randn(4, 3), "text_t5_token_mask": torch.tensor([True] + [False] * 3)}
+    samples = [
+        {"text_t5": torch.randn(n, 3), "text_t5_token_mask": torch.arange(n) < tokens}
+        for n, tokens in ((4, 4), (3, 3), (4, 2), (4, 3))
+    ]
+    masked, unmasked = collate_embeddings(samples[:2]), collate_embeddings(samples[2:])
+    of_masked, of_unmasked = (ConditionDropout(MadeUp(null, m), 0.5) for m in (True, False))
+    of_masked(masked)
+    of_unmasked(unmasked)
+    of_unmasked(collate_embeddings(samples[:1]))  # a caption without pads is of either kind
+    assert repr(of_masked) == "ConditionDropout({'text_t5': 0.5}, together)"
+    with pytest.raises(
+        InputError, match="made with attention_mask none, and the batch is of one w"
+    ):
+        of_unmasked(masked)
+    with pytest.raises(
+        InputError, match="made with attention_mask padding, and the batch is of on"
+    ):
+        of_masked(unmasked)
+
+
+def test_a_wrapped_dataset_gives_its_empty_caption() -> None:
+    null = {"text_t5": torch.zeros(1, 3), "text_clip": torch.zeros(2)}
+    joined = JoinedDataset.__new__(JoinedDataset)
+    joined.embeddings = MadeUp(null, True)
+    dropout = ConditionDropout(Subset(joined, [0]), 1.0)
+    assert not dropout(batch_of([2]))["text_t5"].any()
+    with pytest.raises(
+        InputError, match="list is no EmbeddingDataset and has none as `embeddings`"
+    ):
+        ConditionDropout([], 0.1)
 
 
 def test_what_cannot_be_dropped_is_said() -> None:

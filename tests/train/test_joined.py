@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from handmade import embedding, make_plan, write_dataset, write_samples
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from embed_precompute import EmbeddingDataset, EmbeddingLoader, JoinedDataset, collate_embeddings
 from embed_precompute.errors import ConflictError, InputError
@@ -79,6 +80,9 @@ def test_where_the_ids_are(root: Path) -> None:
     assert list(alone[0]) == list(embeddings[0])
     assert captions(alone) == ["w", "7"]
     assert captions(JoinedDataset(embeddings.ids, embeddings)) == list(embeddings.ids)
+    for column in (torch.tensor([7, 7]), np.array([7, 7]), pa.array([7, 7]), pa.array(["7"] * 2)):
+        assert captions(JoinedDataset(Videos(["7", "7"]), embeddings, on=column)) == ["7", "7"]
+        assert captions(JoinedDataset(column, embeddings)) == ["7", "7"]
 
 
 # --- several captions -----------------------------------------------------------------------------
@@ -125,6 +129,37 @@ def test_workers_that_stay_see_the_epoch(root: Path, context: str) -> None:
     assert len({tuple(each) for each in seen}) == 3
 
 
+class Hiding(Dataset[dict[str, Any]]):
+    """A user's wrapper, which calls what it reads from as it likes."""
+
+    def __init__(self, **held: Any) -> None:
+        self.first = "text"
+        self.__dict__.update(held)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        (held,) = list(self.__dict__.values())[1:]
+        return (held[0] if isinstance(held, list) else held)[i]  # type: ignore[no-any-return]
+
+
+def test_a_wrapper_of_any_kind_passes_the_epoch_on(root: Path) -> None:
+    """Its captions stayed those of epoch 0 for the whole training."""
+    joined = JoinedDataset(["v"] * 4, EmbeddingDataset(root))
+    wanted = []
+    for epoch in range(3):
+        joined.set_epoch(epoch)
+        wanted.append(captions(joined))
+    cyclic = Hiding(source=joined)
+    wrappers = [cyclic, Hiding(parts=[joined]), Hiding(x=Subset(joined, range(4)))]
+    for wrapper in [*wrappers, ConcatDataset([joined])]:
+        loader = EmbeddingLoader(wrapper, 4, shuffle=False)
+        assert [batch["id"] for _ in range(3) for batch in loader] == wanted
+    cyclic.__dict__["self"] = cyclic
+    EmbeddingLoader(cyclic, 4).set_epoch(1)
+
+
 def test_a_resumed_loader_has_the_same_captions(root: Path) -> None:
     embeddings = EmbeddingDataset(root)
     ids = ["v", "x", "a#b"] * 4
@@ -153,12 +188,11 @@ def test_a_pickle_holds_neither_ids_nor_mapped_files(root: Path) -> None:
     assert sizes[1] - sizes[0] - names < 1000 * 33
 
 
-def test_captions_that_two_folders_have(root: Path, tmp_path: Path) -> None:
-    """As `index_of`: the first folder's."""
+def test_captions_of_two_folders(root: Path, tmp_path: Path) -> None:
     write_dataset(tmp_path, ["new s0", "new s1"])
-    embeddings = EmbeddingDataset([tmp_path, root, root])
+    embeddings = EmbeddingDataset([tmp_path, root])
     joined = JoinedDataset(["s1", "v", "w"], embeddings)
-    assert [len(embeddings), int(joined._counts.sum())] == [22, 5]
+    assert [len(embeddings), int(joined._counts.sum())] == [12, 5]
     assert joined.caption_of(2) == embeddings.index_of("w") == 5
 
 
@@ -184,6 +218,24 @@ def test_missing_ids_are_named_before_training(
     assert [sample["name"] for sample in joined] == ["v", "7"]
     with pytest.raises(InputError, match="2 of 2 videos"):
         JoinedDataset(["y", ""], embeddings, on_missing="drop")
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    JoinedDataset(videos, embeddings, on=names, on_missing="drop")
+    assert not caplog.text, "rank 0 says it for all"
+
+
+def test_captions_without_an_embedding_are_named_with_their_status(tmp_path: Path) -> None:
+    samples = [
+        Sample("v#0", 0, None, Status.NULL_TEXT, "text is null"),
+        Sample("v#1", 1, "nan"),
+        Sample("w", 2, "w"),
+    ]
+    write_samples(tmp_path, make_plan(3, 3), samples)
+    finalize(tmp_path)
+    said = r"of the row: v#0 \(no embedding: null_text\), v#1 \(no embedding: non_finite\)"
+    with pytest.raises(InputError, match=said):
+        JoinedDataset(["w", "v"], EmbeddingDataset(tmp_path))
 
 
 def test_what_cannot_be_joined(root: Path) -> None:
@@ -196,6 +248,7 @@ def test_what_cannot_be_joined(root: Path) -> None:
         ([None], {}, "the id of video 0 is None"),
         ([], {}, "there are no videos"),
         (["w"], {"on_missing": "skip"}, "on_missing is 'skip'"),
+        (["w"], {"seed": "a"}, "seed is 'a': expected an integer"),
     ]
     for videos, options, said in cases:
         with pytest.raises(InputError, match=said):

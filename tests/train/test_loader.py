@@ -395,7 +395,6 @@ def test_another_dataset_is_refused(root: Path, tmp_path: Path) -> None:
     for other, given, said in (
         (made("spec"), state, r"fingerprint is [0-9a-f]{64}, that of this dataset \w+"),
         (made("more"), state, digest),
-        (made("same", "same"), state, digest),
         (made("other-failed"), failed, digest),
         (made(root), loader_of(13).state_dict(), "fingerprint is None"),
         (loader_of(13), loader_of(12).state_dict(), "a dataset of 12 samples, this one has 13"),
@@ -424,8 +423,15 @@ def test_a_wrapped_dataset_is_known_by_what_it_wraps(root: Path, tmp_path: Path)
     some = loader_of(Subset(own, [1, 2])).state_dict()
     loader_of(Wrapper(Subset(own, [1, 2]))).load_state_dict(some)
     for indices in ([2, 1], [3, 4]):
-        with pytest.raises(ConflictError, match="another dataset: its samples_digest"):
+        with pytest.raises(
+            ConflictError, match=r"another dataset: its samples_digest.*The samples "
+        ):
             loader_of(Subset(own, indices)).load_state_dict(some)
+    shorter = Wrapper(own)
+    shorter.num_samples = 7  # it filters; which samples it has, nobody knows
+    with pytest.raises(InputError, match=r"Wrapper has neither.*`dataset` of its length"):
+        loader_of(shorter, allow_unknown_dataset=False).load_state_dict(state)
+    assert loader_of(shorter).state_dict()["fingerprint"] is None
 
 
 def test_an_unknown_dataset_is_refused_unless_asked_for() -> None:
@@ -473,8 +479,21 @@ def test_what_it_cannot_load() -> None:
         loader_of(0)
     with pytest.raises(InputError, match="in_order is False"):
         loader_of(3, in_order=False)
-    with pytest.raises(ValueError, match="mutually exclusive"):
-        loader_of(3, drop_last=True)
+    for options, said in (
+        ({"drop_last": True}, "drop_last is DataLoader's: give EmbeddingLoader ends='drop'"),
+        ({"sampler": RandomSampler(Numbers(3))}, "give EmbeddingLoader batch_sampler="),
+        ({"seed": "a"}, "seed is 'a': expected an integer"),
+    ):
+        with pytest.raises(InputError, match=said):
+            loader_of(3, **options)
+
+
+def test_a_loader_says_where_it_is(root: Path) -> None:
+    loader = EmbeddingLoader(EmbeddingDataset(root), 4)
+    next(iter(loader))
+    assert repr(loader).startswith(f"EmbeddingLoader(EmbeddingDataset({root}: 13 samples")
+    assert repr(loader).endswith(", rank 0 of 1, after 4 samples of epoch 0)")
+    assert repr(given(Buckets(4))).endswith(", rank 0 of 1, after 0 batches of epoch 0)")
 
 
 # --- a batch sampler of the user's ----------------------------------------------------------------
@@ -592,13 +611,15 @@ def test_states_of_both_kinds_are_kept_apart() -> None:
 def test_what_a_batch_sampler_cannot_go_with() -> None:
     for options, said in (
         ({"batch_size": 2, "shuffle": True}, "leave out batch_size, shuffle"),
-        ({"ends": "pad"}, "leave out ends"),
+        ({"ends": "pad", "seed": 0}, "leave out seed, ends"),
         ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
     ):
         with pytest.raises(InputError, match=said):
             given(Buckets(20), **options)
     with pytest.raises(InputError, match="batch_sampler is a generator, which can be iterated onl"):
         given([k] for k in range(3))
+    with pytest.raises(InputError, match="the batch sampler gives no batch in epoch 0"):
+        list(given(Buckets(1)))
     with pytest.raises(InputError, match="neither batch_size nor batch_sampler"):
         EmbeddingLoader(Numbers(3))
 
