@@ -21,7 +21,6 @@ Written from opensora/datasets/datasets.py of https://github.com/hpcaitech/Open-
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import logging
@@ -42,6 +41,7 @@ from embed_precompute.captions.recipes import (
     make_normalizer,
     recipe_of,
 )
+from embed_precompute.distributed import DistContext
 from embed_precompute.encoders.video_buckets import Bucket
 from embed_precompute.errors import ConflictError, InputError
 from embed_precompute.opensora.lengths import (
@@ -189,7 +189,7 @@ class PrecomputedText:
         )
         self._pair = TextPair(self._lengths.first, t5, clip, pad_masked)
         if patch := made_for_patch(self._lengths.first.roots[0], t5):
-            log.warning(NO_CACHED_TEXT, patch)
+            self._warn(NO_CACHED_TEXT % patch)
         if bucket_config is not None:
             self._lengths.require_all(bucket_config)
         opensora["cached_text"] = cached_text
@@ -219,28 +219,39 @@ class PrecomputedText:
                         "strings or integers without a null."
                     )
         samples = {length: np.full(len(ids), -1) for length in self._lengths.datasets}
-        why = ""
+        failed = np.zeros(len(ids), bool)  # rows with a sample that has another status than ok
         for length, dataset in self._lengths.datasets.items():
             for row, sample_id in enumerate(ids):
-                with contextlib.suppress(SampleLookupError):
+                try:
                     samples[length][row] = dataset.index_of(sample_id)
+                except SampleLookupError as error:
+                    failed[row] |= error.has_sample
         has_one = np.any([found >= 0 for found in samples.values()], axis=0)
         kept = np.flatnonzero(has_one)
         if len(kept) < len(ids):
+            why = ""
             try:
                 self._lengths.first.index_of(ids[int(np.argmin(has_one))])
             except SampleLookupError as error:
                 why = str(error)
             by = "row number" if column is None else f"column {column!r}"
             missing, total = len(ids) - len(kept), len(ids)
-            said = f"{missing:,} of {total:,} rows have no embedding by their {by}: {why}"
+            said = f"{missing:,} of {total:,} rows have no embedding by their {by}"
+            not_ok = int((failed & ~has_one).sum())
+            if 0 < not_ok < missing:  # of one kind, `why` says it
+                said += f" ({not_ok:,} failed, {missing - not_ok:,} are not in the dataset)"
+            said += f": {why}"
             if on_missing == "error" or not len(kept):
                 raise InputError(
                     f"{said} Remove them from the table, precompute them, or set "
                     "dataset.id_column; for several captions a row, use the table of an export."
                 )
-            log.warning("%s They are left out.", said)
+            self._warn(f"{said} They are left out.")
         return kept, samples
+
+    def _warn(self, said: str) -> None:
+        if DistContext.of_training().is_main:  # the other ranks would say the same
+            log.warning("%s", said)
 
     def _check_texts(self, kept: Array, compare: str, plan: Plan) -> None:
         """ConflictError unless each row's text is the one that was encoded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 import sys
@@ -149,6 +150,26 @@ def test_row_numbers(drop_in: Any, plain: Path, tmp_path: Path) -> None:
         drop_in(plain, write(tmp_path, own.take([0, 2, 1, *range(3, ROWS)])), **options)
     with pytest.raises(ConflictError, match="27 of 28 rows have another text"):
         drop_in(plain, write(tmp_path, own), id_column="id", **options)
+
+
+def test_rows_that_failed_and_rows_that_are_absent_are_counted_apart(
+    drop_in: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [f"s{i}" if i < 27 else f"gone{i}" for i in range(ROWS)]
+    table = write(tmp_path, with_column(captions_table(), "id", ids))
+    said = (
+        rf"5 of {ROWS} rows have no embedding by their column 'id' \(2 failed, 3 are not in the da"
+    )
+    with pytest.raises(InputError, match=said):
+        drop_in(data_path=table, on_missing="error")
+    monkeypatch.setattr(logging.getLogger("embed_precompute"), "propagate", True)
+    assert len(drop_in(data_path=table)) == 25
+    assert "3 are not in the dataset" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    drop_in(data_path=table)
+    assert not caplog.text, "rank 0 says it for all"
 
 
 def test_an_exported_table_names_the_samples(
@@ -366,7 +387,9 @@ def test_several_text_columns(drop_in: Any, tmp_path: Path, tiny_t5: Path, tiny_
     table = with_column(captions_table(), "long", long)
     words = ("--captions.text_column", "[text, long]", *RECIPE)
     root = make(tmp_path, table, tiny_t5, tiny_clip, *words)
-    with pytest.raises(InputError, match=r"'s0' is not in .*: s0#text, s0#long\. .* export"):
+    with pytest.raises(
+        InputError, match=r"'s0' is not in .*: s0#text, s0#long \(no embedding: null_text\)\. "
+    ):
         drop_in(root)
     export_opensora(root, tmp_path / "e", OpenSoraOptions(table_only=True))
     exported = tmp_path / "e" / "table.parquet"
