@@ -322,7 +322,9 @@ class Stages:
             if copies:
                 captions = captions.select(left.tolist())
             if len(left):
+                before = self.load_seconds
                 encoder = self._encoder(name)
+                unit.began += self.load_seconds - before  # no other unit will wait for that
                 for batch in resolved.batches(captions, null=unit.is_null):
                     yield name, left[batch.rows], functools.partial(encoder.submit, batch)
 

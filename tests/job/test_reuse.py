@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,9 @@ from handmade import paths_of, write_dataset
 from jobs import dataset_bytes, edit, expect, write_captions, write_job
 
 from embed_precompute.job import run as pipeline
+from embed_precompute.job import stages
 from embed_precompute.job.reuse import COPIED_FROM, Reuse
+from embed_precompute.job.stages import Stages
 from embed_precompute.store.index import read_manifest
 from embed_precompute.store.records import encoder_fingerprints, read_record, record_path
 
@@ -108,6 +112,30 @@ def test_what_is_damaged_is_named_and_encoded(job: Path, old: Path, tmp_path: Pa
         path.unlink()
         assert path.name in expect(0, "run", job, "--reuse", old)
         assert_as_without(job, tmp_path)
+
+
+def test_loading_an_encoder_late_is_no_part_of_a_units_time(
+    job: Path, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a stop that time decides whether a unit fits the grace."""
+    late, made, start, begin = [0.0], list[Stages](), pipeline.start, Stages.load
+
+    def slow(*arguments: Any) -> Any:
+        late[0] += 1000
+        return start(*arguments)
+
+    def load(self: Stages) -> None:
+        made.append(self)
+        begin(self)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late[0])
+    monkeypatch.setattr(stages, "time", clock)
+    monkeypatch.setattr(pipeline, "start", slow)
+    monkeypatch.setattr(Stages, "load", load)
+    write_captions(tmp_path / "captions.parquet", [*TEXTS, "another scene"])
+    expect(0, "run", job, "--reuse", old)
+    assert made[0].load_seconds >= 2000
+    assert made[0]._unit_s < 1000
 
 
 def test_failed_samples_and_other_texts_are_not_found(tmp_path: Path) -> None:
