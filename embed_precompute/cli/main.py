@@ -318,10 +318,12 @@ def _verify(arguments: Any) -> int:
     share = functools.partial(check_shares, arguments.folder, arguments.workers, dist)
     if not dist.is_main:  # rank 0 has the findings of all
         plan = None
-        with contextlib.suppress(EmbedPrecomputeError):
+        try:
             plan = read_plan(arguments.folder)
-        if plan is not None and arguments.level != "quick":
-            share(plan)
+        except EmbedPrecomputeError as error:
+            log.warning("rank %d checks nothing, rank 0 does: %s", dist.rank, error)
+        if arguments.level != "quick":
+            share(plan)  # without a plan, too: rank 0 may have one, and then waits for all
         return EXIT_COMPLETE
     report = verify(
         arguments.folder,

@@ -225,6 +225,7 @@ class Stages:
         self._guard(self._encode)
         reader, writer = threads
         writer.join()
+        self._halted.set()  # after a stop the reader may wait to hand over a unit
         # If torchrun's agent died, the reader may hang in a call to torchrun's store. Waiting for
         # the reader must not use up the grace.
         reader.join(READER_JOIN_S if self._stop.is_set() else None)
@@ -262,8 +263,9 @@ class Stages:
             if encoded.rows is not None and not self._batches.put(encoded, encoded.num_bytes):
                 return
             if self._stop.is_set() and not self._fits_grace(unit.began):
-                self._halted.set()
-                return
+                unit.abandoned = True  # this unit alone: earlier ones may wait for the writer
+                self._batches.put(_Encoded(unit))
+                break
             if not unit.is_null:
                 unit.encoded += forward.share
                 self._on_encoded(unit.number, len(unit.samples) * unit.encoded)
@@ -320,7 +322,9 @@ class Stages:
             if copies:
                 captions = captions.select(left.tolist())
             if len(left):
+                before = self.load_seconds
                 encoder = self._encoder(name)
+                unit.began += self.load_seconds - before  # no other unit will wait for that
                 for batch in resolved.batches(captions, null=unit.is_null):
                     yield name, left[batch.rows], functools.partial(encoder.submit, batch)
 

@@ -319,9 +319,8 @@ def publish_plan(root: Path, plan: Plan) -> Plan:
     """
     refuse_linked_folders(root)
     stored = stored_plan(root)
-    if stored is None:
-        _refuse_foreign_units(root, plan)
     if stored is None or (plan.extends and plan.extends[-1].plan_id == stored.plan_id):
+        _refuse_foreign_units(root, plan, stored)
         payload = document_bytes(plan)
         if len(payload) > MAX_JSON_BYTES:
             raise InputError(
@@ -341,14 +340,23 @@ def publish_plan(root: Path, plan: Plan) -> Plan:
     return stored
 
 
-def _refuse_foreign_units(root: Path, plan: Plan) -> None:
-    """Raises ConflictError if plan.json was lost and the committed units belong to another plan."""
+def _refuse_foreign_units(root: Path, plan: Plan, stored: Plan | None) -> None:
+    """Raises ConflictError if the plan file was lost and the units that it introduced, those that
+    `stored` does not have, belong to another plan."""
     units = committed_units(root)
-    if record_path(root, NULL_UNIT).exists():
+    if stored is not None:
+        units = {unit for unit in units if unit >= stored.num_units}
+    elif record_path(root, NULL_UNIT).exists():
         units.add(NULL_UNIT)
     if not units:
         return
     record = read_any_record(root, min(units))
+    if record.plan_id != plan.plan_id and stored is not None:
+        raise ConflictError(
+            f"{root} holds units of another extension ({record.plan_id[:16]}; this run's is "
+            f"{plan.plan_id[:16]}), whose plan is gone. `embed-precompute repair {root}` moves "
+            "them away; then run the same command again."
+        )
     if record.plan_id != plan.plan_id:
         raise ConflictError(
             f"{root} has no {PLAN_FILE}, and its units belong to another plan "

@@ -173,6 +173,22 @@ def test_an_extension_is_taken_back(job: Path, captions: Path, out: Path) -> Non
     assert "no problems" in expect(0, "verify", out)
 
 
+def test_units_of_an_extension_whose_plan_is_gone(job: Path, captions: Path, out: Path) -> None:
+    """They are not taken for those of another extension."""
+    expect(0, "run", job)
+    added = write_file(captions, "a.parquet", 12, 20)
+    expect(0, "run", job, "--extend")
+    (out / "plan-0001.json").unlink()
+    added.unlink()
+    write_file(captions, "d.parquet", 20, 28)
+    said = expect(3, "run", job, "--extend")
+    assert "units of another extension" in said
+    assert f"`embed-precompute repair {out}`" in said
+    expect(5, "repair", out)
+    expect(0, "run", job, "--extend")
+    assert ids(out) == [f"s{i}" for i in (*range(12), *range(20, 28))]
+
+
 def test_what_cannot_be_an_extension(job: Path, captions: Path, out: Path) -> None:
     expect(2, "run", job, "--extend", "--limit", "3")
     expect(0, "run", job)
