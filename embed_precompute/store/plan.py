@@ -15,7 +15,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +31,13 @@ from embed_precompute.documents import (
     listed,
     to_plain,
 )
-from embed_precompute.errors import ConflictError, IncompleteError, InputError, VerificationError
+from embed_precompute.errors import (
+    ConflictError,
+    IncompleteError,
+    InputError,
+    StorageError,
+    VerificationError,
+)
 from embed_precompute.store.commit import publish_bytes
 from embed_precompute.store.records import (
     MAX_JSON_BYTES,
@@ -309,6 +315,22 @@ def read_plan(root: Path) -> Plan:
     if plan is None:
         raise InputError(f"{root} is not a dataset of embed-precompute: no {PLAN_FILE}.")
     return plan
+
+
+def damaged_earlier_plans(root: Path, plan: Plan) -> Iterator[Plan]:
+    """Yields the plans that `plan` extends whose files are missing or damaged.
+
+    Nothing reads these files while `plan` is in force; one who takes the extension back does.
+    """
+    for earlier in plan.extends:
+        expected = plan.as_of(earlier.plan_id)
+        assert expected is not None, "it is one of those that the plan extends"
+        try:
+            found = read_document(root / expected.file_name, Plan).plan_id
+        except (FileNotFoundError, StorageError, VerificationError):
+            found = ""
+        if found != earlier.plan_id:
+            yield expected
 
 
 def publish_plan(root: Path, plan: Plan) -> Plan:

@@ -173,6 +173,28 @@ def test_an_extension_is_taken_back(job: Path, captions: Path, out: Path) -> Non
     assert "no problems" in expect(0, "verify", out)
 
 
+@pytest.mark.parametrize("damage", [None, b"{}", b""])
+def test_a_plan_that_was_extended_is_mended(
+    job: Path, captions: Path, out: Path, damage: bytes | None
+) -> None:
+    """Nothing reads it until the extension is taken back."""
+    expect(0, "run", job)
+    before = dataset_bytes(out)
+    added = write_file(captions, "a.parquet", 12, 20)
+    expect(0, "run", job, "--extend")
+    (out / "plan.json").unlink()
+    if damage is not None:
+        (out / "plan.json").write_bytes(damage)
+    assert f"{out / 'plan.json'}: found no file, or a damaged one" in expect(4, "verify", out)
+    expect(0, "repair", out)
+    assert "no problems" in expect(0, "verify", out)
+    (out / "plan-0001.json").unlink()
+    added.unlink()
+    expect(5, "repair", out)
+    expect(0, "run", job)
+    assert {name: dataset_bytes(out).get(name) for name in before} == before
+
+
 def test_units_of_an_extension_whose_plan_is_gone(job: Path, captions: Path, out: Path) -> None:
     """They are not taken for those of another extension."""
     expect(0, "run", job)
