@@ -323,3 +323,18 @@ def test_the_command_alone(tmp_path: Path, tiny_t5: Path) -> None:
     done = execute("fetch", str(job))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_a_copy_that_lost_its_weights_is_made_again(
+    tmp_path: Path, tiny_clip: Path, home: Path
+) -> None:
+    captions = write_captions(tmp_path / "captions.parquet", ["a", "b"])
+    job = write_job(tmp_path, captions, None, tiny_clip)
+    expect(0, "fetch", job)
+    (folder,) = home.iterdir()
+    (folder / "model.safetensors").unlink()
+    expect(0, "plan", job)  # of the checkpoint itself
+    assert "converting" in expect(0, "fetch", job)
+    assert "already there" in expect(0, "fetch", job)
+    assert f"{captions} is no folder" in expect(2, "fetch", job, "--output", captions)
+    assert "is no folder" in expect(2, "fetch", job, "--output", captions / "below")
