@@ -300,5 +300,10 @@ def _publish(folder: Path, target: Path) -> None:
     old = folder.with_name(f"{folder.name}-old")
     with contextlib.suppress(FileNotFoundError):
         os.rename(target, old)
-    os.rename(folder, target)
+    try:
+        os.rename(folder, target)
+    except OSError:
+        # Another fetch published meanwhile: of the same files its copy is as good.
+        if read_origin(folder) != read_origin(target):
+            raise
     shutil.rmtree(old, ignore_errors=True)

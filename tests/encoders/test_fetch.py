@@ -338,3 +338,22 @@ def test_a_copy_that_lost_its_weights_is_made_again(
     assert "already there" in expect(0, "fetch", job)
     assert f"{captions} is no folder" in expect(2, "fetch", job, "--output", captions)
     assert "is no folder" in expect(2, "fetch", job, "--output", captions / "below")
+
+
+def test_two_fetches_that_publish_at_once(
+    tmp_path: Path, tiny_clip: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = write_captions(tmp_path / "captions.parquet", ["a", "b"])
+    job = write_job(tmp_path, captions, None, tiny_clip)
+    rename, meanwhile = os.rename, iter([True])
+
+    def slow(source: Path, target: Path) -> None:
+        if not target.name.endswith("-old") and next(meanwhile, False):
+            expect(0, "fetch", job)  # another process is faster
+        rename(source, target)
+
+    monkeypatch.setattr(module.os, "rename", slow)
+    expect(0, "fetch", job)
+    assert len(list(home.iterdir())) == 1
+    assert "already there" in expect(0, "fetch", job)
+    expect(0, "plan", job)
