@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 from family_case import copied
 from safetensors.torch import load_file, save_file
