@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from jobs import dataset_bytes, edit, execute, expect, run_code, write_captions, write_job
@@ -119,6 +119,12 @@ def test_a_snapshot_of_the_hub(
     assert origin["commit"] == COMMIT
     assert origin["sha256"]["pytorch_model-0.bin"] == "f" * 64
     assert len(origin["sha256"]["pytorch_model-1.bin"]) == 64
+    edit(job, "encoders.t5", revision="main")
+    said = expect(0, "fetch", job, "--output", tmp_path / "copies")
+    words = said.split("use them with ")[1].split()
+    assert words[-2:] == ["--encoders.t5.revision", "null"]
+    expect(0, "plan", job, *words)
+    edit(job, "encoders.t5", revision=None)
     shutil.rmtree(tmp_path / "hub")
     found = fingerprint(job)
     assert "without weights" in expect(0, "plan", job, "--no-weights")
