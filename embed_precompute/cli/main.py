@@ -275,8 +275,12 @@ def _fetch(config: Config, arguments: Any) -> int:
     if arguments.output is None:
         print("run and plan find these copies by the configuration's pretrained and dtype")
     else:
-        keys = (f"--encoders.{n}.pretrained {arguments.output / n}" for n in config.encoders)
-        print(f"use them with {' '.join(keys)}")
+        words = []
+        for name, options in config.encoders.items():
+            words += [f"--encoders.{name}.pretrained", str(arguments.output / name)]
+            if options.revision is not None:  # a folder has none
+                words += [f"--encoders.{name}.revision", "null"]
+        print(f"use them with {shlex.join(words)}")
     return EXIT_COMPLETE
 
 

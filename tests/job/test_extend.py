@@ -248,3 +248,31 @@ def test_a_limited_dataset_is_not_extended(job: Path, captions: Path) -> None:
     said = expect(3, "run", job, "--extend")
     assert "limit: 3 -> None" in said
     assert "--reuse" in said
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_added_files_never_change_the_text_of_earlier_rows(
+    job: Path, captions: Path, out: Path, name: str
+) -> None:
+    """In a table of text a column has one type: beside 24.5 each 24 would become 24.0."""
+
+    def put(name: str, first: int, fps: str) -> None:
+        if name.endswith(".csv"):
+            text = "id,text,fps\n" + "".join(f"{i},x,{fps}\n" for i in range(first, first + 5))
+        else:
+            line = '{"id": %d, "text": "x", "fps": %s}\n'
+            text = "".join(line % (i, fps) for i in range(first, first + 5))
+        (captions / name).write_text(text)
+
+    for path in captions.iterdir():
+        path.unlink()
+    edit(job, "captions", recipe={"kind": "template", "template": "{text} at {fps}"})
+    put(name, 0, "24")
+    expect(0, "run", job)
+    put(f"b{name}", 5, "24.5")
+    said = expect(3, "run", job, "--extend")
+    assert "column 'fps' (captions.recipe) is double with the files that were added" in said
+    put(f"b{name}", 5, "25")
+    expect(0, "run", job, "--extend")
+    dataset = EmbeddingDataset(out)
+    assert [dataset.encoded_text(i) for i in (0, 9)] == ["x at 24", "x at 25"]
