@@ -51,7 +51,7 @@ def sample_lines(root: Path, sample_id: str) -> list[str]:
                 ids.append(sample.sample_id)
     if ids:
         raise InputError(
-            f"{sample_id!r} is the id of a row with several captions, which are samples of their "
+            f"sample {sample_id!r} is not in {where}. The captions of a row are samples of their "
             f"own: give one of {', '.join(ids)}."
         )
     raise InputError(f"sample {sample_id!r} is not in {where}. Give an id of the id column.")

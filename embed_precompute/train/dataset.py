@@ -148,9 +148,28 @@ class _Folder:
             raise self.damaged(f"status.npy: {error}, sample {sample}") from None
 
     @functools.cached_property
-    def text_column(self) -> str | Sequence[str]:
-        """The column of the captions, or the columns."""
-        return read_plan(self.root).inputs.text_column
+    def _caption_column(self) -> tuple[str | tuple[str, ...], bool]:
+        """The plan's text_column, and whether some row has several captions."""
+        plan = read_plan(self.root)
+        return plan.inputs.text_column, plan.num_samples > plan.num_rows
+
+    def captions_of(self, row_id: str) -> Iterator[int]:
+        """The samples of a row with several captions."""
+        return self.index.captions_of(row_id, self._caption_column[0])
+
+    def is_caption_of(self, row_id: str, name: str) -> bool:
+        """Whether the sample `row_id#name` of this folder is a caption of the row `row_id`.
+
+        Where a row has one caption, an id may hold a # of its own: `clip#1` is then another row
+        than `clip`.
+        """
+        column, has_lists = self._caption_column
+        if not isinstance(column, str):
+            return name in column
+        if has_lists:
+            return name.isdecimal()
+        # Lists of one caption, or no lists: the latter where a sample has the row's id.
+        return name == "0" and self.index.find(row_id) is None
 
     def damaged(self, found: object) -> VerificationError:
         return VerificationError(
@@ -351,7 +370,7 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         """A hint, where the id is that of a row with several captions."""
         found: list[str] = []
         for folder in self._folders:
-            for sample in islice(folder.index.captions_of(row_id, folder.text_column), 8):
+            for sample in islice(folder.captions_of(row_id), 8):
                 status = folder.status(sample)
                 without = "" if status == Status.OK.label else f" (no embedding: {status})"
                 found.append(folder.sample_id(sample) + without)

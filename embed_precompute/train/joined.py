@@ -198,18 +198,19 @@ def _listed(values: Any) -> Any:
 def _captions_of(number: Mapping[str, int], embeddings: EmbeddingDataset) -> tuple[Array, Array]:
     """For video k of `number` its embeddings are samples[starts[k] : starts[k + 1]].
 
-    They are the sample with the video's id, or else all whose id is the video's, # and a name.
+    They are the sample with the video's id, or else the captions of the row with this id.
     """
     exact = np.full(len(number), -1, np.int64)
     videos, samples = array("q"), array("q")
-    for i, sample_id in enumerate(embeddings.ids):
+    ids = ((folder, each) for folder in embeddings._folders for each in folder.ids())
+    for i, (folder, sample_id) in enumerate(ids):
         k = number.get(sample_id)
         if k is not None:
             exact[k] = i
             continue
-        video, mark, _ = sample_id.rpartition("#")
+        video, mark, name = sample_id.rpartition("#")
         k = number.get(video) if mark else None
-        if k is not None:
+        if k is not None and folder.is_caption_of(video, name):
             videos.append(k)
             samples.append(i)
     of_video, found = np.array(videos, np.int64), np.array(samples, np.int64)
