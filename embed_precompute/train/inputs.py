@@ -226,11 +226,10 @@ class ConditionDropout:
         tokens = batch.get(name + TOKEN_MASK)
         if tokens is None or (self._checked and lengths.device.type != "cpu"):
             return
-        other = not torch.equal(
-            stored, tokens.to(stored.device)
-        )  # pads are stored, so they were attended
+        # Pads are stored where they were attended.
+        other = has_pads = not torch.equal(stored, tokens.to(stored.device))
         if not self._masked[name]:  # a caption that fills max_length has no pad either
-            other = not other and bool((lengths < len(self._null[name])).any())
+            other = not has_pads and bool((lengths < len(self._null[name])).any())
         if other:
             masks = ("padding", "none") if self._masked[name] else ("none", "padding")
             raise InputError(

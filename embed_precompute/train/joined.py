@@ -158,12 +158,12 @@ def _shared(values: torch.Tensor) -> torch.Tensor:
 
 def _ids_of(videos: Any, on: str | Sequence[str | int]) -> tuple[list[str], str | None]:
     """The id of each video, and the key that it has in the videos' dicts, if one was given."""
-    key, videos = None, _listed(videos)
+    key = None
     if not isinstance(on, str):
         ids: list[Any] = list(_listed(on))
         if len(ids) != len(videos):
             raise InputError(f"`on` has {len(ids):,} ids for {len(videos):,} videos.")
-    elif not isinstance(videos, Sequence):
+    elif not isinstance(videos := _listed(videos), Sequence):
         raise InputError(
             f"on={on!r} would load every {type(videos).__name__} video for its id. Give the ids, "
             "one for each video, such as a column of the table: on=table['id']."
@@ -190,7 +190,7 @@ def _ids_of(videos: Any, on: str | Sequence[str | int]) -> tuple[list[str], str 
 def _listed(values: Any) -> Any:
     """The Python objects of an array, tensor, pandas or Arrow column; all else as it is."""
     for name in ("to_pylist", "tolist"):
-        if hasattr(values, name):
+        if hasattr(values, name) and not hasattr(values, "column_names"):  # an Arrow table
             return getattr(values, name)()
     return values
 

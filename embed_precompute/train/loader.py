@@ -424,7 +424,7 @@ class EmbeddingLoader:
         if not options.get("in_order", True):
             raise InputError("in_order is False: batches out of order can't be counted.")
         for name, instead in (("drop_last", "ends='drop'"), ("sampler", "batch_sampler=")):
-            if options.pop(name, None):
+            if options.pop(name, None) not in (None, False):
                 raise InputError(f"{name} is DataLoader's: give EmbeddingLoader {instead} instead.")
         self.dataset = dataset
         self._identity = _identity_of(dataset)

@@ -270,6 +270,7 @@ def test_what_cannot_be_joined(root: list[Path]) -> None:
     embeddings = EmbeddingDataset(root)
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (Videos(["w"]), {}, r"on='id' would load every Videos video for its id. Give the ids"),
+        (pa.table({"id": ["w"]}), {}, "on='id' would load every Table video for its id"),
         (Videos(["w"]), {"on": ["w", "7"]}, "`on` has 2 ids for 1 videos"),
         ([{"id": "w"}, {"name": "7"}], {}, "video 1 has no key 'id', only name"),
         ([{"id": 7.0}], {}, r"the id of video 0 is 7.0 \(float\)"),
