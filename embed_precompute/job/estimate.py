@@ -20,8 +20,9 @@ import xxhash
 
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.encoders.resolve import ResolvedEncoder
+from embed_precompute.job.claims import Committed
 from embed_precompute.samples import Status
-from embed_precompute.steps import steps
+from embed_precompute.steps import counted, steps
 from embed_precompute.store.commit import UNLIMITED, free_space
 from embed_precompute.store.plan import Plan
 
@@ -200,7 +201,10 @@ def estimate_lines(
     """The report, line by line, from `max_rows` input rows (None: from all)."""
     figures = sampled.figures if max_rows == SAMPLED_ROWS else sampled.measure(max_rows)
     names = f"plan {plan.plan_id[:16]}, fingerprint {plan.fingerprint[:16]}"
-    if any(spec["weights"] is None for spec in plan.spec["encoders"].values()):
+    left = set(range(plan.num_units))
+    if all(spec["weights"] is not None for spec in plan.spec["encoders"].values()):
+        left = Committed(root, plan).left()
+    else:  # units that are there may be another plan's
         names = "plan without weights: its id and fingerprint follow when the weights are there"
     lines = [
         names,
@@ -226,7 +230,8 @@ def estimate_lines(
     embeddings = figures.embedding_bytes(sampled.encoders, dtype)
     rows = figures.text_bytes + ROWS_BYTES_PER_SAMPLE * figures.samples
     scale = plan.num_samples / max(1, figures.samples)
-    return lines + _disk_lines(plan, root, scale * (rows + embeddings))
+    scale *= sum(plan.unit_rows(unit)[1] for unit in left) / plan.num_rows
+    return lines + _disk_lines(plan, root, len(left), scale * (rows + embeddings))
 
 
 def _encoder_lines(encoder: ResolvedEncoder, figures: Figures) -> list[str]:
@@ -276,15 +281,22 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-def _disk_lines(plan: Plan, root: Path, total: float) -> list[str]:
+def _disk_lines(plan: Plan, root: Path, units_left: int, total: float) -> list[str]:
+    """What the units that are not committed need, `total` bytes, and what is free."""
     free_bytes, free_files = free_space(root)
     free = _size(free_bytes) if free_bytes < UNLIMITED else "an unknown amount"
-    files = plan.num_units * FILES_PER_UNIT + 4
+    files = units_left * FILES_PER_UNIT + 4
+    shards = f"{counted(plan.num_units, 'shard')} of up to {plan.samples_per_shard:,} samples"
+    done, rest = plan.num_units - units_left, ""
+    if done:
+        shards += f"; {done:,} of {plan.num_units:,} shards are there already"
+        rest = " for the rest"
+    if not units_left:
+        return [f"output     {shards}", f"disk       nothing is lacking, {free} free at {root}"]
     lines = [
-        f"output     {plan.num_units:,} shards of up to {plan.samples_per_shard:,} samples, about "
-        f"{files:,} files",
-        f"disk       about {_size(total)} (equal texts in a shard are stored once, which can only "
-        f"make it less), {free} free at {root}",
+        f"output     {shards}, about {files:,} files{rest}",
+        f"disk       about {_size(total)}{rest} (equal texts in a shard are stored once, which can "
+        f"only make it less), {free} free at {root}",
     ]
     if files > free_files:
         lines.append(f"WARNING    {files:,} files are needed, {free_files:,} are free")

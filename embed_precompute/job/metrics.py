@@ -120,7 +120,8 @@ def read_copies(root: Path) -> dict[str, int]:
                 copied = line["copied"].get(name, 0)
                 counts[f"{name} copied"] += copied
                 counts[f"{name} encoded"] += line["stored"] - copied
-            counts["damaged, so encoded"] += line["damaged"]
+            if line["damaged"]:
+                counts["damaged, so encoded"] += line["damaged"]
     return dict(counts)
 
 

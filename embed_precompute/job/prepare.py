@@ -35,6 +35,7 @@ from embed_precompute.job.estimate import (
     tokenizer_line,
 )
 from embed_precompute.job.reuse import Reuse
+from embed_precompute.steps import counted
 from embed_precompute.store.commit import free_space, remove_dead
 from embed_precompute.store.plan import (
     InputFile,
@@ -163,7 +164,8 @@ def publish(prepared: Prepared) -> Prepared:
     the space of a killed job's shards.
     """
     if prepared.dist.local_rank == 0 and (leftovers := remove_dead(prepared.root)):
-        log.info("%d temporary files of writers that died here are removed", leftovers)
+        files = counted(leftovers, "temporary file")
+        log.info("removed %s of writers that died here", files)
     return replace(prepared, plan=publish_plan(prepared.root, prepared.plan))
 
 

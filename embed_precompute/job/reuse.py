@@ -60,7 +60,7 @@ class Copies:
     environment: dict[str, str] = field(default_factory=dict)
     """What the copies add to the environment in the unit's record."""
     num_damaged: int = 0
-    """Number of rows that are encoded because their copy is damaged; the log names each."""
+    """Number of rows that are encoded because their copy is damaged; the log names each unit."""
 
 
 class Reuse:
@@ -74,6 +74,7 @@ class Reuse:
         self.folders = tuple(folders)
         self._datasets = [_Dataset(folder, root, spec) for folder in folders]
         self._environment: Mapping[str, str] = {}
+        self._warned: set[tuple[Path, int]] = set()
 
     def check_environment(
         self, environment: Mapping[str, str], on_change: Literal["warn", "refuse"]
@@ -126,7 +127,7 @@ class Reuse:
                     source = dataset.open(unit)
                 except (EmbedPrecomputeError, OSError) as error:
                     copies.num_damaged += len(samples)
-                    log.warning("--reuse: %s %d rows are encoded again.", error, len(samples))
+                    self._warn_of(dataset.root, unit, error)
                     continue
                 for row, sample in samples.items():
                     if not null and source.text_digest(sample) != digests[row]:
@@ -137,13 +138,19 @@ class Reuse:
                             made = source.embeddings(dataset.encoders[name], sample, expected)
                         except EmbedPrecomputeError as error:
                             copies.num_damaged += 1
-                            log.warning("--reuse: %s The row is encoded again.", error)
+                            self._warn_of(dataset.root, unit, error)
                             continue
                         rows[name][row] = made
                         origins |= _origins(source.record.environment)
         if others := sorted(origins - _origins(self._environment)):
             copies.environment[COPIED_FROM] = BETWEEN.join(others)
         return copies
+
+    def _warn_of(self, root: Path, unit: int, error: Exception) -> None:
+        """Logs damage of a unit of a dataset once: other units may ask for its rows, too."""
+        if (root, unit) not in self._warned:
+            self._warned.add((root, unit))
+            log.warning("--reuse: %s This run encodes what is damaged there.", error)
 
 
 def _origins(environment: Mapping[str, str]) -> set[str]:
@@ -214,6 +221,11 @@ class _Dataset:
                 f"--reuse {root} holds no finished dataset: no manifest.json. Name another, or "
                 "finish it with its own command first."
             ) from None
+        except VerificationError as error:
+            raise VerificationError(
+                f"--reuse {root}: {error} Here that is: `embed-precompute repair {root}`, then "
+                "what it says is to be run, then this command again."
+            ) from error
         old_spec = self._index.manifest.spec
         self._tensors = stored_tensors(old_spec)
         by_fingerprint = {each: name for name, each in encoder_fingerprints(old_spec).items()}
