@@ -250,6 +250,7 @@ def _plan(config: Config, arguments: Any) -> int:
         config,
         arguments.limit,
         extend=arguments.extend,
+        reuse=arguments.reuse,
         with_weights=not arguments.no_weights,
     )
     report = estimate_lines(
@@ -258,6 +259,7 @@ def _plan(config: Config, arguments: Any) -> int:
         prepared.root,
         config.output.dtype,
         arguments.sample or None,
+        prepared.reuse,
     )
     for line in report:
         print(line)

@@ -21,6 +21,7 @@ import xxhash
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.job.claims import Committed
+from embed_precompute.job.reuse import Reuse
 from embed_precompute.samples import Status
 from embed_precompute.steps import counted, steps
 from embed_precompute.store.commit import UNLIMITED, free_space
@@ -86,6 +87,8 @@ class Figures:
     first_noted: dict[str, str] = field(default_factory=dict)
     """Where the first of each of them is."""
     encoders: dict[str, TokenFigures] = field(default_factory=dict)
+    copied: Counter[str] = field(default_factory=Counter)
+    """Captions that another dataset has, by encoder."""
     examples: list[str] = field(default_factory=list)
     """The first texts as they are encoded."""
 
@@ -121,8 +124,11 @@ class SampledCaptions:
         """The figures of 10,000 input rows."""
         return self.measure(SAMPLED_ROWS)
 
-    def measure(self, max_rows: int | None) -> Figures:
-        """Returns the figures of `max_rows` input rows (None: of all)."""
+    def measure(self, max_rows: int | None, reuse: Reuse | None = None) -> Figures:
+        """Returns the figures of `max_rows` input rows (None: of all).
+
+        `reuse`: the datasets whose captions are counted in `Figures.copied`.
+        """
         reader = self._table.reader(self._num_rows, self._last_row_samples)
         sums = {encoder.name: TokenFigures() for encoder in self.encoders}
         figures = Figures(noted=reader.noted, first_noted=reader.first_noted, encoders=sums)
@@ -137,6 +143,8 @@ class SampledCaptions:
             encoded = [text.encode() for text in texts]
             figures.text_bytes += sum(map(len, encoded))
             hashes.append(np.array([xxhash.xxh3_64_intdigest(t) for t in encoded], np.uint64))
+            if reuse is not None:
+                figures.copied.update(reuse.count(texts))
             for encoder in self.encoders:
                 _add(figures.encoders[encoder.name], encoder, texts)
         reader.close()
@@ -196,10 +204,18 @@ def tokenizer_line(encoder: ResolvedEncoder, figures: Figures) -> tuple[str, boo
 
 
 def estimate_lines(
-    sampled: SampledCaptions, plan: Plan, root: Path, dtype: str, max_rows: int | None
+    sampled: SampledCaptions,
+    plan: Plan,
+    root: Path,
+    dtype: str,
+    max_rows: int | None,
+    reuse: Reuse | None = None,
 ) -> list[str]:
     """The report, line by line, from `max_rows` input rows (None: from all)."""
-    figures = sampled.figures if max_rows == SAMPLED_ROWS else sampled.measure(max_rows)
+    if reuse is None and max_rows == SAMPLED_ROWS:
+        figures = sampled.figures
+    else:
+        figures = sampled.measure(max_rows, reuse)
     names = f"plan {plan.plan_id[:16]}, fingerprint {plan.fingerprint[:16]}"
     left = set(range(plan.num_units))
     if all(spec["weights"] is not None for spec in plan.spec["encoders"].values()):
@@ -227,6 +243,14 @@ def estimate_lines(
     lines += example_lines(figures)
     for encoder in sampled.encoders:
         lines += _encoder_lines(encoder, figures)
+    if reuse is not None:
+        lines += reuse.lines()
+        for encoder in sampled.encoders:
+            copied = figures.copied[encoder.name]
+            share = copied / max(1, figures.encoded)
+            line = f"{copied:,} of {figures.encoded:,} captions ({100 * share:.2f} %) are copied"
+            whole = f"; about {round(share * plan.num_samples):,} of all" * (not all_of_them)
+            lines.append(f"{'reuse':<10} {encoder.name}: {line}{whole}")
     embeddings = figures.embedding_bytes(sampled.encoders, dtype)
     rows = figures.text_bytes + ROWS_BYTES_PER_SAMPLE * figures.samples
     scale = plan.num_samples / max(1, figures.samples)

@@ -93,6 +93,11 @@ def prepare(
     for name, excluded in (("--limit", limit is not None), ("--no-weights", not with_weights)):
         if extend and excluded:
             raise InputError(f"--extend and {name} exclude each other: leave one of them out.")
+    if reuse and not with_weights:
+        raise InputError(
+            "--reuse and --no-weights exclude each other: without weights no encoder is known to "
+            "be the same. Leave one of them out."
+        )
     dist = dist or DistContext()
     root = output_folder(config)
     refuse_output_inside(config.captions.path, root)

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,11 +101,24 @@ class Reuse:
                 )
             warnings.append(message)
         # Not before: the log is a file in the output, and a refused run leaves nothing.
-        for dataset in self._datasets:
-            for line in dataset.lines:
-                log.info("--reuse %s: %s", dataset.root, line)
+        for line in self.lines():
+            log.info("%s", line)
         for message in warnings:
             log.warning("%s", message)
+
+    def lines(self) -> list[str]:
+        """What is copied from which dataset, and how the other encoders differ."""
+        return [f"--reuse {each.root}: {line}" for each in self._datasets for line in each.lines]
+
+    def count(self, texts: Sequence[str]) -> Counter[str]:
+        """For each encoder, how many of `texts` the datasets have. No embedding is read, so damage
+        does not show."""
+        digests, found = [str(text_sha256(text)) for text in texts], dict[str, set[int]]()
+        for dataset in self._datasets:
+            rows = set().union(*dataset.look_up(digests, range(len(digests))).values())
+            for name in dataset.encoders:
+                found.setdefault(name, set()).update(rows)
+        return Counter({name: len(rows) for name, rows in found.items()})
 
     def find(
         self, texts: Sequence[str], lengths: Mapping[str, Sequence[int]], *, null: bool
@@ -223,8 +237,8 @@ class _Dataset:
             ) from None
         except VerificationError as error:
             raise VerificationError(
-                f"--reuse {root}: {error} Here that is: `embed-precompute repair {root}`, then "
-                "what it says is to be run, then this command again."
+                f"--reuse {root}: {error} First run `embed-precompute repair {root}`, and what it "
+                "says then; after that this command again."
             ) from error
         old_spec = self._index.manifest.spec
         self._tensors = stored_tensors(old_spec)
@@ -241,7 +255,7 @@ class _Dataset:
                 f"--reuse {root} has none of this run's encoders:\n  {listed(others)}\nLeave it "
                 "out, or give the encoder back that it was made with."
             )
-        self.lines = [f"{', '.join(self.encoders)} is copied where the text is the same"]
+        self.lines = [f"{', '.join(self.encoders)}: copied where the text is the same"]
         """For the log: what is copied, and how the other encoders differ."""
         self.lines += [f"another encoder: {line}" for line in others]
 
