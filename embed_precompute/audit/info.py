@@ -156,7 +156,7 @@ def dataset_lines(root: Path) -> list[str]:
             lines.append(f"{'':<12} {_token_words(status.root, name, sums, plan)}")
     if manifest is not None:
         noted = sorted(manifest.counts.noted.items())
-        lines += [f"noted        {count:,} {what}" for what, count in noted]
+        lines += [f"noted        {what}: {count:,}" for what, count in noted]
     size = 0
     for path in status.root.glob("shards/*/shard-*"):
         with contextlib.suppress(OSError):  # a job that runs may just have removed it

@@ -239,7 +239,7 @@ def estimate_lines(
     duplicates = figures.encoded - figures.distinct
     lines.append(f"captions   of {basis} samples: {status}; {duplicates:,} repeat an earlier text")
     for what, count in sorted(figures.noted.items()):
-        lines.append(f"{'':<10} {count:,} {what}, such as {figures.first_noted[what]}")
+        lines.append(f"{'':<10} {what}: {count:,}, such as {figures.first_noted[what]}")
     lines += example_lines(figures)
     for encoder in sampled.encoders:
         lines += _encoder_lines(encoder, figures)

@@ -91,6 +91,9 @@ def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
         log.info("%s", line)
     warn_of_cpu(config.runtime.device, device)
     committed.check_environment(current, runtime.on_environment_change)
+    if prepared.reuse is None and (before := reused_before(root)) and not committed.everything():
+        words = " ".join(f"--reuse {folder}" for folder in before)
+        log.info("begun with %s; without it the rest is encoded", words)
     if dist.is_main and not committed.everything():
         check_sampled_captions(prepared, committed.left())
         write_provenance(prepared, current)
@@ -99,9 +102,6 @@ def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
     result = RunResult(root, None)
     started = time.monotonic()
     if not committed.everything():
-        if prepared.reuse is None and (before := reused_before(root)):
-            words = " ".join(f"--reuse {folder}" for folder in before)
-            log.info("begun with %s; without it the rest is encoded", words)
         encoders = {each.name: each for each in prepared.encoders}
         progress = Progress(prepared, device)
         stages = Stages(

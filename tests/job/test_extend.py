@@ -59,6 +59,7 @@ def test_files_under_other_names_are_the_same_input(job: Path, captions: Path, o
     record_path(out, 1).unlink()
     expect(0, "run", job)
     assert dataset_bytes(out) == before
+    assert "input, as named when planned: b.parquet, row 1 " in expect(0, "info", out, "--id", "1")
     size = (captions / "c.parquet").stat().st_size
     rows = {"id": [f"s{i}" for i in range(7, 12)], "text": [t.title() for t in TEXTS[7:12]]}
     pq.write_table(pa.table(rows), captions / "c.parquet")
