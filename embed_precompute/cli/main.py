@@ -259,7 +259,7 @@ def _plan(config: Config, arguments: Any) -> int:
         prepared.root,
         config.output.dtype,
         arguments.sample or None,
-        prepared.reuse,
+        reuse=prepared.reuse,
     )
     for line in report:
         print(line)

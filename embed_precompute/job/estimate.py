@@ -209,9 +209,13 @@ def estimate_lines(
     root: Path,
     dtype: str,
     max_rows: int | None,
+    *,
     reuse: Reuse | None = None,
 ) -> list[str]:
-    """The report, line by line, from `max_rows` input rows (None: from all)."""
+    """The report, line by line, from `max_rows` input rows (None: from all).
+
+    `reuse`: the datasets whose captions are counted.
+    """
     if reuse is None and max_rows == SAMPLED_ROWS:
         figures = sampled.figures
     else:
@@ -220,7 +224,7 @@ def estimate_lines(
     left = set(range(plan.num_units))
     if all(spec["weights"] is not None for spec in plan.spec["encoders"].values()):
         left = Committed(root, plan).left()
-    else:  # units that are there may be another plan's
+    else:  # such a plan has no identity, so nothing says that the units there are its own
         names = "plan without weights: its id and fingerprint follow when the weights are there"
     lines = [
         names,
