@@ -24,7 +24,15 @@ from embed_precompute.encoders.families import FAMILIES
 CONFIG_OPTIONS = {"--help-config", "--print_config", "--print-config"}
 COMMANDS = {
     "run": {"--extend", "--limit", "--reuse", *CONFIG_OPTIONS},
-    "plan": {"--extend", "--limit", "--no-weights", "--sample", "--write", *CONFIG_OPTIONS},
+    "plan": {
+        "--extend",
+        "--limit",
+        "--no-weights",
+        "--reuse",
+        "--sample",
+        "--write",
+        *CONFIG_OPTIONS,
+    },
     "fetch": {"--output", *CONFIG_OPTIONS},
     "bench": {*("--captions", "--json", "--rounds", "--variants"), *CONFIG_OPTIONS},
     "status": {"--json"},

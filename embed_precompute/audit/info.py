@@ -16,6 +16,7 @@ from typing import Any
 from embed_precompute.documents import flatten
 from embed_precompute.job.metrics import read_effort
 from embed_precompute.samples import Status, count_failed
+from embed_precompute.steps import counted
 from embed_precompute.store.index import read_manifest
 from embed_precompute.store.plan import Plan, read_plan
 from embed_precompute.store.records import (
@@ -43,6 +44,8 @@ class DatasetStatus:
     samples: dict[str, int]
     """Number of samples of the committed units, by status label."""
     finalised: bool
+    units_beyond: int = 0
+    """Number of units that the plan does not have: an extension was taken back."""
     readable: int = 0
     """Number of samples that can be read while the dataset is extended: those it had before."""
 
@@ -90,14 +93,20 @@ class DatasetStatus:
             lines.append("  the null embedding is not made yet")
         if self.failed_samples:
             lines.append(
-                f"  {self.failed_samples:,} samples failed: the status column of manifest.parquet "
-                "names them (before that is there, each unit's rows part)"
+                f"  {counted(self.failed_samples, 'sample')} failed: the status column of "
+                "manifest.parquet names them (before that is there, each unit's rows part)"
             )
         if self.readable:
             lines.append(f"  it is being extended; its first {self.readable:,} samples can be read")
+        if self.units_beyond:
+            lines.append(
+                f"  {counted(self.units_beyond, 'unit')} of an extension whose plan is gone: "
+                f"`embed-precompute repair {self.root}` moves "
+                f"{'it' if self.units_beyond == 1 else 'them'} away"
+            )
         if self.units_left or not self.null_committed:
             lines.append("  not finalised: run the job again to go on")
-        elif not self.finalised:
+        elif not self.finalised and not self.units_beyond:
             lines.append(f"  not finalised: run `embed-precompute finalize {self.root}`")
         return lines
 
@@ -112,7 +121,9 @@ def read_status(root: Path) -> DatasetStatus:
     readable = 0
     if manifest is not None and not finalised and plan.as_of(manifest.plan_id) is not None:
         readable = manifest.counts.samples
-    committed = [unit for unit in committed_units(root) if unit < plan.num_units]
+    every = committed_units(root)
+    committed = [unit for unit in every if unit < plan.num_units]
+    beyond = len(every) - len(committed)
     samples = {status.label: 0 for status in Status}
     if manifest is not None and finalised and len(committed) == plan.num_units:
         samples |= manifest.counts.status
@@ -121,7 +132,7 @@ def read_status(root: Path) -> DatasetStatus:
             for label, count in read_record(root, unit).status.items():
                 samples[label] += count
     null = record_path(root, NULL_UNIT).exists()
-    return DatasetStatus(root, plan, len(committed), null, samples, finalised, readable)
+    return DatasetStatus(root, plan, len(committed), null, samples, finalised, beyond, readable)
 
 
 def dataset_lines(root: Path) -> list[str]:
@@ -130,8 +141,8 @@ def dataset_lines(root: Path) -> list[str]:
     plan, inputs = status.plan, status.plan.inputs
     manifest = read_manifest(status.root) if status.finalised else None
     limit = "" if inputs.limit is None else f", limited to {inputs.limit:,} samples"
-    extended = f", {len(plan.extends)} times extended" if plan.extends else ""
-    files = f"{len(inputs.files):,} file{'s' * (len(inputs.files) != 1)}"
+    extended = f", extended {counted(len(plan.extends), 'time')}" if plan.extends else ""
+    files = counted(len(inputs.files), "file")
     lines = [
         *status.lines(),
         f"captions     {files}, {plan.num_rows:,} rows, text column "
@@ -145,7 +156,7 @@ def dataset_lines(root: Path) -> list[str]:
             lines.append(f"{'':<12} {_token_words(status.root, name, sums, plan)}")
     if manifest is not None:
         noted = sorted(manifest.counts.noted.items())
-        lines += [f"noted        {count:,} {what}" for what, count in noted]
+        lines += [f"noted        {what}: {count:,}" for what, count in noted]
     size = 0
     for path in status.root.glob("shards/*/shard-*"):
         with contextlib.suppress(OSError):  # a job that runs may just have removed it
@@ -163,7 +174,7 @@ def dataset_lines(root: Path) -> list[str]:
     for made in manifest.environments if manifest is not None else ():
         found, names = made.environment, ("device", "torch", "transformers")
         what = ", ".join(f"{name} {found[name]}" for name in names if name in found)
-        lines.append(f"environment  {what} ({made.units:,} units)")
+        lines.append(f"environment  {what} ({counted(made.units, 'unit')})")
     lines.append(f"identity     fingerprint {plan.fingerprint[:16]}, plan {plan.plan_id[:16]}")
     return lines
 
@@ -228,5 +239,5 @@ def all_lines(root: Path) -> list[str]:
     with contextlib.suppress(FileNotFoundError):
         for made in read_manifest(root).environments:
             what = ", ".join(f"{key} {value}" for key, value in sorted(made.environment.items()))
-            lines.append(f"{made.units:,} units made with {what}")
+            lines.append(f"{counted(made.units, 'unit')} made with {what}")
     return lines

@@ -11,6 +11,7 @@ Costs: a full verification, and `finalize` when no unit had to be opened.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import os
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from embed_precompute.audit.verify import verify
 from embed_precompute.errors import EmbedPrecomputeError, VerificationError
+from embed_precompute.steps import counted
 from embed_precompute.store.commit import (
     content_name,
     digest_file,
@@ -61,6 +63,8 @@ class Repaired:
     """Files that are in `_quarantine/` now."""
     opened: list[int] = field(default_factory=list)
     """Units that are to be made again."""
+    beyond: list[int] = field(default_factory=list)
+    """Units that were moved away and are not made again: the plan does not have them."""
     null_opened: bool = False
     plan_opened: str = ""
     """The name of the plan that is to be made again, if it was moved."""
@@ -69,13 +73,13 @@ class Repaired:
 
     def lines(self) -> list[str]:
         """For a person."""
-        lines = [f"{self.root}: {len(self.moved):,} files moved to {self.root / '_quarantine'}"]
+        files = counted(len(self.moved), "file")
+        lines = [f"{self.root}: {files} moved to {self.root / '_quarantine'}"]
+        if self.beyond:
+            lines.append(f"  moved away: {_named(self.beyond)}, beyond the plan's last")
         if self.opened or self.null_opened:
-            units = ", ".join(map(str, self.opened[:MAX_NAMED]))
-            if len(self.opened) > MAX_NAMED:
-                units += f" and {len(self.opened) - MAX_NAMED:,} more"
             null = " and the null embedding" if self.null_opened else ""
-            lines.append(f"  open again: {len(self.opened):,} units ({units or 'none'}){null}")
+            lines.append(f"  open again: {_named(self.opened)}{null}")
         if self.plan_opened:
             extend = "" if self.plan_opened == PLAN_FILE else " --extend"
             lines.append(
@@ -89,6 +93,13 @@ class Repaired:
         else:
             lines.append("  not finished: run the job again to go on")
         return lines
+
+
+def _named(units: list[int]) -> str:
+    named = ", ".join(map(str, units[:MAX_NAMED]))
+    if len(units) > MAX_NAMED:
+        named += f" and {len(units) - MAX_NAMED:,} more"
+    return f"{counted(len(units), 'unit')} ({named or 'none'})"
 
 
 def repair(root: Path, *, failed: bool = False) -> Repaired:
@@ -110,7 +121,9 @@ def repair(root: Path, *, failed: bool = False) -> Repaired:
     else:
         for earlier in damaged_earlier_plans(root, read_plan(root)):
             replace_bytes(root / earlier.file_name, document_bytes(earlier))
-    done.opened = sorted(report.rejected_units | (report.failed_units if failed else set()))
+    rejected = sorted(report.rejected_units | (report.failed_units if failed else set()))
+    at = len(rejected) if report.plan_rejected else bisect.bisect_left(rejected, report.num_units)
+    done.opened, done.beyond = rejected[:at], rejected[at:]
     # A folder or a pipe with the name of a derived file: `finalize` could not replace it.
     index = root / "index"
     derived = [root / MANIFEST, root / TABLE, *(index / name for name in list_folder(index))]
@@ -121,7 +134,7 @@ def repair(root: Path, *, failed: bool = False) -> Repaired:
         blocked.append(plan_path(root))
     is_whole = not report.num_missing and not report.null_missing
     # A finalised dataset whose records are gone must not be taken for a whole one.
-    if done.opened or done.null_opened or blocked or (report.finalised and report.num_lost):
+    if rejected or done.null_opened or blocked or (report.finalised and report.num_lost):
         _open(done, blocked)
     if is_whole and not done.opened and not done.null_opened and not done.plan_opened:
         finalize(root)
@@ -157,7 +170,7 @@ def _open(done: Repaired, blocked: list[Path]) -> None:
     manifest = done.root / MANIFEST
     if manifest not in blocked:
         remove_file(manifest)
-    for unit in [*done.opened, *([NULL_UNIT] if done.null_opened else [])]:
+    for unit in [*done.opened, *done.beyond, *([NULL_UNIT] if done.null_opened else [])]:
         record = record_path(done.root, unit)
         _move(done, record)
         for name in list_folder(record.parent):

@@ -65,7 +65,7 @@ def _sample_lines(root: Path, plan: Plan, record: UnitRecord, sample: StoredSamp
         first += file.rows
     lines = [
         f"id: {sample.sample_id}",
-        f"input: {place}",
+        f"input, as named when planned: {place}",
         f"status: {sample.status.label}" + (f" ({sample.error})" if sample.error else ""),
         f"encoded text: {sample.text!r}" if sample.text is not None else "encoded text: none",
     ]

@@ -81,18 +81,14 @@ def command_parser() -> argparse.ArgumentParser:
     run = _config_command(commands, "run", "make the dataset, or go on with it")
     run.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
     run.add_argument("--extend", action="store_true", help=EXTEND_HELP)
-    run.add_argument(
-        "--reuse",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="DIR",
-        help="copy from this finished dataset what has the same text and encoder; may be repeated",
+    _add_reuse(
+        run, "copy from this finished dataset what has the same text and encoder; may be repeated"
     )
 
     plan = _config_command(commands, "plan", "show what a run would make; no model, no GPU")
     plan.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
     plan.add_argument("--extend", action="store_true", help=EXTEND_HELP)
+    _add_reuse(plan, "count the captions that this finished dataset has; may be repeated")
     ahead = plan.add_mutually_exclusive_group()
     ahead.add_argument("--write", action="store_true", help="write the plan ahead of the run")
     ahead.add_argument(
@@ -197,6 +193,12 @@ def _add_verify_and_repair(commands: Any) -> None:
     )
     repair.add_argument(
         "--failed", action="store_true", help="open units with failed samples again too"
+    )
+
+
+def _add_reuse(parser: Any, words: str) -> None:
+    parser.add_argument(
+        "--reuse", action="append", type=Path, default=[], metavar="DIR", help=words
     )
 
 

@@ -227,7 +227,7 @@ def _summary(root: Path, manifest: Manifest) -> list[str]:
     ]
     status = ", ".join(f"{name} {n:,}" for name, n in counts.status.items() if n)
     lines.append(f"  status: {status}; {counts.stored:,} distinct embeddings stored")
-    lines += [f"  {n:,} {what}" for what, n in sorted(counts.noted.items())]
+    lines += [f"  {what}: {n:,}" for what, n in sorted(counts.noted.items())]
     for name, sums in counts.encoders.items():
         lines.append(f"  {name}: {sums.tokens:,} tokens, {sums.truncated:,} captions truncated")
     if effort := read_effort(root):
@@ -250,6 +250,7 @@ def _plan(config: Config, arguments: Any) -> int:
         config,
         arguments.limit,
         extend=arguments.extend,
+        reuse=arguments.reuse,
         with_weights=not arguments.no_weights,
     )
     report = estimate_lines(
@@ -258,6 +259,7 @@ def _plan(config: Config, arguments: Any) -> int:
         prepared.root,
         config.output.dtype,
         arguments.sample or None,
+        reuse=prepared.reuse,
     )
     for line in report:
         print(line)

@@ -20,8 +20,10 @@ import xxhash
 
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.encoders.resolve import ResolvedEncoder
+from embed_precompute.job.claims import Committed
+from embed_precompute.job.reuse import Reuse
 from embed_precompute.samples import Status
-from embed_precompute.steps import steps
+from embed_precompute.steps import counted, steps
 from embed_precompute.store.commit import UNLIMITED, free_space
 from embed_precompute.store.plan import Plan
 
@@ -85,6 +87,8 @@ class Figures:
     first_noted: dict[str, str] = field(default_factory=dict)
     """Where the first of each of them is."""
     encoders: dict[str, TokenFigures] = field(default_factory=dict)
+    copied: Counter[str] = field(default_factory=Counter)
+    """Captions that another dataset has, by encoder."""
     examples: list[str] = field(default_factory=list)
     """The first texts as they are encoded."""
 
@@ -120,8 +124,11 @@ class SampledCaptions:
         """The figures of 10,000 input rows."""
         return self.measure(SAMPLED_ROWS)
 
-    def measure(self, max_rows: int | None) -> Figures:
-        """Returns the figures of `max_rows` input rows (None: of all)."""
+    def measure(self, max_rows: int | None, reuse: Reuse | None = None) -> Figures:
+        """Returns the figures of `max_rows` input rows (None: of all).
+
+        `reuse`: the datasets whose captions are counted in `Figures.copied`.
+        """
         reader = self._table.reader(self._num_rows, self._last_row_samples)
         sums = {encoder.name: TokenFigures() for encoder in self.encoders}
         figures = Figures(noted=reader.noted, first_noted=reader.first_noted, encoders=sums)
@@ -136,6 +143,8 @@ class SampledCaptions:
             encoded = [text.encode() for text in texts]
             figures.text_bytes += sum(map(len, encoded))
             hashes.append(np.array([xxhash.xxh3_64_intdigest(t) for t in encoded], np.uint64))
+            if reuse is not None:
+                figures.copied.update(reuse.count(texts))
             for encoder in self.encoders:
                 _add(figures.encoders[encoder.name], encoder, texts)
         reader.close()
@@ -195,12 +204,27 @@ def tokenizer_line(encoder: ResolvedEncoder, figures: Figures) -> tuple[str, boo
 
 
 def estimate_lines(
-    sampled: SampledCaptions, plan: Plan, root: Path, dtype: str, max_rows: int | None
+    sampled: SampledCaptions,
+    plan: Plan,
+    root: Path,
+    dtype: str,
+    max_rows: int | None,
+    *,
+    reuse: Reuse | None = None,
 ) -> list[str]:
-    """The report, line by line, from `max_rows` input rows (None: from all)."""
-    figures = sampled.figures if max_rows == SAMPLED_ROWS else sampled.measure(max_rows)
+    """The report, line by line, from `max_rows` input rows (None: from all).
+
+    `reuse`: the datasets whose captions are counted.
+    """
+    if reuse is None and max_rows == SAMPLED_ROWS:
+        figures = sampled.figures
+    else:
+        figures = sampled.measure(max_rows, reuse)
     names = f"plan {plan.plan_id[:16]}, fingerprint {plan.fingerprint[:16]}"
-    if any(spec["weights"] is None for spec in plan.spec["encoders"].values()):
+    left = set(range(plan.num_units))
+    if all(spec["weights"] is not None for spec in plan.spec["encoders"].values()):
+        left = Committed(root, plan).left()
+    else:  # such a plan has no identity, so nothing says that the units there are its own
         names = "plan without weights: its id and fingerprint follow when the weights are there"
     lines = [
         names,
@@ -219,14 +243,23 @@ def estimate_lines(
     duplicates = figures.encoded - figures.distinct
     lines.append(f"captions   of {basis} samples: {status}; {duplicates:,} repeat an earlier text")
     for what, count in sorted(figures.noted.items()):
-        lines.append(f"{'':<10} {count:,} {what}, such as {figures.first_noted[what]}")
+        lines.append(f"{'':<10} {what}: {count:,}, such as {figures.first_noted[what]}")
     lines += example_lines(figures)
     for encoder in sampled.encoders:
         lines += _encoder_lines(encoder, figures)
+    if reuse is not None:
+        lines += reuse.lines()
+        for encoder in sampled.encoders:
+            copied = figures.copied[encoder.name]
+            share = copied / max(1, figures.encoded)
+            line = f"{copied:,} of {figures.encoded:,} captions ({100 * share:.2f} %) are copied"
+            whole = f"; about {round(share * plan.num_samples):,} of all" * (not all_of_them)
+            lines.append(f"{'reuse':<10} {encoder.name}: {line}{whole}")
     embeddings = figures.embedding_bytes(sampled.encoders, dtype)
     rows = figures.text_bytes + ROWS_BYTES_PER_SAMPLE * figures.samples
     scale = plan.num_samples / max(1, figures.samples)
-    return lines + _disk_lines(plan, root, scale * (rows + embeddings))
+    scale *= sum(plan.unit_rows(unit)[1] for unit in left) / plan.num_rows
+    return lines + _disk_lines(plan, root, len(left), scale * (rows + embeddings))
 
 
 def _encoder_lines(encoder: ResolvedEncoder, figures: Figures) -> list[str]:
@@ -276,15 +309,22 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-def _disk_lines(plan: Plan, root: Path, total: float) -> list[str]:
+def _disk_lines(plan: Plan, root: Path, units_left: int, total: float) -> list[str]:
+    """What the units that are not committed need, `total` bytes, and what is free."""
     free_bytes, free_files = free_space(root)
     free = _size(free_bytes) if free_bytes < UNLIMITED else "an unknown amount"
-    files = plan.num_units * FILES_PER_UNIT + 4
+    files = units_left * FILES_PER_UNIT + 4
+    shards = f"{counted(plan.num_units, 'shard')} of up to {plan.samples_per_shard:,} samples"
+    done, rest = plan.num_units - units_left, ""
+    if done:
+        shards += f"; {done:,} of {plan.num_units:,} shards are there already"
+        rest = " for the rest"
+    if not units_left:
+        return [f"output     {shards}", f"disk       nothing is lacking, {free} free at {root}"]
     lines = [
-        f"output     {plan.num_units:,} shards of up to {plan.samples_per_shard:,} samples, about "
-        f"{files:,} files",
-        f"disk       about {_size(total)} (equal texts in a shard are stored once, which can only "
-        f"make it less), {free} free at {root}",
+        f"output     {shards}, about {files:,} files{rest}",
+        f"disk       about {_size(total)}{rest} (equal texts in a shard are stored once, which can "
+        f"only make it less), {free} free at {root}",
     ]
     if files > free_files:
         lines.append(f"WARNING    {files:,} files are needed, {free_files:,} are free")

@@ -114,14 +114,15 @@ def read_copies(root: Path) -> dict[str, int]:
     The keys are for people, such as `t5 copied`.
     """
     counts: Counter[str] = Counter()
+    damaged = 0
     for line in _lines(root):
         with contextlib.suppress(LookupError, TypeError, AttributeError):
             for name in line["tokens"] if line["unit"] >= 0 else ():
                 copied = line["copied"].get(name, 0)
                 counts[f"{name} copied"] += copied
                 counts[f"{name} encoded"] += line["stored"] - copied
-            counts["damaged, so encoded"] += line["damaged"]
-    return dict(counts)
+            damaged += line["damaged"]
+    return {**counts, **({"damaged, so encoded": damaged} if damaged else {})}
 
 
 def _lines(root: Path) -> Iterator[Any]:

@@ -35,6 +35,7 @@ from embed_precompute.job.estimate import (
     tokenizer_line,
 )
 from embed_precompute.job.reuse import Reuse
+from embed_precompute.steps import counted
 from embed_precompute.store.commit import free_space, remove_dead
 from embed_precompute.store.plan import (
     InputFile,
@@ -92,6 +93,11 @@ def prepare(
     for name, excluded in (("--limit", limit is not None), ("--no-weights", not with_weights)):
         if extend and excluded:
             raise InputError(f"--extend and {name} exclude each other: leave one of them out.")
+    if reuse and not with_weights:
+        raise InputError(
+            "--reuse and --no-weights exclude each other: without weights no encoder is known to "
+            "be the same. Leave one of them out."
+        )
     dist = dist or DistContext()
     root = output_folder(config)
     refuse_output_inside(config.captions.path, root)
@@ -163,7 +169,8 @@ def publish(prepared: Prepared) -> Prepared:
     the space of a killed job's shards.
     """
     if prepared.dist.local_rank == 0 and (leftovers := remove_dead(prepared.root)):
-        log.info("%d temporary files of writers that died here are removed", leftovers)
+        files = counted(leftovers, "temporary file")
+        log.info("removed %s of writers that died here", files)
     return replace(prepared, plan=publish_plan(prepared.root, prepared.plan))
 
 

@@ -29,9 +29,10 @@ from embed_precompute.store.commit import replace_bytes
 from embed_precompute.store.records import committed_units
 
 log = logging.getLogger(__name__)
-TERMINAL_POLL_S = 0.5
+POLL_S = 0.5
 LIST_EVERY_S = 2.0
 LEAST_S = 0.1
+RATE_AFTER_S = 3.0
 
 
 def banner(prepared: Prepared, device: str, units_committed: int) -> list[str]:
@@ -68,6 +69,9 @@ class Progress:
         self._committed = 0
         self._at_hand: dict[int, float] = {}
         """Unit of this rank -> how many of its samples are encoded."""
+        self._first: tuple[float, float] | None = None
+        """When this rank had encoded its first batch, and how many captions there were then: the
+        time before, such as for loading an encoder late, says nothing of the rate."""
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -98,32 +102,40 @@ class Progress:
         return self._committed + sum(at_hand)
 
     def _watch(self) -> None:
-        first = self.captions()
-        began = said = listed = time.monotonic()
+        said = listed = time.monotonic()
         # disable=None hides the bar when stderr is not a terminal; lines are logged instead.
         bar = tqdm(
             desc=self._title,
             total=self._plan.num_samples,
-            initial=int(first),
+            initial=int(self.captions()),
             unit=" captions",
             smoothing=0,  # the mean rate: commits of other ranks come in jumps
             dynamic_ncols=True,
             disable=None,
         )
-        while not self._end.wait(TERMINAL_POLL_S if self._terminal else self._interval_s):
+        while not self._end.wait(min(POLL_S, self._interval_s)):
             now = time.monotonic()
-            if now - listed >= LIST_EVERY_S:
+            is_first = self._first is None and len(self._at_hand) > 0
+            if is_first or now - listed >= LIST_EVERY_S:
                 self._look()
                 listed = now
             captions = self.captions()
             bar.n = int(captions)
+            if is_first:
+                self._first = now, captions
+                bar.start_t, bar.initial = time.time(), bar.n
             bar.refresh()
             if not self._terminal and now - said >= self._interval_s:
                 said = now
-                log.info("%s", self._line(captions, (captions - first) / (now - began)))
+                log.info("%s", self._line(captions, self._rate(captions, now)))
         self._look()
         bar.n = int(self.captions())
         bar.close()
+
+    def _rate(self, captions: float, now: float) -> float:
+        """Captions a second, at the time `now`; 0 before there are two batches and some seconds."""
+        since, captions_then = self._first or (now, captions)
+        return (captions - captions_then) / (now - since) if now - since >= RATE_AFTER_S else 0.0
 
     def _line(self, captions: float, rate: float) -> str:
         left = self._plan.num_samples - captions
@@ -149,6 +161,7 @@ class Progress:
 
 def write_provenance(prepared: Prepared, environment: dict[str, str]) -> None:
     """Writes config.yaml and run.json, which are for people: no digest covers them."""
+    reused = map(str, prepared.reuse.folders) if prepared.reuse else ()
     facts = {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -156,7 +169,7 @@ def write_provenance(prepared: Prepared, environment: dict[str, str]) -> None:
         "launched_by": prepared.dist.source,
         "python": sys.version.split()[0],
         "environment": environment,
-        "reuse": [str(folder) for folder in prepared.reuse.folders] if prepared.reuse else [],
+        "reuse": list(dict.fromkeys([*reused_before(prepared.root), *reused])),
         "checkpoints": {
             e.name: str(e.opened.checkpoint.folder.absolute()) for e in prepared.encoders
         },
@@ -170,9 +183,19 @@ def write_provenance(prepared: Prepared, environment: dict[str, str]) -> None:
         log.warning("provenance is not written: %s", error)
 
 
-def note_copies(root: Path) -> dict[str, int]:
-    """What `read_copies` says, which is added to run.json."""
+def reused_before(root: Path) -> list[str]:
+    """The datasets that the runs so far have copied from, by run.json."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # for people only
+        return [str(folder) for folder in json.loads((root / "run.json").read_bytes())["reuse"]]
+    return []
+
+
+def note_copies(root: Path, *, asked: bool) -> dict[str, int]:
+    """What `read_copies` says, which is added to run.json; nothing where no run has copied anything
+    and this one was not `asked` to."""
     copies = read_copies(root)
+    if not asked and not any(copies[what] for what in copies if not what.endswith(" encoded")):
+        return {}
     with contextlib.suppress(OSError, ValueError, StorageError):  # for people only
         facts = json.loads((root / "run.json").read_bytes())
         payload = json.dumps({**facts, "copies": copies}, indent=2).encode() + b"\n"

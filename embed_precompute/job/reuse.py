@@ -16,6 +16,7 @@ import contextlib
 import functools
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,7 @@ class Copies:
     environment: dict[str, str] = field(default_factory=dict)
     """What the copies add to the environment in the unit's record."""
     num_damaged: int = 0
-    """Number of rows that are encoded because their copy is damaged; the log names each."""
+    """Number of rows that are encoded because their copy is damaged; the log names each unit."""
 
 
 class Reuse:
@@ -74,6 +75,7 @@ class Reuse:
         self.folders = tuple(folders)
         self._datasets = [_Dataset(folder, root, spec) for folder in folders]
         self._environment: Mapping[str, str] = {}
+        self._warned: set[tuple[Path, int]] = set()
 
     def check_environment(
         self, environment: Mapping[str, str], on_change: Literal["warn", "refuse"]
@@ -99,11 +101,24 @@ class Reuse:
                 )
             warnings.append(message)
         # Not before: the log is a file in the output, and a refused run leaves nothing.
-        for dataset in self._datasets:
-            for line in dataset.lines:
-                log.info("--reuse %s: %s", dataset.root, line)
+        for line in self.lines():
+            log.info("%s", line)
         for message in warnings:
             log.warning("%s", message)
+
+    def lines(self) -> list[str]:
+        """What is copied from which dataset, and how the other encoders differ."""
+        return [f"--reuse {each.root}: {line}" for each in self._datasets for line in each.lines]
+
+    def count(self, texts: Sequence[str]) -> Counter[str]:
+        """For each encoder, how many of `texts` the datasets have. No embedding is read, so damage
+        does not show."""
+        digests, found = [str(text_sha256(text)) for text in texts], dict[str, set[int]]()
+        for dataset in self._datasets:
+            rows = set().union(*dataset.look_up(digests, range(len(digests))).values())
+            for name in dataset.encoders:
+                found.setdefault(name, set()).update(rows)
+        return Counter({name: len(rows) for name, rows in found.items()})
 
     def find(
         self, texts: Sequence[str], lengths: Mapping[str, Sequence[int]], *, null: bool
@@ -126,7 +141,7 @@ class Reuse:
                     source = dataset.open(unit)
                 except (EmbedPrecomputeError, OSError) as error:
                     copies.num_damaged += len(samples)
-                    log.warning("--reuse: %s %d rows are encoded again.", error, len(samples))
+                    self._warn_of(dataset.root, unit, error)
                     continue
                 for row, sample in samples.items():
                     if not null and source.text_digest(sample) != digests[row]:
@@ -137,13 +152,19 @@ class Reuse:
                             made = source.embeddings(dataset.encoders[name], sample, expected)
                         except EmbedPrecomputeError as error:
                             copies.num_damaged += 1
-                            log.warning("--reuse: %s The row is encoded again.", error)
+                            self._warn_of(dataset.root, unit, error)
                             continue
                         rows[name][row] = made
                         origins |= _origins(source.record.environment)
         if others := sorted(origins - _origins(self._environment)):
             copies.environment[COPIED_FROM] = BETWEEN.join(others)
         return copies
+
+    def _warn_of(self, root: Path, unit: int, error: Exception) -> None:
+        """Logs damage of a unit of a dataset once: other units may ask for its rows, too."""
+        if (root, unit) not in self._warned:
+            self._warned.add((root, unit))
+            log.warning("--reuse: %s This run encodes what is damaged there.", error)
 
 
 def _origins(environment: Mapping[str, str]) -> set[str]:
@@ -214,6 +235,11 @@ class _Dataset:
                 f"--reuse {root} holds no finished dataset: no manifest.json. Name another, or "
                 "finish it with its own command first."
             ) from None
+        except VerificationError as error:
+            raise VerificationError(
+                f"--reuse {root}: {error} First run `embed-precompute repair {root}`, and what it "
+                "says then; after that this command again."
+            ) from error
         old_spec = self._index.manifest.spec
         self._tensors = stored_tensors(old_spec)
         by_fingerprint = {each: name for name, each in encoder_fingerprints(old_spec).items()}
@@ -229,7 +255,7 @@ class _Dataset:
                 f"--reuse {root} has none of this run's encoders:\n  {listed(others)}\nLeave it "
                 "out, or give the encoder back that it was made with."
             )
-        self.lines = [f"{', '.join(self.encoders)} is copied where the text is the same"]
+        self.lines = [f"{', '.join(self.encoders)}: copied where the text is the same"]
         """For the log: what is copied, and how the other encoders differ."""
         self.lines += [f"another encoder: {line}" for line in others]
 

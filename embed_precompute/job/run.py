@@ -25,7 +25,13 @@ from embed_precompute.encoders.device import (
 )
 from embed_precompute.job.claims import Claims, Committed, connect_store
 from embed_precompute.job.prepare import Prepared, check_sampled_captions, prepare, publish
-from embed_precompute.job.progress import Progress, banner, note_copies, write_provenance
+from embed_precompute.job.progress import (
+    Progress,
+    banner,
+    note_copies,
+    reused_before,
+    write_provenance,
+)
 from embed_precompute.job.signals import StopRequest, stop_on_signals
 from embed_precompute.job.stages import Stages
 from embed_precompute.store.index import Manifest
@@ -48,8 +54,8 @@ class RunResult:
     load_seconds: float = 0.0
     encode_seconds: float = 0.0
     copies: dict[str, int] = field(default_factory=dict)
-    """With `reuse`: how many embeddings were copied and encoded, by all ranks; see
-    `metrics.note_copies`."""
+    """How many embeddings all ranks of all runs copied and encoded, if any run was to copy; see
+    `metrics.read_copies`."""
 
 
 def run(
@@ -85,6 +91,9 @@ def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
         log.info("%s", line)
     warn_of_cpu(config.runtime.device, device)
     committed.check_environment(current, runtime.on_environment_change)
+    if prepared.reuse is None and (before := reused_before(root)) and not committed.everything():
+        words = " ".join(f"--reuse {folder}" for folder in before)
+        log.info("begun with %s; without it the rest is encoded", words)
     if dist.is_main and not committed.everything():
         check_sampled_captions(prepared, committed.left())
         write_provenance(prepared, current)
@@ -115,6 +124,5 @@ def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
     if claims.is_first_to_finalize():
         log.info("finalising")
         result.manifest = finalize(root).manifest
-        if prepared.reuse is not None:
-            result.copies = note_copies(root)
+        result.copies = note_copies(root, asked=prepared.reuse is not None)
     return result

@@ -28,7 +28,7 @@ import pyarrow as pa
 from embed_precompute.documents import canonical_json, flatten, to_plain
 from embed_precompute.errors import IncompleteError, InputError, StorageError, VerificationError
 from embed_precompute.samples import Status
-from embed_precompute.steps import steps
+from embed_precompute.steps import counted, steps
 from embed_precompute.store.check import (
     CheckedUnit,
     Problems,
@@ -129,7 +129,8 @@ def finalize(root: Path) -> Finalized:
             num_files += 1
         remove_file(path)
     if num_files:
-        log.info("%s: removed %d files (%d bytes) that no record names", root, num_files, num_bytes)
+        files = counted(num_files, "file")
+        log.info("%s: removed %s (%d bytes) that no record names", root, files, num_bytes)
     return Finalized(manifest, num_files, num_bytes)
 
 

@@ -464,8 +464,9 @@ def _differing_files(
     lines = []
     for file, match in zip(planned, matched, strict=True):
         if match is None and (now := added.pop(file.path, None)) is not None:
-            fields = differing_fields(to_plain(file), to_plain(now))
-            lines.append(f"{file.path}: changed ({'; '.join(fields)})")
+            sizes = f"bytes {file.bytes:,} -> {now.bytes:,}"
+            same = "same size, other content"
+            lines.append(f"{file.path}: changed ({same if file.bytes == now.bytes else sizes})")
         elif match is None:
             lines.append(f"{file.path}: removed")
     return lines, sorted(added)

@@ -352,12 +352,12 @@ def test_the_plan_counts_what_may_surprise(tmp_path: Path, tiny_clip: Path) -> N
     assert code == 0
     assert "ok 4; 0 repeat an earlier text\n" in said
     place = f"such as {tmp_path / 'a.parquet'}, row 1 "
-    assert f"2 empty captions, {place}" in said
-    assert f"2 rows where fps is null, {place}" in said
+    assert f"empty captions: 2, {place}" in said
+    assert f"rows where fps is null: 2, {place}" in said
     words = ("--captions.recipe.kind", "opensora", "--output.samples_per_shard", "1")
     code, summary, log = call("run", str(job), *words)
     assert code == 0
-    assert "\n  2 empty captions\n  2 rows where fps is null\n" in summary
+    assert "\n  empty captions: 2\n  rows where fps is null: 2\n" in summary
     assert f"{tmp_path / 'a.parquet'}, row " in log
     assert log.count("the first of the empty captions that this rank reads") == 1
-    assert "\nnoted        2 empty captions\n" in expect(0, "info", tmp_path / "out")
+    assert "\nnoted        empty captions: 2\n" in expect(0, "info", tmp_path / "out")

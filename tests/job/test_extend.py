@@ -59,8 +59,15 @@ def test_files_under_other_names_are_the_same_input(job: Path, captions: Path, o
     record_path(out, 1).unlink()
     expect(0, "run", job)
     assert dataset_bytes(out) == before
-    write_file(captions, "c.parquet", 8, 13)
-    assert "c.parquet: changed (" in expect(3, "run", job)
+    assert "input, as named when planned: b.parquet, row 1 " in expect(0, "info", out, "--id", "1")
+    size = (captions / "c.parquet").stat().st_size
+    rows = {"id": [f"s{i}" for i in range(7, 12)], "text": [t.title() for t in TEXTS[7:12]]}
+    pq.write_table(pa.table(rows), captions / "c.parquet")
+    assert (captions / "c.parquet").stat().st_size == size
+    assert "c.parquet: changed (same size, other content)" in expect(3, "run", job)
+    write_file(captions, "c.parquet", 8, 14)
+    now = (captions / "c.parquet").stat().st_size
+    assert f"c.parquet: changed (bytes {size:,} -> {now:,})" in expect(3, "run", job)
     (captions / "a.parquet").unlink()
     assert "d.parquet: removed" in expect(3, "run", job, "--extend")
 
@@ -99,7 +106,7 @@ def test_an_extension_keeps_every_byte_of_the_old_units(
     assert ids(out) == [f"s{i}" for i in range(21)]
     expect(0, "verify", out)
     assert "complete" in expect(0, "status", out)
-    assert ", 3 times extended" in expect(0, "info", out)
+    assert ", extended 3 times" in expect(0, "info", out)
     assert "0.parquet, row 0 (row 20" in expect(0, "info", out, "--id", "s20")
     at_once = tmp_path / "at once"
     expect(0, "run", job, "--output.path", at_once)
@@ -115,7 +122,8 @@ def test_an_extension_that_is_not_finished(job: Path, captions: Path, out: Path)
     write_file(captions, "a.parquet", 12, 20)
     said = expect(0, "plan", job, "--extend", "--write")
     assert "1 files with 8 samples extend those before" in said
-    assert "5 shards" in said
+    assert "5 shards of up to 5 samples; 3 of 5 shards are there already, about 10 files" in said
+    assert "for the rest" in said
     assert ids(out) == [f"s{i}" for i in range(12)]
     said = expect(5, "status", out)
     assert "3 of 5 units committed" in said
@@ -166,7 +174,13 @@ def test_an_extension_is_taken_back(job: Path, captions: Path, out: Path) -> Non
     added.unlink()
     (captions / "b2.parquet").unlink()
     assert "only units below 3" in expect(4, "verify", out)
-    expect(5, "repair", out)
+    said = expect(5, "status", out)
+    assert f"plan is gone: `embed-precompute repair {out}` moves them away" in said
+    assert "finalize" not in said
+    said = expect(0, "repair", out)
+    assert "moved away: 3 units (3, 4, 5), beyond the plan's last" in said
+    assert "open again" not in said
+    assert "complete" in expect(0, "status", out)
     expect(0, "run", job)
     found = dataset_bytes(out)
     assert {name: found.get(name) for name in before} == before
@@ -190,7 +204,7 @@ def test_a_plan_that_was_extended_is_mended(
     assert "no problems" in expect(0, "verify", out)
     (out / "plan-0001.json").unlink()
     added.unlink()
-    expect(5, "repair", out)
+    expect(0, "repair", out)
     expect(0, "run", job)
     assert {name: dataset_bytes(out).get(name) for name in before} == before
 
@@ -206,7 +220,7 @@ def test_units_of_an_extension_whose_plan_is_gone(job: Path, captions: Path, out
     said = expect(3, "run", job, "--extend")
     assert "units of another extension" in said
     assert f"`embed-precompute repair {out}`" in said
-    expect(5, "repair", out)
+    expect(0, "repair", out)
     expect(0, "run", job, "--extend")
     assert ids(out) == [f"s{i}" for i in (*range(12), *range(20, 28))]
 

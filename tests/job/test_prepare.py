@@ -77,6 +77,25 @@ def test_space_for_the_last_small_shard_is_enough(
     expect(0, "run", *config)
 
 
+def test_plan_counts_what_is_left(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = expect(0, "plan", job)
+    expect(0, "run", job)
+    monkeypatch.setattr(estimate, "free_space", lambda root: (0, 0))
+    said = expect(0, "plan", job)
+    assert "2 of 2 shards are there already\n" in said
+    assert "disk       nothing is lacking" in said
+    assert "needed" not in said
+    assert "lacking:" not in said
+    paths_of(tmp_path / "out", 1).record.unlink()
+    said = expect(0, "plan", job)
+    assert "1 of 2 shards are there already, about 7 files for the rest" in said
+    assert disk(said) == pytest.approx(disk(whole) / 2, rel=0.05)
+    assert "WARNING    7 files are needed, 0 are free" in said
+    assert "already" not in expect(0, "plan", job, "--no-weights")
+
+
 def test_the_sampled_captions_are_read_once(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the shard size, the free space and the report of `plan`."""
     reads: list[tuple[int, int]] = []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,6 +75,32 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(
     caplog.set_level("INFO")
     assert sum(1 for _ in steps(range(2), 2, "counting", " steps")) == 2
     assert [r.message for r in caplog.records] == ["counting: 1 of 2 steps, 0.0 s left"]
+
+
+def test_no_time_is_promised_before_two_batches(
+    job: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was loaded before the first batch says nothing of the rate."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(
+        progress_module, "time", SimpleNamespace(monotonic=lambda: clock.now, time=time.time)
+    )
+    progress, steps_of = Progress(_prepared(job), "cpu"), iter([(600, 5), (1200, 5), (1300, 10)])
+
+    def wait(_: float) -> bool:
+        clock.now, samples = next(steps_of, (None, 0))
+        progress.encoded(0, samples)
+        return clock.now is None
+
+    monkeypatch.setattr(progress, "_end", SimpleNamespace(wait=wait))
+    caplog.set_level("INFO")
+    progress._watch()
+    endings = [r.message.partition("ranks), ")[2] for r in caplog.records]
+    assert endings == [
+        "0.0 captions/s, no rate yet",
+        "0.0 captions/s, no rate yet",
+        "0.0 captions/s, 46 min 40 s left",
+    ]
 
 
 def _prepared(job: Path) -> Any:

@@ -43,7 +43,7 @@ def test_data_without_a_record_is_used_again_or_replaced(job: Path, tmp_path: Pa
     flip(torn.shard, -5)
     other = torn.shard.with_name("shard-000001-0123456789abcdef.safetensors")
     other.write_bytes(b"of other captions, or of another environment")
-    assert "removed 1 files (44 bytes) that no record names" in expect(0, "run", job)
+    assert "removed 1 file (44 bytes) that no record names" in expect(0, "run", job)
     assert dataset_bytes(root) == undisturbed
     assert kept.shard.stat().st_ino == inode
 

@@ -213,6 +213,53 @@ def test_what_cannot_be_reused_is_said_before_anything_is_written(
     assert not out.exists()
 
 
+def test_plan_counts_what_would_be_copied(job: Path, old: Path, tmp_path: Path) -> None:
+    write_captions(tmp_path / "captions.parquet", [*TEXTS[:18], *(f"new {i}" for i in range(6))])
+    edit(job, "encoders.clip", max_length=60)
+    said = expect(0, "plan", job, "--reuse", old)
+    assert "reuse      t5: 18 of 24 captions (75.00 %) are copied\n" in said
+    assert "reuse      clip: 0 of 24 captions (0.00 %) are copied\n" in said
+    assert "another encoder: encoders.clip.max_length: 77 -> 60" in said
+    assert "%) are copied; about " in expect(0, "plan", job, "--reuse", old, "--sample", "8")
+    assert "exclude each other" in expect(2, "plan", job, "--reuse", old, "--no-weights")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_begun_with_reuse_goes_on_without(
+    job: Path, old: Path, tmp_path: Path
+) -> None:
+    out, begun = tmp_path / "out", f"begun with --reuse {old}; without it the rest is encoded"
+    assert "copied" not in expect(0, "run", job, "--output.path", tmp_path / "plain")
+    said = expect(0, "run", job, "--reuse", old)
+    assert "damaged" not in said
+    record_path(out, 1).unlink()
+    said = expect(0, "run", job)
+    assert said.count(begun) == 1
+    assert "t5 copied: " in said
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["reuse"] == [str(old)]
+    assert facts["copies"]["t5 encoded"] > 0
+    assert begun not in expect(0, "run", job)  # nothing is left
+
+
+def test_damage_is_named_once_a_file(job: Path, old: Path, tmp_path: Path) -> None:
+    """Whatever many rows, and units, ask for it."""
+    edit(job, "output", samples_per_shard=3)
+    paths_of(old, 0).rows.unlink()
+    said = expect(0, "run", job, "--reuse", old)
+    assert said.count("--reuse: ") == 1
+    assert_as_without(job, tmp_path)
+
+
+def test_a_damaged_manifest_of_the_other_dataset(job: Path, old: Path) -> None:
+    """What the message says to run helps."""
+    flip(old / "manifest.json", 100)
+    advice = f"First run `embed-precompute repair {old}`, and what it says then"
+    assert advice in expect(4, "run", job, "--reuse", old)
+    expect(0, "repair", old)
+    expect(0, "run", job, "--reuse", old)
+
+
 def test_copied_and_encoded_rows_are_noted(job: Path, old: Path, tmp_path: Path) -> None:
     write_captions(tmp_path / "captions.parquet", [*TEXTS[:8], *(["new"] * 3)])
     expect(0, "run", job, "--reuse", old)
