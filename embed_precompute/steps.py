@@ -63,6 +63,11 @@ def worker_processes(number: int) -> ProcessPoolExecutor:
     )
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as 1 unit, 2,000 units."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def duration(seconds: float) -> str:
     """Such as 12.3 s, 4 min 5 s, 7 h 3 min."""
     if seconds < 60:

@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,8 +207,7 @@ def _run(config: Config, arguments: Any) -> int:
     )
     if result.manifest is None:
         return EXIT_COMPLETE  # a peer finalises, and says so
-    copies = [f"  {what}: {count:,}" for what, count in result.copies.items()]
-    for line in [*_summary(result.root, result.manifest), *copies]:
+    for line in _summary(result.root, result.manifest, result.copies):
         log.info("%s", line, extra=FILE_ONLY)
         # Without torchrun's store every rank finalises.
         if dist.is_main or dist.store_host is not None:
@@ -216,8 +215,9 @@ def _run(config: Config, arguments: Any) -> int:
     return _exit_code(result.manifest)
 
 
-def _summary(root: Path, manifest: Manifest) -> list[str]:
-    """What all ranks of all runs made."""
+def _summary(root: Path, manifest: Manifest, copies: Mapping[str, int]) -> list[str]:
+    """What all ranks of all runs made, and last what failed."""
+    from embed_precompute.audit.info import failure_line
     from embed_precompute.job.metrics import read_effort
 
     counts = manifest.counts
@@ -234,6 +234,9 @@ def _summary(root: Path, manifest: Manifest) -> list[str]:
         lines.append(f"  {effort.line()}")
     if len(manifest.environments) > 1:
         lines.append(f"  made in {len(manifest.environments)} environments, see manifest.json")
+    lines += [f"  {what}: {count:,}" for what, count in copies.items()]
+    if failed := failure_line(root):
+        lines.append(f"  {failed}")
     return lines
 
 
@@ -334,7 +337,9 @@ def _verify(arguments: Any) -> int:
     for problem in report.problems:
         print(problem)
     print(report.summary())
-    return EXIT_VERIFICATION if report.problems else EXIT_COMPLETE
+    if report.problems:
+        return EXIT_VERIFICATION
+    return EXIT_COMPLETE if report.complete else EXIT_INCOMPLETE
 
 
 def _repair(arguments: Any) -> int:
@@ -350,7 +355,7 @@ def _finalize(arguments: Any) -> int:
     from embed_precompute.store.manifest import finalize
 
     done = finalize(arguments.folder)
-    for line in _summary(arguments.folder, done.manifest):
+    for line in _summary(arguments.folder, done.manifest, {}):
         print(line)
     if done.removed_files:
         print(

@@ -46,6 +46,7 @@ from embed_precompute.store.plan import (
     publish_plan,
     stored_plan,
 )
+from embed_precompute.store.records import refuse_file, refuse_foreign_folder
 
 log = logging.getLogger(__name__)
 PLAN_POLL_S = 0.2
@@ -146,10 +147,10 @@ def prepare(
 
 
 def output_folder(config: Config) -> Path:
-    """The dataset's folder. Raises InputError if the path exists and is not a folder."""
+    """The dataset's folder. InputError where a file, or other things, are."""
     root = Path(os.path.expanduser(config.output.path))
-    if os.path.lexists(root) and not root.is_dir():
-        raise InputError(f"output.path {root} is not a folder: choose another, or move it away.")
+    refuse_file(root, "output.path")
+    refuse_foreign_folder(root)
     return root
 
 

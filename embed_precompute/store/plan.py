@@ -233,6 +233,15 @@ class Plan(Document):
         first = part.first_row + (unit - part.first_unit) * self.rows_per_unit
         return first, min(self.rows_per_unit, part.end_row - first)
 
+    def place(self, row: int) -> str:
+        """How messages name an input row: its file, and the row within it."""
+        first = 0
+        for file in self.inputs.files:
+            if first <= row < first + file.rows:
+                return f"{file.path}, row {row - first} (row {row} of the dataset)"
+            first += file.rows
+        return f"row {row}, which no file of the plan has"
+
     def plan_id_of(self, unit: int) -> str:
         """The plan that the record of `unit` names; the first one for the null embedding."""
         return self._part_of(max(0, unit)).plan_id
