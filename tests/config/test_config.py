@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from jobs import call
 
-from embed_precompute.captions.recipes import OpenSoraRecipe, PlainRecipe, TemplateRecipe
+from embed_precompute.captions.recipes import OpenSoraRecipe, PlainRecipe, TemplateRecipe, as_one
 from embed_precompute.cli.main import main
 from embed_precompute.config import keys
 from embed_precompute.config.files import load_config, to_yaml
@@ -237,3 +238,10 @@ def test_presets_load(name: str) -> None:
     assert set(config.encoders) == {"t5", "clip"}
     motion = "score_vmafmotion"
     assert config.captions.recipe == OpenSoraRecipe(fps_max=24, motion_column=motion)
+    readme = (CONFIGS.parent / "README.md").read_text()
+    assert f"the columns `fps` and\n`{motion}`" in readme
+    plain = re.search(r"`(--captions.*null)`", readme)
+    assert plain is not None
+    recipe = load_config(CONFIGS / f"{name}.yaml", plain[1].split()).captions.recipe
+    assert recipe == OpenSoraRecipe(fps_max=24, fps_column=None)
+    assert as_one(recipe).columns == ()

@@ -52,7 +52,7 @@ def test_f14_a_failed_sample_has_a_status_and_its_neighbours_their_bytes(
         said = expect(6, "run", job.path)
     line = (
         f"  2 samples failed, first 's3', captions-{ROWS}.parquet, row 3 (row 3 of the dataset): "
-        f"text_clip holds inf or nan. `embed-precompute repair {job.root} --failed` opens their units, then"
+        f"text_clip holds inf or nan. `embed-precompute repair {job.root} --failed` opens"
     )
     assert line in said
     assert "2 samples failed" in (job.root / "logs" / "rank-00000.log").read_text()
