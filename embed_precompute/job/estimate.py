@@ -83,7 +83,7 @@ class Figures:
     noted: Counter[str] = field(default_factory=Counter)
     """Counts of unusual input: empty captions, rows where a column of the recipe is null."""
     first_noted: dict[str, str] = field(default_factory=dict)
-    """Where the first of each of them is."""
+    """Where the first of each of them is, and of the samples of each status but ok."""
     encoders: dict[str, TokenFigures] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
     """The first texts as they are encoded."""
@@ -218,7 +218,9 @@ def estimate_lines(
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(figures.status.items()))
     duplicates = figures.encoded - figures.distinct
     lines.append(f"captions   of {basis} samples: {status}; {duplicates:,} repeat an earlier text")
-    for what, count in sorted(figures.noted.items()):
+    for what, count in sorted((figures.noted + figures.status).items()):
+        if what not in figures.first_noted:  # ok
+            continue
         lines.append(f"{'':<10} {count:,} {what}, such as {figures.first_noted[what]}")
     lines += example_lines(figures)
     for encoder in sampled.encoders:

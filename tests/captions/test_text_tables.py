@@ -49,7 +49,7 @@ HARD = (
 HARD_SAMPLES = [
     Sample("a.mp4", 0, 'a dog, a "cat"\nand a\r\nbird 24 FPS.'),
     Sample("007", 1, "naïve ☕ 犬 12 FPS."),
-    Sample("c.mp4", 2, None, NULL, "column 'text' is null"),
+    Sample("c.mp4", 2, None, NULL, "column 'text' is empty"),
     Sample("d.mp4", 3, "None 15 FPS."),
 ]
 
