@@ -82,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from embed_precompute.config.files import load_config, to_yaml
 
             config = load_config(arguments.config, overrides)
+            if command is _fetch and any(w.startswith("--output.path") for w in overrides):
+                log.warning(
+                    "--output.path is where run writes. fetch writes to the cache folder, or with "
+                    "--output FOLDER to that one."
+                )
             if arguments.print_config:
                 print(to_yaml(config), end="")
                 return EXIT_COMPLETE

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import os
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         if complaint.startswith("there is no key"):  # no flag can mend that
             raise InputError(f"{path}: {complaint}") from None
         keys = [key for key, _ in given]
-        blamed = [error.key] if error.key in keys else [k for k in keys if _concerns(error.key, k)]
+        blamed = [error.key] if error.key in keys else [k for k in keys if _concerns(error, k)]
         if not blamed or str(error) == complaint:
             raise InputError(f"{path}: {error}") from None
         if len(blamed) == 1 and str(error).startswith(blamed[0]):
@@ -76,8 +77,12 @@ def _changed(in_file: dict[str, Any], given: Sequence[tuple[str, str]]) -> Confi
     return from_plain(Config, plain)
 
 
-def _concerns(wrong: str, given: str) -> bool:
-    """Whether the wrong key lies below the given one, or is a mapping that holds it."""
+def _concerns(error: MismatchError, given: str) -> bool:
+    """Whether the wrong key lies below the given one, or is a mapping that holds it, or lies beside
+    it in a message that names both."""
+    wrong, (owner, _, last) = error.key, given.rpartition(".")
+    if owner == wrong.rpartition(".")[0] and last in re.findall(r"\w+", str(error)):
+        return True
     mapping = given.removesuffix(".kind")  # a kind decides which keys its mapping may have
     below = wrong.startswith((f"{mapping}.", f"{mapping}["))
     return wrong == "" or below or given.startswith(f"{wrong}.")

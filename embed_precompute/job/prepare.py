@@ -98,10 +98,17 @@ def prepare(
     refuse_output_inside(config.captions.path, root)
     columns = [options.integer_column for options in config.encoders.values()]
     table = CaptionTable.open(config.captions, [name for name in columns if name is not None])
-    opened = [
-        open_encoder(name, config.encoders[name], with_weights=with_weights)
-        for name in sorted(config.encoders)
-    ]
+    opened, mistakes = [], dict[str, InputError]()
+    for name, options in config.encoders.items():
+        try:
+            opened.append(open_encoder(name, options, with_weights=with_weights))
+        except InputError as error:
+            mistakes[name] = error
+    if mistakes:
+        first, *others = mistakes
+        also = f"{', '.join([first, *others])} cannot be opened. The first: " if others else ""
+        raise InputError(f"{also}{mistakes[first]}") from mistakes[first]
+    opened.sort(key=lambda each: each.name)
     inputs = _inputs(table, limit)
     stored = stored_plan(root) if with_weights else None
     if not dist.is_main:

@@ -177,6 +177,10 @@ def test_a_mistake_of_both_together_names_what_was_given(yaml_file: Path) -> Non
     words = ["--encoders.clip.max_length", "20", "--output.path", "x"]
     said = mistake(yaml_file, *words)
     assert said.startswith("--encoders.clip.max_length is 20, and buckets has 32")
+    words = ["--encoders.t5.max_length", "5000"]
+    assert load_config(yaml_file, words).encoders["t5"].max_length == 5000  # there are no streams
+    said = mistake(yaml_file, *words, "--encoders.t5.attention_mask", "padding")
+    assert said.startswith("--encoders.t5.max_length: encoders.t5.stream_tokens is 4096: expected")
     yaml_file.write_text(YAML.replace("[16, 32]", "3"))
     said = mistake(yaml_file, "--captions.recipe.kind", "none", "--captions.recipe.template", "x")
     assert said.startswith("--captions.recipe.template: there is no key captions.recipe.template")
