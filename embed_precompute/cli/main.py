@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from embed_precompute.config.schema import Config
+    from embed_precompute.job.run import RunResult
     from embed_precompute.store.index import Manifest
 
 IO_ERRORS = frozenset(
@@ -95,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EmbedPrecomputeError as error:
         words = [getattr(arguments, "config", "CONFIG"), *overrides]
         message = str(error).replace("fetch CONFIG", f"fetch {shlex.join(words)}")
-        _say(f"error: {message}", trace=not isinstance(error, InterruptedRunError))
+        if isinstance(error, InterruptedRunError):  # as the person wanted
+            _say(message)
+        else:
+            _say(f"error: {message}", trace=True)
         return error.exit_code
     except KeyboardInterrupt:
         _say("interrupted")
@@ -212,7 +216,7 @@ def _run(config: Config, arguments: Any) -> int:
     )
     if result.manifest is None:
         return EXIT_COMPLETE  # a peer finalises, and says so
-    for line in _summary(result.root, result.manifest, result.copies):
+    for line in _summary(result.root, result.manifest, result):
         log.info("%s", line, extra=FILE_ONLY)
         # Without torchrun's store every rank finalises.
         if dist.is_main or dist.store_host is not None:
@@ -220,8 +224,8 @@ def _run(config: Config, arguments: Any) -> int:
     return _exit_code(result.manifest)
 
 
-def _summary(root: Path, manifest: Manifest, copies: Mapping[str, int]) -> list[str]:
-    """What all ranks of all runs made, and last what failed."""
+def _summary(root: Path, manifest: Manifest, run: RunResult | None = None) -> list[str]:
+    """What all ranks of all runs made, and last what failed; `run`: the one that ends now."""
     from embed_precompute.audit.info import failure_line
     from embed_precompute.job.metrics import read_effort
 
@@ -235,11 +239,13 @@ def _summary(root: Path, manifest: Manifest, copies: Mapping[str, int]) -> list[
     lines += [f"  {n:,} {what}" for what, n in sorted(counts.noted.items())]
     for name, sums in counts.encoders.items():
         lines.append(f"  {name}: {sums.tokens:,} tokens, {sums.truncated:,} captions truncated")
-    if effort := read_effort(root):
+    if run is not None and run.was_complete:
+        lines.insert(0, f"{root}: nothing to do")
+    elif effort := read_effort(root):
         lines.append(f"  {effort.line()}")
     if len(manifest.environments) > 1:
         lines.append(f"  made in {len(manifest.environments)} environments, see manifest.json")
-    lines += [f"  {what}: {count:,}" for what, count in copies.items()]
+    lines += [f"  {what}: {n:,}" for what, n in (run.copies if run is not None else {}).items()]
     if failed := failure_line(root):
         lines.append(f"  {failed}")
     return lines
@@ -360,7 +366,7 @@ def _finalize(arguments: Any) -> int:
     from embed_precompute.store.manifest import finalize
 
     done = finalize(arguments.folder)
-    for line in _summary(arguments.folder, done.manifest, {}):
+    for line in _summary(arguments.folder, done.manifest):
         print(line)
     if done.removed_files:
         print(

@@ -32,6 +32,8 @@ from embed_precompute.documents import (
 )
 from embed_precompute.errors import InputError
 
+TABLE_ENDINGS = (".parquet", ".pq", ".parq", ".csv", ".tsv", ".jsonl")
+
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """The configuration in the YAML file `path`, changed by `overrides`.
@@ -94,10 +96,23 @@ def to_yaml(config: Config) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    expected = f"expected a YAML file with the keys {', '.join(field_types(Config))}"
+    if path.suffix.lower() in TABLE_ENDINGS:
+        raise InputError(
+            f"{path} is a caption table: {expected}, such as configs/opensora_v2.yaml, and the "
+            f"table as --captions.path {path}."
+        )
+    if path.is_dir():
+        inside = path / "config.yaml"
+        meant = f" Did you mean {inside}?" if inside.is_file() else ""
+        raise InputError(f"{path} is a folder: {expected}.{meant}")
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read the configuration {path}: {error.strerror}.") from None
+        hint = ""
+        if path.suffix not in (".yaml", ".yml"):
+            hint = f" E{expected[1:]}; it names the models (encoders.NAME.pretrained)."
+        raise InputError(f"cannot read the configuration {path}: {error.strerror}.{hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):

@@ -279,6 +279,22 @@ def test_bytes_that_change_after_open_are_a_conflict(tmp_path: Path) -> None:
         table.reader().read(0, 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "id;text\n1;x\n", "Its columns seem to be separated by ';'"),
+        ("a.csv", "Path,text\n1,x\n", "Did you mean 'Path'?"),
+        ("a.csv", "id,Text\n1,x\n", "Did you mean 'Text'?"),
+        ("a.txt", "id,text\n1,x\n", "a.txt has an unknown ending and is not a parquet file"),
+    ],
+)
+def test_nearly_a_table(tmp_path: Path, name: str, content: str, said: str) -> None:
+    put(tmp_path / name, content.encode())
+    with pytest.raises(InputError) as raised:
+        opened(tmp_path / name)
+    assert said in str(raised.value)
+
+
 def test_a_name_says_the_format(tmp_path: Path) -> None:
     put(tmp_path / "a.csv.gz", b"\x1f\x8bxxxxxxxxxxxxxxxx")
     with pytest.raises(InputError, match=r"give it its own ending \(\.csv"):

@@ -122,7 +122,10 @@ def test_yaml_round_trip(yaml_file: Path, tmp_path: Path) -> None:
         ("--encoders {t5_xxh3: {kind: t5, pretrained: x}}", "Choose another name"),
         ("--captions.path ", "--captions.path is empty: expected a file"),
         ("--captions.recipe.fps_max 8", "--captions.recipe.fps_max: captions.recipe.kind is miss"),
-        ("--captions.recipe opensora", "--captions.recipe is 'opensora': expected a mapping with"),
+        ("--captions.recipe none", "is 'none': expected a mapping with a kind, such as '{kind: n"),
+        ("--captions.recipe x", "--captions.recipe is 'x': expected a mapping with a kind or a l"),
+        ("--encoders.t5.max_length null", "max_length is null: expected a whole number"),
+        ("--encoders.t5.max_length true", "max_length is true: expected a whole number"),
         ("--captions.recipe [{kind: opensora, fps_mx: 1}]", "key captions.recipe[0].fps_mx: did"),
         ("--captions.recipe {kind: opensora, fps_max: 0}", "--captions.recipe.fps_max is 0: expec"),
         ("--captions.recipe []", "--captions.recipe is an empty list"),
@@ -186,8 +189,24 @@ def test_a_mistake_of_both_together_names_what_was_given(yaml_file: Path) -> Non
     assert said.startswith("--captions.recipe.template: there is no key captions.recipe.template")
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    assert "cannot read the configuration" in mistake(tmp_path / "absent.yaml")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("absent.yaml", "cannot read the configuration"),
+        ("google/t5", "No such file or directory. Expected a YAML file with the keys captions, "),
+        ("a.CSV", "a.CSV is a caption table: expected a YAML file"),
+        ("a.parquet", "a.parquet."),
+        ("out", "out/config.yaml?"),
+        (".", "is a folder: expected a YAML file"),
+    ],
+)
+def test_a_file_that_cannot_be_read(name: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").touch()
+    found = mistake(tmp_path / name)
+    assert said in found
+    assert str(tmp_path / name) in found
+    assert ("--captions.path" in found) == name.startswith("a.")
 
 
 # --- help --------------------------------------------------------------------------------------

@@ -99,6 +99,9 @@ def test_the_log_file_has_the_ending(
     assert "encoded in " in said
     for part in ("complete, 30 samples", "encoded in ", "this rank encoded 30 samples"):
         assert part in log.read_text()
+    said = expect(0, "run", job)
+    assert f"{tmp_path / 'out'}: nothing to do\n" in said
+    assert "encoded in " not in said
     before = log.read_text()
     expect(3, "run", job, "--encoders.t5.max_length", "20")
     assert "encoders.t5.max_length: 24 -> 20" in log.read_text()[len(before) :]
