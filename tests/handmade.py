@@ -49,7 +49,12 @@ def output(per: str, width: int, positions: str | None) -> dict[str, Any]:
 
 
 def make_plan(
-    num_rows: int, samples_per_shard: int, num_samples: int | None = None, **captions: Any
+    num_rows: int,
+    samples_per_shard: int,
+    num_samples: int | None = None,
+    *,
+    text_column: str | tuple[str, ...] = "text",
+    **captions: Any,
 ) -> Plan:
     """A plan over one input file; `captions` goes into the spec."""
     spec = {
@@ -64,7 +69,7 @@ def make_plan(
     file = InputFile("a.parquet", 1, num_rows, footer_sha256="0" * 64, content_xxh3="0" * 32)
     return Plan.make(
         spec,
-        Inputs((file,), text_column="text", id_column="id"),
+        Inputs((file,), text_column=text_column, id_column="id"),
         samples_per_shard=samples_per_shard,
         num_rows=num_rows,
         num_samples=num_rows if num_samples is None else num_samples,

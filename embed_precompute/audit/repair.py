@@ -18,15 +18,27 @@ from pathlib import Path
 
 from embed_precompute.audit.verify import verify
 from embed_precompute.errors import EmbedPrecomputeError, VerificationError
-from embed_precompute.store.commit import content_name, digest_file, move_aside, remove_file
+from embed_precompute.store.commit import (
+    content_name,
+    digest_file,
+    move_aside,
+    remove_file,
+    replace_bytes,
+)
 from embed_precompute.store.index import TABLE
 from embed_precompute.store.manifest import MANIFEST, finalize
-from embed_precompute.store.plan import PLAN_FILE, plan_path, read_plan
+from embed_precompute.store.plan import (
+    PLAN_FILE,
+    damaged_earlier_plans,
+    plan_path,
+    read_plan,
+)
 from embed_precompute.store.records import (
     NULL_UNIT,
     RECORD,
     SHARD,
     committed_units,
+    document_bytes,
     list_folder,
     read_any_record,
     record_path,
@@ -95,6 +107,9 @@ def repair(root: Path, *, failed: bool = False) -> Repaired:
     done.null_opened = report.null_rejected
     if report.plan_rejected:
         done.plan_opened = plan_path(root).name
+    else:
+        for earlier in damaged_earlier_plans(root, read_plan(root)):
+            replace_bytes(root / earlier.file_name, document_bytes(earlier))
     done.opened = sorted(report.rejected_units | (report.failed_units if failed else set()))
     # A folder or a pipe with the name of a derived file: `finalize` could not replace it.
     index = root / "index"

@@ -44,10 +44,10 @@ def _default_workers(root: Path, dist: DistContext) -> int:
 
 
 def check_shares(
-    root: Path, workers: int | None, dist: DistContext, plan: Plan
+    root: Path, workers: int | None, dist: DistContext, plan: Plan | None
 ) -> Mapping[int, str]:
     """Unit -> its problem, "" if it is sound, by the full check of all ranks; on other ranks than
-    0 only of their own units.
+    0 only of their own units; a rank that has no plan checks none.
 
     `workers`: how many processes each rank starts; as many as seem worth it if None. One process
     alone checks nothing here: its caller does. Raises InputError if several ranks have no store of
@@ -62,20 +62,7 @@ def check_shares(
             f"verify runs on {dist.world_size} processes ({dist.source}) and finds no store of "
             "torchrun to meet in. Start it by torchrun, or as one process with --workers."
         )
-    units: list[int] = []
-    with contextlib.suppress(EmbedPrecomputeError):  # rank 0 finds it again, and reports it
-        units = sorted(unit for unit in committed_units(root) if unit < plan.num_units)
-    mine = [unit for unit in units if unit % dist.world_size == dist.rank]
-    check = functools.partial(_problem, root, plan)
-    with contextlib.ExitStack() as stack:
-        if workers > 1:
-            pool = worker_processes(workers)
-            stack.callback(pool.shutdown, cancel_futures=True)
-            problems = pool.map(check, mine)
-        else:
-            problems = in_order(check, mine)
-        title = "verifying" if dist.world_size == 1 else f"verifying, rank {dist.rank}"
-        found = dict(zip(mine, steps(problems, len(mine), title, " units"), strict=True))
+    found = {} if plan is None else _check_own(root, workers, dist, plan)
     if store is None:
         return found
     keys = [f"verify/{dist.run_id}/{dist.restart_count}/{r}" for r in range(dist.world_size)]
@@ -85,6 +72,28 @@ def check_shares(
         for key in keys:
             found |= {int(unit): problem for unit, problem in json.loads(store.get(key)).items()}
     return found
+
+
+def _check_own(root: Path, workers: int, dist: DistContext, plan: Plan) -> dict[int, str]:
+    """Unit -> its problem, of this rank's units."""
+    units: set[int] = set()
+    with contextlib.suppress(EmbedPrecomputeError):  # rank 0 finds it again, and reports it
+        units = committed_units(root)
+    mine = [
+        unit
+        for unit in sorted(units)
+        if unit < plan.num_units and unit % dist.world_size == dist.rank
+    ]
+    check = functools.partial(_problem, root, plan)
+    with contextlib.ExitStack() as stack:
+        if workers > 1:
+            pool = worker_processes(workers)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            problems = pool.map(check, mine)
+        else:
+            problems = in_order(check, mine)
+        title = "verifying" if dist.world_size == 1 else f"verifying, rank {dist.rank}"
+        return dict(zip(mine, steps(problems, len(mine), title, " units"), strict=True))
 
 
 def _problem(root: Path, plan: Plan, unit: int) -> str:

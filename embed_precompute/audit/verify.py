@@ -36,7 +36,13 @@ from embed_precompute.store.check import (
 from embed_precompute.store.commit import TEMP_PREFIX
 from embed_precompute.store.index import index_dtypes, tensor_entries
 from embed_precompute.store.manifest import MANIFEST, DerivedCheck
-from embed_precompute.store.plan import PLAN_FILE, Plan, plan_path, read_plan
+from embed_precompute.store.plan import (
+    PLAN_FILE,
+    Plan,
+    damaged_earlier_plans,
+    plan_path,
+    read_plan,
+)
 from embed_precompute.store.records import (
     NULL_UNIT,
     OWN_NAMES,
@@ -171,6 +177,9 @@ def verify(
     checked: Mapping[int, str] = {}
     if plan is not None and level != "quick" and share is not None:
         checked = share(plan)
+    for earlier in damaged_earlier_plans(root, plan) if plan is not None else ():
+        expected = f"plan {earlier.plan_id[:16]}, which {plan_path(root).name} extends"
+        report.problems.add(root / earlier.file_name, "no file, or a damaged one", expected)
     _check_null(report, plan)
     _check_units(report, plan, checked)
     _note_strays(report, plan)

@@ -364,8 +364,9 @@ class CaptionReader:
 
     def _recipe_rows(self, first: int, batch: Any) -> Sequence[Sequence[Any]]:
         for name in self._recipe.columns:
-            if num_nulls := batch.column(name).null_count:
-                row = first + first_null(batch.column(name))
+            nulls = pc.is_null(batch.column(name), nan_is_null=True).to_numpy(zero_copy_only=False)
+            if num_nulls := int(nulls.sum()):
+                row = first + int(nulls.argmax())
                 self._note(f"rows where {name} is null", self._map.place(row), num_nulls)
         columns = [values(batch.column(name), name) for name in self._recipe.columns]
         return list(zip(*columns, strict=True)) if columns else [()] * len(batch)

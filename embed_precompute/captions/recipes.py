@@ -167,7 +167,7 @@ class TemplateRecipe(Recipe):
     def render(self, caption: str, row: Sequence[Any]) -> str | Problem:
         fields = {"text": caption}
         for name, value in zip(self.columns, row, strict=True):
-            if value is None:
+            if value is None or value != value:  # NaN: a null of pandas
                 return Problem(Status.NULL_TEXT, f"column {name!r} is null")
             if isinstance(value, Problem):
                 return value

@@ -43,8 +43,8 @@ from embed_precompute.captions.recipes import (
     RequiredColumn,
     as_one,
 )
-from embed_precompute.captions.text_tables import as_one_table
-from embed_precompute.errors import InputError
+from embed_precompute.captions.text_tables import as_one_table, type_alone
+from embed_precompute.errors import ConflictError, InputError
 from embed_precompute.steps import steps
 
 SCAN_ROWS = 16384
@@ -144,6 +144,23 @@ class CaptionTable:
         return CaptionTable(
             self.config, RowMap(files), self.recipe, self.is_list, self.integer_columns
         )
+
+    def refuse_other_types(self, num_files: int) -> None:
+        """ConflictError where the files after the first `num_files` change the texts of these.
+
+        A column of CSV or JSON Lines has one type in the whole table: beside `24.5`, `24` is 24.0.
+        """
+        indexes = [file.text for file in self.row_map.files if file.text is not None]
+        own = {*self.config.text_columns, self.config.id_column}
+        for name in set(self.recipe.columns) - own if indexes else ():
+            alone, now = type_alone(indexes[:num_files], name), indexes[0].types[name]
+            if alone not in (now, pa.null()):
+                raise ConflictError(
+                    f"column {name!r} (captions.recipe) is {now} with the files that were added, "
+                    f"and was {alone} without them: captions that are encoded would have another "
+                    "text. Write its values as in the earlier files, or make a dataset of its own "
+                    "of the added files."
+                )
 
     def scan(self, limit: int | None = None) -> Scan:
         """Check the ids, count samples and added tokens, of the first `limit` samples or all."""

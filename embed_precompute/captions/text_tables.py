@@ -61,6 +61,8 @@ class TextIndex:
     delimiter: str | None
     types: dict[str, Any]
     """Arrow type of each column, in order; `null` where all values are null."""
+    own_types: dict[str, Any]
+    """Of this file alone; `types` are those of the table."""
     nullable: frozenset[str]
     """Columns that hold a null; of CSV, columns of numbers only."""
     odd: dict[str, tuple[int, str]]
@@ -152,6 +154,7 @@ def index_text(file: Any, name: str, delimiter: str | None) -> TextIndex:
         content_xxh3=content.hexdigest(),
         delimiter=delimiter,
         types=columns.types,
+        own_types=columns.types,
         nullable=frozenset(columns.nullable),
         odd=columns.odd,
         row_starts=np.array(starts, np.int64),
@@ -183,6 +186,13 @@ def as_one_table(indexes: Sequence[TextIndex], strings: Collection[str]) -> list
         )
         for index in indexes
     ]
+
+
+def type_alone(indexes: Sequence[TextIndex], name: str) -> Any:
+    """The Arrow type that a column would have in a table of these files only; null: no value."""
+    otherwise = pa.string() if indexes[0].delimiter is not None else None
+    found = (index.own_types.get(name, pa.null()) for index in indexes)
+    return functools.reduce(lambda one, other: _wider(one, other, otherwise), found)
 
 
 # --- lines -------------------------------------------------------------------------------------

@@ -289,8 +289,12 @@ def _fetch(config: Config, arguments: Any) -> int:
     if arguments.output is None:
         print("run and plan find these copies by the configuration's pretrained and dtype")
     else:
-        keys = (f"--encoders.{n}.pretrained {arguments.output / n}" for n in config.encoders)
-        print(f"use them with {' '.join(keys)}")
+        words = []
+        for name, options in config.encoders.items():
+            words += [f"--encoders.{name}.pretrained", str(arguments.output / name)]
+            if options.revision is not None:  # a folder has none
+                words += [f"--encoders.{name}.revision", "null"]
+        print(f"use them with {shlex.join(words)}")
     return EXIT_COMPLETE
 
 
@@ -332,10 +336,12 @@ def _verify(arguments: Any) -> int:
     share = functools.partial(check_shares, arguments.folder, arguments.workers, dist)
     if not dist.is_main:  # rank 0 has the findings of all
         plan = None
-        with contextlib.suppress(EmbedPrecomputeError):
+        try:
             plan = read_plan(arguments.folder)
-        if plan is not None and arguments.level != "quick":
-            share(plan)
+        except EmbedPrecomputeError as error:
+            log.warning("rank %d checks nothing, rank 0 does: %s", dist.rank, error)
+        if arguments.level != "quick":
+            share(plan)  # without a plan, too: rank 0 may have one, and then waits for all
         return EXIT_COMPLETE
     report = verify(
         arguments.folder,

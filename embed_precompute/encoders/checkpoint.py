@@ -133,11 +133,13 @@ def fetched_folder(origin: Mapping[str, str]) -> Path:
 def find_fetched(origin: Mapping[str, str], folder: Path | None = None) -> Path | None:
     """The copy that `fetch` made of `origin`, in its own place or in `folder`; None: there is none.
 
-    A copy of a folder whose files have changed since is none.
+    A copy of a folder whose files have changed since is none, and so is one without its weights.
     """
     folder = folder or fetched_folder(origin)
     found, source = read_origin(folder), Path(origin["pretrained"])
     if found is None or not found.items() >= origin.items():
+        return None
+    if not (folder / WEIGHTS).is_file():
         return None
     if source.is_absolute() and source.is_dir() and found.get("state") != state_of(source):
         return None

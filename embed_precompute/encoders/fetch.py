@@ -263,7 +263,13 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
 
     A living process holds a lock on its folder.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(
+            f"{error.filename} is no folder: choose another place with --output (or "
+            "EMBED_PRECOMPUTE_HOME)."
+        ) from None
     prefix = f"{TEMPORARY}{target.name}-"
     for left in (each for each in target.parent.iterdir() if each.name.startswith(prefix)):
         with contextlib.suppress(OSError), _lock(left):
@@ -297,5 +303,10 @@ def _publish(folder: Path, target: Path) -> None:
     old = folder.with_name(f"{folder.name}-old")
     with contextlib.suppress(FileNotFoundError):
         os.rename(target, old)
-    os.rename(folder, target)
+    try:
+        os.rename(folder, target)
+    except OSError:
+        # Another fetch published meanwhile: of the same files its copy is as good.
+        if read_origin(folder) != read_origin(target):
+            raise
     shutil.rmtree(old, ignore_errors=True)

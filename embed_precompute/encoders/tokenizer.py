@@ -11,6 +11,7 @@ whose embeddings are thrown away.
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -137,7 +138,7 @@ class CaptionTokenizer:
     empty: Tokenized
     """The empty caption, tokenised."""
     digest: str
-    """sha256 of the ids of a fixed probe set, whole and truncated."""
+    """sha256 of the vocabulary, and of the ids of a fixed set of texts, whole and truncated."""
 
     def __init__(
         self,
@@ -224,12 +225,20 @@ class CaptionTokenizer:
         return encodings
 
     def _probe(self, direction: str) -> str:
-        """Digest of the probes' ids, whole, and cut at a fixed length (max_length is not in it)."""
+        """Digest of the vocabulary and of the probes' ids, whole, and cut at a fixed length.
+
+        The probes show how text is cut into words, and what the special tokens are; no probe has
+        every entry of a vocabulary. max_length is not in the digest.
+        """
+        model = json.loads(self._backend.to_str())["model"]
+        # Releases of tokenizers write a merge as a string or as a pair.
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
         empty, *whole = self._encode(["", *PROBES])
         self._backend.enable_truncation(len(empty.ids) + 7, direction=direction)
         cut = self._encode(PROBES)
         self._backend.no_truncation()
-        return digest_of({"whole": [e.ids for e in whole], "cut": [e.ids for e in cut]})
+        ids = {"whole": [e.ids for e in whole], "cut": [e.ids for e in cut]}
+        return digest_of({**ids, "vocabulary": model["vocab"], "merges": merges})
 
     def _template_tokens(self, where: str) -> tuple[int, int]:
         """Number of the template's tokens before a caption and after it.

@@ -7,7 +7,8 @@ copy in another dtype of equal values, in one file or several, with or without t
 same digest. numpy casts as torch does; NaN stays NaN.
 Costs: every weight is read and hashed once, in blocks of half a million numbers (about 10 MiB of
 memory in each thread). The hashes are remembered in the cache folder for as long as a file's path,
-size, mtime and inode stay. The cache only saves time: without a sound entry the file is read again.
+size, mtime, ctime and inode stay. The cache only saves time: without a sound entry the file is read
+again.
 """
 
 from __future__ import annotations
@@ -269,7 +270,8 @@ def _entry(path: Path, weights: Sequence[StoredWeight]) -> Path:
     real = path.resolve()
     status = real.stat()
     key = {
-        "file": [str(real), status.st_size, status.st_mtime_ns, status.st_ino],
+        # ctime: tools that copy files in place set the mtime to that of their source.
+        "file": [str(real), status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns],
         "weights": {weight.name: weight.target for weight in weights},
     }
     return cache_home() / "weights" / f"{digest_of(key)}.json"

@@ -21,6 +21,7 @@ from typing import Literal, Protocol
 from embed_precompute.distributed import DistContext
 from embed_precompute.documents import differing_fields
 from embed_precompute.errors import ConflictError
+from embed_precompute.job.reuse import COPIED_FROM
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import (
     NULL_UNIT,
@@ -93,7 +94,9 @@ class Committed:
                 f"{self._plan.file_name} has {expected[:16]}): plan.json was removed or replaced. "
                 "Put it back, or write to a new output.path."
             )
-        differing = differing_fields(earlier.environment, environment)
+        # Where copied embeddings were made says nothing of this machine.
+        before = {key: each for key, each in earlier.environment.items() if key != COPIED_FROM}
+        differing = differing_fields(before, environment)
         if not differing:
             return
         message = (

@@ -116,6 +116,9 @@ def prepare(
     matched, added = match_files(stored.inputs.files if stored else (), inputs.files)
     table = table.in_order([*(index for index in matched if index is not None), *added])
     is_extended = extend and stored is not None and len(added) > 0 and None not in matched
+    if is_extended:
+        assert stored is not None
+        table.refuse_other_types(len(stored.inputs.files))
     scan = table.scan(limit) if stored is None or is_extended else None
     encoders = tuple(
         resolve(

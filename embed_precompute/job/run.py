@@ -51,7 +51,7 @@ class RunResult:
     encode_seconds: float = 0.0
     copies: dict[str, int] = field(default_factory=dict)
     """With `reuse`: how many embeddings were copied and encoded, by all ranks; see
-    `progress.note_copies`."""
+    `metrics.note_copies`."""
 
 
 def run(

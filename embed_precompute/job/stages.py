@@ -75,17 +75,23 @@ class _Channel(Generic[T]):
         return not self._halted.is_set()
 
     def __iter__(self) -> Iterator[T]:
+        return (item for item in self.polled() if item is not None)
+
+    def polled(self) -> Iterator[T | None]:
+        """Yields the items, and None whenever there is none for `POLL_S` seconds."""
         while not self._halted.is_set():
             with self._changed:
                 if not self._items:
                     self._changed.wait(POLL_S)
-                    continue
-                item, size = self._items.popleft()
-                self._size -= size
+                found = self._items.popleft() if self._items else None
+                self._size -= found[1] if found is not None else 0
                 self._changed.notify_all()
-            if item is None:
+            if found is None:
+                yield None
+            elif found[0] is None:
                 return
-            yield item
+            else:
+                yield found[0]
 
 
 @dataclass
@@ -120,19 +126,21 @@ class _Forward:
 
 
 def overlapped(
-    forwards: Iterable[tuple[T, PendingOutput]],
+    forwards: Iterable[tuple[T, PendingOutput] | None],
 ) -> Iterator[tuple[T, PendingOutput]]:
     """Yields `forwards` in order.
 
-    The oldest is yielded when it is ready, or when `IN_FLIGHT` forwards have been begun.
+    The oldest is yielded when it is ready, or when `IN_FLIGHT` forwards have been begun. None
+    stands for a wait for the next forward: then all that were begun are yielded.
 
     Asking `forwards` for the next item begins a forward. So a GPU runs that forward while the
     output of the one before is handed to the writer.
     """
     begun: deque[tuple[T, PendingOutput]] = deque()
     for forward in forwards:
-        begun.append(forward)
-        while begun and (begun[0][1].ready() or len(begun) >= IN_FLIGHT):
+        if forward is not None:
+            begun.append(forward)
+        while begun and (forward is None or begun[0][1].ready() or len(begun) >= IN_FLIGHT):
             yield begun.popleft()
     yield from begun
 
@@ -225,6 +233,7 @@ class Stages:
         self._guard(self._encode)
         reader, writer = threads
         writer.join()
+        self._halted.set()  # after a stop the reader may wait to hand over a unit
         # If torchrun's agent died, the reader may hang in a call to torchrun's store. Waiting for
         # the reader must not use up the grace.
         reader.join(READER_JOIN_S if self._stop.is_set() else None)
@@ -262,8 +271,9 @@ class Stages:
             if encoded.rows is not None and not self._batches.put(encoded, encoded.num_bytes):
                 return
             if self._stop.is_set() and not self._fits_grace(unit.began):
-                self._halted.set()
-                return
+                unit.abandoned = True  # this unit alone: earlier ones may wait for the writer
+                self._batches.put(_Encoded(unit))
+                break
             if not unit.is_null:
                 unit.encoded += forward.share
                 self._on_encoded(unit.number, len(unit.samples) * unit.encoded)
@@ -279,9 +289,12 @@ class Stages:
         left = max(0.0, began + self._unit_s - time.monotonic())
         return left + self._commit_s < self._stop.seconds_left()
 
-    def _forwards(self) -> Iterator[tuple[_Forward, PendingOutput]]:
+    def _forwards(self) -> Iterator[tuple[_Forward, PendingOutput] | None]:
         """Begins every forward of every unit: the device need not wait where a unit ends."""
-        for unit in self._units:
+        for unit in self._units.polled():
+            if unit is None:
+                yield None  # the reader is slower: a unit's last forward must not wait for it
+                continue
             if self._stop.is_set():
                 continue  # this unit was only read ahead
             if self._committed(unit.number):
@@ -320,7 +333,9 @@ class Stages:
             if copies:
                 captions = captions.select(left.tolist())
             if len(left):
+                before = self.load_seconds
                 encoder = self._encoder(name)
+                unit.began += self.load_seconds - before  # no other unit will wait for that
                 for batch in resolved.batches(captions, null=unit.is_null):
                     yield name, left[batch.rows], functools.partial(encoder.submit, batch)
 

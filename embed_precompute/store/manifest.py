@@ -60,7 +60,7 @@ from embed_precompute.store.index import (
     read_manifest,
     tensor_entries,
 )
-from embed_precompute.store.plan import Plan, read_plan
+from embed_precompute.store.plan import Plan, plan_path, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
     TokenCounts,
@@ -120,7 +120,8 @@ def finalize(root: Path) -> Finalized:
             f"{error} `embed-precompute repair {root}` takes what is damaged out of the way and "
             "opens its unit again."
         ) from error
-    remove_leftovers(root, root / "index", *unit_folders(root))
+    if plan_path(root).name == plan.file_name:  # else a job may be writing an extension
+        remove_leftovers(root, root / "index", *unit_folders(root))
     num_files = num_bytes = 0
     for path in unnamed_files(root):
         with contextlib.suppress(FileNotFoundError):
@@ -176,6 +177,10 @@ def _write_derived(root: Path, plan: Plan) -> Manifest:
             stale = os.path.lexists(path) and not (path.is_file() and path.read_bytes() == payload)
         except OSError as error:
             raise StorageError(f"{path}: reading failed: {error.strerror}.") from error
+        if plan_path(root).name != plan.file_name:
+            raise IncompleteError(
+                f"{root}: another job has extended it meanwhile. Run the same command again."
+            )
         if stale:
             remove_file(path)
         for staged in derived.values():

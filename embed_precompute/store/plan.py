@@ -15,7 +15,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +31,13 @@ from embed_precompute.documents import (
     listed,
     to_plain,
 )
-from embed_precompute.errors import ConflictError, IncompleteError, InputError, VerificationError
+from embed_precompute.errors import (
+    ConflictError,
+    IncompleteError,
+    InputError,
+    StorageError,
+    VerificationError,
+)
 from embed_precompute.store.commit import publish_bytes
 from embed_precompute.store.records import (
     MAX_JSON_BYTES,
@@ -320,6 +326,22 @@ def read_plan(root: Path) -> Plan:
     return plan
 
 
+def damaged_earlier_plans(root: Path, plan: Plan) -> Iterator[Plan]:
+    """Yields the plans that `plan` extends whose files are missing or damaged.
+
+    Nothing reads these files while `plan` is in force; one who takes the extension back does.
+    """
+    for earlier in plan.extends:
+        expected = plan.as_of(earlier.plan_id)
+        assert expected is not None, "it is one of those that the plan extends"
+        try:
+            found = read_document(root / expected.file_name, Plan).plan_id
+        except (FileNotFoundError, StorageError, VerificationError):
+            found = ""
+        if found != earlier.plan_id:
+            yield expected
+
+
 def publish_plan(root: Path, plan: Plan) -> Plan:
     """Writes the plan unless it is there. Returns the plan in force, which is equal.
 
@@ -328,9 +350,8 @@ def publish_plan(root: Path, plan: Plan) -> Plan:
     """
     refuse_linked_folders(root)
     stored = stored_plan(root)
-    if stored is None:
-        _refuse_foreign_units(root, plan)
     if stored is None or (plan.extends and plan.extends[-1].plan_id == stored.plan_id):
+        _refuse_foreign_units(root, plan, stored)
         payload = document_bytes(plan)
         if len(payload) > MAX_JSON_BYTES:
             raise InputError(
@@ -350,14 +371,23 @@ def publish_plan(root: Path, plan: Plan) -> Plan:
     return stored
 
 
-def _refuse_foreign_units(root: Path, plan: Plan) -> None:
-    """Raises ConflictError if plan.json was lost and the committed units belong to another plan."""
+def _refuse_foreign_units(root: Path, plan: Plan, stored: Plan | None) -> None:
+    """Raises ConflictError if the plan file was lost and the units that it introduced, those that
+    `stored` does not have, belong to another plan."""
     units = committed_units(root)
-    if record_path(root, NULL_UNIT).exists():
+    if stored is not None:
+        units = {unit for unit in units if unit >= stored.num_units}
+    elif record_path(root, NULL_UNIT).exists():
         units.add(NULL_UNIT)
     if not units:
         return
     record = read_any_record(root, min(units))
+    if record.plan_id != plan.plan_id and stored is not None:
+        raise ConflictError(
+            f"{root} holds units of another extension ({record.plan_id[:16]}; this run's is "
+            f"{plan.plan_id[:16]}), whose plan is gone. `embed-precompute repair {root}` moves "
+            "them away; then run the same command again."
+        )
     if record.plan_id != plan.plan_id:
         raise ConflictError(
             f"{root} has no {PLAN_FILE}, and its units belong to another plan "

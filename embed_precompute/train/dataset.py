@@ -126,10 +126,30 @@ class _Folder:
                 yield raw[start:end].decode()
 
     @functools.cached_property
+    def _caption_column(self) -> tuple[str | tuple[str, ...], bool]:
+        """The plan's text_column, and whether some row has several captions."""
+        plan = read_plan(self.root)
+        return plan.inputs.text_column, plan.num_samples > plan.num_rows
+
+    @functools.cached_property
     def caption_names(self) -> Sequence[str]:
         """What follows the `#` in the ids of a row with several captions; of a list the first."""
-        column = read_plan(self.root).inputs.text_column
+        column, _ = self._caption_column
         return list(map(str, range(NAMED_CAPTIONS))) if isinstance(column, str) else column
+
+    def is_caption_of(self, row_id: str, name: str) -> bool:
+        """Whether the sample `row_id#name` of this folder is a caption of the row `row_id`.
+
+        Where a row has one caption, an id may hold a # of its own: `clip#1` is then another row
+        than `clip`.
+        """
+        column, has_lists = self._caption_column
+        if not isinstance(column, str):
+            return name in column
+        if has_lists:
+            return name.isdecimal()
+        # Lists of one caption, or no lists: the latter where a sample has the row's id.
+        return name == "0" and self.index.find(row_id) is None
 
     def damaged(self, found: object) -> VerificationError:
         return VerificationError(

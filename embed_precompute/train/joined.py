@@ -186,19 +186,20 @@ def _ids_of(videos: Any, on: str | Sequence[str | int]) -> tuple[list[str], str 
 def _captions_of(number: Mapping[str, int], embeddings: EmbeddingDataset) -> tuple[Array, Array]:
     """For video k of `number` its embeddings are samples[starts[k] : starts[k + 1]].
 
-    They are the sample with the video's id, or else all whose id is the video's, # and a name.
+    They are the sample with the video's id, or else the captions of the row with this id.
     """
     exact = np.full(len(number), -1, np.int64)
     videos, samples = array("q"), array("q")
     several, seen = len(embeddings.roots) > 1, set()
-    for i, sample_id in enumerate(embeddings.ids):
+    ids = ((folder, each) for folder in embeddings._folders for each in folder.ids())
+    for i, (folder, sample_id) in enumerate(ids):
         k = number.get(sample_id)
         if k is not None:
             exact[k] = i if exact[k] < 0 else exact[k]  # the first of several folders
             continue
-        video, mark, _ = sample_id.rpartition("#")
+        video, mark, name = sample_id.rpartition("#")
         k = number.get(video) if mark else None
-        if k is None or sample_id in seen:
+        if k is None or sample_id in seen or not folder.is_caption_of(video, name):
             continue
         if several:
             seen.add(sample_id)

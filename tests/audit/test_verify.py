@@ -33,6 +33,7 @@ from handmade import (
 )
 from jobs import dataset_bytes, execute, expect
 
+from embed_precompute.audit import shares
 from embed_precompute.audit.info import all_lines, dataset_lines, read_status
 from embed_precompute.audit.sample import sample_lines
 from embed_precompute.audit.shares import check_shares
@@ -162,6 +163,28 @@ def test_the_answer_does_not_depend_on_how_many_ask(tmp_path: Path) -> None:
     srun = execute("verify", str(root), env={"RANK": "1", "WORLD_SIZE": "2"})
     assert srun.returncode == 2
     assert "Start it by torchrun" in srun.stderr
+
+
+def test_a_rank_that_finds_no_dataset_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a node that lacks the mount: rank 0 checks that rank's units itself, and says so."""
+
+    class Board(dict[str, str]):
+        set = dict.__setitem__
+
+        def wait(self, keys: list[str], _: object) -> None:
+            assert self.keys() == set(keys)
+
+    board, root = Board(), tmp_path / "out"
+    write_dataset(root, TEXTS)
+    flip(paths_of(root, 1).shard)
+    monkeypatch.setattr(shares, "connect_store", lambda _: board)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert "rank 1 checks nothing, rank 0 does:" in expect(0, "verify", tmp_path / "absent")
+    monkeypatch.setenv("RANK", "0")
+    assert "is damaged: row" in expect(4, "verify", root)
 
 
 # --- damaged bytes --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import shutil
 import types
@@ -493,6 +494,26 @@ def test_empty_captions_and_nulls_of_a_recipe_are_noted(tmp_path: Path) -> None:
     reader = opened(write(file, {"id": ["x", "y"], "text": [["", "a"], []]})).reader()
     assert [s.status for s in reader.read(0, 2)] == [Status.OK, Status.OK, Status.EMPTY_LIST]
     assert reader.noted == {"empty captions": 1}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.csv"])
+def test_nan_is_null_to_a_recipe(tmp_path: Path, name: str) -> None:
+    """As pandas has it: no caption ends in `nan`, and the row is counted."""
+    file = tmp_path / name
+    if name == "a.parquet":
+        write(file, {"id": ["x", "y"], "text": ["a", "b"], "fps": [8.0, math.nan]})
+    elif name == "a.jsonl":
+        file.write_text('{"id":"x","text":"a","fps":8.0}\n{"id":"y","text":"b","fps":NaN}\n')
+    else:
+        file.write_text("id,text,fps\nx,a,8.0\ny,b,nan\n")
+    for recipe, texts in (
+        (OpenSoraRecipe(), ["a 8.0 FPS.", "b"]),
+        (TemplateRecipe(template="{text} {fps}"), ["a 8.0", None]),
+    ):
+        reader = opened(file, recipe=recipe).reader()
+        assert [sample.text for sample in reader.read(0, 2)] == texts
+        assert reader.noted == {"rows where fps is null": 1}
+        assert ", row 1 (" in reader.first_noted["rows where fps is null"]
 
 
 def test_a_caption_of_a_million_characters_is_none(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 from family_case import copied
 from safetensors.torch import load_file, save_file
@@ -109,6 +109,11 @@ def test_hashes_are_remembered_until_the_file_changes(
     entries = set(entry.parent.iterdir())
     assert identity(folder) == first
     assert len(set(entry.parent.iterdir()) - entries) == 1
+    content, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # as `rsync --inplace --times` does
+    os.utime(path, ns=times)  # same path, size, mtime and inode
+    assert identity(folder) != first
+    path.write_bytes(content)
     monkeypatch.setenv("EMBED_PRECOMPUTE_HOME", str(path))  # a file
     assert identity(folder) == first
 

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from jobs import dataset_bytes, edit, execute, expect, run_code, write_captions, write_job
@@ -119,6 +119,12 @@ def test_a_snapshot_of_the_hub(
     assert origin["commit"] == COMMIT
     assert origin["sha256"]["pytorch_model-0.bin"] == "f" * 64
     assert len(origin["sha256"]["pytorch_model-1.bin"]) == 64
+    edit(job, "encoders.t5", revision="main")
+    said = expect(0, "fetch", job, "--output", tmp_path / "copies")
+    words = said.split("use them with ")[1].split()
+    assert words[-2:] == ["--encoders.t5.revision", "null"]
+    expect(0, "plan", job, *words)
+    edit(job, "encoders.t5", revision=None)
     shutil.rmtree(tmp_path / "hub")
     found = fingerprint(job)
     assert "without weights" in expect(0, "plan", job, "--no-weights")
@@ -327,3 +333,37 @@ def test_the_command_alone(tmp_path: Path, tiny_t5: Path) -> None:
     done = execute("fetch", str(job))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_a_copy_that_lost_its_weights_is_made_again(
+    tmp_path: Path, tiny_clip: Path, home: Path
+) -> None:
+    captions = write_captions(tmp_path / "captions.parquet", ["a", "b"])
+    job = write_job(tmp_path, captions, None, tiny_clip)
+    expect(0, "fetch", job)
+    (folder,) = home.iterdir()
+    (folder / "model.safetensors").unlink()
+    expect(0, "plan", job)  # of the checkpoint itself
+    assert "converting" in expect(0, "fetch", job)
+    assert "already there" in expect(0, "fetch", job)
+    assert f"{captions} is no folder" in expect(2, "fetch", job, "--output", captions)
+    assert "is no folder" in expect(2, "fetch", job, "--output", captions / "below")
+
+
+def test_two_fetches_that_publish_at_once(
+    tmp_path: Path, tiny_clip: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = write_captions(tmp_path / "captions.parquet", ["a", "b"])
+    job = write_job(tmp_path, captions, None, tiny_clip)
+    rename, meanwhile = os.rename, iter([True])
+
+    def slow(source: Path, target: Path) -> None:
+        if not target.name.endswith("-old") and next(meanwhile, False):
+            expect(0, "fetch", job)  # another process is faster
+        rename(source, target)
+
+    monkeypatch.setattr(module.os, "rename", slow)
+    expect(0, "fetch", job)
+    assert len(list(home.iterdir())) == 1
+    assert "already there" in expect(0, "fetch", job)
+    expect(0, "plan", job)

@@ -46,6 +46,26 @@ def test_a_tokenizer_from_another_folder(tmp_path: Path, tiny_t5: Path) -> None:
         open_encoder("enc", T5Options(pretrained=str(bare), tokenizer=str(tmp_path / "nowhere")))
 
 
+@pytest.mark.parametrize("model", ["tiny_t5", "tiny_clip"])
+def test_two_swapped_entries_are_another_tokenizer(
+    model: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Also entries that no text of the fixed set has."""
+    folder = shutil.copytree(request.getfixturevalue(model), tmp_path / "copy")
+    same = tokenizer(folder).digest
+    assert same == tokenizer(request.getfixturevalue(model)).digest
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    vocabulary = content["model"]["vocab"]
+    if isinstance(vocabulary, list):  # of [token, score]
+        vocabulary[-2:] = vocabulary[:-3:-1]
+    else:
+        (first, one), (second, two) = sorted(vocabulary.items(), key=lambda each: each[1])[-2:]
+        vocabulary.update({first: two, second: one})
+    path.write_text(json.dumps(content))
+    assert tokenizer(folder).digest != same
+
+
 def test_unfit_slow_missing_and_damaged_tokenizers(tmp_path: Path, tiny_t5: Path) -> None:
     """A pad token is needed where pads can be attended: test_decoder has one without."""
     changes: dict[str, Any]

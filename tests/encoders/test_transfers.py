@@ -109,6 +109,14 @@ def test_the_next_is_begun_before_one_is_waited_for(
     assert seen == list(enumerate(begun_at_each))
 
 
+def test_all_are_handed_on_while_the_next_is_waited_for() -> None:
+    never = SimpleNamespace(ready=lambda: False)
+    forwards: list[Any] = [(0, never), None, (1, never), (2, never), None]
+    begun: list[Any] = []
+    seen = [(n, len(begun)) for n, _ in overlapped(begun.append(f) or f for f in forwards)]
+    assert seen == [(0, 2), (1, 4), (2, 5)]
+
+
 @pytest.fixture
 def job(tmp_path: Path, tiny_t5: Path, tiny_clip: Path, corpus: list[str]) -> Path:
     captions = write_captions(tmp_path / "captions.parquet", ["", *corpus[:60]])

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from embed_precompute.distributed import DistContext
 from embed_precompute.encoders.encoder import TextEncoder
 from embed_precompute.errors import InterruptedRunError
 from embed_precompute.job import signals
+from embed_precompute.job.progress import Progress
 from embed_precompute.job.signals import stop_on_signals
+from embed_precompute.job.stages import Stages
+from embed_precompute.job.writer import UnitWriter
 from embed_precompute.store.commit import StagedFile
 from embed_precompute.store.records import committed_units
 
@@ -158,3 +162,36 @@ def test_f19_without_standard_streams(lab: Lab) -> None:
     code, said = job.execute(("close_standard_streams", {}))
     assert code == 0, said
     job.assert_undisturbed()
+
+
+def test_f3_units_that_wait_for_the_writer_are_committed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The unit at hand does not fit the grace; three that are encoded wait for a slow disk."""
+    job = lab.job(60, per_shard=10)
+    begun: list[int] = []
+    dropped = threading.Event()
+    commit = UnitWriter.commit
+
+    def slow(self: UnitWriter) -> Any:
+        assert self._unit.is_null or dropped.wait(60)
+        return commit(self)
+
+    def encoded(_: Progress, unit: int, samples: float) -> None:
+        if unit not in begun:
+            begun.append(unit)
+            if len(begun) == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def fits(*_: object) -> bool:
+        dropped.set()
+        return False
+
+    monkeypatch.setattr(UnitWriter, "commit", slow)
+    monkeypatch.setattr(Progress, "encoded", encoded)
+    monkeypatch.setattr(Stages, "_fits_grace", fits)
+    expect(75, "run", job.path)
+    assert committed_units(job.root) == set(begun[:3])
+    monkeypatch.undo()
+    job.assert_nothing_left()
+    job.assert_resumes()

@@ -173,6 +173,44 @@ def test_an_extension_is_taken_back(job: Path, captions: Path, out: Path) -> Non
     assert "no problems" in expect(0, "verify", out)
 
 
+@pytest.mark.parametrize("damage", [None, b"{}", b""])
+def test_a_plan_that_was_extended_is_mended(
+    job: Path, captions: Path, out: Path, damage: bytes | None
+) -> None:
+    """Nothing reads it until the extension is taken back."""
+    expect(0, "run", job)
+    before = dataset_bytes(out)
+    added = write_file(captions, "a.parquet", 12, 20)
+    expect(0, "run", job, "--extend")
+    (out / "plan.json").unlink()
+    if damage is not None:
+        (out / "plan.json").write_bytes(damage)
+    assert f"{out / 'plan.json'}: found no file, or a damaged one" in expect(4, "verify", out)
+    expect(0, "repair", out)
+    assert "no problems" in expect(0, "verify", out)
+    (out / "plan-0001.json").unlink()
+    added.unlink()
+    expect(5, "repair", out)
+    expect(0, "run", job)
+    assert {name: dataset_bytes(out).get(name) for name in before} == before
+
+
+def test_units_of_an_extension_whose_plan_is_gone(job: Path, captions: Path, out: Path) -> None:
+    """They are not taken for those of another extension."""
+    expect(0, "run", job)
+    added = write_file(captions, "a.parquet", 12, 20)
+    expect(0, "run", job, "--extend")
+    (out / "plan-0001.json").unlink()
+    added.unlink()
+    write_file(captions, "d.parquet", 20, 28)
+    said = expect(3, "run", job, "--extend")
+    assert "units of another extension" in said
+    assert f"`embed-precompute repair {out}`" in said
+    expect(5, "repair", out)
+    expect(0, "run", job, "--extend")
+    assert ids(out) == [f"s{i}" for i in (*range(12), *range(20, 28))]
+
+
 def test_what_cannot_be_an_extension(job: Path, captions: Path, out: Path) -> None:
     expect(2, "run", job, "--extend", "--limit", "3")
     expect(0, "run", job)
@@ -210,3 +248,31 @@ def test_a_limited_dataset_is_not_extended(job: Path, captions: Path) -> None:
     said = expect(3, "run", job, "--extend")
     assert "limit: 3 -> None" in said
     assert "--reuse" in said
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_added_files_never_change_the_text_of_earlier_rows(
+    job: Path, captions: Path, out: Path, name: str
+) -> None:
+    """In a table of text a column has one type: beside 24.5 each 24 would become 24.0."""
+
+    def put(name: str, first: int, fps: str) -> None:
+        if name.endswith(".csv"):
+            text = "id,text,fps\n" + "".join(f"{i},x,{fps}\n" for i in range(first, first + 5))
+        else:
+            line = '{"id": %d, "text": "x", "fps": %s}\n'
+            text = "".join(line % (i, fps) for i in range(first, first + 5))
+        (captions / name).write_text(text)
+
+    for path in captions.iterdir():
+        path.unlink()
+    edit(job, "captions", recipe={"kind": "template", "template": "{text} at {fps}"})
+    put(name, 0, "24")
+    expect(0, "run", job)
+    put(f"b{name}", 5, "24.5")
+    said = expect(3, "run", job, "--extend")
+    assert "column 'fps' (captions.recipe) is double with the files that were added" in said
+    put(f"b{name}", 5, "25")
+    expect(0, "run", job, "--extend")
+    dataset = EmbeddingDataset(out)
+    assert [dataset.encoded_text(i) for i in (0, 9)] == ["x at 24", "x at 25"]

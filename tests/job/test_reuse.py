@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import xxhash
 from breaking import flip
 from handmade import paths_of, write_dataset
 from jobs import dataset_bytes, edit, expect, write_captions, write_job
 
 from embed_precompute.job import run as pipeline
+from embed_precompute.job import stages
 from embed_precompute.job.reuse import COPIED_FROM, Reuse
+from embed_precompute.job.stages import Stages
 from embed_precompute.store.index import read_manifest
 from embed_precompute.store.records import encoder_fingerprints, read_record, record_path
+from embed_precompute.store.shards import open_alone
 
 TEXTS = [f"scene {i % 17} with {'many ' * (i % 5)}people" for i in range(30)]
 
@@ -108,6 +114,47 @@ def test_what_is_damaged_is_named_and_encoded(job: Path, old: Path, tmp_path: Pa
         path.unlink()
         assert path.name in expect(0, "run", job, "--reuse", old)
         assert_as_without(job, tmp_path)
+
+
+def test_a_row_that_is_sound_but_another_is_encoded(job: Path, old: Path, tmp_path: Path) -> None:
+    """Its checksum in the shard was changed with it; the index states the right one."""
+    path = paths_of(old, 0).shard
+    reader = open_alone(path)
+    last, before = reader.num_rows - 1, path.read_bytes()
+    values = bytearray(reader.row("t5", last).numpy().tobytes())
+    assert before.endswith(values)
+    values[-1] ^= 1
+    checksums = int(reader.checksums("t5")[last]), xxhash.xxh3_64_intdigest(bytes(values))
+    was, now = (each.to_bytes(8, "little") for each in checksums)
+    path.write_bytes(before[: -len(values)].replace(was, now) + values)
+    assert open_alone(path).first_damaged() is None
+    said = expect(0, "run", job, "--reuse", old)
+    assert f"{path} is damaged: row {last} of text_t5 is not the one that its index states" in said
+    assert_as_without(job, tmp_path)
+
+
+def test_loading_an_encoder_late_is_no_part_of_a_units_time(
+    job: Path, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a stop that time decides whether a unit fits the grace."""
+    late, made, start, begin = [0.0], list[Stages](), pipeline.start, Stages.load
+
+    def slow(*arguments: Any) -> Any:
+        late[0] += 1000
+        return start(*arguments)
+
+    def load(self: Stages) -> None:
+        made.append(self)
+        begin(self)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late[0])
+    monkeypatch.setattr(stages, "time", clock)
+    monkeypatch.setattr(pipeline, "start", slow)
+    monkeypatch.setattr(Stages, "load", load)
+    write_captions(tmp_path / "captions.parquet", [*TEXTS, "another scene"])
+    expect(0, "run", job, "--reuse", old)
+    assert made[0].load_seconds >= 2000
+    assert made[0]._unit_s < 1000
 
 
 def test_failed_samples_and_other_texts_are_not_found(tmp_path: Path) -> None:

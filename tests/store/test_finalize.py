@@ -33,11 +33,12 @@ from jobs import dataset_bytes
 
 from embed_precompute.errors import IncompleteError, InputError, VerificationError
 from embed_precompute.samples import Sample, Status
+from embed_precompute.store import manifest
 from embed_precompute.store.check import check_unit
-from embed_precompute.store.commit import StagedFile, digest_file
-from embed_precompute.store.index import DatasetIndex, read_manifest
+from embed_precompute.store.commit import StagedFile, digest_file, replace_bytes
+from embed_precompute.store.index import DatasetIndex, IndexWriter, read_manifest
 from embed_precompute.store.manifest import finalize
-from embed_precompute.store.plan import read_plan
+from embed_precompute.store.plan import publish_plan, read_plan
 from embed_precompute.store.records import TokenCounts, read_null_record, read_record, record_path
 from embed_precompute.store.rows import StoredSample
 
@@ -152,6 +153,41 @@ def test_stale_root_manifest_never_stands_beside_other_files(
     assert leftovers(tmp_path) == []
     assert finalize(tmp_path).removed_files == 2
     assert DatasetIndex(tmp_path).find("n") == 7
+
+
+def test_an_extension_that_comes_while_an_older_plan_is_finalised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not undone, and the files that it is writing stay."""
+    root, temporary = tmp_path / "out", tmp_path / "out/shards/000/.tmp-shard-000003-a-1-0"
+    plan = write_units(root, TEXTS, samples_per_shard=4)
+    file = dataclasses.replace(
+        plan.inputs.files[0], path="b.parquet", content_xxh3="1" * 32, rows=1
+    )
+    later = plan.extended([file], 13)
+
+    def publish_and_write(*arguments: Any) -> None:
+        replace_bytes(*arguments)
+        publish_plan(root, later)
+        temporary.touch()
+
+    def extend(self: IndexWriter) -> Any:
+        monkeypatch.undo()
+        publish_plan(root, later)
+        write_unit(root, later, 3, samples_of(["last"], 12))
+        finalize(root)
+        return self.finish()
+
+    monkeypatch.setattr(manifest, "replace_bytes", publish_and_write)
+    assert finalize(root).manifest.plan_id == plan.plan_id
+    assert temporary.exists()
+    (root / "plan-0001.json").unlink()
+    monkeypatch.undo()
+    monkeypatch.setattr(IndexWriter, "finish", extend)
+    with pytest.raises(IncompleteError, match="extended it meanwhile"):
+        finalize(root)
+    assert len(DatasetIndex(root)) == 13
+    assert leftovers(root) == []
 
 
 # --- files that contradict one another, with digests that are right -------------------------------

@@ -20,17 +20,30 @@ from embed_precompute.errors import ConflictError, InputError
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.manifest import finalize
 
-IDS = ["v#0", "v#1", "v#2", "w", "w#0", "x#short", "x#long", "null", "7", "a#b#0", "a#b#1"]
+LISTS = [["v#0", "v#1", "v#2"], ["a#b#0", "a#b#1"]]
+COLUMNS = [["x#short", "x#long"]]
+SINGLES = [["w"], ["w#0"], ["null"], ["7"], ["null#0"], ["null#1"]]
+IDS = [sample_id for row in (*LISTS, *COLUMNS, *SINGLES) for sample_id in row]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("joined") / "out"
-    samples = [Sample(sample_id, row, f"caption {sample_id}") for row, sample_id in enumerate(IDS)]
-    samples[7] = Sample("null", 7, None, Status.NULL_TEXT, "text is null")
-    write_samples(folder, make_plan(len(IDS), len(IDS)), samples)
-    finalize(folder)
-    return folder
+def root(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three folders: of lists of captions, of two columns, and of one caption a row."""
+    folders = []
+    for rows in (LISTS, COLUMNS, SINGLES):
+        folders.append(tmp_path_factory.mktemp("joined") / "out")
+        samples = [
+            Sample(sample_id, row, f"caption {sample_id}")
+            if sample_id != "null"
+            else Sample("null", row, None, Status.NULL_TEXT, "text is null")
+            for row, ids in enumerate(rows)
+            for sample_id in ids
+        ]
+        names = ("short", "long") if rows is COLUMNS else "text"
+        plan = make_plan(len(rows), 20, len(samples), text_column=names)
+        write_samples(folders[-1], plan, samples)
+        finalize(folders[-1])
+    return folders
 
 
 class Videos(Dataset[dict[str, Any]]):
@@ -51,7 +64,7 @@ def captions(joined: JoinedDataset) -> list[str]:
     return [sample["id"] for sample in joined]
 
 
-def test_a_sample_is_the_video_and_its_embedding(root: Path) -> None:
+def test_a_sample_is_the_video_and_its_embedding(root: list[Path]) -> None:
     embeddings, videos = EmbeddingDataset(root), Videos(["7", "w", "7"])
     joined = JoinedDataset(videos, embeddings, on=videos.names)
     assert videos.loaded == 0, "no video is loaded before training"
@@ -66,7 +79,7 @@ def test_a_sample_is_the_video_and_its_embedding(root: Path) -> None:
     assert repr(joined).startswith("JoinedDataset(3 videos of Videos, 3 captions of EmbeddingData")
 
 
-def test_where_the_ids_are(root: Path) -> None:
+def test_where_the_ids_are(root: list[Path]) -> None:
     embeddings = EmbeddingDataset(root)
     dicts = [{"id": 7, "fps": 24}, {"id": "w", "fps": 25}]
     by_key = JoinedDataset(dicts, embeddings)
@@ -84,7 +97,7 @@ def test_where_the_ids_are(root: Path) -> None:
 # --- several captions -----------------------------------------------------------------------------
 
 
-def test_each_caption_has_its_turn(root: Path) -> None:
+def test_each_caption_has_its_turn(root: list[Path]) -> None:
     """As many epochs as captions give each once; `w` has a caption of exactly its id."""
     joined = JoinedDataset(["v", "x", "w", "a#b"], EmbeddingDataset(root), seed=3)
     epochs = []
@@ -99,7 +112,7 @@ def test_each_caption_has_its_turn(root: Path) -> None:
     assert captions(copy.deepcopy(joined)) == epochs[1]
 
 
-def test_the_first_turn_differs_between_videos_and_seeds(root: Path) -> None:
+def test_the_first_turn_differs_between_videos_and_seeds(root: list[Path]) -> None:
     embeddings = EmbeddingDataset(root)
     first = captions(JoinedDataset(["v"] * 300, embeddings))
     assert min(Counter(first).values()) > 60
@@ -108,7 +121,7 @@ def test_the_first_turn_differs_between_videos_and_seeds(root: Path) -> None:
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_that_stay_see_the_epoch(root: Path, context: str) -> None:
+def test_workers_that_stay_see_the_epoch(root: list[Path], context: str) -> None:
     joined = JoinedDataset(["v"] * 4, EmbeddingDataset(root))
     options: Any = {"num_workers": 1, "multiprocessing_context": context, "batch_size": 4}
     plain = DataLoader(joined, collate_fn=collate_embeddings, persistent_workers=True, **options)
@@ -125,7 +138,7 @@ def test_workers_that_stay_see_the_epoch(root: Path, context: str) -> None:
     assert len({tuple(each) for each in seen}) == 3
 
 
-def test_a_resumed_loader_has_the_same_captions(root: Path) -> None:
+def test_a_resumed_loader_has_the_same_captions(root: list[Path]) -> None:
     embeddings = EmbeddingDataset(root)
     ids = ["v", "x", "a#b"] * 4
 
@@ -146,27 +159,42 @@ def test_a_resumed_loader_has_the_same_captions(root: Path) -> None:
             other.load_state_dict(second.state_dict())
 
 
-def test_a_pickle_holds_neither_ids_nor_mapped_files(root: Path) -> None:
+def test_a_pickle_holds_neither_ids_nor_mapped_files(root: list[Path]) -> None:
     embeddings = EmbeddingDataset(root)
     sizes = [len(pickle.dumps(JoinedDataset(["v"] * n, embeddings))) for n in (10, 1010)]
     names = len(pickle.dumps(["v"] * 1010)) - len(pickle.dumps(["v"] * 10))
     assert sizes[1] - sizes[0] - names < 1000 * 33
 
 
-def test_captions_that_two_folders_have(root: Path, tmp_path: Path) -> None:
+def test_captions_that_two_folders_have(root: list[Path], tmp_path: Path) -> None:
     """As `index_of`: the first folder's."""
     write_dataset(tmp_path, ["new s0", "new s1"])
-    embeddings = EmbeddingDataset([tmp_path, root, root])
+    embeddings = EmbeddingDataset([tmp_path, *root, *root])
     joined = JoinedDataset(["s1", "v", "w"], embeddings)
-    assert [len(embeddings), int(joined._counts.sum())] == [22, 5]
-    assert joined.caption_of(2) == embeddings.index_of("w") == 5
+    assert [len(embeddings), int(joined._counts.sum())] == [26, 5]
+    assert joined.caption_of(2) == embeddings.index_of("w") == 9
+
+
+def test_a_caption_of_another_row_is_never_taken(root: list[Path], tmp_path: Path) -> None:
+    """Ids with a # of their own, where a row has one caption: `null#1` is no caption of `null`."""
+    embeddings = EmbeddingDataset(root)
+    assert captions(JoinedDataset(["null#0", "null#1"], embeddings)) == ["null#0", "null#1"]
+    with pytest.raises(InputError, match=r"'null' has no embedding: its status is null_text"):
+        JoinedDataset(["null"], embeddings)
+    samples = [Sample(sample_id, row, "text") for row, sample_id in enumerate(["u#0", "y#7"])]
+    write_samples(tmp_path, make_plan(2, 2), samples)
+    finalize(tmp_path)
+    of_one = EmbeddingDataset(tmp_path)
+    assert captions(JoinedDataset(["u"], of_one)) == ["u#0"], "a list of one caption"
+    with pytest.raises(InputError, match="sample 'y' is not in"):
+        JoinedDataset(["y"], of_one)
 
 
 # --- refused --------------------------------------------------------------------------------------
 
 
 def test_missing_ids_are_named_before_training(
-    root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    root: list[Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("embed_precompute"), "propagate", True)
     embeddings, names = EmbeddingDataset(root), ["nope", "v", "null", "7", "x#", "y", "z"]
@@ -186,7 +214,7 @@ def test_missing_ids_are_named_before_training(
         JoinedDataset(["y", ""], embeddings, on_missing="drop")
 
 
-def test_what_cannot_be_joined(root: Path) -> None:
+def test_what_cannot_be_joined(root: list[Path]) -> None:
     embeddings = EmbeddingDataset(root)
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (Videos(["w"]), {}, r"on='id' would load every Videos video for its id. Give the ids"),
@@ -202,7 +230,7 @@ def test_what_cannot_be_joined(root: Path) -> None:
             JoinedDataset(videos, embeddings, **options)
 
 
-def test_a_video_that_does_not_fit(root: Path) -> None:
+def test_a_video_that_does_not_fit(root: list[Path]) -> None:
     embeddings = EmbeddingDataset(root)
     for video, said in (
         ((1, 2), "video 0 is a tuple: expected a dict"),
