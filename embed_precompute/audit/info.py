@@ -91,8 +91,8 @@ class DatasetStatus:
             lines.append("  the null embedding is not made yet")
         if self.failed_samples:
             lines.append(
-                f"  {self.failed_samples:,} samples failed: the status column of manifest.parquet "
-                "names them (before that is there, each unit's rows part)"
+                f"  {counted(self.failed_samples, 'sample')} failed: the status column of "
+                "manifest.parquet names them (before that is there, each unit's rows part)"
             )
         if self.readable:
             lines.append(f"  it is being extended; its first {self.readable:,} samples can be read")
@@ -179,7 +179,7 @@ def dataset_lines(root: Path) -> list[str]:
     for made in manifest.environments if manifest is not None else ():
         found, names = made.environment, ("device", "torch", "transformers")
         what = ", ".join(f"{name} {found[name]}" for name in names if name in found)
-        lines.append(f"environment  {what} ({made.units:,} units)")
+        lines.append(f"environment  {what} ({counted(made.units, 'unit')})")
     lines.append(f"identity     fingerprint {plan.fingerprint[:16]}, plan {plan.plan_id[:16]}")
     return lines
 
@@ -244,5 +244,5 @@ def all_lines(root: Path) -> list[str]:
     with contextlib.suppress(FileNotFoundError):
         for made in read_manifest(root).environments:
             what = ", ".join(f"{key} {value}" for key, value in sorted(made.environment.items()))
-            lines.append(f"{made.units:,} units made with {what}")
+            lines.append(f"{counted(made.units, 'unit')} made with {what}")
     return lines

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from embed_precompute.audit.verify import verify
 from embed_precompute.errors import EmbedPrecomputeError, VerificationError
+from embed_precompute.steps import counted
 from embed_precompute.store.commit import (
     content_name,
     digest_file,
@@ -69,13 +70,17 @@ class Repaired:
 
     def lines(self) -> list[str]:
         """For a person."""
-        lines = [f"{self.root}: {len(self.moved):,} files moved to {self.root / '_quarantine'}"]
+        lines = [
+            f"{self.root}: {counted(len(self.moved), 'file')} moved to {self.root / '_quarantine'}"
+        ]
         if self.opened or self.null_opened:
             units = ", ".join(map(str, self.opened[:MAX_NAMED]))
             if len(self.opened) > MAX_NAMED:
                 units += f" and {len(self.opened) - MAX_NAMED:,} more"
             null = " and the null embedding" if self.null_opened else ""
-            lines.append(f"  open again: {len(self.opened):,} units ({units or 'none'}){null}")
+            lines.append(
+                f"  open again: {counted(len(self.opened), 'unit')} ({units or 'none'}){null}"
+            )
         if self.plan_opened:
             extend = "" if self.plan_opened == PLAN_FILE else " --extend"
             lines.append(

@@ -38,6 +38,7 @@ from embed_precompute.errors import (
     StorageError,
 )
 from embed_precompute.samples import count_failed
+from embed_precompute.steps import counted
 
 log = logging.getLogger(__name__)
 
@@ -231,8 +232,9 @@ def _summary(root: Path, manifest: Manifest, run: RunResult | None = None) -> li
 
     counts = manifest.counts
     lines = [
-        f"{root}: complete, {counts.samples:,} samples of {counts.rows:,} rows in "
-        f"{counts.units:,} shards, fingerprint {manifest.fingerprint[:16]}"
+        f"{root}: complete, {counted(counts.samples, 'sample')} of "
+        f"{counted(counts.rows, 'row')} in {counted(counts.units, 'shard')}, "
+        f"fingerprint {manifest.fingerprint[:16]}"
     ]
     status = ", ".join(f"{name} {n:,}" for name, n in counts.status.items() if n)
     lines.append(f"  status: {status}; {counts.stored:,} distinct embeddings stored")
@@ -376,8 +378,8 @@ def _finalize(arguments: Any) -> int:
         print(line)
     if done.removed_files:
         print(
-            f"  removed {done.removed_files:,} files ({done.removed_bytes:,} bytes) that no record "
-            "names"
+            f"  removed {counted(done.removed_files, 'file')} ({done.removed_bytes:,} bytes) that "
+            "no record names"
         )
     return _exit_code(done.manifest)
 

@@ -21,7 +21,7 @@ import xxhash
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.samples import Status
-from embed_precompute.steps import steps
+from embed_precompute.steps import counted, steps
 from embed_precompute.store.commit import UNLIMITED, free_space
 from embed_precompute.store.plan import Plan
 
@@ -204,14 +204,14 @@ def estimate_lines(
         names = "plan without weights: its id and fingerprint follow when the weights are there"
     lines = [
         names,
-        f"input      {len(plan.inputs.files):,} files, {plan.num_rows:,} rows, "
-        f"{plan.num_samples:,} samples",
+        f"input      {counted(len(plan.inputs.files), 'file')}, {counted(plan.num_rows, 'row')}, "
+        f"{counted(plan.num_samples, 'sample')}",
     ]
     if plan.extends:
         before = plan.extends[-1]
         lines.append(
-            f"{'':<10} {len(plan.inputs.files) - before.num_files:,} files with "
-            f"{plan.num_samples - before.num_samples:,} samples extend those before"
+            f"{'':<10} {counted(len(plan.inputs.files) - before.num_files, 'file')} more, with "
+            f"{counted(plan.num_samples - before.num_samples, 'sample')}"
         )
     all_of_them = figures.samples == plan.num_samples
     basis = "all" if all_of_them else f"{figures.samples:,} evenly spread"
@@ -283,7 +283,8 @@ def _disk_lines(plan: Plan, root: Path, total: float) -> list[str]:
     free = _size(free_bytes) if free_bytes < UNLIMITED else "an unknown amount"
     files = plan.num_units * FILES_PER_UNIT + 4
     lines = [
-        f"output     {plan.num_units:,} shards of up to {plan.samples_per_shard:,} samples, about "
+        f"output     {counted(plan.num_units, 'shard')} of up to "
+        f"{counted(plan.samples_per_shard, 'sample')}, about "
         f"{files:,} files",
         f"disk       about {_size(total)} (equal texts in a shard are stored once, which can only "
         f"make it less), {free} free at {root}",

@@ -61,6 +61,8 @@ AUTO_SHARD_BYTES = 1 << 30
 AUTO_MAX_SAMPLES = 4096
 MAX_UNITS = 1 << 31
 """The index stores a unit's number in 32 bits."""
+DERIVED = (".null_shape", ".padded_length", ".shapes")
+"""Fields of an encoder that follow from its others: a conflict names those first."""
 _Positive = Annotated[int, AtLeast(1)]
 
 
@@ -435,6 +437,7 @@ def check_same(
     """
     same = stored.fingerprint == digest_of(spec)
     lines = [] if same else differing_fields(stored.spec, spec)
+    lines.sort(key=lambda line: line.partition(":")[0].endswith(DERIVED))  # stable
     files, added = _differing_files(stored.inputs.files, inputs.files)
     lines += files
     old, new = to_plain(stored.inputs), to_plain(inputs)

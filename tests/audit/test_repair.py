@@ -52,15 +52,15 @@ def test_nothing_to_repair(root: Path, sound: dict[str, bytes]) -> None:
 
 # what is done, and what repair says
 DAMAGE = {
-    "shard": (lambda root: flip(paths_of(root, 1).shard), "1 units (1)"),
-    "shard offsets": (lambda root: flip(paths_of(root, 1).shard, 1000), "1 units (1)"),
-    "shard missing": (lambda root: paths_of(root, 1).shard.unlink(), "1 units (1)"),
-    "rows": (lambda root: flip(paths_of(root, 1).rows, 40), "1 units (1)"),
-    "record": (lambda root: flip(record_path(root, 1), 40), "1 units (1)"),
-    "record cut": (lambda root: os.truncate(record_path(root, 1), 100), "1 units (1)"),
+    "shard": (lambda root: flip(paths_of(root, 1).shard), "1 unit (1)"),
+    "shard offsets": (lambda root: flip(paths_of(root, 1).shard, 1000), "1 unit (1)"),
+    "shard missing": (lambda root: paths_of(root, 1).shard.unlink(), "1 unit (1)"),
+    "rows": (lambda root: flip(paths_of(root, 1).rows, 40), "1 unit (1)"),
+    "record": (lambda root: flip(record_path(root, 1), 40), "1 unit (1)"),
+    "record cut": (lambda root: os.truncate(record_path(root, 1), 100), "1 unit (1)"),
     "record a folder": (
         lambda root: (record_path(root, 1).unlink(), record_path(root, 1).mkdir()),
-        "1 units (1)",
+        "1 unit (1)",
     ),
     "two swapped": (
         lambda root: swap(paths_of(root, 0).shard, paths_of(root, 1).shard),
@@ -159,8 +159,8 @@ def test_failed_samples_are_made_again(
     (failed,) = [u for u in range(3) if read_record(out, u).status[Status.NON_FINITE.label]]
     expect(0, "repair", out)  # nothing is damaged
     said = expect(5, "repair", out, "--failed")
-    assert f"1 units ({failed})" in said
-    assert "1 files moved" in said  # the record: the shard is garbage, which the run removes
+    assert f"1 unit ({failed})" in said
+    assert "1 file moved" in said  # the record: the shard is garbage, which the run removes
     assert again(out)
 
 
@@ -211,7 +211,7 @@ def test_the_plan_of_another_dataset_costs_no_unit(
     shutil.copy(other / "plan.json", root / "plan.json")
     said = expect(5, "repair", root)
     assert "expected that of its records" in said
-    assert "1 files moved" in said
+    assert "1 file moved" in said
     assert not (root / "plan.json").exists()
     assert again(root)
 

@@ -114,7 +114,7 @@ def test_an_extension_that_is_not_finished(job: Path, captions: Path, out: Path)
     expect(0, "run", job)
     write_file(captions, "a.parquet", 12, 20)
     said = expect(0, "plan", job, "--extend", "--write")
-    assert "1 files with 8 samples extend those before" in said
+    assert "1 file more, with 8 samples" in said
     assert "5 shards" in said
     assert ids(out) == [f"s{i}" for i in range(12)]
     said = expect(5, "status", out)
@@ -246,7 +246,7 @@ def test_a_limited_dataset_is_not_extended(job: Path, captions: Path) -> None:
     expect(0, "run", job, "--limit", "3")
     write_file(captions, "a.parquet", 12, 20)
     said = expect(3, "run", job, "--extend")
-    assert "limit: 3 -> None" in said
+    assert "limit: 3 -> null" in said
     assert "--reuse" in said
 
 
