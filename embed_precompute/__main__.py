@@ -2,7 +2,9 @@
 
 import sys
 
-from embed_precompute.cli.main import program
-
 if __name__ == "__main__":  # a worker process imports this module too
+    try:
+        from embed_precompute.cli.main import program
+    except KeyboardInterrupt:  # the imports take a moment
+        sys.exit(75)
     sys.exit(program())

@@ -181,7 +181,7 @@ def class_by_kind(mark: ByKind, value: Any, where: str) -> Any:
     kinds = " or ".join(classes)
     if not isinstance(value, Mapping):
         raise MismatchError(
-            f"{where} is {value!r:.80}: expected a mapping with the key kind ({kinds}) and that "
+            f"{where} is {shown(value)}: expected a mapping with the key kind ({kinds}) and that "
             "kind's own keys.",
             where,
         )
@@ -190,7 +190,7 @@ def class_by_kind(mark: ByKind, value: Any, where: str) -> Any:
         raise MismatchError(f"{key} is missing: expected {kinds}.", key)
     kind = value["kind"]
     if not isinstance(kind, str) or kind not in classes:
-        raise MismatchError(f"{key} is {kind!r:.80}: {nearest_of(kind, classes)}", key)
+        raise MismatchError(f"{key} is {shown(kind)}: {nearest_of(kind, classes)}", key)
     return classes[kind]
 
 
@@ -211,6 +211,10 @@ def _union(declared: Any, choices: tuple[Any, ...], value: Any, where: str) -> A
             raise problem
         if isinstance(value, (list, tuple)) and takes_list:
             raise problem
+        mark = typing.get_args(choice)[1] if typing.get_origin(choice) is Annotated else None
+        if isinstance(mark, ByKind) and isinstance(value, str) and value in mark.classes():
+            hint = f"expected a mapping with a kind, such as '{{kind: {value}}}'."
+            raise _mismatch(value, declared, where, hint)
     raise _mismatch(value, declared, where)
 
 
@@ -226,7 +230,12 @@ def takes_mapping(declared: Any) -> bool:
 
 def _mismatch(value: Any, declared: Any, where: str, hint: str = "") -> MismatchError:
     expected = hint or f"expected {type_name(declared)}."
-    return MismatchError(f"{where or 'it'} is {value!r:.80}: {expected}", where)
+    return MismatchError(f"{where or 'it'} is {shown(value)}: {expected}", where)
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: in YAML's words, cut short."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else f"{value!r:.80}"
 
 
 def _dotted(where: str, key: Any) -> str:
@@ -289,7 +298,7 @@ def differing_fields(stored: Any, wanted: Any) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = shown(value) if value is None or isinstance(value, bool) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -93,7 +93,7 @@ def test_there_and_back() -> None:
     [
         ({"fle": FILE}, "there is no key fle: did you mean file?"),
         ({"file": {**FILE, "bytes": -1}}, "file.bytes is -1: expected a whole number of at least"),
-        ({"file": {**FILE, "bytes": True}}, "file.bytes is True: expected a whole number"),
+        ({"file": {**FILE, "bytes": True}}, "file.bytes is true: expected a whole number"),
         ({"file": {**FILE, "bytes": 1.0}}, "file.bytes is 1.0: expected"),
         ({"file": {**FILE, "sha256": "ab"}}, "file.sha256 is 'ab': expected text of the form"),
         ({"file": {**FILE, "nme": "x"}}, "there is no key file.nme: did you mean name?"),

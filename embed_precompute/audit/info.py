@@ -27,7 +27,7 @@ from embed_precompute.store.records import (
     read_record,
     record_path,
 )
-from embed_precompute.store.rows import ok_columns
+from embed_precompute.store.rows import columns_of
 
 SHARES = (0.05, 0.5, 0.95, 1.0)
 """Percentiles that info names."""
@@ -135,6 +135,21 @@ def read_status(root: Path) -> DatasetStatus:
     return DatasetStatus(root, plan, len(committed), null, samples, finalised, beyond, readable)
 
 
+def failure_line(root: Path) -> str:
+    """What failed in a finished dataset, and what helps; "" if nothing did."""
+    count = count_failed(read_manifest(root).counts.status)
+    if not count:
+        return ""
+    plan, names = read_plan(root), ("sample_id", "row", "error")
+    batches = columns_of(root, plan.tensors, names, Status.NON_FINITE)
+    ids, rows, errors = next(tuple(found.values()) for found in batches if found["row"])
+    return (
+        f"{counted(count, 'sample')} failed, first {ids[0]!r}, {plan.place(rows[0])}: {errors[0]}. "
+        f"`embed-precompute repair {root} --failed` opens their units, then the next run makes "
+        "them again; a run alone does not"
+    )
+
+
 def dataset_lines(root: Path) -> list[str]:
     """What the dataset in `root` is: what it holds, how it was made, what that cost."""
     status = read_status(root)
@@ -215,7 +230,7 @@ def _encoder_words(name: str, encoder: dict[str, Any], plan: Plan) -> str:
 def _token_words(root: Path, name: str, sums: TokenCounts, plan: Plan) -> str:
     """Tokens of an encoder: their sum, their percentiles, how many captions are truncated."""
     counts: Counter[int] = Counter()
-    for columns in ok_columns(root, plan.tensors, [f"{name}_tokens"]):
+    for columns in columns_of(root, plan.tensors, [f"{name}_tokens"]):
         counts.update(columns[f"{name}_tokens"])
     total, below, marks = counts.total(), 0, list[int]()
     for tokens, count in sorted(counts.items()):

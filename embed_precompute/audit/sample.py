@@ -58,14 +58,9 @@ def sample_lines(root: Path, sample_id: str) -> list[str]:
 
 
 def _sample_lines(root: Path, plan: Plan, record: UnitRecord, sample: StoredSample) -> list[str]:
-    first, place = 0, f"row {sample.row}, which no file of the plan has"
-    for file in plan.inputs.files:
-        if first <= sample.row < first + file.rows:
-            place = f"{file.path}, row {sample.row - first} (row {sample.row} of the dataset)"
-        first += file.rows
     lines = [
         f"id: {sample.sample_id}",
-        f"input, as named when planned: {place}",
+        f"input, as named when planned: {plan.place(sample.row)}",
         f"status: {sample.status.label}" + (f" ({sample.error})" if sample.error else ""),
         f"encoded text: {sample.text!r}" if sample.text is not None else "encoded text: none",
     ]

@@ -23,7 +23,7 @@ from typing import Literal
 
 from embed_precompute.errors import InputError
 from embed_precompute.samples import Status, count_failed
-from embed_precompute.steps import steps
+from embed_precompute.steps import counted, steps
 from embed_precompute.store.check import (
     CheckedUnit,
     Problems,
@@ -33,8 +33,8 @@ from embed_precompute.store.check import (
     describe,
     in_order,
 )
-from embed_precompute.store.commit import QUARANTINE, TEMP_PREFIX
-from embed_precompute.store.index import TABLE, index_dtypes, tensor_entries
+from embed_precompute.store.commit import TEMP_PREFIX
+from embed_precompute.store.index import index_dtypes, tensor_entries
 from embed_precompute.store.manifest import MANIFEST, DerivedCheck
 from embed_precompute.store.plan import (
     PLAN_FILE,
@@ -45,6 +45,7 @@ from embed_precompute.store.plan import (
 )
 from embed_precompute.store.records import (
     NULL_UNIT,
+    OWN_NAMES,
     PLAN_NAME,
     UnitRecord,
     committed_units,
@@ -73,6 +74,9 @@ class Report:
     notes: list[str] = field(default_factory=list)
     """Files that are not of the dataset; they do no harm."""
     finalised: bool = False
+    """There is a manifest.json."""
+    extending: bool = False
+    """That manifest.json is of the plan before an extension."""
     num_units: int = 0
     num_missing: int = 0
     """Number of units without a record."""
@@ -95,6 +99,12 @@ class Report:
     """Unit without a problem -> number of its samples whose status is ok."""
 
     @property
+    def complete(self) -> bool:
+        """Everything is committed, and manifest.json describes it."""
+        left = self.num_missing or self.null_missing
+        return self.finalised and not self.extending and not left
+
+    @property
     def null_sound(self) -> bool:
         return not self.null_missing and not self.null_rejected
 
@@ -107,15 +117,19 @@ class Report:
             f"{self.num_samples:,} samples, {state}, digests of {self.num_bytes:,} bytes"
         ]
         if self.num_missing or self.null_missing:
-            null = ", and so does the null embedding" if self.null_missing else ""
-            lines.append(f"  {self.num_missing:,} units lack a record{null}: run the job again")
+            null = ", and no null embedding" if self.null_missing else ""
+            units = counted(self.num_missing, "unit")
+            lines.append(f"  incomplete: {units} without a record{null}: run the job again")
+        elif not self.complete:
+            lines.append(f"  not finalised: run `embed-precompute finalize {self.root}`")
         if self.deep:
             lines.append(f"  {self.deep}")
         lines += [f"  note: {note}" for note in self.notes[:MAX_NOTES]]
         if len(self.notes) > MAX_NOTES:
             lines.append(f"  note: and {len(self.notes) - MAX_NOTES:,} more files like these")
         count = len(self.problems)
-        lines.append(f"  {count:,} problem{'s' * (count != 1)}" if count else "  no problems")
+        where = "" if self.complete else " in what is committed"
+        lines.append(f"  {counted(count, 'problem') if count else 'no problems'}{where}")
         if count:
             lines.append(
                 f"  `embed-precompute repair {self.root}` moves what is damaged away, and the next "
@@ -210,6 +224,7 @@ def _check_units(report: Report, plan: Plan | None, checked: Mapping[int, str]) 
         report.rejected_units.add(unit)
     report.num_missing = report.num_units - len(units)
     # An extension that is not finished leaves manifest.json as it was: it describes fewer units.
+    report.extending = derived.plan is not plan
     num_described = report.num_units if derived.plan is None else derived.plan.num_units
     described = [unit for unit in units if unit < num_described or plan is None]
     report.num_lost = num_described - len(described)
@@ -264,10 +279,8 @@ def _note_strays(report: Report, plan: Plan | None) -> None:
     """Adds a note for each file that nobody reads: temporary files, files with names that we do not
     use, shards and rows parts that no record names."""
     root = report.root
-    provenance = ("config.yaml", "run.json", "logs", QUARANTINE)
-    ours = ("null.json", MANIFEST, TABLE, "shards", "index", *provenance)
     names = index_dtypes(tensor_entries(plan.tensors)) if plan is not None else {}
-    known = {root / name for name in (*ours, *(f"index/{name}.npy" for name in names))}
+    known = {root / name for name in (*OWN_NAMES, *(f"index/{name}.npy" for name in names))}
     with report.problems.checking(root / "shards"):
         unnamed = set(unnamed_files(root))
         folders = [root, *([root / "index"] if names else []), *sorted(root.glob("shards/*"))]

@@ -426,8 +426,11 @@ def _footer_bytes(source: Source, file: Any, size: int) -> bytes:
                 f"{source} is a truncated parquet file: it starts as one, but its {size} bytes do "
                 "not end with a footer. Copy or write it again."
             )
+        unknown = (
+            "" if source.path.lower().endswith(DATA_EXTENSIONS) else "has an unknown ending and "
+        )
         raise InputError(
-            f"{source} is not a parquet file ({size} bytes, which start with {head!r}; "
+            f"{source} {unknown}is not a parquet file ({size} bytes, which start with {head!r}; "
             f"expected {MAGIC!r}). Convert it to parquet, give it its own ending (.csv, .tsv, "
             ".jsonl), or move it out of captions.path."
         )

@@ -237,7 +237,10 @@ class CaptionReader:
         """What was read and may surprise: captions that are empty, and rows where a column of the
         recipe is null."""
         self.first_noted: dict[str, str] = {}
-        """Where the first of each of them is."""
+        """Where the first of each of them is, and of the samples of each status but ok."""
+        text = row_map.files[0].text
+        self._missing = "null" if text is None or text.delimiter is None else "empty"
+        """What a caption that is not there is called: CSV has no null."""
         self._config = config
         self._map = row_map
         self._recipe = recipe
@@ -262,6 +265,10 @@ class CaptionReader:
         samples: list[Sample] = []
         for first, batch in self._cursor.batches(first_row, num_rows):
             samples.extend(self._convert(first, batch))
+        for sample in samples:
+            if sample.status is not Status.OK and sample.status.label not in self.first_noted:
+                where = f"{self._place(sample.row, sample.sample_id)}: {sample.error}"
+                self.first_noted[sample.status.label] = where
         if self._config.on_bad_text == "fail":
             for sample in samples:
                 if sample.status is not Status.OK:
@@ -318,22 +325,27 @@ class CaptionReader:
         row_values: Sequence[Any],
         column: str,
     ) -> Sample:
-        text = self._text(row, caption, row_values, column)
+        text = self._text(sample_id, row, caption, row_values, column)
         if isinstance(text, Problem):
             return Sample(sample_id, row, None, text.status, text.error)
         return Sample(sample_id, row, text)
 
     def _text(
-        self, row: int, caption: str | Problem | None, row_values: Sequence[Any], column: str
+        self,
+        sample_id: str,
+        row: int,
+        caption: str | Problem | None,
+        row_values: Sequence[Any],
+        column: str,
     ) -> str | Problem:
         if caption is None:
-            return Problem(Status.NULL_TEXT, f"column {column!r} is null")
+            return Problem(Status.NULL_TEXT, f"column {column!r} is {self._missing}")
         if isinstance(caption, Problem):
             return caption
         if self._normalize is not None:
             caption = self._normalize(caption)
         if not caption:
-            self._note("empty captions", row)
+            self._note("empty captions", self._place(row, sample_id))
             if self._config.on_bad_text == "fail":
                 return Problem(Status.INVALID_TEXT, f"column {column!r} is empty")
         text = self._recipe.render(caption, row_values)
@@ -357,10 +369,13 @@ class CaptionReader:
             nulls = pc.is_null(batch.column(name), nan_is_null=True).to_numpy(zero_copy_only=False)
             if num_nulls := int(nulls.sum()):
                 row = first + int(nulls.argmax())
-                self._note(f"rows where {name} is null", row, num_nulls)
+                self._note(f"rows where {name} is null", self._map.place(row), num_nulls)
         columns = [values(batch.column(name), name) for name in self._recipe.columns]
         return list(zip(*columns, strict=True)) if columns else [()] * len(batch)
 
-    def _note(self, what: str, row: int, count: int = 1) -> None:
+    def _place(self, row: int, sample_id: str) -> str:
+        return f"{self._map.place(row)}, sample {sample_id!r}"
+
+    def _note(self, what: str, place: str, count: int = 1) -> None:
         self.noted[what] += count
-        self.first_noted.setdefault(what, self._map.place(row))
+        self.first_noted.setdefault(what, place)

@@ -187,9 +187,12 @@ class OpenSoraRecipe(Recipe):
     fps_column: str | None = "fps"
     """The clip's frames per second; null leaves the FPS part out."""
     fps_max: int | None = 16
-    """The trainer's fps_max; null, or 999 and more, leaves the FPS part out."""
+    """The trainer's fps_max. A rate above it is divided by the least whole number that brings it to
+    fps_max or below, and rounded down (24: 25 becomes 12, 60 becomes 20); null, or 999 and more,
+    leaves the FPS part out."""
     fps_format: Literal["auto", "int", "float"] = "auto"
-    """`24 FPS` or `24.0 FPS`. auto: as pandas reads the column, where an integer one with a null
+    """`15 FPS` or `15.0 FPS`, of a rate below fps_max; any other is
+    written whole. auto: as pandas reads the column, where an integer one with a null
     anywhere is a float one."""
     motion_column: str | None = None
     """The motion score (score_vmafmotion where the trainer sets vmaf=True); null leaves it out."""

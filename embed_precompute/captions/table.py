@@ -284,9 +284,10 @@ def _id_column(config: CaptionsConfig, file: CaptionFile, names: Sequence[str]) 
         return config.id_column
     found = next((name for name in AUTO_IDS if name in names), None)
     if found is None:
+        hint = _hint(names, *AUTO_IDS, cutoff=0.9)
         raise InputError(
             f"{file.source} has none of the columns {', '.join(AUTO_IDS)} (captions.id_column "
-            f"auto). Its columns: {_listed(names)}. Name the column with the ids in "
+            f"auto).{hint} Its columns: {_listed(names)}. Name the column with the ids in "
             "captions.id_column. Null uses row numbers as ids."
         )
     return found
@@ -345,13 +346,19 @@ def _types(file: CaptionFile, schema: pa.Schema, needs: Sequence[RequiredColumn]
 
 
 def _missing(file: CaptionFile, names: Sequence[str], need: RequiredColumn) -> InputError:
-    lowered = {name.lower(): name for name in reversed(names)}
-    near = difflib.get_close_matches(need.name.lower(), lowered, n=1)
-    hint = f" Did you mean {lowered[near[0]]!r}?" if near else ""
     return InputError(
-        f"{file.source} has no column {need.name!r} ({need.setting}).{hint} Its columns: "
-        f"{_listed(names)}. Set {need.setting} to one of them.{need.advice}"
+        f"{file.source} has no column {need.name!r} ({need.setting}).{_hint(names, need.name)} Its "
+        f"columns: {_listed(names)}. Set {need.setting} to one of them.{need.advice}"
     )
+
+
+def _hint(names: Sequence[str], *wanted: str, cutoff: float = 0.6) -> str:
+    """What a message adds where none of the wanted columns is among the names."""
+    if len(names) == 1 and (found := next((c for c in ";\t|" if c in names[0]), None)):
+        return f" Its columns seem to be separated by {found!r}: write it with commas."
+    lowered = {name.lower(): name for name in reversed(names)}
+    near = [m for w in wanted for m in difflib.get_close_matches(w.lower(), lowered, 1, cutoff)]
+    return f" Did you mean {lowered[near[0]]!r}?" if near else ""
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ EXIT_HELP = """exit codes:
 torchrun flattens exit codes: ask `embed-precompute status DIR` in scripts."""
 
 
+GO_ON = "a run that was stopped goes on when the same command is run again"
 EXTEND_HELP = "append the caption files that were added, as further shards"
 
 
@@ -52,19 +53,34 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = command_parser()
     (commands,) = (a.choices for a in parser._actions if isinstance(a.choices, dict))
     if words and not words[0].startswith("-") and words[0] not in commands:
-        parser.error(f"there is no command {words[0]!r}: {nearest_of(words[0], commands)[:-1]}")
-    arguments, overrides = parser.parse_known_args(words)
-    own = commands[arguments.command]
+        meant = GO_ON if words[0] == "resume" else nearest_of(words[0], commands)[:-1]
+        parser.error(f"there is no command {words[0]!r}: {meant}")
+    own = commands.get(words[0], parser) if words else parser
     options = [name for name in own._option_string_actions if name.startswith("--")]
+    hyphens = {word: word.replace("_", "-") for word in words if word.startswith("--")}
+    words = [hyphens[word] if hyphens.get(word) in options else word for word in words]
+    arguments, overrides = parser.parse_known_args(words)
     for option in (word.partition("=")[0] for word in overrides):
         if hasattr(arguments, "config"):
             is_key = "." in option or option[2:].replace("-", "_") in SECTIONS
             if is_key or not option.startswith("--"):  # a key of the configuration, or its value
                 continue
         elif not option.startswith("-"):
-            own.error(f"unexpected argument {option!r}")
-        own.error(f"there is no option {option}: {nearest_of(option, options)[:-1]}")
+            hint = f": for one sample give --id {option}" if arguments.command == "info" else ""
+            own.error(f"unexpected argument {option!r}{hint}")
+        meant = GO_ON if option == "--resume" else nearest_of(option, options)[:-1]
+        if hasattr(arguments, "config") and (keys := _keys_named(option[2:])):
+            meant = f"it is a key of the CONFIG, {' or '.join(keys)}; --help-config lists all"
+        own.error(f"there is no option {option}: {meant}")
     return arguments, overrides
+
+
+def _keys_named(name: str) -> list[str]:
+    """The options of the configuration's keys that end in `name`."""
+    from embed_precompute.config.keys import key_groups
+
+    keys = dict.fromkeys(key.name for group in key_groups() for key in group.keys)
+    return [f"--{key}" for key in keys if key.endswith(f".{name.replace('-', '_')}")]
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -206,7 +222,11 @@ def _add_export(commands: Any) -> None:
     parser = _folder_command(commands, "export", "write a dataset for another program")
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, or one to go on with")
     parser.add_argument(
-        "--format", choices=("opensora",), required=True, help="Open-Sora v2's cached text"
+        "--format",
+        type=str.lower,
+        choices=("opensora",),
+        default="opensora",
+        help="Open-Sora v2's cached text (default: %(default)s)",
     )
     parser.add_argument("--captions", metavar="PATH", help="the caption table, if it has moved")
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")

@@ -38,11 +38,13 @@ from embed_precompute.errors import (
     StorageError,
 )
 from embed_precompute.samples import count_failed
+from embed_precompute.steps import counted
 
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from embed_precompute.config.schema import Config
+    from embed_precompute.job.run import RunResult
     from embed_precompute.store.index import Manifest
 
 IO_ERRORS = frozenset(
@@ -82,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from embed_precompute.config.files import load_config, to_yaml
 
             config = load_config(arguments.config, overrides)
+            if command is _fetch and any(w.startswith("--output.path") for w in overrides):
+                log.warning(
+                    "--output.path is where run writes. fetch writes to the cache folder, or with "
+                    "--output FOLDER to that one."
+                )
             if arguments.print_config:
                 print(to_yaml(config), end="")
                 return EXIT_COMPLETE
@@ -90,7 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EmbedPrecomputeError as error:
         words = [getattr(arguments, "config", "CONFIG"), *overrides]
         message = str(error).replace("fetch CONFIG", f"fetch {shlex.join(words)}")
-        _say(f"error: {message}", trace=not isinstance(error, InterruptedRunError))
+        if isinstance(error, InterruptedRunError):  # as the person wanted
+            _say(message)
+        else:
+            _say(f"error: {message}", trace=True)
         return error.exit_code
     except KeyboardInterrupt:
         _say("interrupted")
@@ -207,8 +217,7 @@ def _run(config: Config, arguments: Any) -> int:
     )
     if result.manifest is None:
         return EXIT_COMPLETE  # a peer finalises, and says so
-    copies = [f"  {what}: {count:,}" for what, count in result.copies.items()]
-    for line in [*_summary(result.root, result.manifest), *copies]:
+    for line in _summary(result.root, result.manifest, result):
         log.info("%s", line, extra=FILE_ONLY)
         # Without torchrun's store every rank finalises.
         if dist.is_main or dist.store_host is not None:
@@ -216,24 +225,31 @@ def _run(config: Config, arguments: Any) -> int:
     return _exit_code(result.manifest)
 
 
-def _summary(root: Path, manifest: Manifest) -> list[str]:
-    """What all ranks of all runs made."""
+def _summary(root: Path, manifest: Manifest, run: RunResult | None = None) -> list[str]:
+    """What all ranks of all runs made, and last what failed; `run`: the one that ends now."""
+    from embed_precompute.audit.info import failure_line
     from embed_precompute.job.metrics import read_effort
 
     counts = manifest.counts
     lines = [
-        f"{root}: complete, {counts.samples:,} samples of {counts.rows:,} rows in "
-        f"{counts.units:,} shards, fingerprint {manifest.fingerprint[:16]}"
+        f"{root}: complete, {counted(counts.samples, 'sample')} of "
+        f"{counted(counts.rows, 'row')} in {counted(counts.units, 'shard')}, "
+        f"fingerprint {manifest.fingerprint[:16]}"
     ]
     status = ", ".join(f"{name} {n:,}" for name, n in counts.status.items() if n)
     lines.append(f"  status: {status}; {counts.stored:,} distinct embeddings stored")
     lines += [f"  {what}: {n:,}" for what, n in sorted(counts.noted.items())]
     for name, sums in counts.encoders.items():
         lines.append(f"  {name}: {sums.tokens:,} tokens, {sums.truncated:,} captions truncated")
-    if effort := read_effort(root):
+    if run is not None and run.was_complete:
+        lines.insert(0, f"{root}: nothing to do")
+    elif effort := read_effort(root):
         lines.append(f"  {effort.line()}")
     if len(manifest.environments) > 1:
         lines.append(f"  made in {len(manifest.environments)} environments, see manifest.json")
+    lines += [f"  {what}: {n:,}" for what, n in (run.copies if run is not None else {}).items()]
+    if failed := failure_line(root):
+        lines.append(f"  {failed}")
     return lines
 
 
@@ -342,7 +358,9 @@ def _verify(arguments: Any) -> int:
     for problem in report.problems:
         print(problem)
     print(report.summary())
-    return EXIT_VERIFICATION if report.problems else EXIT_COMPLETE
+    if report.problems:
+        return EXIT_VERIFICATION
+    return EXIT_COMPLETE if report.complete else EXIT_INCOMPLETE
 
 
 def _repair(arguments: Any) -> int:
@@ -362,8 +380,8 @@ def _finalize(arguments: Any) -> int:
         print(line)
     if done.removed_files:
         print(
-            f"  removed {done.removed_files:,} files ({done.removed_bytes:,} bytes) that no record "
-            "names"
+            f"  removed {counted(done.removed_files, 'file')} ({done.removed_bytes:,} bytes) that "
+            "no record names"
         )
     return _exit_code(done.manifest)
 

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import os
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ from embed_precompute.documents import (
     to_plain,
 )
 from embed_precompute.errors import InputError
+
+TABLE_ENDINGS = (".parquet", ".pq", ".parq", ".csv", ".tsv", ".jsonl")
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -52,7 +55,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         if complaint.startswith("there is no key"):  # no flag can mend that
             raise InputError(f"{path}: {complaint}") from None
         keys = [key for key, _ in given]
-        blamed = [error.key] if error.key in keys else [k for k in keys if _concerns(error.key, k)]
+        blamed = [error.key] if error.key in keys else [k for k in keys if _concerns(error, k)]
         if not blamed or str(error) == complaint:
             raise InputError(f"{path}: {error}") from None
         if len(blamed) == 1 and str(error).startswith(blamed[0]):
@@ -76,8 +79,12 @@ def _changed(in_file: dict[str, Any], given: Sequence[tuple[str, str]]) -> Confi
     return from_plain(Config, plain)
 
 
-def _concerns(wrong: str, given: str) -> bool:
-    """Whether the wrong key lies below the given one, or is a mapping that holds it."""
+def _concerns(error: MismatchError, given: str) -> bool:
+    """Whether the wrong key lies below the given one, or is a mapping that holds it, or lies beside
+    it in a message that names both."""
+    wrong, (owner, _, last) = error.key, given.rpartition(".")
+    if owner == wrong.rpartition(".")[0] and last in re.findall(r"\w+", str(error)):
+        return True
     mapping = given.removesuffix(".kind")  # a kind decides which keys its mapping may have
     below = wrong.startswith((f"{mapping}.", f"{mapping}["))
     return wrong == "" or below or given.startswith(f"{wrong}.")
@@ -89,10 +96,23 @@ def to_yaml(config: Config) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    expected = f"expected a YAML file with the keys {', '.join(field_types(Config))}"
+    if path.suffix.lower() in TABLE_ENDINGS:
+        raise InputError(
+            f"{path} is a caption table: {expected}, such as configs/opensora_v2.yaml, and the "
+            f"table as --captions.path {path}."
+        )
+    if path.is_dir():
+        inside = path / "config.yaml"
+        meant = f" Did you mean {inside}?" if inside.is_file() else ""
+        raise InputError(f"{path} is a folder: {expected}.{meant}")
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read the configuration {path}: {error.strerror}.") from None
+        hint = ""
+        if path.suffix not in (".yaml", ".yml"):
+            hint = f" E{expected[1:]}; it names the models (encoders.NAME.pretrained)."
+        raise InputError(f"cannot read the configuration {path}: {error.strerror}.{hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):

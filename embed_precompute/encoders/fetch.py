@@ -56,6 +56,7 @@ from embed_precompute.encoders.weights import (
     target_code,
 )
 from embed_precompute.errors import InputError, StorageError, one_line
+from embed_precompute.store.records import refuse_file
 
 ALIGNMENT = 64
 """A weight begins at a multiple of this in the file, so that it can stay mapped (see `loading`)."""
@@ -69,6 +70,8 @@ def fetch(encoders: Mapping[str, EncoderConfig], output: Path | None = None) -> 
     The copy of encoder NAME goes to `output`/NAME, or where `run` and `plan` look for it. Raises
     InputError: no such checkpoint, damaged or not the encoder's; StorageError: too little space.
     """
+    if output is not None:
+        refuse_file(output, "--output")
     for name, options in sorted(encoders.items()):
         origin = origin_of(options.pretrained, options.revision, options.kind, options.dtype)
         target = fetched_folder(origin) if output is None else output / name

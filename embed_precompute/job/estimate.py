@@ -85,7 +85,7 @@ class Figures:
     noted: Counter[str] = field(default_factory=Counter)
     """Counts of unusual input: empty captions, rows where a column of the recipe is null."""
     first_noted: dict[str, str] = field(default_factory=dict)
-    """Where the first of each of them is."""
+    """Where the first of each of them is, and of the samples of each status but ok."""
     encoders: dict[str, TokenFigures] = field(default_factory=dict)
     copied: Counter[str] = field(default_factory=Counter)
     """Captions that another dataset has, by encoder."""
@@ -228,22 +228,23 @@ def estimate_lines(
         names = "plan without weights: its id and fingerprint follow when the weights are there"
     lines = [
         names,
-        f"input      {len(plan.inputs.files):,} files, {plan.num_rows:,} rows, "
-        f"{plan.num_samples:,} samples",
+        f"input      {counted(len(plan.inputs.files), 'file')}, {counted(plan.num_rows, 'row')}, "
+        f"{counted(plan.num_samples, 'sample')}",
     ]
     if plan.extends:
         before = plan.extends[-1]
         lines.append(
-            f"{'':<10} {len(plan.inputs.files) - before.num_files:,} files with "
-            f"{plan.num_samples - before.num_samples:,} samples extend those before"
+            f"{'':<10} {counted(len(plan.inputs.files) - before.num_files, 'file')} more, with "
+            f"{counted(plan.num_samples - before.num_samples, 'sample')}"
         )
     all_of_them = figures.samples == plan.num_samples
     basis = "all" if all_of_them else f"{figures.samples:,} evenly spread"
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(figures.status.items()))
     duplicates = figures.encoded - figures.distinct
     lines.append(f"captions   of {basis} samples: {status}; {duplicates:,} repeat an earlier text")
-    for what, count in sorted(figures.noted.items()):
-        lines.append(f"{'':<10} {what}: {count:,}, such as {figures.first_noted[what]}")
+    for what, count in sorted((figures.noted + figures.status).items()):
+        if what in figures.first_noted:  # not ok
+            lines.append(f"{'':<10} {what}: {count:,}, such as {figures.first_noted[what]}")
     lines += example_lines(figures)
     for encoder in sampled.encoders:
         lines += _encoder_lines(encoder, figures)

@@ -47,6 +47,7 @@ from embed_precompute.store.plan import (
     publish_plan,
     stored_plan,
 )
+from embed_precompute.store.records import refuse_file, refuse_foreign_folder
 
 log = logging.getLogger(__name__)
 PLAN_POLL_S = 0.2
@@ -103,10 +104,17 @@ def prepare(
     refuse_output_inside(config.captions.path, root)
     columns = [options.integer_column for options in config.encoders.values()]
     table = CaptionTable.open(config.captions, [name for name in columns if name is not None])
-    opened = [
-        open_encoder(name, config.encoders[name], with_weights=with_weights)
-        for name in sorted(config.encoders)
-    ]
+    opened, mistakes = [], dict[str, InputError]()
+    for name, options in config.encoders.items():
+        try:
+            opened.append(open_encoder(name, options, with_weights=with_weights))
+        except InputError as error:
+            mistakes[name] = error
+    if mistakes:
+        first, *others = mistakes
+        also = f"{', '.join([first, *others])} cannot be opened. The first: " if others else ""
+        raise InputError(f"{also}{mistakes[first]}") from mistakes[first]
+    opened.sort(key=lambda each: each.name)
     inputs = _inputs(table, limit)
     stored = stored_plan(root) if with_weights else None
     if not dist.is_main:
@@ -155,10 +163,10 @@ def prepare(
 
 
 def output_folder(config: Config) -> Path:
-    """The dataset's folder. Raises InputError if the path exists and is not a folder."""
+    """The dataset's folder. InputError where a file, or other things, are."""
     root = Path(os.path.expanduser(config.output.path))
-    if os.path.lexists(root) and not root.is_dir():
-        raise InputError(f"output.path {root} is not a folder: choose another, or move it away.")
+    refuse_file(root, "output.path")
+    refuse_foreign_folder(root)
     return root
 
 

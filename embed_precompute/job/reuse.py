@@ -43,7 +43,7 @@ from embed_precompute.store.records import (
     read_record,
     stored_tensors,
 )
-from embed_precompute.store.rows import iter_batches, ok_columns, text_sha256
+from embed_precompute.store.rows import columns_of, iter_batches, text_sha256
 from embed_precompute.store.shards import ShardReader
 
 log = logging.getLogger(__name__)
@@ -303,7 +303,7 @@ class _Dataset:
     @functools.cached_property
     def _texts(self) -> tuple[np.ndarray, np.ndarray]:
         """64 bits of each text's sha256, ascending, and the first sample that has the text."""
-        parts = ok_columns(self.root, self._tensors, ["text_sha256"])
+        parts = columns_of(self.root, self._tensors, ["text_sha256"])
         digests = (digest for part in parts for digest in part["text_sha256"])
         every, samples = np.fromiter(map(_hash, digests), np.uint64), self._index.ok
         in_range = (samples >= 0) & (samples < len(self._index))

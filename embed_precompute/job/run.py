@@ -47,6 +47,8 @@ class RunResult:
     root: Path
     manifest: Manifest | None
     """The content of manifest.json; None when a peer finalises the dataset."""
+    was_complete: bool = False
+    """Every unit was committed before this run."""
     units: int = 0
     samples: int = 0
     seconds: float = 0.0
@@ -99,9 +101,10 @@ def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
         write_provenance(prepared, current)
     store = connect_store(dist)
     claims = Claims(dist, plan.plan_id, plan.num_units, committed, store, committed.refresh)
-    result = RunResult(root, None)
+    result = RunResult(root, None, was_complete=committed.everything())
+    stop.kept = committed.units > 0
     started = time.monotonic()
-    if not committed.everything():
+    if not result.was_complete:
         encoders = {each.name: each for each in prepared.encoders}
         progress = Progress(prepared, device)
         stages = Stages(

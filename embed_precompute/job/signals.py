@@ -48,6 +48,8 @@ class StopRequest:
         self._finishing = False
         self._broken_off = False
         self.reason = ""
+        self.kept = False
+        """Some unit is committed, which stays."""
 
     def is_set(self) -> bool:
         return self._asked.is_set()
@@ -104,8 +106,9 @@ class StopRequest:
             raise _Stopped
 
     def error(self) -> InterruptedRunError:
+        kept = "; committed shards stay" if self.kept else ""
         return InterruptedRunError(
-            f"stopped ({self.reason}); committed shards stay. Run the same command again to go on."
+            f"stopped ({self.reason}){kept}. Run the same command again to go on."
         )
 
 

@@ -403,6 +403,7 @@ class Stages:
             record = writer.commit()
             if not unit.is_null:
                 self._commit_s = 1.5 * (time.monotonic() - began)
+                self._stop.kept = True
         self.units += 1
         self.samples += 0 if unit.is_null else len(unit.samples)
         self._unit_log.add(

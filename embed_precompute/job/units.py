@@ -67,14 +67,14 @@ def read_unit(
 
     `reuse`: the datasets that have some of its embeddings.
     """
-    before = Counter(reader.noted)
+    before, named = Counter(reader.noted), set(reader.first_noted)
     if number == NULL_UNIT:
         first_row, num_rows, samples = 0, 0, [Sample("", 0, "")]
     else:
         first_row, num_rows = plan.unit_rows(number)
         samples = reader.read(first_row, num_rows)
     noted = dict(reader.noted - before)
-    for what in sorted(noted.keys() - before.keys()):  # later ones are counted only
+    for what in sorted(reader.first_noted.keys() - named):  # later ones are counted only
         log.info("%s: the first of the %s that this rank reads", reader.first_noted[what], what)
     row_of: dict[str, int] = {}
     stored_row = [

@@ -46,6 +46,7 @@ from embed_precompute.store.records import (
     FORMAT_VERSION,
     document_bytes,
     read_json,
+    refuse_file,
     require_folder,
 )
 from embed_precompute.train.dataset import EmbeddingDataset
@@ -186,6 +187,7 @@ class Export:
         out, path = self.out, self.out / SOURCE_FILE
         if out == self.root or self.root in out.parents or out in self.root.parents:
             raise InputError(f"{out} and the dataset {self.root} lie in one another: choose apart.")
+        refuse_file(out, "OUT")
         if out.is_dir() and not path.exists():
             others = [name for name in os.listdir(out) if not name.startswith(".tmp-")]
             if others:

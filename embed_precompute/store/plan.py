@@ -61,6 +61,8 @@ AUTO_SHARD_BYTES = 1 << 30
 AUTO_MAX_SAMPLES = 4096
 MAX_UNITS = 1 << 31
 """The index stores a unit's number in 32 bits."""
+DERIVED = (".null_shape", ".padded_length", ".shapes")
+"""Fields of an encoder that follow from its others: a conflict names those first."""
 _Positive = Annotated[int, AtLeast(1)]
 
 
@@ -238,6 +240,15 @@ class Plan(Document):
         part = self._part_of(unit)
         first = part.first_row + (unit - part.first_unit) * self.rows_per_unit
         return first, min(self.rows_per_unit, part.end_row - first)
+
+    def place(self, row: int) -> str:
+        """How messages name an input row: its file, and the row within it."""
+        first = 0
+        for file in self.inputs.files:
+            if first <= row < first + file.rows:
+                return f"{file.path}, row {row - first} (row {row} of the dataset)"
+            first += file.rows
+        return f"row {row}, which no file of the plan has"
 
     def plan_id_of(self, unit: int) -> str:
         """The plan that the record of `unit` names; the first one for the null embedding."""
@@ -426,6 +437,7 @@ def check_same(
     """
     same = stored.fingerprint == digest_of(spec)
     lines = [] if same else differing_fields(stored.spec, spec)
+    lines.sort(key=lambda line: line.partition(":")[0].endswith(DERIVED))  # stable
     files, added = _differing_files(stored.inputs.files, inputs.files)
     lines += files
     old, new = to_plain(stored.inputs), to_plain(inputs)

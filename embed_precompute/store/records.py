@@ -49,6 +49,10 @@ RESERVED_ENDINGS = ("_offsets", "_xxh3", "_length", "_mask", "_tokens", "_trunca
 tensor may have a name that ends in one."""
 PLAN_NAME = re.compile(r"plan(?:-(?P<number>[0-9]{4,9}))?\.json")
 """The name of a plan: plan.json, and for each extension its number, from 1 on."""
+OWN_NAMES = frozenset(("null.json", "manifest.json", "manifest.parquet", "shards", "index")) | {
+    *("config.yaml", "run.json", "logs", QUARANTINE)
+}
+"""What a dataset's folder holds beside its plans and the null embedding."""
 SHARD, ROWS, RECORD = ".safetensors", ".rows.parquet", ".json"
 
 _FOLDER_NAME = re.compile(r"[0-9]{3,15}")
@@ -414,6 +418,37 @@ def refuse_linked_folders(root: Path) -> None:
 def require_folder(root: Path) -> None:
     """Raises InputError if `root` does not exist or is not a folder."""
     require(root.is_dir(), f"{root} is not a folder. Expected the output.path of a run.")
+
+
+def refuse_file(folder: Path, key: str) -> None:
+    """Raises InputError if a file is where a folder, or one above it, is to be; `key` named it."""
+    found = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    # Without permission os.path.isdir returns False; Path.is_dir() may raise.
+    require(
+        os.path.isdir(found),
+        f"{key} {folder}: {found} is not a folder. Choose another, or move it away.",
+    )
+
+
+def refuse_foreign_folder(root: Path) -> None:
+    """Raises InputError if `root` is a folder of other things: a dataset is not strewn among them.
+    What a killed run leaves, and hidden files, are no other things."""
+    names = list_folder(root)
+    if "null.json" in names or any(map(PLAN_NAME.fullmatch, names)):
+        return
+    ours = {*OWN_NAMES, "lost+found"}
+    others = [
+        name
+        for name in names
+        if name not in ours and not name.startswith(".") and not _FILE_NAME.fullmatch(name)
+    ]
+    if others:
+        more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
+        raise InputError(
+            f"output.path {root} holds no dataset, but {', '.join(others[:3])}{more}: expected a "
+            "new or an empty folder. Choose another, such as "
+            f"{root / 'embeddings'}."
+        )
 
 
 # --- reading them ---------------------------------------------------------------------------------

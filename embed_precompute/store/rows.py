@@ -268,10 +268,11 @@ def read_samples(
             )
 
 
-def ok_columns(
-    root: Path, tensors: Tensors, names: Sequence[str]
+def columns_of(
+    root: Path, tensors: Tensors, names: Sequence[str], status: Status = Status.OK
 ) -> Iterator[dict[str, list[Any]]]:
-    """Columns of manifest.parquet for the samples whose status is ok, READ_ROWS rows at a time."""
+    """Columns of manifest.parquet for the samples whose status is ok, or is another one that is
+    given, READ_ROWS rows at a time."""
     path, schema = root / "manifest.parquet", rows_schema(tensors, text=False)
     if absent := sorted(set(names) - set(schema.names)):
         raise InputError(f"{path} has no columns {absent}: it has {', '.join(schema.names)}.")
@@ -279,8 +280,8 @@ def ok_columns(
         with open_parquet(path, pa.OSFile(str(path)), schema, None) as file:
             columns = ["status", *names]
             for batch in file.iter_batches(READ_ROWS, columns=columns, use_threads=False):
-                ok = pc.equal(batch.column("status"), Status.OK.label)
-                yield {name: batch.column(name).filter(ok).to_pylist() for name in names}
+                chosen = pc.equal(batch.column("status"), status.label)
+                yield {name: batch.column(name).filter(chosen).to_pylist() for name in names}
     except (pa.ArrowException, OSError, ValueError) as error:
         raise VerificationError(
             f"{path} is damaged: {error}. `embed-precompute finalize {root}` makes it again."

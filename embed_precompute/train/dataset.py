@@ -395,11 +395,11 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
 
         Gives parts of some thousand samples, one after another. Imports pyarrow.
         """
-        from embed_precompute.store.rows import ok_columns
+        from embed_precompute.store.rows import columns_of
 
         for folder in self._folders:
             left = folder.num_ok
-            for part in ok_columns(folder.root, folder.tensors, names):
+            for part in columns_of(folder.root, folder.tensors, names):
                 left -= len(part[names[0]])
                 yield part
             if left:

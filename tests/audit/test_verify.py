@@ -97,15 +97,17 @@ def test_captions_in_lists(tmp_path: Path) -> None:
 
 def test_unfinished_dataset(tmp_path: Path) -> None:
     write_units(tmp_path, TEXTS)
-    assert "not finalised" in verify(tmp_path).summary()
+    said = expect(5, "verify", tmp_path)  # as `status`
+    assert f"run `embed-precompute finalize {tmp_path}`\n  no problems in what is c" in said
     record_path(tmp_path, 1).unlink()
     (tmp_path / "null.json").unlink()
     report = verify(tmp_path)
     assert (report.problems, report.notes, report.num_missing) == ([], [], 1)
-    assert "1 units lack a record, and so does the null embedding" in report.summary()
+    assert "incomplete: 1 unit without a record, and no null embedding" in report.summary()
+    expect(5, "verify", tmp_path)
     path = paths_of(tmp_path, 2).shard
     flip(path)
-    assert f"`embed-precompute repair {tmp_path}` moves" in verify(tmp_path).summary()
+    assert f"`embed-precompute repair {tmp_path}` moves" in expect(4, "verify", tmp_path)
     assert f"{path} is damaged: row" in problems(tmp_path)[0]
     record_path(tmp_path, 0).write_bytes(b"{}")
     (tmp_path / "plan.json").unlink()  # then each unit is judged by its own record

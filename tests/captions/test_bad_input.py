@@ -352,7 +352,7 @@ def test_the_plan_counts_what_may_surprise(tmp_path: Path, tiny_clip: Path) -> N
     assert code == 0
     assert "ok 4; 0 repeat an earlier text\n" in said
     place = f"such as {tmp_path / 'a.parquet'}, row 1 "
-    assert f"empty captions: 2, {place}" in said
+    assert f"empty captions: 2, {place}(the first is row 0), sample '1'" in said
     assert f"rows where fps is null: 2, {place}" in said
     words = ("--captions.recipe.kind", "opensora", "--output.samples_per_shard", "1")
     code, summary, log = call("run", str(job), *words)
@@ -361,3 +361,23 @@ def test_the_plan_counts_what_may_surprise(tmp_path: Path, tiny_clip: Path) -> N
     assert f"{tmp_path / 'a.parquet'}, row " in log
     assert log.count("the first of the empty captions that this rank reads") == 1
     assert "\nnoted        empty captions: 2\n" in expect(0, "info", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("ending", "what"), [("csv", "empty"), ("parquet", "null")])
+def test_a_caption_that_is_missing_is_named(
+    tmp_path: Path, tiny_clip: Path, ending: str, what: str
+) -> None:
+    """CSV has no null: the field was empty."""
+    file = tmp_path / f"a.{ending}"
+    if ending == "csv":
+        file.write_text('id,text\na,x\nb,""\nc,\n')
+    else:
+        write(file, {"id": ["a", "b", "c"], "text": ["x", None, None]})
+    job = write_job(tmp_path, file, None, tiny_clip)
+    place = f"{file}, row 1 (the first is row 0), sample 'b': column 'text' is {what}"
+    assert f"null_text: 2, such as {place}\n" in expect(0, "plan", job)
+    log = expect(0, "run", job)
+    assert log.count(f"{place}: the first of the null_text that this rank reads") == 1
+    assert f"status: null_text (column 'text' is {what})" in expect(
+        *(0, "info", tmp_path / "out", "--id", "c")
+    )

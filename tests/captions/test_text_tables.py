@@ -49,7 +49,7 @@ HARD = (
 HARD_SAMPLES = [
     Sample("a.mp4", 0, 'a dog, a "cat"\nand a\r\nbird 24 FPS.'),
     Sample("007", 1, "naïve ☕ 犬 12 FPS."),
-    Sample("c.mp4", 2, None, NULL, "column 'text' is null"),
+    Sample("c.mp4", 2, None, NULL, "column 'text' is empty"),
     Sample("d.mp4", 3, "None 15 FPS."),
 ]
 
@@ -277,6 +277,22 @@ def test_bytes_that_change_after_open_are_a_conflict(tmp_path: Path) -> None:
     put(file, "id,text\na,one\nb,two\nc,three\n")
     with pytest.raises(ConflictError, match=r"a\.csv changed since it was planned: 28 bytes now"):
         table.reader().read(0, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "id;text\n1;x\n", "Its columns seem to be separated by ';'"),
+        ("a.csv", "Path,text\n1,x\n", "Did you mean 'Path'?"),
+        ("a.csv", "id,Text\n1,x\n", "Did you mean 'Text'?"),
+        ("a.txt", "id,text\n1,x\n", "a.txt has an unknown ending and is not a parquet file"),
+    ],
+)
+def test_nearly_a_table(tmp_path: Path, name: str, content: str, said: str) -> None:
+    put(tmp_path / name, content.encode())
+    with pytest.raises(InputError) as raised:
+        opened(tmp_path / name)
+    assert said in str(raised.value)
 
 
 def test_a_name_says_the_format(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from jobs import call
 
-from embed_precompute.captions.recipes import OpenSoraRecipe, PlainRecipe, TemplateRecipe
+from embed_precompute.captions.recipes import OpenSoraRecipe, PlainRecipe, TemplateRecipe, as_one
 from embed_precompute.cli.main import main
 from embed_precompute.config import keys
 from embed_precompute.config.files import load_config, to_yaml
@@ -121,7 +122,10 @@ def test_yaml_round_trip(yaml_file: Path, tmp_path: Path) -> None:
         ("--encoders {t5_xxh3: {kind: t5, pretrained: x}}", "Choose another name"),
         ("--captions.path ", "--captions.path is empty: expected a file"),
         ("--captions.recipe.fps_max 8", "--captions.recipe.fps_max: captions.recipe.kind is miss"),
-        ("--captions.recipe opensora", "--captions.recipe is 'opensora': expected a mapping with"),
+        ("--captions.recipe none", "is 'none': expected a mapping with a kind, such as '{kind: n"),
+        ("--captions.recipe x", "--captions.recipe is 'x': expected a mapping with a kind or a l"),
+        ("--encoders.t5.max_length null", "max_length is null: expected a whole number"),
+        ("--encoders.t5.max_length true", "max_length is true: expected a whole number"),
         ("--captions.recipe [{kind: opensora, fps_mx: 1}]", "key captions.recipe[0].fps_mx: did"),
         ("--captions.recipe {kind: opensora, fps_max: 0}", "--captions.recipe.fps_max is 0: expec"),
         ("--captions.recipe []", "--captions.recipe is an empty list"),
@@ -176,13 +180,33 @@ def test_a_mistake_of_both_together_names_what_was_given(yaml_file: Path) -> Non
     words = ["--encoders.clip.max_length", "20", "--output.path", "x"]
     said = mistake(yaml_file, *words)
     assert said.startswith("--encoders.clip.max_length is 20, and buckets has 32")
+    words = ["--encoders.t5.max_length", "5000"]
+    assert load_config(yaml_file, words).encoders["t5"].max_length == 5000  # there are no streams
+    said = mistake(yaml_file, *words, "--encoders.t5.attention_mask", "padding")
+    assert said.startswith("--encoders.t5.max_length: encoders.t5.stream_tokens is 4096: expected")
     yaml_file.write_text(YAML.replace("[16, 32]", "3"))
     said = mistake(yaml_file, "--captions.recipe.kind", "none", "--captions.recipe.template", "x")
     assert said.startswith("--captions.recipe.template: there is no key captions.recipe.template")
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    assert "cannot read the configuration" in mistake(tmp_path / "absent.yaml")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("absent.yaml", "cannot read the configuration"),
+        ("google/t5", "No such file or directory. Expected a YAML file with the keys captions, "),
+        ("a.CSV", "a.CSV is a caption table: expected a YAML file"),
+        ("a.parquet", "a.parquet."),
+        ("out", "out/config.yaml?"),
+        (".", "is a folder: expected a YAML file"),
+    ],
+)
+def test_a_file_that_cannot_be_read(name: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").touch()
+    found = mistake(tmp_path / name)
+    assert said in found
+    assert str(tmp_path / name) in found
+    assert ("--captions.path" in found) == name.startswith("a.")
 
 
 # --- help --------------------------------------------------------------------------------------
@@ -237,3 +261,10 @@ def test_presets_load(name: str) -> None:
     assert set(config.encoders) == {"t5", "clip"}
     motion = "score_vmafmotion"
     assert config.captions.recipe == OpenSoraRecipe(fps_max=24, motion_column=motion)
+    readme = (CONFIGS.parent / "README.md").read_text()
+    assert f"the columns `fps` and\n`{motion}`" in readme
+    plain = re.search(r"`(--captions.*null)`", readme)
+    assert plain is not None
+    recipe = load_config(CONFIGS / f"{name}.yaml", plain[1].split()).captions.recipe
+    assert recipe == OpenSoraRecipe(fps_max=24, fps_column=None)
+    assert as_one(recipe).columns == ()

@@ -212,6 +212,10 @@ def test_into_a_folder(tmp_path: Path, tiny_t5: Path, corpus: list[str]) -> None
     out = tmp_path / "models"
     assert f"--encoders.t5.pretrained {out / 't5'}" in expect(0, "fetch", job, "--output", out)
     assert "already there" in expect(0, "fetch", job, "--output", out)
+    said = expect(0, "fetch", job, "--output", out, "--output.path", tmp_path / "here")
+    assert "--output.path is where run writes. fetch writes to the cache folder, or" in said
+    said = expect(2, "fetch", job, "--output", job)
+    assert f"--output {job}: {job} is not a folder. Choose another" in said
     found = fingerprint(job)
     edit(job, "encoders.t5", pretrained=str(out / "t5"))
     assert fingerprint(job) == found

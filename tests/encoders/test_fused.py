@@ -230,7 +230,7 @@ def test_a_compiled_job(tmp_path: Path, folders: dict[str, Path]) -> None:
     assert call("run", str(job), *compiled)[0] == 0
     code, _, said = call("run", str(job))
     assert code == 3
-    assert "encoders.clip.compiled: True -> False" in said
+    assert "encoders.clip.compiled: true -> false" in said
     assert call("verify", str(tmp_path / "out"), "--level", "deep", "--sample", "3")[0] == 0
 
 

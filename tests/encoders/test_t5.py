@@ -79,7 +79,7 @@ def test_the_padded_length_of_a_column(tiny_t5: Path) -> None:
         ({**MASK, "added_tokens": 2}, "belong to attention_mask none"),
         ({"implementation": "hf", "compile": True}, "compile is true: hf is never compiled"),
         ({"tf32": True}, "tf32 is true with dtype bfloat16"),
-        ({"stream_tokens": 400}, "stream_tokens is 400: expected at least max_length"),
+        ({**MASK, "stream_tokens": 400}, "stream_tokens is 400: expected at least max_length"),
         ({"seq_align": 0}, "seq_align is 0: expected 1 or more"),
         ({"batch_tokens": 1 << 40}, "at most 67108864"),
         ({"added_tokens": -1}, "added_tokens is -1: below 0"),

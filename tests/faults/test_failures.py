@@ -49,7 +49,13 @@ def test_f14_a_failed_sample_has_a_status_and_its_neighbours_their_bytes(
         edit(job.path, f"encoders.{encoder}", implementation=implementation)
     with monkeypatch.context() as patch:
         spoil(patch, [TEXTS[3], TEXTS[14]])
-        expect(6, "run", job.path)
+        said = expect(6, "run", job.path)
+    line = (
+        f"  2 samples failed, first 's3', captions-{ROWS}.parquet, row 3 (row 3 of the dataset): "
+        f"text_clip holds inf or nan. `embed-precompute repair {job.root} --failed` opens"
+    )
+    assert line in said
+    assert "2 samples failed" in (job.root / "logs" / "rank-00000.log").read_text()
     counts = json.loads((job.root / "manifest.json").read_text())["counts"]["status"]
     assert {label: n for label, n in counts.items() if n} == {"ok": ROWS - 2, "non_finite": 2}
     tensors = read_plan(job.root).tensors
@@ -62,6 +68,7 @@ def test_f14_a_failed_sample_has_a_status_and_its_neighbours_their_bytes(
     with pytest.raises(KeyError, match="non_finite"):
         EmbeddingDataset(job.root).index_of("s3")
     expect(0, "verify", job.root, "--level", "deep", "--sample", ROWS)
+    assert "2 samples failed, first 's3'" in expect(6, "finalize", job.root)
     expect(6, "run", job.path)  # a rerun does not help
     expect(6, "status", job.root)
     expect(5, "repair", job.root, "--failed")

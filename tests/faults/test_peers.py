@@ -65,7 +65,7 @@ FIELDS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("encoders.clip", {"buckets": [16]}, "encoders.clip.implementation: fused -> hf"),
     ("encoders.clip", {"dtype": "bfloat16"}, "encoders.clip.dtype"),
     ("captions", {"normalize": ["nfc"]}, "captions.normalize"),
-    ("captions", {"id_column": None}, "id_column: id -> None"),
+    ("captions", {"id_column": None}, "id_column: id -> null"),
     ("captions", {"text_column": "id"}, "text"),
     ("captions.recipe", {"kind": "template", "template": "a {text}"}, "recipe"),
     ("output", {"samples_per_shard": 7}, "samples_per_shard: 3 -> 7"),

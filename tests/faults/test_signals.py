@@ -136,6 +136,8 @@ def test_f3_the_unit_at_hand_is_committed_if_that_fits_the_grace(
     committed = committed_units(tmp_path / "out")
     assert len(committed) < 4, "no other unit is begun"
     assert bool(committed) == fits
+    assert ("; committed shards stay" in said) == fits
+    assert "error:" not in said
     assert not list((tmp_path / "out").rglob(".tmp-*"))
     expect(0, "run", job)
 

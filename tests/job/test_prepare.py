@@ -230,6 +230,14 @@ def test_a_plan_without_weights(job: Path, tmp_path: Path, tiny_clip: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_all_encoders_that_are_missing_are_named(job: Path) -> None:
+    """In the order of the configuration."""
+    encoders = "{t5: {kind: t5, pretrained: /no/t5}, clip: {kind: clip, pretrained: /no/clip}}"
+    said = expect(2, "plan", job, "--no-weights", "--encoders", encoders)
+    named = "t5, clip cannot be opened. The first: encoders.t5.pretrained is '/no/t5': there is no"
+    assert named in said
+
+
 def test_a_rerun_takes_the_plans_implementation(job: Path, tmp_path: Path) -> None:
     option = "--encoders.clip.implementation"
     expect(0, "run", job, option, "hf")

@@ -127,9 +127,12 @@ def test_the_log_file_has_the_ending(
     assert "encoded in " in said
     for part in ("complete, 30 samples", "encoded in ", "this rank encoded 30 samples"):
         assert part in log.read_text()
+    said = expect(0, "run", job)
+    assert f"{tmp_path / 'out'}: nothing to do\n" in said
+    assert "encoded in " not in said
     before = log.read_text()
     expect(3, "run", job, "--encoders.t5.max_length", "20")
-    assert "encoders.t5.max_length: 24 -> 20" in log.read_text()[len(before) :]
+    assert "differs in\n  encoders.t5.max_length: 24 -> 20\n" in log.read_text()[len(before) :]
 
 
 def test_progress_that_cannot_be_read_stops_nothing(

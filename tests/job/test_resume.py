@@ -63,7 +63,7 @@ def test_limit_is_a_dataset_of_its_own(job: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["counts"]["samples"] == 13
     assert manifest["counts"]["units"] == 3
-    assert "limit: 13 -> None" in expect(3, "run", job)
+    assert "limit: 13 -> null" in expect(3, "run", job)
 
 
 def test_another_environment_warns_or_refuses(

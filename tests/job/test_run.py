@@ -70,8 +70,25 @@ def test_an_output_that_cannot_be_is_refused_before_the_scan(job: Path, tmp_path
     taken.write_text("a file")
     for where, message in ((taken, "not a folder"), ("s3://bucket/out", "not a URI")):
         assert message in expect(2, "run", job, "--output.path", where)
+    for command in ("run", "plan"):
+        said = expect(2, command, job, "--output.path", tmp_path)
+        assert "holds no dataset, but captions.parquet, job.yaml, taken: expected a new or" in said
+    assert not (tmp_path / "logs").exists()
     expect(2, "run", job, "--runtime.device", "cuda:99")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_holds_what_runs_leave_is_no_other_folder(job: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in ("logs", "lost+found", ".snapshots", "shards/000"):
+        (out / name).mkdir(parents=True)
+    for name in (".tmp-plan.json-host-1-2", "null-0123456789abcdef.safetensors"):
+        (out / name).touch()
+    expect(0, "run", job)
+    (out / "notes.txt").touch()
+    expect(0, "run", job)  # it is a dataset, whatever else is there
+    (out / "plan.json").unlink()
+    expect(0, "run", job)
 
 
 def test_logs_that_cannot_be_written_do_not_stop_the_job(job: Path, tmp_path: Path) -> None:

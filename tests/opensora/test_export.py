@@ -261,6 +261,9 @@ def test_another_datasets_export_is_refused(root: Path, masked: Path, tmp_path: 
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(InputError, match=r"thesis.tex.*not an export"):
         export(root, tmp_path / "mine")
+    for file in ("mine/thesis.tex", "mine/thesis.tex/e"):
+        with pytest.raises(InputError, match=r"OUT .*thesis.tex is not a folder"):
+            export(root, tmp_path / file)
     for inside in (root, root / "e", root.parent):
         with pytest.raises(InputError, match="lie in one another"):
             export(root, inside)

@@ -73,7 +73,7 @@ class T5Options(EncoderConfig):
             f"added_tokens is {self.added_tokens}: below 0.",
         )
         require(
-            self.stream_tokens >= self.max_length,
+            self.is_padded or self.stream_tokens >= self.max_length,
             f"stream_tokens is {self.stream_tokens}: expected at least max_length "
             f"({self.max_length}), so that every caption fits.",
         )
