@@ -6,6 +6,9 @@ do; the CLI prints it without a traceback. Any other exception that escapes is a
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 EXIT_COMPLETE = 0
 EXIT_BUG = 1
 EXIT_USAGE = 2
@@ -33,6 +36,16 @@ def require(condition: bool, message: str) -> None:
     """Raise InputError with `message` unless `condition` holds."""
     if not condition:
         raise InputError(message)
+
+
+def refuse_file(folder: Path, key: str) -> None:
+    """Raises InputError if a file is where a folder, or one above it, is to be; `key` named it."""
+    found = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    # Without permission os.path.isdir returns False; Path.is_dir() may raise.
+    require(
+        os.path.isdir(found),
+        f"{key} {folder}: {found} is not a folder. Choose another, or move it away.",
+    )
 
 
 class ConflictError(EmbedPrecomputeError):

@@ -55,8 +55,7 @@ from embed_precompute.encoders.weights import (
     stored_weights,
     target_code,
 )
-from embed_precompute.errors import InputError, StorageError, one_line
-from embed_precompute.store.records import refuse_file
+from embed_precompute.errors import InputError, StorageError, one_line, refuse_file
 
 ALIGNMENT = 64
 """A weight begins at a multiple of this in the file, so that it can stay mapped (see `loading`)."""

@@ -27,7 +27,7 @@ from embed_precompute.captions.table import CaptionTable
 from embed_precompute.config.schema import Config
 from embed_precompute.distributed import DistContext
 from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, resolve
-from embed_precompute.errors import InputError, StorageError
+from embed_precompute.errors import InputError, StorageError, refuse_file
 from embed_precompute.job.estimate import (
     FILES_PER_UNIT,
     SampledCaptions,
@@ -47,7 +47,7 @@ from embed_precompute.store.plan import (
     publish_plan,
     stored_plan,
 )
-from embed_precompute.store.records import refuse_file, refuse_foreign_folder
+from embed_precompute.store.records import refuse_foreign_folder
 
 log = logging.getLogger(__name__)
 PLAN_POLL_S = 0.2

@@ -28,7 +28,13 @@ import torch
 
 from embed_precompute.documents import differing_fields
 from embed_precompute.encoders.families.base import DType
-from embed_precompute.errors import ConflictError, InputError, StorageError, VerificationError
+from embed_precompute.errors import (
+    ConflictError,
+    InputError,
+    StorageError,
+    VerificationError,
+    refuse_file,
+)
 from embed_precompute.opensora.dataset import DONE_FILE, PadMasked, TextPair
 from embed_precompute.opensora.lengths import NO_CACHED_TEXT, made_for_patch
 from embed_precompute.opensora.table import SAMPLER_COLUMNS, CaptionRows, Entry, TrainerTable
@@ -46,7 +52,6 @@ from embed_precompute.store.records import (
     FORMAT_VERSION,
     document_bytes,
     read_json,
-    refuse_file,
     require_folder,
 )
 from embed_precompute.train.dataset import EmbeddingDataset

@@ -420,16 +420,6 @@ def require_folder(root: Path) -> None:
     require(root.is_dir(), f"{root} is not a folder. Expected the output.path of a run.")
 
 
-def refuse_file(folder: Path, key: str) -> None:
-    """Raises InputError if a file is where a folder, or one above it, is to be; `key` named it."""
-    found = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
-    # Without permission os.path.isdir returns False; Path.is_dir() may raise.
-    require(
-        os.path.isdir(found),
-        f"{key} {folder}: {found} is not a folder. Choose another, or move it away.",
-    )
-
-
 def refuse_foreign_folder(root: Path) -> None:
     """Raises InputError if `root` is a folder of other things: a dataset is not strewn among them.
     What a killed run leaves, and hidden files, are no other things."""
