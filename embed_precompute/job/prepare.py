@@ -35,7 +35,6 @@ from embed_precompute.job.estimate import (
     tokenizer_line,
 )
 from embed_precompute.job.reuse import Reuse
-from embed_precompute.steps import counted
 from embed_precompute.store.commit import free_space, remove_dead
 from embed_precompute.store.plan import (
     InputFile,
@@ -45,9 +44,9 @@ from embed_precompute.store.plan import (
     check_same,
     match_files,
     publish_plan,
+    refuse_foreign_folder,
     stored_plan,
 )
-from embed_precompute.store.records import refuse_foreign_folder
 
 log = logging.getLogger(__name__)
 PLAN_POLL_S = 0.2
@@ -177,8 +176,7 @@ def publish(prepared: Prepared) -> Prepared:
     the space of a killed job's shards.
     """
     if prepared.dist.local_rank == 0 and (leftovers := remove_dead(prepared.root)):
-        files = counted(leftovers, "temporary file")
-        log.info("removed %s of writers that died here", files)
+        log.info("removed temporary files of writers that died here: %d", leftovers)
     return replace(prepared, plan=publish_plan(prepared.root, prepared.plan))
 
 

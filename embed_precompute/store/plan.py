@@ -40,8 +40,10 @@ from embed_precompute.errors import (
 )
 from embed_precompute.store.commit import publish_bytes
 from embed_precompute.store.records import (
+    FILE_NAME,
     MAX_JSON_BYTES,
     NULL_UNIT,
+    OWN_NAMES,
     PLAN_NAME,
     Document,
     StoredTensor,
@@ -342,6 +344,27 @@ def damaged_earlier_plans(root: Path, plan: Plan) -> Iterator[Plan]:
             found = ""
         if found != earlier.plan_id:
             yield expected
+
+
+def refuse_foreign_folder(root: Path) -> None:
+    """Raises InputError if `root` is a folder of other things: a dataset is not strewn among them.
+    What a killed run leaves, and hidden files, are no other things."""
+    names = list_folder(root)
+    if "null.json" in names or any(map(PLAN_NAME.fullmatch, names)):
+        return
+    ours = {*OWN_NAMES, "lost+found"}
+    others = [
+        name
+        for name in names
+        if name not in ours and not name.startswith(".") and not FILE_NAME.fullmatch(name)
+    ]
+    if others:
+        more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
+        raise InputError(
+            f"output.path {root} holds no dataset, but {', '.join(others[:3])}{more}: expected a "
+            "new or an empty folder. Choose another, such as "
+            f"{root / 'embeddings'}."
+        )
 
 
 def publish_plan(root: Path, plan: Plan) -> Plan:

@@ -56,7 +56,7 @@ OWN_NAMES = frozenset(("null.json", "manifest.json", "manifest.parquet", "shards
 SHARD, ROWS, RECORD = ".safetensors", ".rows.parquet", ".json"
 
 _FOLDER_NAME = re.compile(r"[0-9]{3,15}")
-_FILE_NAME = re.compile(
+FILE_NAME = re.compile(
     r"(?:null|shard-(?P<unit>[0-9]{6,18}))"
     r"(?:\.json|-[0-9a-f]{16}\.(?:safetensors|rows\.parquet))"
 )
@@ -345,7 +345,7 @@ def record_path(root: Path, unit: int) -> Path:
 def unit_of(root: Path, folder: Path, name: str) -> int | None:
     """The unit (or NULL_UNIT) whose record, shard or rows part has this name in this folder; None
     for other names."""
-    match = _FILE_NAME.fullmatch(name)
+    match = FILE_NAME.fullmatch(name)
     if match is None:
         return None
     if match["unit"] is None:
@@ -418,27 +418,6 @@ def refuse_linked_folders(root: Path) -> None:
 def require_folder(root: Path) -> None:
     """Raises InputError if `root` does not exist or is not a folder."""
     require(root.is_dir(), f"{root} is not a folder. Expected the output.path of a run.")
-
-
-def refuse_foreign_folder(root: Path) -> None:
-    """Raises InputError if `root` is a folder of other things: a dataset is not strewn among them.
-    What a killed run leaves, and hidden files, are no other things."""
-    names = list_folder(root)
-    if "null.json" in names or any(map(PLAN_NAME.fullmatch, names)):
-        return
-    ours = {*OWN_NAMES, "lost+found"}
-    others = [
-        name
-        for name in names
-        if name not in ours and not name.startswith(".") and not _FILE_NAME.fullmatch(name)
-    ]
-    if others:
-        more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
-        raise InputError(
-            f"output.path {root} holds no dataset, but {', '.join(others[:3])}{more}: expected a "
-            "new or an empty folder. Choose another, such as "
-            f"{root / 'embeddings'}."
-        )
 
 
 # --- reading them ---------------------------------------------------------------------------------
