@@ -346,8 +346,8 @@ def test_a_copy_that_lost_its_weights_is_made_again(
     expect(0, "plan", job)  # of the checkpoint itself
     assert "converting" in expect(0, "fetch", job)
     assert "already there" in expect(0, "fetch", job)
-    assert f"{captions} is no folder" in expect(2, "fetch", job, "--output", captions)
-    assert "is no folder" in expect(2, "fetch", job, "--output", captions / "below")
+    assert f"{captions} is not a folder" in expect(2, "fetch", job, "--output", captions)
+    assert "is not a folder" in expect(2, "fetch", job, "--output", captions / "below")
 
 
 def test_two_fetches_that_publish_at_once(
