@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -228,6 +230,15 @@ def restate_derived(root: Path, name: str) -> None:
 def files_of(root: Path) -> list[str]:
     """Every file of a dataset, by relative path."""
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def open_below(folder: Path) -> list[str]:
+    """The files below a folder that this process has open."""
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+    return [link for link in links if link.startswith(f"{folder}/")]
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pytest
 import xxhash
 from caption_case import opened, samples_of, write
+from handmade import open_below
 from jobs import expect, write_job
 
 from embed_precompute.captions import text_tables
@@ -250,7 +250,6 @@ def test_rows_are_found_by_groups_and_files_are_closed(
         first = 500 * (name == "b.csv")
         rows = (f"{i},caption {i}\n" for i in range(first, first + 500))
         put(tmp_path / name, "id,text\n" + "".join(rows))
-    before = len(os.listdir("/proc/self/fd"))
     table = opened(tmp_path)
     groups = len(table.row_map.files[0].group_starts) - 1
     assert 5 < groups < 12
@@ -260,8 +259,9 @@ def test_rows_are_found_by_groups_and_files_are_closed(
         assert [(s.sample_id, s.row) for s in found] == [
             (str(i), i) for i in range(first, first + count)
         ]
+        assert open_below(tmp_path)
     reader.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_below(tmp_path) == []
     put(tmp_path / "b.csv", "id,text\n3,x\n")
     table = opened(tmp_path)
     with pytest.raises(InputError, match=r"repeats id '3' of .*a\.csv, row 3"):

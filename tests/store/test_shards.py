@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from breaking import flips
-from handmade import leftovers
+from handmade import leftovers, open_below
 from safetensors import safe_open
 
 from embed_precompute.errors import InternalError, VerificationError
@@ -170,12 +169,11 @@ def test_writer_refuses_what_would_be_wrong(tmp_path: Path) -> None:
 def test_reader_neither_warns_nor_writes_nor_keeps_descriptors(tmp_path: Path) -> None:
     path, _ = write_shard(tmp_path, 0)
     before = path.read_bytes()
-    descriptors = len(os.listdir("/proc/self/fd"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reader = ShardReader(path, FINGERPRINT, 0, TENSORS)
         row = reader.row("t5", 2)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert open_below(tmp_path) == []
     assert row.data_ptr() == reader.row("t5", 2).data_ptr()
     del reader
     row.zero_()
