@@ -71,8 +71,8 @@ def checkout(tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> Path:
     for name in ("scripts", "configs"):
         shutil.copytree(PACKAGE_ROOT / name, tmp_path / name)
     preset = yaml.safe_load((tmp_path / PRESET).read_text(encoding="utf-8"))
-    preset["encoders"]["t5"] |= {"pretrained": str(tiny_t5), "max_length": 64}
-    preset["encoders"]["clip"]["pretrained"] = str(tiny_clip)
+    preset["encoders"]["t5"] |= {"pretrained": str(tiny_t5), "max_length": 64, "width": None}
+    preset["encoders"]["clip"] |= {"pretrained": str(tiny_clip), "width": None}
     (tmp_path / PRESET).write_text(yaml.safe_dump(preset), encoding="utf-8")
     pq.write_table(demo_captions(20), tmp_path / "captions.parquet")
     write_commands(tmp_path / ".venv" / "bin", COMMANDS)

@@ -129,6 +129,12 @@ def command_parser() -> argparse.ArgumentParser:
         help="write each to FOLDER/NAME (default: the cache folder, where run finds them)",
     )
 
+    text = "the models whose configuration ships with this program"
+    presets = commands.add_parser("presets", help=text, description=f"{text.capitalize()}.")
+    presets.add_argument(
+        "name", nargs="?", metavar="NAME", help="one of them: its facts, its source and its file"
+    )
+
     status = _folder_command(commands, "status", "what is done, left and failed")
     status.add_argument("--json", action="store_true", help="as one line of JSON")
 
@@ -267,7 +273,7 @@ def _config_command(commands: Any, name: str, text: str) -> argparse.ArgumentPar
         epilog="Any key of the CONFIG may be given too, such as --output.path out; --help-config "
         "lists them.",
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a preset")
     parser.add_argument(
         "--print_config", "--print-config", action="store_true", help="print the config and exit"
     )

@@ -316,6 +316,14 @@ def _bench(config: Config, arguments: Any) -> int:
     return EXIT_COMPLETE
 
 
+def _presets(arguments: Any) -> int:
+    from embed_precompute.config.presets import preset_lines, table_lines
+
+    for line in table_lines() if arguments.name is None else preset_lines(arguments.name):
+        print(line)
+    return EXIT_COMPLETE
+
+
 def _status(arguments: Any) -> int:
     from embed_precompute.audit.info import read_status
 
@@ -429,6 +437,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "run": _run,
     "plan": _plan,
     "fetch": _fetch,
+    "presets": _presets,
     "status": _status,
     "bench": _bench,
     "verify": _verify,

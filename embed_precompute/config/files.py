@@ -32,17 +32,19 @@ from embed_precompute.documents import (
 )
 from embed_precompute.errors import InputError
 
+PRESETS = Path(__file__).parents[1] / "presets"
+"""The configurations that ship with the package; in a checkout a link to configs/."""
 TABLE_ENDINGS = (".parquet", ".pq", ".parq", ".csv", ".tsv", ".jsonl")
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """The configuration in the YAML file `path`, changed by `overrides`.
+    """The configuration in the YAML file `path`, or the preset of that name, changed by `overrides`.
 
     `overrides` are command-line words: `["--encoders.t5.max_length", "256"]` or `["--a.b=1"]`;
     hyphens and underscores are the same. A value replaces the file's, also a mapping or a list.
     Raises InputError.
     """
-    in_file = _read_yaml(Path(path))
+    in_file = _read_yaml(_found(path))
     given = list(_pairs(overrides))
     try:
         return _changed(in_file, given)
@@ -90,6 +92,28 @@ def _concerns(error: MismatchError, given: str) -> bool:
     return wrong == "" or below or given.startswith(f"{wrong}.")
 
 
+def preset_paths() -> list[Path]:
+    """The presets: the configurations that ship with the package and name a reference."""
+    every = (path for path in sorted(PRESETS.glob("*.yaml")) if path.is_file())
+    return [path for path in every if "reference:" in path.read_text(encoding="utf-8")]
+
+
+def preset_path(name: str) -> Path:
+    """The preset of that name. Raises InputError naming the nearest."""
+    known = {path.stem: path for path in preset_paths()}
+    if name not in known:
+        raise InputError(f"there is no preset {name!r}: {nearest_of(name, known)}")
+    return known[name]
+
+
+def _found(path: str | os.PathLike[str]) -> Path:
+    """The file, or the preset of that name where there is no such file."""
+    name = Path(path)
+    if not name.exists() and str(path) == name.stem:
+        return next((each for each in preset_paths() if each.stem == str(path)), name)
+    return name
+
+
 def to_yaml(config: Config) -> str:
     """`config` as YAML that `load_config` reads back to an equal value."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=100)
@@ -111,7 +135,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         hint = ""
         if path.suffix not in (".yaml", ".yml"):
-            hint = f" E{expected[1:]}; it names the models (encoders.NAME.pretrained)."
+            hint = (
+                f" E{expected[1:]}; it names the models (encoders.NAME.pretrained). Or a preset's "
+                "name: `embed-precompute presets` lists them."
+            )
         raise InputError(f"cannot read the configuration {path}: {error.strerror}.{hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None

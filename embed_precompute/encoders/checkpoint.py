@@ -26,7 +26,11 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 SMALL_FILES = ("*.json", "*.model", "*.txt")
 """Patterns of config and tokenizer."""
 TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors-*.safetensors")
+"""What the weights' files are called on the hub; beside them may lie the same weights in another
+dtype (model.fp16.safetensors) or form (consolidated.safetensors)."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
+"""owner/name, or owner/name/folder: a folder of a pipeline's repository, such as text_encoder."""
 FETCH = "embed-precompute fetch CONFIG"
 ORIGIN = "fetched.json"
 """In a folder that `fetch` made: what it was made from."""
@@ -126,8 +130,9 @@ def origin_of(pretrained: str, revision: str | None, kind: str, dtype: str) -> d
 
 def fetched_folder(origin: Mapping[str, str]) -> Path:
     """Where `fetch` puts the copy."""
-    name = f"{Path(origin['pretrained']).name}-{digest_of(dict(origin))[:16]}"
-    return cache_home() / "checkpoints" / name
+    path = Path(origin["pretrained"])
+    name = path.name if path.is_absolute() else "-".join(path.parts[1:] or path.parts)
+    return cache_home() / "checkpoints" / f"{name}-{digest_of(dict(origin))[:16]}"
 
 
 def find_fetched(origin: Mapping[str, str], folder: Path | None = None) -> Path | None:
@@ -178,47 +183,60 @@ def locate(where: str, pretrained: str, revision: str | None, need: Need = "weig
     if HUB_ID.fullmatch(pretrained) is None:
         raise InputError(
             f"{where} is {pretrained!r}: there is no such folder, and it is not a hub id either. "
-            "Expected a checkpoint folder or an id such as owner/name."
+            "Expected a checkpoint folder, or an id such as owner/name or owner/name/text_encoder."
         )
     return _snapshot(where, pretrained, revision, need)
 
 
-def _snapshot(where: str, repo_id: str, revision: str | None, need: Need) -> Path:
-    """A hub repository's top-level files: from the local cache if whole, else downloaded."""
+def split_hub_id(hub_id: str) -> tuple[str, str]:
+    """Repository and folder in it, which is "" for its top level: ("owner/name", "text_encoder")."""
+    owner, *rest = hub_id.split("/", 2)
+    return "/".join([owner, *rest[:1]]), "/".join(rest[1:])
+
+
+def _snapshot(where: str, hub_id: str, revision: str | None, need: Need) -> Path:
+    """One folder's files of a hub repository: from the local cache if whole, else downloaded."""
     from huggingface_hub import HfApi, snapshot_download
+
+    repo_id, folder = split_hub_id(hub_id)
+    prefix = f"{folder}/" if folder else ""
 
     def snapshot(patterns: list[str] | None) -> Path:
         path = snapshot_download(
             repo_id,
             revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=["*/*"],  # subfolders: other formats, other models of a pipeline
+            allow_patterns=patterns and [prefix + pattern for pattern in patterns],
+            ignore_patterns=[f"{prefix}*/*"],  # other formats, other models of a pipeline
             local_files_only=patterns is None,
         )
-        return Path(path)
+        return Path(path, folder)
 
     # The hub client's errors share no base class in all its versions, hence the two broad excepts.
     cached: Path | None = None
     with contextlib.suppress(Exception):
         cached = snapshot(None)
+        cached = cached if cached.is_dir() else None
     if cached is not None and _looks_whole(cached, need):
         return cached
+    reason = f"there is no folder {folder} in {repo_id}"
     try:
-        weights = ["*.safetensors"] if need in ("weights", "convertible") else []
+        weights = list(WEIGHT_FILES) if need in ("weights", "convertible") else []
         if need == "convertible":
             names = HfApi().list_repo_files(repo_id, revision=revision)
-            if WEIGHTS not in names and WEIGHTS_INDEX not in names:
+            if not {prefix + WEIGHTS, prefix + WEIGHTS_INDEX} & set(names):
                 weights = ["pytorch_model*.bin"]
-        return snapshot([*SMALL_FILES, *weights])
+        found = snapshot([*SMALL_FILES, *weights])
+        if found.is_dir():
+            return found
     except Exception as error:
         if cached is not None:
             return cached
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"{where} is {repo_id!r}: there is no such folder, and the hub gives nothing under "
-            f"that id (revision {revision or 'main'}; {type(error).__name__}: {reason}). Check the "
-            f"name, or run where there is a network: {FETCH}"
-        ) from error
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    raise InputError(
+        f"{where} is {hub_id!r}: there is no such folder, and the hub gives nothing under that id "
+        f"(revision {revision or 'main'}; {reason}). Check the name, or run where there is a "
+        f"network: {FETCH}"
+    )
 
 
 def _looks_whole(folder: Path, need: Need) -> bool:

@@ -121,7 +121,7 @@ def _fetch(
         if state_of(checkpoint.folder) != state:
             raise InputError(f"{checkpoint.folder} changed while it was read. Run fetch again.")
         sources = {path.name: _sha256(path) for path in sorted({*checkpoint.files, *small})}
-        commit = checkpoint.folder.name if checkpoint.folder.parent.name == "snapshots" else None
+        *_, commit = (None, *re.findall("/snapshots/([^/]+)", str(checkpoint.folder)))
         document = {**origin, "commit": commit, "state": state, "sha256": sources}
         (folder / ORIGIN).write_bytes(canonical_json(document) + b"\n")
         _publish(folder, target)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embed_precompute.documents import to_plain
-from embed_precompute.encoders.checkpoint import locate, open_checkpoint
+from embed_precompute.encoders.checkpoint import locate, open_checkpoint, split_hub_id
 from embed_precompute.encoders.families import FAMILIES
 from embed_precompute.encoders.families.base import (
     Decision,
@@ -131,7 +131,10 @@ def open_encoder(
     tokenizer_where, folder = f"{where}.pretrained", checkpoint.folder
     if options.tokenizer is not None:
         tokenizer_where = f"{where}.tokenizer"
-        folder = locate(tokenizer_where, options.tokenizer, None, "tokenizer")
+        ids = (options.pretrained, options.tokenizer)
+        same = len({split_hub_id(each)[0] for each in ids}) == 1
+        revision = options.revision if same else None
+        folder = locate(tokenizer_where, options.tokenizer, revision, "tokenizer")
     # First: the tokenizer reads config.json too, and its error would not blame a bad config.json.
     rows = family.sizes(checkpoint).vocabulary
     tokenizer = family.open_tokenizer(tokenizer_where, folder, options)
@@ -154,4 +157,12 @@ def resolve(
     family = FAMILIES[opened.options.kind]
     decision = family.decide(opened, Facts(stored, added_tokens))
     outputs = family.outputs(opened.options, opened.checkpoint)
+    stated = opened.options.width
+    for output in outputs:
+        if stated not in (None, output.width):
+            raise InputError(
+                f"{opened.where}.width is {stated}, and {opened.checkpoint.folder} makes vectors "
+                f"of {output.width}: it is another model than the preset's. Choose its checkpoint, "
+                "or correct the width if another is meant."
+            )
     return ResolvedEncoder(opened, family, outputs, decision)

@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from embed_precompute.captions.table import CaptionTable
+from embed_precompute.encoders.families.base import DTYPE_BYTES
 from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.job.claims import Committed
 from embed_precompute.job.reuse import Reuse
@@ -36,7 +37,6 @@ WIDTHS = [step * 10**power for power in range(9) for step in (1, 2, 5)]
 ROWS_BYTES_PER_SAMPLE = 60
 """Estimated bytes of a sample in a rows part, compressed, without the text; measured once."""
 FILES_PER_UNIT = 3
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 300
 FEW_CHARACTERS = 2.0
 """With fewer characters per token than this, a tokenizer is probably another model's."""

@@ -165,6 +165,37 @@ def test_hub_id_comes_from_the_cache(
     assert identity(Path("owner/tiny"), **options) == identity(tiny_t5)
 
 
+def test_a_folder_of_a_hub_repository(
+    tmp_path: Path, tiny_t5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pipelines have them: the weights in one folder, the tokenizer in another."""
+    repository = tmp_path / "models--owner--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    for folder, files in (("enc", ("config.json", "model.safetensors")), ("tok", ("t*.json",))):
+        (snapshot / folder).mkdir(parents=True)
+        for path in (path for name in files for path in tiny_t5.glob(name)):
+            shutil.copy(path, snapshot / folder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "old").write_text("0" * 40, encoding="utf-8")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    fields = {"tokenizer": "owner/tiny/tok", "revision": "old"}  # of the tokenizer too
+    opened = open_encoder("enc", t5(Path("owner/tiny/enc"), **fields))
+    assert (opened.checkpoint.folder, opened.tokenizer_folder) == (
+        snapshot / "enc",
+        snapshot / "tok",
+    )
+    assert identity(Path("owner/tiny/enc"), **fields) == identity(tiny_t5)
+    assert "owner/tiny/nowhere" in failure(t5(Path("owner/tiny/nowhere"), revision="old"))
+
+
+def test_the_width_that_a_preset_states(tiny_t5: Path) -> None:
+    (output,) = resolve(open_encoder("enc", t5(tiny_t5))).outputs
+    assert resolve(open_encoder("enc", t5(tiny_t5, width=output.width))).outputs == (output,)
+    with pytest.raises(InputError, match=r"^encoders\.enc\.width is 7, and .* vectors of 64: it"):
+        resolve(open_encoder("enc", t5(tiny_t5, width=7)))
+
+
 def test_what_is_no_checkpoint(tmp_path: Path, tiny_t5: Path, tiny_clip: Path) -> None:
     message = failure(t5(Path("/no/such/folder")))
     assert "'/no/such/folder': there is no such folder, and it is not a hub id" in message

@@ -134,26 +134,32 @@ def test_a_snapshot_of_the_hub(
     assert "no such folder" in expect(2, "plan", job)
 
 
+@pytest.mark.parametrize("folder", ["", "text_encoder/"])
 def test_what_a_repository_downloads(
-    tmp_path: Path, tiny_t5: Path, monkeypatch: pytest.MonkeyPatch
+    folder: str, tmp_path: Path, tiny_t5: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """safetensors or pickles, never both."""
+    """safetensors or pickles, never both; of one folder alone, and in one dtype."""
     asked: list[list[str]] = []
+    inside = tmp_path / "snapshot" / folder
+    shutil.copytree(tiny_t5, inside)
 
     def download(repo: str, *, allow_patterns: Any, local_files_only: bool, **_: Any) -> str:
+        assert repo == "owner/tiny"
         if local_files_only:
             raise FileNotFoundError
         asked.append(allow_patterns)
-        return str(tiny_t5)
+        return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    job = write_job(tmp_path, tmp_path, Path("owner/tiny"), None)
+    job = write_job(tmp_path, tmp_path, Path("owner/tiny", folder), None)
     for number, names in enumerate((["model.safetensors", "x.bin"], ["pytorch_model.bin"])):
-        listed = lambda self, repo, revision, names=names: names  # noqa: E731
+        listed = lambda self, repo, revision, names=names: [folder + name for name in names]  # noqa: E731
         monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listed)
         expect(0, "fetch", job, "--output", tmp_path / str(number))
     patterns = ["*.json", "*.model", "*.txt"]
-    assert asked == [[*patterns, "*.safetensors"], [*patterns, "pytorch_model*.bin"]]
+    weights = ["model.safetensors", "model-*.safetensors", "model.safetensors-*.safetensors"]
+    wanted = [[*patterns, *weights], [*patterns, "pytorch_model*.bin"]]
+    assert asked == [[folder + pattern for pattern in each] for each in wanted]
 
 
 def test_killed_before_the_end(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from embed_precompute.encoders.fused.stream import FusedLayers
 
 DType = Literal["bfloat16", "float16", "float32"]
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MOST_TOKENS = 1 << 26
 """No forward has more tokens or captions: 67 million ids alone are half a gigabyte."""
 
@@ -34,11 +35,17 @@ class EncoderConfig:
     kind: str
     """The family; each family has keys of its own."""
     pretrained: str
-    """Checkpoint folder or hub id; weights must be safetensors, or converted by `fetch`."""
+    """Checkpoint folder or hub id (owner/name, or owner/name/folder); weights must be safetensors,
+    or converted by `fetch`."""
     revision: str | None = None
     """Hub revision; only for a hub id."""
     tokenizer: str | None = None
-    """Tokenizer folder or hub id, when it is not in the weights' folder."""
+    """Tokenizer folder or hub id, when it is not in the weights' folder. In the weights' repository
+    it has their revision."""
+    reference: str | None = None
+    """Where it is written that the model is fed so: repository@commit path:line. Changes no byte."""
+    width: int | None = None
+    """Numbers in a stored vector, as a preset states it; a checkpoint with another is refused."""
     max_length: int
     """Tokens per caption, special tokens included."""
     dtype: DType = "bfloat16"
@@ -51,7 +58,7 @@ class EncoderConfig:
     """Only for float32 on an NVIDIA GPU: multiply in TF32, faster, with 10 bits of mantissa."""
 
     def __post_init__(self) -> None:
-        self.require_positive("max_length")
+        self.require_positive("max_length", *(["width"] if self.width is not None else []))
         require(
             not self.compile or self.implementation in ("auto", "fused"),
             f"compile is true: {self.implementation} is never compiled. Use the "
@@ -88,6 +95,11 @@ class EncoderConfig:
             f"max_length is {self.max_length}, and buckets has {max(buckets)}: expected 1 to "
             "max_length.",
         )
+
+    @property
+    def positions(self) -> int:
+        """Number of positions of a caption in the padded form that a trainer's model gets."""
+        return self.max_length
 
     @property
     def integer_column(self) -> str | None:
@@ -224,8 +236,11 @@ class Family(abc.ABC, Generic[Options]):
         """Raise InputError if options, checkpoint and tokenizer cannot work together."""
 
     @abc.abstractmethod
-    def outputs(self, options: Options, checkpoint: Checkpoint) -> tuple[Output, ...]:
-        """What is stored of a caption: one tensor of a forward, or several."""
+    def outputs(self, options: Options, checkpoint: Checkpoint | None) -> tuple[Output, ...]:
+        """What is stored of a caption: one tensor of a forward, or several.
+
+        Without a checkpoint each has the width that the options state.
+        """
 
     @abc.abstractmethod
     def sizes(self, checkpoint: Checkpoint) -> Sizes:

@@ -134,12 +134,15 @@ class Clip(Family[ClipOptions]):
             )
         _check_pooling(opened)
 
-    def outputs(self, options: ClipOptions, checkpoint: Checkpoint) -> tuple[Output, ...]:
-        config = checkpoint.text_config
-        pooled = config.projection_dim if options.projection else config.hidden_size
+    def outputs(self, options: ClipOptions, checkpoint: Checkpoint | None) -> tuple[Output, ...]:
+        pooled = hidden = options.width or 0
+        if checkpoint is not None:
+            config = checkpoint.text_config
+            hidden = config.hidden_size
+            pooled = config.projection_dim if options.projection else hidden
         possible = {
             "pooled": Output("", "caption", pooled, None),
-            "hidden": Output(HIDDEN, "token", config.hidden_size, "all"),
+            "hidden": Output(HIDDEN, "token", hidden, "all"),
         }
         return tuple(output for name, output in possible.items() if name in options.outputs)
 

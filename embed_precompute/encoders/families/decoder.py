@@ -113,8 +113,9 @@ class Decoder(Family[DecoderOptions]):
                 f"{opened.checkpoint.folder} has {layers} layers."
             )
 
-    def outputs(self, options: DecoderOptions, checkpoint: Checkpoint) -> tuple[Output, ...]:
-        return (Output("", "token", checkpoint.text_config.hidden_size, "real"),)
+    def outputs(self, options: DecoderOptions, checkpoint: Checkpoint | None) -> tuple[Output, ...]:
+        width = checkpoint.text_config.hidden_size if checkpoint else options.width or 0
+        return (Output("", "token", width, "real"),)
 
     def sizes(self, checkpoint: Checkpoint) -> Sizes:
         config = checkpoint.text_config

@@ -101,6 +101,10 @@ class T5Options(EncoderConfig):
         return self.max_length + -(added_tokens + self.max_length) % self.seq_align
 
     @property
+    def positions(self) -> int:
+        return self.padded_length(self.added_tokens if isinstance(self.added_tokens, int) else 0)
+
+    @property
     def integer_column(self) -> str | None:
         return self.added_tokens if isinstance(self.added_tokens, str) else None
 
@@ -129,9 +133,10 @@ class T5(Family[T5Options]):
         *("relative_attention_num_buckets", "relative_attention_max_distance"),
     )
 
-    def outputs(self, options: T5Options, checkpoint: Checkpoint) -> tuple[Output, ...]:
+    def outputs(self, options: T5Options, checkpoint: Checkpoint | None) -> tuple[Output, ...]:
         positions: Literal["all", "real"] = "all" if options.is_padded else "real"
-        return (Output("", "token", self.sizes(checkpoint).width, positions),)
+        width = self.sizes(checkpoint).width if checkpoint else options.width or 0
+        return (Output("", "token", width, positions),)
 
     def sizes(self, checkpoint: Checkpoint) -> Sizes:
         config = checkpoint.text_config
