@@ -196,7 +196,7 @@ class TextEncoder(abc.ABC):
 
     def cut(self, batch: TokenBatch, suffix: str, values: torch.Tensor) -> Embeddings:
         """What is stored of each caption, cut from the `values` that `forward` returned."""
-        if self._outputs[suffix].positions != "real":
+        if self._outputs[suffix].positions in (None, "all"):
             return values
         rows = values.reshape(-1, values.shape[-1])
         first, stored = (batch.starts + batch.first).tolist(), batch.stored.tolist()

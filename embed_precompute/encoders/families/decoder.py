@@ -103,7 +103,15 @@ class Decoder(Family[DecoderOptions]):
     special_tokens = ()  # pads are never attended
 
     def open_tokenizer(self, where: str, folder: Path, options: DecoderOptions) -> CaptionTokenizer:
-        return CaptionTokenizer(where, folder, options.max_length, (), options.prompt())
+        return CaptionTokenizer(
+            where,
+            folder,
+            options.max_length,
+            (),
+            options.prompt(),
+            text_steps=options.text_steps,
+            empty=options.empty,
+        )
 
     def check(self, opened: OpenEncoder[DecoderOptions]) -> None:
         layers = opened.checkpoint.text_config.num_hidden_layers
