@@ -57,13 +57,16 @@ PUBLIC = {
     ),
     *("prepare_ids", "prompt_similarity", "run", "shardformer_t5"),
 }
-ENCODER = "kind pretrained revision tokenizer max_length dtype implementation compile tf32"
+ENCODER = (
+    "kind pretrained revision tokenizer max_length text_steps empty dtype implementation compile "
+    "tf32"
+)
 SECTIONS = {
     recipes.CaptionsConfig: "path text_column id_column recipe normalize on_bad_text",
     recipes.PlainRecipe: "kind",
     recipes.TemplateRecipe: "kind template",
     recipes.OpenSoraRecipe: "kind fps_column fps_max fps_format motion_column",
-    FAMILIES["t5"].options: f"{ENCODER} attention_mask seq_align added_tokens batch_tokens "
+    FAMILIES["t5"].options: f"{ENCODER} attention_mask keep seq_align added_tokens batch_tokens "
     "buckets stream_tokens",
     FAMILIES["clip"].options: f"{ENCODER} outputs hidden_state projection batch_size "
     "buckets stream_tokens",

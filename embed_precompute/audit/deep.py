@@ -182,5 +182,10 @@ def _encode(
             length = decision.padded_length
             if length is not None and sample.is_null:
                 length = decision.null_shape[1]
-            for suffix, values in reference(sample.text, length).items():
+            text = opened.tokenizer.prepare(sample.text)
+            if text is None:
+                for tensor, output in encoder.tensors().items():
+                    yield sample, tensor, torch.zeros(0, output.width)
+                continue
+            for suffix, values in reference(text, length).items():
                 yield sample, name + suffix, values.cpu()

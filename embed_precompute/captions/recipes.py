@@ -375,7 +375,7 @@ def make_normalizer(names: Sequence[str]) -> Callable[[str], str] | None:
         except ImportError:
             raise InputError(
                 "captions.normalize asks for ftfy, which is not installed. Run `pip install "
-                "ftfy`, or remove ftfy from captions.normalize."
+                "'embed-precompute[text]'`, or remove ftfy from captions.normalize."
             ) from None
     if "nfc" in names:
         changes.append(functools.partial(unicodedata.normalize, "NFC"))

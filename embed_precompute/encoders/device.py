@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 
 from embed_precompute import __version__
+from embed_precompute.encoders import text_steps
 from embed_precompute.encoders.encoder import HfEncoder, TextEncoder, build
 from embed_precompute.encoders.loading import Source, num_parameters
 from embed_precompute.encoders.resolve import ResolvedEncoder
@@ -53,6 +54,8 @@ def environment(device: str, encoders: Sequence[ResolvedEncoder] = ()) -> dict[s
     }
     if any(encoder.decision.implementation == "shardformer" for encoder in encoders):
         versions["colossalai"] = importlib.metadata.version("colossalai")
+    for encoder in encoders:
+        versions |= text_steps.versions(encoder.options.text_steps)
     versions["embed_precompute"] = __version__  # another release may round differently
     versions["torch"] = torch.__version__  # with the build, such as +cpu or +cu124
     return {
@@ -175,7 +178,7 @@ def check_numbers(encoder: TextEncoder) -> None:
     Raises InputError if the embeddings differ too much.
     """
     resolved = encoder.resolved
-    captions = resolved.opened.tokenizer.encode(CAPTIONS)
+    captions = resolved.opened.tokenizer.encode_prepared(CAPTIONS)
     exact = resolved.options.dtype == "float32" and not resolved.options.tf32
     reference: TextEncoder = HfEncoder(resolved, str(encoder.device), "float32", encoder.model)
     if resolved.decision.implementation == "shardformer":  # it has changed its model in place
@@ -211,7 +214,7 @@ def check_numbers(encoder: TextEncoder) -> None:
 def _alone(reference: TextEncoder, captions: Tokenized, row: int) -> dict[str, torch.Tensor]:
     """Suffix -> what transformers' model makes of one caption, in a batch of its own."""
     decision, tokenizer = reference.resolved.decision, reference.resolved.opened.tokenizer
-    shape = (1, decision.padded_length or captions.num_ids[row])
+    shape = (1, decision.padded_length or captions.extents[row])
     batch = make_batch(captions, [row], shape, tokenizer.pad_id or 0, tokenizer.empty)
     with reference.computing(batch):
         outputs = reference.forward(batch)

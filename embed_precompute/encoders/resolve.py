@@ -22,6 +22,7 @@ from embed_precompute.encoders.families.base import (
     OpenEncoder,
     Output,
 )
+from embed_precompute.encoders.text_steps import require_packages
 from embed_precompute.encoders.tokenizer import TokenBatch, Tokenized, make_batches, pack
 from embed_precompute.encoders.weights import weights_digest
 from embed_precompute.errors import InputError
@@ -53,7 +54,7 @@ class ResolvedEncoder:
         """Number of stored vectors of each caption; `null`: the caption is the null embedding's."""
         if output.per == "caption":
             return [1] * len(captions)
-        if output.positions == "real":
+        if output.positions != "all":
             return captions.stored
         length = self.decision.null_shape[1] if null else self.decision.padded_length
         assert length is not None, "all positions are stored where there is one padded length"
@@ -108,6 +109,8 @@ class ResolvedEncoder:
             "tokenizer": tokenizer.digest,
             "pad_token_id": tokenizer.pad_id,
             "max_length": options.max_length,
+            "text_steps": list(options.text_steps),
+            "empty": options.empty,
             "dtype": options.dtype,
             "tf32": options.tf32,
             "outputs": to_plain(self.outputs),
@@ -125,6 +128,7 @@ def open_encoder(
     the field of `encoders.<name>`.
     """
     family, where = FAMILIES[options.kind], f"encoders.{name}"
+    require_packages(where, options.text_steps)
     checkpoint = open_checkpoint(
         f"{where}.pretrained",
         options.pretrained,
@@ -151,6 +155,13 @@ def open_encoder(
         )
     opened = OpenEncoder(name, options, checkpoint, tokenizer, folder)
     family.check(opened)
+    for output in family.outputs(options, checkpoint) if options.empty == "nothing" else ():
+        if output.positions in (None, "all"):
+            what = "a vector per caption" if output.per == "caption" else "every position"
+            raise InputError(
+                f"{where}.empty is nothing: text_{name}{output.suffix} stores {what}, so an empty "
+                "caption has something to store. Use encode or space."
+            )
     return opened
 
 

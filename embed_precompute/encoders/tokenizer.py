@@ -2,6 +2,7 @@
 
 The ids are those of transformers' fast tokenizer with `truncation=True`, special tokens included,
 without pads. If there is a template around the captions, its tokens are found by tokenising it.
+Before that the encoder's own text steps are applied.
 
 Every batch has one of a few shapes, and a caption's shape follows from its own number of tokens. So
 the shape of a caption's forward never depends on its neighbours, which is what makes an embedding
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from embed_precompute.documents import digest_of
 from embed_precompute.encoders.checkpoint import quiet_transformers
+from embed_precompute.encoders.text_steps import Empty, Step, make_cleaner
 from embed_precompute.errors import InputError, InternalError, one_line, require
 
 T = TypeVar("T")
@@ -75,8 +77,8 @@ class Tokenized:
     first: list[int]
     """The first position that is stored, apart from `keep_first` at the very start."""
     stored: list[int]
-    """How many positions are stored, if only real positions are: `keep_first`, and the others from
-    `first` on."""
+    """How many positions are stored: `keep_first`, and the others from `first` on; a pad may be
+    among them."""
     tokens: list[int]
     """Number of the caption's own tokens: without the template's, with special tokens. If the end
     is cut off, tokens of the template that are left after the caption are counted too."""
@@ -87,6 +89,12 @@ class Tokenized:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def extents(self) -> list[int]:
+        """How many positions a caption takes in a forward: its tokens, and a pad that is stored."""
+        places = zip(self.num_ids, self.first, self.stored, strict=True)
+        return [max(num_ids, (first + stored) * (stored > 0)) for num_ids, first, stored in places]
 
     def select(self, rows: Sequence[int]) -> Tokenized:
         """The captions at `rows`, in that order."""
@@ -164,7 +172,8 @@ class CaptionTokenizer:
     max_id: int
     """Highest id of the vocabulary, added tokens included."""
     empty: Tokenized
-    """The empty caption, tokenised."""
+    """The empty caption, tokenised, or what stands for it; it fills up batches, so there are ids
+    also where nothing stands for it."""
     digest: str
     """sha256 of the vocabulary, and of the ids of a fixed set of texts, whole and truncated."""
 
@@ -177,9 +186,14 @@ class CaptionTokenizer:
         template: Template | None = None,
         *,
         pads_left: bool = False,
+        text_steps: Sequence[Step] = (),
+        empty: Empty = "encode",
+        stored_pads: int = 0,
     ) -> None:
         """`where` begins every error; `special_tokens` as in `load_tokenizer`. `pads_left`: pads
-        stand before a caption, whatever the tokenizer's own setting is.
+        stand before a caption, whatever the tokenizer's own setting is. `text_steps` and `empty` as
+        in `EncoderConfig`. `stored_pads`: so many pads after a caption are stored too, up to
+        `longest`.
 
         Raises InputError: no usable fast tokenizer, or one that the template does not fit.
         """
@@ -212,27 +226,42 @@ class CaptionTokenizer:
                 f"{where}: keep_first is {self.keep_first}, and crop_start leaves out only "
                 f"{self.first} positions. Lower keep_first: what is not cropped is stored anyway."
             )
-        self._unknown_in_empty = 0
-        self.empty = self.encode([""])
-        self._unknown_in_empty, self.empty.unknown[0] = self.empty.unknown[0], 0
         self.longest = self.first - self.keep_first + max_length
+        self._clean, self._empty, self._stored_pads = make_cleaner(text_steps), empty, stored_pads
+        self._unknown_in_empty = 0
+        self.empty = self.encode_prepared([" " if empty == "space" else ""])
+        self._unknown_in_empty, self.empty.unknown[0] = self.empty.unknown[0], 0
         if self.longest < self.empty.num_ids[0]:
             raise InputError(
                 f"{where}: max_length {max_length} leaves no room: the empty caption alone has "
                 f"{self.empty.num_ids[0] - self.longest + max_length} special tokens. Raise "
                 "max_length."
             )
-        if self.empty.stored[0] < 1:
+        if self.empty.stored[0] < 1 and empty != "nothing":
             raise InputError(
                 f"{where}: the empty caption has no token to store, and every dataset holds its "
-                "embedding. Give a template with text after {text}, or crop less."
+                "embedding. Give a template with text after {text}, crop less, or set `empty`."
             )
         self._backend.enable_truncation(self.longest, direction=direction)
 
     def encode(self, texts: Sequence[str]) -> Tokenized:
-        """Tokenise captions; safe to call from several threads."""
-        encodings = self._encode(texts)
-        ids = [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+        """Clean and tokenise captions; safe to call from several threads."""
+        return self.encode_prepared([self.prepare(text) for text in texts])
+
+    def prepare(self, text: str) -> str | None:
+        """What is encoded of a text, without the template; None: nothing is."""
+        text = self._clean(text)
+        if text or self._empty == "encode":
+            return text
+        return " " if self._empty == "space" else None
+
+    def encode_prepared(self, texts: Sequence[str | None]) -> Tokenized:
+        """Tokenise what `prepare` gave; for None the caption has no ids."""
+        encodings = self._encode([text or "" for text in texts])
+        ids = [
+            np.asarray([] if text is None else encoding.ids, dtype=np.int32)
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
         num_ids = [len(each) for each in ids]
         truncated = [bool(encoding.overflowing) for encoding in encodings]
         # What is cut is the end, and with it the template's text after the caption.
@@ -242,7 +271,12 @@ class CaptionTokenizer:
             ids=ids,
             num_ids=num_ids,
             first=[self.first] * len(ids),
-            stored=[self.keep_first + max(0, count - cropped) for count in num_ids],
+            stored=[
+                self.keep_first + max(0, min(count + self._stored_pads, self.longest) - cropped)
+                if count
+                else 0
+                for count in num_ids
+            ],
             tokens=[max(0, count - other) for count, other in zip(num_ids, others, strict=True)],
             truncated=truncated,
             # CLIP uses one token as unknown token and as end token. So the number of these in the
@@ -413,13 +447,14 @@ def make_batches(
     *,
     pads_left: bool = False,
 ) -> Iterator[TokenBatch]:
-    """Batches of all captions: short shapes first, captions of one shape in input order.
+    """Batches of all captions with ids: short shapes first, captions of one shape in input order.
 
     `empty` is the empty caption, which fills up the last batch of each shape.
     """
     rows_of: dict[Shape, list[int]] = {}
-    for row, num_tokens in enumerate(captions.num_ids):
-        rows_of.setdefault(shape_of(num_tokens, shapes), []).append(row)
+    for row, extent in enumerate(captions.extents):
+        if extent:
+            rows_of.setdefault(shape_of(extent, shapes), []).append(row)
     for shape in sorted(rows_of, key=lambda shape: shape[1]):
         rows = rows_of[shape]
         for start in range(0, len(rows), shape[0]):
@@ -458,7 +493,7 @@ def make_batch(
 
 
 def pack(captions: Tokenized, num_tokens: int, pad_id: int) -> Iterator[TokenBatch]:
-    """Packed streams of `num_tokens` tokens that hold all captions, end to end.
+    """Packed streams of `num_tokens` tokens that hold all captions with ids, end to end.
 
     Each stream takes the longest caption that still fits, again and again: the long ones come
     first, short ones fill the gaps, and captions of one length lie next to each other.
@@ -466,6 +501,7 @@ def pack(captions: Tokenized, num_tokens: int, pad_id: int) -> Iterator[TokenBat
     rows_of: dict[int, list[int]] = {}
     for row in range(len(captions) - 1, -1, -1):
         rows_of.setdefault(captions.num_ids[row], []).append(row)  # popped from the end
+    rows_of.pop(0, None)  # of these nothing is encoded
     if rows_of and max(rows_of) > num_tokens:
         raise InternalError(f"A caption has {max(rows_of)} tokens: a stream has {num_tokens}.")
     while rows_of:

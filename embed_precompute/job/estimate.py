@@ -269,6 +269,7 @@ def _encoder_lines(encoder: ResolvedEncoder, figures: Figures) -> list[str]:
     stored = []
     for tensor, output in encoder.tensors().items():
         vectors = {"all": f"padded length {decision.padded_length} x", "real": "real tokens x"}
+        vectors["real+1"] = "real tokens and a pad x"
         what = vectors.get(output.positions or "", "one vector of")
         stored.append(f"text_{tensor}: {what} {output.width}")
     tokenizer, suspicious = tokenizer_line(encoder, figures)

@@ -314,7 +314,7 @@ class Stages:
             with self._naming(unit, name):
                 pending = begin()
             self.encode_seconds += time.monotonic() - began
-            share = work[name] / sum(work.values()) * len(rows) / len(unit.tokens[name])
+            share = work[name] / max(1, sum(work.values())) * len(rows) / len(unit.tokens[name])
             yield _Forward(unit, following is None, name, rows, share), pending
 
     def _steps(self, unit: Unit) -> Iterator[tuple[str, np.ndarray, Callable[[], PendingOutput]]]:

@@ -136,6 +136,7 @@ def read_document(path: Path, declared: type[D]) -> D:
 # --- what is stored -------------------------------------------------------------------------------
 
 Per = Literal["token", "caption"]
+Positions = Literal["all", "real", "real+1"]
 StoredDType = Literal["bfloat16", "float16", "float32"]
 _EncoderName = Annotated[str, ENCODER_NAME]
 
@@ -148,9 +149,9 @@ class EncoderOutput:
     """The tensor's name is the encoder's name and this suffix."""
     per: Per
     width: Annotated[int, AtLeast(1)]
-    positions: Literal["all", "real"] | None
+    positions: Positions | None
     """For an output per token: "all" if pads are stored too, "real" if only a caption's own tokens
-    are. For an output per caption: None."""
+    are, "real+1" if also the first pad is, where there is one. For an output per caption: None."""
 
     def __post_init__(self) -> None:
         if (self.positions is None) is (self.per == "token"):
@@ -173,7 +174,7 @@ class StoredTensor:
     per: Per
     width: int
     dtype: StoredDType
-    positions: Literal["all", "real"] | None = None
+    positions: Positions | None = None
     """See `EncoderOutput`."""
 
     @property

@@ -42,6 +42,8 @@ from embed_precompute.store.records import (
 METADATA_KEY = "embed_precompute"
 MAX_HEADER_BYTES = 4 << 20
 ALIGNMENT = 64
+NO_BYTES = xxhash.xxh3_64_intdigest(b"")
+"""Checksum of a row without a vector."""
 TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -170,8 +172,8 @@ class ShardWriter:
             if len(rows) != num_rows:
                 raise InternalError(f"{target}: {len(rows)} lengths of {name}, not {num_rows}.")
             self._starts[name] = np.concatenate(([0], np.cumsum(rows, dtype=np.int64)))
-            self._checksums[name] = np.zeros(num_rows, np.uint64)
-            self._missing[name] = np.ones(num_rows, np.bool_)
+            self._checksums[name] = np.full(num_rows, NO_BYTES, np.uint64)
+            self._missing[name] = np.diff(self._starts[name]) > 0  # else there is nothing to write
             if tensor.per_caption:
                 self._vectors[name] = np.empty((num_rows, _row_bytes(tensor)), np.uint8)
         self._rejected: set[int] = set()

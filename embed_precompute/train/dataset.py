@@ -289,7 +289,7 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
     def is_masked(self, tensor: str) -> bool:
         """Whether a sequence has a caption's own tokens only: no pad was attended or is stored."""
         of_name = {f"text_{each.name}": each for each in self._folders[0].tensors}
-        return of_name[tensor].positions == "real"
+        return of_name[tensor].positions in ("real", "real+1")
 
     @property
     def null(self) -> dict[str, torch.Tensor]:

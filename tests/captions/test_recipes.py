@@ -167,5 +167,5 @@ def test_normalisation_has_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ftfy_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    with pytest.raises(InputError, match="pip install ftfy"):
+    with pytest.raises(InputError, match="normalize asks for ftfy"):
         make_normalizer(("ftfy",))

@@ -132,7 +132,7 @@ def test_tokens_and_spans(case: Case, folder_of: Any, texts: list[str]) -> None:
         assert captions.num_ids[row] == len(captions.ids[row]) <= longest
         assert captions.truncated[row] == (len(whole) > longest)
         assert 0 <= captions.first[row] <= captions.first[row] + captions.stored[row]
-        assert captions.first[row] + captions.stored[row] <= captions.num_ids[row]
+        assert captions.first[row] + captions.stored[row] <= captions.extents[row]
         assert captions.tokens[row] <= options.max_length
     assert captions.truncated.count(True) >= 1
     built_encoder = built(case, folder_of(case))

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from embed_precompute.encoders.checkpoint import Checkpoint
+from embed_precompute.encoders.text_steps import Empty, Step
 from embed_precompute.encoders.tokenizer import CaptionTokenizer, Shape, shape_of
 from embed_precompute.errors import InputError, require
 
@@ -48,6 +49,15 @@ class EncoderConfig:
     """Numbers in a stored vector, as a preset states it; a checkpoint with another is refused."""
     max_length: int
     """Tokens per caption, special tokens included."""
+    text_steps: tuple[Step, ...] = ()
+    """Applied in this order to the recipe's text, for this encoder alone, before template and
+    tokenizer. whitespace: runs of it become a space, then strip. html_unescape is one pass.
+    clean_caption is PixArt's, one pass. quoted: the quoted passages alone, as glyph encoders take
+    them. ftfy and clean_caption need the extra `text`."""
+    empty: Empty = "encode"
+    """What stands for a caption that is empty after text_steps, and for the null embedding. encode:
+    the empty text. space: one space. nothing: no vector is stored, and the loader gives zeros and
+    an empty mask; only for outputs per token of real positions."""
     dtype: DType = "bfloat16"
     """The dtype that the encoder computes in."""
     implementation: str = "auto"
@@ -117,9 +127,9 @@ class Output:
     suffix: str
     per: Literal["token", "caption"]
     width: int
-    positions: Literal["all", "real"] | None
+    positions: Literal["all", "real", "real+1"] | None
     """For an output per token: "all" stores every position of the padded length, "real" only the
-    caption's span of real tokens. For an output per caption: None."""
+    caption's span of real tokens, "real+1" also the first pad. For an output per caption: None."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +239,14 @@ class Family(abc.ABC, Generic[Options]):
 
     def open_tokenizer(self, where: str, folder: Path, options: Options) -> CaptionTokenizer:
         """The tokenizer in `folder`; errors begin with `where`."""
-        return CaptionTokenizer(where, folder, options.max_length, self.special_tokens)
+        return CaptionTokenizer(
+            where,
+            folder,
+            options.max_length,
+            self.special_tokens,
+            text_steps=options.text_steps,
+            empty=options.empty,
+        )
 
     def check(self, opened: OpenEncoder[Options]) -> None:
         """Raise InputError if options, checkpoint and tokenizer cannot work together."""
@@ -373,7 +390,7 @@ def in_buckets(
     is too short is left out. Raises InputError.
     """
     tokenizer = opened.tokenizer
-    longest, empty = tokenizer.longest, tokenizer.empty.num_ids[0]
+    longest, empty = tokenizer.longest, tokenizer.empty.extents[0]
     cropped = longest - opened.options.max_length
     lengths = {cropped + bucket for bucket in (default if given is None else given)}
     lengths = {length for length in lengths if length < longest} | {longest}

@@ -211,7 +211,15 @@ class Decoder(Family[DecoderOptions]):
     special_tokens = ()  # pads are never attended
 
     def open_tokenizer(self, where: str, folder: Path, options: DecoderOptions) -> CaptionTokenizer:
-        return CaptionTokenizer(where, folder, options.max_length, (), options.prompt())
+        return CaptionTokenizer(
+            where,
+            folder,
+            options.max_length,
+            (),
+            options.prompt(),
+            text_steps=options.text_steps,
+            empty=options.empty,
+        )
 
     def check(self, opened: OpenEncoder[DecoderOptions]) -> None:
         options, layers = opened.options, opened.checkpoint.text_config.num_hidden_layers

@@ -2,8 +2,8 @@
 
 Pads are treated in one of two ways. `attention_mask: none` is Open-Sora's way: captions are padded
 to one length, every position attends to the pads, and all positions are stored. So another padded
-length gives another embedding. `attention_mask: padding`: only real tokens attend, are attended and
-are stored.
+length gives another embedding. `attention_mask: padding`: only real tokens are attended, and they
+are stored. `keep` stores other positions than these.
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ class T5Options(EncoderConfig):
     kind: Literal["t5"] = "t5"
     max_length: int = 512
     attention_mask: Literal["none", "padding"] = "none"
-    """none: pads are attended and stored, as in Open-Sora. padding: only real tokens are."""
+    """What the encoder sees. none: pads are attended, as in Open-Sora. padding: only real tokens
+    are."""
+    keep: Literal["real", "real+1", "all"] | None = None
+    """Which positions are stored. real: the caption's tokens. real+1: the first pad too, where
+    there is one (Chroma). all: every position up to the padded length. null: all with
+    attention_mask none, real with padding."""
     seq_align: int = 1
     """Only for attention_mask none: pad until (added_tokens + length) is a multiple of this."""
     added_tokens: int | VideoTokensConfig | str = 0
@@ -77,23 +82,33 @@ class T5Options(EncoderConfig):
             f"stream_tokens is {self.stream_tokens}: expected at least max_length "
             f"({self.max_length}), so that every caption fits.",
         )
+        aligned = self.seq_align != 1 or self.added_tokens != 0
         require(
-            self.is_padded or (self.seq_align == 1 and self.added_tokens == 0),
+            self.attention_mask == "none" or not aligned,
             "seq_align and added_tokens belong to attention_mask none, where pads are encoded. "
-            "A masked dataset stores real tokens only and the loader pads it to any length: "
-            "remove both fields.",
+            "Under a mask no embedding depends on the padded length: remove both fields.",
+        )
+        require(
+            self.kept != "real+1" or not aligned,
+            "seq_align and added_tokens are for keep all or real: with keep real+1 a caption of "
+            "max_length tokens has no pad. Remove both fields.",
         )
         require(
             self.buckets is None or not self.is_padded,
-            "buckets are for attention_mask padding: with attention_mask none every "
+            "buckets are for attention_mask padding with keep real or real+1: otherwise every "
             "caption has the one padded length. Remove the field.",
         )
         self.require_buckets(self.buckets)
 
     @property
+    def kept(self) -> Literal["real", "real+1", "all"]:
+        """`keep`, or what null means."""
+        return self.keep or ("all" if self.attention_mask == "none" else "real")
+
+    @property
     def is_padded(self) -> bool:
-        """Pads are attended and stored."""
-        return self.attention_mask == "none"
+        """Every caption runs at the one padded length: its pads are attended, or all are stored."""
+        return self.attention_mask == "none" or self.kept == "all"
 
     def padded_length(self, added_tokens: int) -> int:
         """Length that T5 runs at: max_length, padded until added_tokens + length is a multiple of
@@ -133,10 +148,21 @@ class T5(Family[T5Options]):
         *("relative_attention_num_buckets", "relative_attention_max_distance"),
     )
 
+    def open_tokenizer(self, where: str, folder: Path, options: T5Options) -> CaptionTokenizer:
+        pads = int(options.kept == "real+1")
+        return CaptionTokenizer(
+            where,
+            folder,
+            options.max_length,
+            self.special_tokens,
+            text_steps=options.text_steps,
+            empty=options.empty,
+            stored_pads=pads,
+        )
+
     def outputs(self, options: T5Options, checkpoint: Checkpoint | None) -> tuple[Output, ...]:
-        positions: Literal["all", "real"] = "all" if options.is_padded else "real"
         width = self.sizes(checkpoint).width if checkpoint else options.width or 0
-        return (Output("", "token", width, positions),)
+        return (Output("", "token", width, options.kept),)
 
     def sizes(self, checkpoint: Checkpoint) -> Sizes:
         config = checkpoint.text_config
@@ -162,6 +188,8 @@ class T5(Family[T5Options]):
                 f"{opened.checkpoint.folder / 'config.json'} has feed_forward_proj "
                 f"{activation!r}, and fused computes {', '.join(FUSED_ACTIVATIONS)}."
             )
+        elif options.attention_mask == "padding" and options.kept != "real":
+            reason = f"keep is {options.kept}, and fused computes no pads under a mask."
         implementation = choose_implementation(opened, self, facts, reason)
 
         def batch_of(length: int) -> int:
@@ -185,7 +213,8 @@ class T5(Family[T5Options]):
     def forward(
         self, model: Any, options: T5Options, input_ids: torch.Tensor, lengths: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        mask = None if options.is_padded else mask_of_pads(input_ids, lengths, model.dtype)
+        masked = options.attention_mask == "padding"
+        mask = mask_of_pads(input_ids, lengths, model.dtype) if masked else None
         return {"": model(input_ids=input_ids, attention_mask=mask).last_hidden_state}
 
     def fused_layers(
@@ -214,12 +243,16 @@ class T5(Family[T5Options]):
             inputs = tokenize(
                 text, truncation=True, max_length=options.max_length, return_tensors="pt"
             )
-            ids, mask = inputs.input_ids, inputs.attention_mask.to(device)
-            if padded_length is not None:  # pads up to it are attended as any other token
-                pads = [tokenize.pad_token_id] * (padded_length - ids.shape[1])
-                ids, mask = torch.cat([ids, torch.tensor([pads], dtype=ids.dtype)], dim=1), None
+            ids, mask = inputs.input_ids, inputs.attention_mask
+            real = ids.shape[1]
+            if padded_length is None:
+                padded_length = min(real + (options.kept == "real+1"), options.max_length)
+            pads = torch.full((1, padded_length - real), tokenize.pad_token_id)
+            ids, mask = torch.cat([ids, pads], 1), torch.cat([mask, torch.zeros_like(pads)], 1)
+            seen = None if options.attention_mask == "none" else mask.to(device)
             with torch.no_grad():
-                return {"": model(ids.to(device), attention_mask=mask).last_hidden_state[0]}
+                states = model(ids.to(device), attention_mask=seen).last_hidden_state[0]
+            return {"": states[: {"real": real, "real+1": real + 1, "all": None}[options.kept]]}
 
         return encode
 
