@@ -1,8 +1,9 @@
 """Print how far each preset is from the text encoding of the pipeline that it follows.
 
 Guarantees: what we are compared with is diffusers' own method, called on an object that has tiny
-encoders and tokenizers and nothing else, one caption at a time. The presets are the files that ship,
-with their own lengths, templates and layers; only checkpoints and cropped positions are replaced.
+encoders and tokenizers and nothing else, one caption at a time. The presets are the files that
+ship, with their own lengths, templates and layers; only checkpoints and cropped positions are
+replaced.
 Costs: some minutes on two cores. Nothing is downloaded. Needs diffusers (the extra `dev`).
 
     python scripts/presets_table.py [NAME ...] [--captions 30]
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -22,17 +24,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from tokenizers import (
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from safetensors.torch import load_file
 
 from embed_precompute.config.files import load_config, preset_path
 from embed_precompute.encoders.checkpoint import quiet_transformers
@@ -40,10 +32,21 @@ from embed_precompute.encoders.encoder import build
 from embed_precompute.encoders.families.base import EncoderConfig
 from embed_precompute.encoders.resolve import open_encoder, resolve
 from make_demo import demo_captions, write_clip, write_t5
+from preset_checkpoints import (
+    CONNECTOR,
+    GEMMA3_LAYERS,
+    write_byt5,
+    write_gemma2,
+    write_llama,
+    write_ltx2,
+    write_projected_clip,
+    write_qwen3,
+    write_qwen_vl,
+)
 
 Write = Callable[[Path, Sequence[str]], Path]
 Kept = tuple[torch.Tensor, "torch.Tensor | None"]
-"""What a pipeline hands to its model: values [L, D] or [C], and which positions count; None: all."""
+"""What a pipeline hands to its model: values [L, D] or [C]; which positions count, None: all."""
 Encode = Callable[[str], dict[str, Kept]]
 """Caption -> tensor's name -> what the pipeline makes of it."""
 
@@ -82,13 +85,16 @@ CAPTIONS = (
 """The first are the ones that tell most: empty, plain, over-long, not Latin, quoted, unclean."""
 
 
+class NotHereError(Exception):
+    """This release of diffusers or transformers lacks a pipeline or a model, which is named."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """How a preset is compared with its pipeline."""
 
     theirs: Callable[[Mapping[str, Path]], Encode]
-    """Folders of the encoders, by name -> the pipeline's own encoding. AttributeError: this release
-    of diffusers or transformers has no such pipeline or model."""
+    """Folders of the encoders, by name -> the pipeline's own encoding."""
     writes: Mapping[str, Write]
     """Encoder -> what makes its tiny checkpoint."""
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -101,7 +107,7 @@ class Preset:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One stored tensor of a preset; differences are max|a - b| / max|b|, 0 where bits are equal."""
+    """One stored tensor of a preset; differences are max|a - b| / max|b|, 0 for equal bits."""
 
     preset: str
     tensor: str
@@ -115,170 +121,6 @@ class Row:
     """What `auto` chooses."""
 
 
-# -- tiny checkpoints ------------------------------------------------------------------------------
-
-QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-LLAMA = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end|>")
-GEMMA = ("<pad>", "<eos>", "<bos>", "<unk>")
-QWEN_CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
-    "{% endif %}{% endif %}"
-)
-"""What Qwen2.5's and Qwen3's own chat templates make of a system and a user message."""
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4} | {
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 700,
-    "max_position_embeddings": 4096,
-}
-
-
-def write_tokenizer(
-    folder: Path,
-    corpus: Sequence[str],
-    special: Sequence[str],
-    *,
-    begin: str | None = None,
-    metaspace: bool = False,
-    **names: str,
-) -> None:
-    """Byte pairs, of bytes as Llama's and Qwen's or of characters with metaspace as Gemma's."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>" if metaspace else None))
-    alphabet: list[str] = pre_tokenizers.ByteLevel.alphabet()
-    if metaspace:
-        alphabet = [chr(code) for code in range(0x21, 0x7F)] + ["\u2581", "\n"]
-        tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
-        tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
-        tokenizer.decoder = decoders.Metaspace()
-    else:
-        words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        pattern = Regex(words + r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(False, False, False)]
-        )
-        tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=list(special),
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    if begin is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{begin} $A", pair=None, special_tokens=[(begin, tokenizer.token_to_id(begin))]
-        )
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-    fast.padding_side = "right"
-    if special is QWEN:
-        fast.chat_template = QWEN_CHAT
-    fast.save_pretrained(str(folder))
-
-
-def save(folder: Path, model: Any) -> Path:
-    """Save a model with random weights that hide nothing: norms that are not 1, biases not 0."""
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight.normal_(0.0 if "Gemma" in type(model).__name__ else 1.0, 0.2)
-            else:
-                weight.normal_(0.0, weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.2)
-    model.save_pretrained(str(folder), safe_serialization=True)
-    return folder
-
-
-def write_llama(folder: Path, corpus: Sequence[str]) -> Path:
-    names = {"eos_token": "<|eot_id|>", "pad_token": "<|end|>", "bos_token": LLAMA[0]}
-    write_tokenizer(folder, corpus, LLAMA, begin=LLAMA[0], **names)
-    config = transformers.LlamaConfig(**SIZES, num_hidden_layers=5)
-    return save(folder, transformers.LlamaModel(config))
-
-
-def write_qwen3(
-    folder: Path, corpus: Sequence[str], *, layers: int, name: str = "Qwen3Model"
-) -> Path:
-    write_tokenizer(folder, corpus, QWEN, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    config = transformers.Qwen3Config(**SIZES, num_hidden_layers=layers)
-    return save(folder, getattr(transformers, name)(config))
-
-
-def write_qwen_vl(folder: Path, corpus: Sequence[str], *, name: str, layers: int = 4) -> Path:
-    """Qwen2.5-VL or Qwen3-VL, whole with a tiny vision tower, or its text tower alone."""
-    write_tokenizer(folder, corpus, QWEN, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    family = name.split("VL", maxsplit=1)[0] + "VL"
-    model = getattr(transformers, name)
-    sections = {"rope_type": "default", "mrope_section": [2, 1, 1]}
-    text = {**SIZES, "num_hidden_layers": layers, "rope_scaling": sections}
-    if name.endswith("TextModel"):
-        return save(folder, model(getattr(transformers, f"{family}TextConfig")(**text)))
-    sight = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
-    sight |= {"out_hidden_size": 32, "deepstack_visual_indexes": [0], "fullatt_block_indexes": [1]}
-    tokens = {"image_token_id": 600, "video_token_id": 601}
-    tokens |= {"vision_start_token_id": 602, "vision_end_token_id": 603}
-    config = getattr(transformers, f"{family}Config")(
-        text_config=text, vision_config=sight, **tokens
-    )
-    return save(folder, model(config))
-
-
-def write_gemma2(folder: Path, corpus: Sequence[str]) -> Path:
-    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
-    write_tokenizer(folder, corpus, GEMMA, begin="<bos>", metaspace=True, **names)
-    more = {"sliding_window": 64, "query_pre_attn_scalar": 8}
-    config = transformers.Gemma2Config(**SIZES, **more, num_hidden_layers=4)
-    return save(folder, transformers.Gemma2Model(config))
-
-
-def write_gemma3(folder: Path, corpus: Sequence[str]) -> Path:
-    """With a tiny vision tower; every second layer sees 64 tokens only."""
-    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
-    write_tokenizer(folder, corpus, GEMMA, begin="<bos>", metaspace=True, **names)
-    more = {"sliding_window": 64, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8}
-    text = {**SIZES, **more, "num_hidden_layers": GEMMA3_LAYERS}
-    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    sight |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=sight, mm_tokens_per_image=4, image_token_index=699
-    )
-    return save(folder, transformers.Gemma3ForConditionalGeneration(config))
-
-
-GEMMA3_LAYERS = 4
-
-
-def write_projected_clip(
-    folder: Path, corpus: Sequence[str], *, width: int, pad: str | None = None
-) -> Path:
-    """CLIP as SD3 has it, with its projection; `pad`: another pad token than the end token."""
-    write_clip(folder, corpus, width=width)
-    path = folder / "model.safetensors"
-    values = torch.randn(width, width, generator=torch.Generator().manual_seed(1)) / 8
-    save_file({**load_file(path), "text_projection.weight": values}, path, {"format": "pt"})
-    change(folder / "config.json", architectures=["CLIPTextModelWithProjection"])
-    if pad is not None:
-        change(folder / "tokenizer_config.json", pad_token=pad)
-    return folder
-
-
-def change(path: Path, **values: Any) -> None:
-    """Set values of a JSON file."""
-    import json
-
-    path.write_text(json.dumps({**json.loads(path.read_bytes()), **values}), encoding="utf-8")
-
-
-def write_byt5(folder: Path, corpus: Sequence[str]) -> Path:
-    """ByT5's 256 bytes and its 128 other tokens; its tokenizer has no vocabulary file."""
-    write_t5(folder, corpus, vocab_size=384)
-    for path in folder.glob("*token*"):
-        path.unlink()
-    transformers.ByT5Tokenizer().save_pretrained(str(folder))
-    return folder
-
-
 # -- the pipelines ---------------------------------------------------------------------------------
 
 
@@ -287,9 +129,16 @@ def pipeline(name: str, **parts: Any) -> Any:
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
+    if not hasattr(diffusers, name):
+        raise NotHereError(f"diffusers {diffusers.__version__} has no {name}")
     made = object.__new__(getattr(diffusers, name))
     made.__dict__.update(parts)
     return made
+
+
+def source_of(pipeline_class: type) -> str:
+    """The text of the module: some templates are set where an object is made."""
+    return Path(str(inspect.getsourcefile(pipeline_class))).read_text(encoding="utf-8")
 
 
 def model(name: str, folder: Path) -> Any:
@@ -314,7 +163,9 @@ def t5_pipeline(
     """Of a pipeline with one T5 whose method is `_get_t5_prompt_embeds`."""
     ((encoder, folder),) = folders.items()
     parts = {"tokenizer": tokenizer(folder), "text_encoder": model(model_name, folder)}
-    pipe = pipeline(name, **parts, _internal_dict=SimpleNamespace(force_zeros_for_empty_prompt=False))
+    pipe = pipeline(
+        name, **parts, _internal_dict=SimpleNamespace(force_zeros_for_empty_prompt=False)
+    )
     method = partial(pipe._get_t5_prompt_embeds, device="cpu", **fixed)
     return lambda text: {encoder: keep(method([text]))}
 
@@ -435,9 +286,8 @@ def hunyuan(folders: Mapping[str, Path]) -> Encode:
 def hunyuan_1_5(folders: Mapping[str, Path]) -> Encode:
     from diffusers import HunyuanVideo15Pipeline as Pipeline
 
-    found = re.search(r'system_message: str = "(.*?)",\n', Path(source_of(Pipeline)).read_text(), re.S)
-    assert found is not None
-    system = found[1].replace("\\\n", "")
+    (system,) = re.findall(r'system_message: str = "(.*?)",\n', source_of(Pipeline), re.DOTALL)
+    system = system.replace("\\\n", "")
     tokenize = tokenizer(folders["qwen"])
     before = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
     encoder = model("Qwen2_5_VLTextModel", folders["qwen"])
@@ -455,22 +305,14 @@ def hunyuan_1_5(folders: Mapping[str, Path]) -> Encode:
     return encode
 
 
-def source_of(thing: Any) -> str:
-    import inspect
-
-    return str(inspect.getsourcefile(thing))
-
-
 def qwen_image(folders: Mapping[str, Path]) -> Encode:
     tokenize = tokenizer(folders["qwen"])
-    found = re.search(
-        r'self\.prompt_template_encode = "(.*)"',
-        Path(source_of(pipeline("QwenImagePipeline").__class__)).read_text(),
-    )
-    assert found is not None
-    template = found[1].replace("\\n", "\n")
+    name = "QwenImagePipeline"
+    source = source_of(type(pipeline(name)))
+    (template,) = re.findall(r'self\.prompt_template_encode = "(.*)"', source)
+    template = template.replace("\\n", "\n")
     pipe = pipeline(
-        "QwenImagePipeline",
+        name,
         tokenizer=tokenize,
         text_encoder=model("Qwen2_5_VLForConditionalGeneration", folders["qwen"]),
         tokenizer_max_length=1024,
@@ -487,23 +329,18 @@ def z_image(folders: Mapping[str, Path]) -> Encode:
 
 
 def sana(folders: Mapping[str, Path]) -> Encode:
-    import inspect
-
     parts = {"tokenizer": tokenizer(folders["gemma"])}
     pipe = pipeline("SanaPipeline", **parts, text_encoder=model("Gemma2Model", folders["gemma"]))
     instruction = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"]
     settings = {"do_classifier_free_guidance": False, "device": "cpu"}
-    settings["complex_human_instruction"] = instruction.default
+    settings |= {"complex_human_instruction": instruction.default}
     return lambda text: {"gemma": masked(pipe.encode_prompt(text, **settings)[:2])}
 
 
 def lumina2(folders: Mapping[str, Path]) -> Encode:
-    found = re.search(
-        r'self\.system_prompt = "(.*)"',
-        Path(source_of(pipeline("Lumina2Pipeline").__class__)).read_text(),
-    )
-    assert found is not None
-    parts = {"tokenizer": tokenizer(folders["gemma"]), "system_prompt": found[1]}
+    source = source_of(type(pipeline("Lumina2Pipeline")))
+    (system,) = re.findall(r'self\.system_prompt = "(.*)"', source)
+    parts = {"tokenizer": tokenizer(folders["gemma"]), "system_prompt": system}
     pipe = pipeline("Lumina2Pipeline", **parts, text_encoder=model("Gemma2Model", folders["gemma"]))
     settings = {"do_classifier_free_guidance": False, "device": "cpu"}
     return lambda text: {"gemma": masked(pipe.encode_prompt(text, **settings)[:2])}
@@ -539,17 +376,6 @@ def ltx2(folders: Mapping[str, Path]) -> Encode:
         return {"gemma": masked((projected.pop(), mask))}
 
     return encode
-
-
-CONNECTOR = "connector/diffusion_pytorch_model.safetensors"
-
-
-def write_ltx2(folder: Path, corpus: Sequence[str]) -> Path:
-    write_gemma3(folder, corpus)
-    (folder / CONNECTOR).parent.mkdir()
-    values = torch.randn(32, 32 * (GEMMA3_LAYERS + 1), generator=torch.Generator().manual_seed(1))
-    save_file({"text_proj_in.weight": values / 12}, folder / CONNECTOR)
-    return folder
 
 
 def minimax(folders: Mapping[str, Path]) -> Encode:
@@ -643,8 +469,11 @@ def options_of(preset: str, encoder: str, folder: Path, **changes: Any) -> Encod
     return dataclasses.replace(options, **plain)
 
 
-def encoded(options: EncoderConfig, texts: Sequence[str]) -> tuple[dict[str, list[torch.Tensor]], str]:
-    """Suffix -> what a job stores of each text and, last, of the null caption; the implementation."""
+def encoded(
+    options: EncoderConfig, texts: Sequence[str]
+) -> tuple[dict[str, list[torch.Tensor]], str]:
+    """Suffix -> what a job stores of each text and, last, of the null caption; and by which
+    implementation."""
     resolved = resolve(open_encoder("enc", options))
     encoder, tokens = build(resolved, "cpu", "float32"), resolved.opened.tokenizer
     stored: dict[str, list[torch.Tensor]] = {output.suffix: [] for output in resolved.outputs}
@@ -695,8 +524,11 @@ def rows_of(name: str, folder: Path, texts: Sequence[str]) -> list[Row]:
     """The table's rows of one preset; its tiny checkpoints go to `folder`."""
     corpus: list[str] = demo_captions(200).column("text").to_pylist()
     preset = PRESETS[name]
-    folders = {encoder: write(folder / encoder, corpus) for encoder, write in preset.writes.items()}
-    encode, theirs = preset.theirs(folders), []
+    try:
+        folders = {part: write(folder / part, corpus) for part, write in preset.writes.items()}
+        encode = preset.theirs(folders)
+    except (AttributeError, ImportError) as error:
+        raise NotHereError(str(error)) from error
     with torch.no_grad():
         theirs = [encode(text) for text in [*texts, preset.null]]
     rows = []
@@ -731,14 +563,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 rows = rows_of(name, Path(folder), CAPTIONS[: arguments.captions])
-            except (AttributeError, ImportError) as error:
+            except NotHereError as error:
                 print(f"| {name} | {error} | | | | | |")
                 continue
         for row in rows:
-            numbers = ["-" if v is None else "0" if v == 0 else f"{v:.1e}" for v in (row.hf, row.fused)]
+            numbers = ["-" if n is None else f"{n:.1e}" if n else "0" for n in (row.hf, row.fused)]
             shape = " x ".join(map(str, row.shape))
-            cells = [row.preset, f"text_{row.tensor}", row.captions, shape, *numbers]
-            print(f"| {' | '.join(map(str, [*cells, row.implementation]))} |", flush=True)
+            cells = [row.preset, f"text_{row.tensor}", str(row.captions), shape, *numbers]
+            print(f"| {' | '.join([*cells, row.implementation])} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ TABLE_ENDINGS = (".parquet", ".pq", ".parq", ".csv", ".tsv", ".jsonl")
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """The configuration in the YAML file `path`, or the preset of that name, changed by `overrides`.
+    """The configuration in a YAML file, or the preset of that name, changed by `overrides`.
 
     `overrides` are command-line words: `["--encoders.t5.max_length", "256"]` or `["--a.b=1"]`;
     hyphens and underscores are the same. A value replaces the file's, also a mapping or a list.

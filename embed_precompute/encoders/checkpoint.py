@@ -189,7 +189,7 @@ def locate(where: str, pretrained: str, revision: str | None, need: Need = "weig
 
 
 def split_hub_id(hub_id: str) -> tuple[str, str]:
-    """Repository and folder in it, which is "" for its top level: ("owner/name", "text_encoder")."""
+    """Repository and folder in it: ("owner/name", "text_encoder"); "" for its top level."""
     owner, *rest = hub_id.split("/", 2)
     return "/".join([owner, *rest[:1]]), "/".join(rest[1:])
 

@@ -44,7 +44,7 @@ class EncoderConfig:
     """Tokenizer folder or hub id, when it is not in the weights' folder. In the weights' repository
     it has their revision."""
     reference: str | None = None
-    """Where it is written that the model is fed so: repository@commit path:line. Changes no byte."""
+    """Where these semantics are written: repository@commit path:line; changes no byte."""
     width: int | None = None
     """Numbers in a stored vector, as a preset states it; a checkpoint with another is refused."""
     max_length: int
