@@ -35,6 +35,7 @@ COMMANDS = {
     },
     "fetch": {"--output", *CONFIG_OPTIONS},
     "bench": {*("--captions", "--json", "--rounds", "--variants"), *CONFIG_OPTIONS},
+    "presets": set(),
     "status": {"--json"},
     "verify": {"--level", "--sample", "--seed", "--device", "--workers"},
     "repair": {"--failed"},
@@ -58,7 +59,7 @@ PUBLIC = {
     *("prepare_ids", "prompt_similarity", "run", "shardformer_t5"),
 }
 ENCODER = (
-    "kind pretrained revision tokenizer max_length text_steps empty dtype implementation compile "
+    "kind pretrained revision tokenizer reference width max_length text_steps empty dtype implementation compile "
     "tf32"
 )
 SECTIONS = {

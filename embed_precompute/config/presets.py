@@ -6,18 +6,22 @@ is what the preset states; `plan` and `run` refuse a checkpoint with another.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from embed_precompute.config.files import load_config, preset_path, preset_paths
 from embed_precompute.encoders.families import FAMILIES
 from embed_precompute.encoders.families.base import DTYPE_BYTES, DType, EncoderConfig
 
-HEAD = ("PRESET", "TENSOR", "ENCODER", "STORED", "BYTES", "A TOKEN")
+HEAD = ("PRESET", "TENSOR", "STORED", "BYTES", "A TOKEN", "ENCODER", "AS IN")
+ALIGNED = "<<<>><<"
 NOTE = (
-    "BYTES: of a caption at its full length, pads included. `real ones of`: only the caption's own "
-    "tokens are stored.\n`embed-precompute presets NAME` shows a preset and its source; `run NAME` "
+    "BYTES: of a caption at its full length. Where only real tokens are stored, a shorter caption "
+    "has fewer.\n`embed-precompute presets NAME` shows a preset and its whole source; `run NAME` "
     "runs it."
 )
+KEPT = {"all": "all", "real": "real, up to", "real+1": "real and 1 pad, up to"}
+"""Positions that are stored, in words."""
 
 
 def table_lines() -> list[str]:
@@ -26,14 +30,14 @@ def table_lines() -> list[str]:
     for path in preset_paths():
         name, config = path.stem, load_config(path)
         for encoder, options in config.encoders.items():
-            for tensor, *facts in _tensors(encoder, options, config.output.dtype):
-                rows.append((name, tensor, options.pretrained, *facts))
+            repository, commit, place = re.split("[@ ]", str(options.reference))
+            source = f"{repository}@{commit[:8]} .../{place.rpartition('/')[2]}"
+            for facts in _tensors(encoder, options, config.output.dtype):
+                rows.append((name, *facts, options.pretrained, source))
                 name = ""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for *words, full, token in rows:
-        left = "  ".join(word.ljust(width) for word, width in zip(words, widths[:-2], strict=True))
-        lines.append(f"{left}  {full:>{widths[-2]}}  {token:>{widths[-1]}}")
+    shapes = [f"{side}{width}" for side, width in zip(ALIGNED, widths, strict=True)]
+    lines = ["  ".join(map(format, row, shapes)).rstrip() for row in rows]
     return [*lines, "", NOTE]
 
 
@@ -60,6 +64,5 @@ def _tensors(
         if output.per == "caption":
             yield tensor, f"a vector of {output.width}", f"{size:,}", ""
         else:
-            kept = "all" if output.positions == "all" else "real ones of"
-            stored = f"{kept} {options.positions} x {output.width}"
+            stored = f"{KEPT[output.positions or 'all']} {options.positions} x {output.width}"
             yield tensor, stored, f"{size * options.positions:,}", f"{size:,}"

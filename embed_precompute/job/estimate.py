@@ -38,6 +38,8 @@ ROWS_BYTES_PER_SAMPLE = 60
 """Estimated bytes of a sample in a rows part, compressed, without the text; measured once."""
 FILES_PER_UNIT = 3
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 300
+HEAVY_BYTES = 20e6
+"""`plan` warns where an average caption takes more."""
 FEW_CHARACTERS = 2.0
 """With fewer characters per token than this, a tokenizer is probably another model's."""
 
@@ -247,7 +249,7 @@ def estimate_lines(
             lines.append(f"{'':<10} {what}: {count:,}, such as {figures.first_noted[what]}")
     lines += example_lines(figures)
     for encoder in sampled.encoders:
-        lines += _encoder_lines(encoder, figures)
+        lines += _encoder_lines(encoder, figures, dtype)
     if reuse is not None:
         lines += reuse.lines()
         for encoder in sampled.encoders:
@@ -263,12 +265,14 @@ def estimate_lines(
     return lines + _disk_lines(plan, root, len(left), scale * (rows + embeddings))
 
 
-def _encoder_lines(encoder: ResolvedEncoder, figures: Figures) -> list[str]:
+def _encoder_lines(encoder: ResolvedEncoder, figures: Figures, dtype: str) -> list[str]:
     sums, decision = figures.encoders[encoder.name], encoder.decision
+    size = figures.embedding_bytes([encoder], dtype) / max(1, figures.encoded)
     shapes = ", ".join(f"{batch}x{length}" for batch, length in decision.shapes)
     stored = []
     for tensor, output in encoder.tensors().items():
         vectors = {"all": f"padded length {decision.padded_length} x", "real": "real tokens x"}
+        vectors["real+1"] = "real tokens and one pad x"
         vectors["real+1"] = "real tokens and a pad x"
         what = vectors.get(output.positions or "", "one vector of")
         stored.append(f"text_{tensor}: {what} {output.width}")
@@ -276,6 +280,11 @@ def _encoder_lines(encoder: ResolvedEncoder, figures: Figures) -> list[str]:
     if not figures.encoded:
         return [f"{encoder.name:<10} no caption to encode"]
     tokens, longest = sums.tokens, max(sums.whole + sums.cut)
+    heavy = (
+        f"{'WARNING':<10} {_size(size)} a caption: more than a disk delivers to a training step. "
+        "Store what comes behind a matrix of the model (`project`), or fewer `layers`."
+    )
+    source = f"; as in {encoder.options.reference}" if encoder.options.reference else ""
     shares = zip(PERCENTS, sums.percentiles(*PERCENTS), strict=True)
     return [
         f"{encoder.name:<10} {tokens:,} tokens, mean {tokens / figures.encoded:.1f}, "
@@ -285,6 +294,8 @@ def _encoder_lines(encoder: ResolvedEncoder, figures: Figures) -> list[str]:
         f"{'WARNING' if suspicious else '':<10} tokenizer {tokenizer}",
         f"{'':<10} stored: {', '.join(stored)}; forwards of {shapes}; implementation "
         f"{decision.implementation}",
+        f"{'':<10} {_size(size)} a caption{source}",
+        *([heavy] if size > HEAVY_BYTES else []),
     ]
 
 
