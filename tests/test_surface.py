@@ -59,8 +59,8 @@ PUBLIC = {
     *("prepare_ids", "prompt_similarity", "run", "shardformer_t5"),
 }
 ENCODER = (
-    "kind pretrained revision tokenizer reference width max_length text_steps empty dtype implementation compile "
-    "tf32"
+    "kind pretrained revision tokenizer reference width max_length text_steps empty dtype "
+    "implementation compile tf32"
 )
 SECTIONS = {
     recipes.CaptionsConfig: "path text_column id_column recipe normalize on_bad_text",
