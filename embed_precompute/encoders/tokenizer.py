@@ -83,15 +83,16 @@ class Tokenized:
     """Whether the caption in its template had more tokens than `CaptionTokenizer.longest`."""
     unknown: list[int]
     """Number of unknown tokens among those kept."""
+    pads: list[int]
+    """Number of pads behind the tokens that are stored with them."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def extents(self) -> list[int]:
-        """How many positions a caption takes in a forward: its tokens, and a pad that is stored."""
-        places = zip(self.num_ids, self.first, self.stored, strict=True)
-        return [max(num_ids, (first + stored) * (stored > 0)) for num_ids, first, stored in places]
+        """How many positions each caption takes in a forward: its tokens, and pads to store."""
+        return [ids + pads for ids, pads in zip(self.num_ids, self.pads, strict=True)]
 
     def select(self, rows: Sequence[int]) -> Tokenized:
         """The captions at `rows`, in that order."""
@@ -141,6 +142,8 @@ class CaptionTokenizer:
     pad_id: int | None
     """Id of the pad token; None if no pad is ever attended."""
     eos_id: int | None
+    for_empty: str | None
+    """What is encoded of an empty caption; None: nothing is."""
     max_id: int
     """Highest id of the vocabulary, added tokens included."""
     empty: Tokenized
@@ -191,16 +194,17 @@ class CaptionTokenizer:
         crop_start = self._template.crop_start
         self._first = self._num_before if crop_start == "template" else crop_start
         self.longest = self._first + max_length
-        self._clean, self._empty, self._stored_pads = make_cleaner(text_steps), empty, stored_pads
+        self._clean, self._stored_pads = make_cleaner(text_steps), stored_pads
+        self.for_empty = {"encode": "", "space": " ", "nothing": None}[empty]
         self._unknown_in_empty = 0
-        self.empty = self.encode_prepared([" " if empty == "space" else ""])
+        self.empty = self.encode_prepared([self.for_empty or ""])
         self._unknown_in_empty, self.empty.unknown[0] = self.empty.unknown[0], 0
         if self.longest < self.empty.num_ids[0]:
             raise InputError(
                 f"{where}: max_length {max_length} leaves no room: the empty caption alone has "
                 f"{self.empty.num_ids[0] - self._first} special tokens. Raise max_length."
             )
-        if self.empty.stored[0] < 1 and empty != "nothing":
+        if self.empty.stored[0] < 1 and self.for_empty is not None:
             raise InputError(
                 f"{where}: the empty caption has no token to store, and every dataset holds its "
                 "embedding. Give a template with text after {text}, crop less, or set `empty`."
@@ -213,10 +217,7 @@ class CaptionTokenizer:
 
     def prepare(self, text: str) -> str | None:
         """What is encoded of a text, without the template; None: nothing is."""
-        text = self._clean(text)
-        if text or self._empty == "encode":
-            return text
-        return " " if self._empty == "space" else None
+        return self._clean(text) or self.for_empty
 
     def encode_prepared(self, texts: Sequence[str | None]) -> Tokenized:
         """Tokenise what `prepare` gave; for None the caption has no ids."""
@@ -226,6 +227,7 @@ class CaptionTokenizer:
             for text, encoding in zip(texts, encodings, strict=True)
         ]
         num_ids = [len(each) for each in ids]
+        pads = [min(self._stored_pads, self.longest - n) if n else 0 for n in num_ids]
         truncated = [bool(encoding.overflowing) for encoding in encodings]
         # What is cut is the end, and with it the template's text after the caption.
         others = [self._num_before + (0 if cut else self._num_after) for cut in truncated]
@@ -234,15 +236,13 @@ class CaptionTokenizer:
             ids=ids,
             num_ids=num_ids,
             first=[self._first] * len(ids),
-            stored=[
-                max(0, min(count + self._stored_pads, self.longest) - cropped) if count else 0
-                for count in num_ids
-            ],
+            stored=[max(0, ids + pad - cropped) for ids, pad in zip(num_ids, pads, strict=True)],
             tokens=[max(0, count - other) for count, other in zip(num_ids, others, strict=True)],
             truncated=truncated,
             # CLIP uses one token as unknown token and as end token. So the number of these in the
             # empty caption is subtracted.
             unknown=np.maximum(0, self._unknown(ids) - self._unknown_in_empty).tolist(),
+            pads=pads,
         )
 
     def _unknown(self, ids: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
