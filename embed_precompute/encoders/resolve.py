@@ -73,7 +73,9 @@ class ResolvedEncoder:
         if decision.packed:
             return pack(captions, decision.shapes[0][1], pad_id)
         shapes = (decision.null_shape,) if null else decision.shapes
-        return make_batches(captions, shapes, pad_id, tokenizer.empty)
+        return make_batches(
+            captions, shapes, pad_id, tokenizer.empty, pads_left=tokenizer.pads_left
+        )
 
     def every_shape(self) -> Iterator[TokenBatch]:
         """One token batch of each shape, filled with the empty caption: each must fit in memory."""
@@ -83,7 +85,11 @@ class ResolvedEncoder:
             return
         for shape in sorted({*decision.shapes, decision.null_shape}):
             yield from make_batches(
-                tokenizer.empty, (shape,), tokenizer.pad_id or 0, tokenizer.empty
+                tokenizer.empty,
+                (shape,),
+                tokenizer.pad_id or 0,
+                tokenizer.empty,
+                pads_left=tokenizer.pads_left,
             )
 
     @property

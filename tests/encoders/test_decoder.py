@@ -74,8 +74,8 @@ SHORT = {"max_length": 48, "batch_tokens": 400, "buckets": [12, 24]}
 CASES = [
     Case("qwen2", "decoder", write_decoder, {"template": CHAT, **SHORT}),
     Case("qwen2-ends", "decoder", partial(write_decoder, ends=True), {"template": CHAT, **SHORT}),
-    Case("llama", "decoder", llama, {"template": CHAT, "hidden_state": -2, **SHORT}),
-    Case("llama-plain", "decoder", llama, {"hidden_state": 1, "max_length": 48}),
+    Case("llama", "decoder", llama, {"template": CHAT, "layers": [-2], **SHORT}),
+    Case("llama-plain", "decoder", llama, {"layers": [1], "max_length": 48}),
     Case(
         "mistral",
         "decoder",
@@ -93,7 +93,7 @@ CASES = [
         "qwen3",
         "decoder",
         partial(write_decoder, model_type="qwen3"),
-        {"template": CHAT, "hidden_state": 2, "norm": "final", "max_length": 48},
+        {"template": CHAT, "layers": [2], "norm": "final", "max_length": 48},
     ),
 ]
 
@@ -161,8 +161,8 @@ def test_lengths_count_from_the_crop_on(qwen2: Path) -> None:
             {"crop_start": 5},
             r"crop_start is 5, and with this tokenizer the template has \d+ tokens",
         ),
-        ({"hidden_state": 0}, "hidden_state is 0"),
-        ({"hidden_state": 4}, "hidden_state is 4: the model in .* has 3 layers"),
+        ({"layers": ()}, r"layers is \[\]: expected one layer or more"),
+        ({"layers": (4,)}, "layers has 4: the model in .* has 3 layers"),
         ({"compile": True}, "decoder has no fused. Expected hf, and compile false"),
         ({"implementation": "fused"}, "decoder has no fused. Expected hf"),
     ],
@@ -189,7 +189,7 @@ def test_braces_are_written_twice(qwen2: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layers_after_the_hidden_state_are_not_loaded(qwen2: Path, dtype: str) -> None:
-    case = Case("cut", "decoder", write_decoder, {"template": CHAT, "hidden_state": -2})
+    case = Case("cut", "decoder", write_decoder, {"template": CHAT, "layers": [-2]})
     encoder = built(case, qwen2, dtype, dtype=dtype)
     assert len(encoder.model.layers) == 2
     resolved = encoder.resolved

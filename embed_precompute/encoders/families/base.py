@@ -82,7 +82,8 @@ class EncoderConfig:
             )
 
     def require_buckets(self, buckets: tuple[int, ...] | None) -> None:
-        """Raise InputError unless `buckets` are lengths up to max_length that hf can run."""
+        """Raise InputError unless `buckets` are lengths up to max_length that hf can run; none of
+        them: every caption runs at the full length."""
         if buckets is None:
             return
         require(
@@ -90,14 +91,12 @@ class EncoderConfig:
             "buckets are for the implementation hf: fused packs captions end to end. "
             "Remove buckets, or use hf.",
         )
-        require(
-            bool(buckets) and min(buckets) >= 1, f"buckets is {list(buckets)}: expected lengths."
-        )
-        require(
-            max(buckets) <= self.max_length,
-            f"max_length is {self.max_length}, and buckets has {max(buckets)}: expected 1 to "
-            "max_length.",
-        )
+        for length in buckets:
+            require(
+                1 <= length <= self.max_length,
+                f"max_length is {self.max_length}, and buckets has {length}: expected 1 to "
+                "max_length.",
+            )
 
     @property
     def integer_column(self) -> str | None:

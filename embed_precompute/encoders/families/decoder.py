@@ -38,49 +38,157 @@ BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Message:
+    """One message of a chat."""
+
+    role: str
+    """Who speaks: system, user or what else the chat template knows."""
+    content: str
+    """A format string; {text} in it stands for the caption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """A prompt that the tokenizer's own chat template makes."""
+
+    messages: tuple[Message, ...]
+    """The messages, in order; one of them holds {text}."""
+    generation_prompt: bool = False
+    """Whether the beginning of an answer stands at the end (add_generation_prompt)."""
+    thinking: bool | None = None
+    """The template's switch enable_thinking; with null it is not given."""
+
+    def __post_init__(self) -> None:
+        holding = [message for message in self.messages if "{text}" in message.content]
+        require(
+            len(holding) == 1,
+            f"messages has {{text}} in {len(holding)} of {len(self.messages)} messages: expected "
+            "it in one.",
+        )
+        for message in self.messages:
+            Template.parse(message.content if message in holding else message.content + "{text}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectOptions:
+    """A frozen linear stage behind the encoder: what is stored is its output."""
+
+    path: str
+    """A safetensors file, or a folder of them."""
+    weight: str
+    """Name of the matrix, [stored width, width before]."""
+    bias: str | None = None
+    """Name of the bias, [stored width]."""
+    before: Literal["none", "ltx2_range", "rms"] = "none"
+    """What the vectors go through before the matrix. ltx2_range: LTX-2's, each layer less its mean
+    over the caption, divided by its range, times 8. rms: LTX-2.3's, the root mean square of each
+    layer is 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderOptions(EncoderConfig):
-    """A decoder-only language model; one hidden state, a vector per token."""
+    """A decoder-only language model; one hidden state or several, a vector per token."""
 
     kind: Literal["decoder"] = "decoder"
     max_length: int = 256
-    """Tokens per caption, counted from the first stored position on."""
+    """The most positions of a caption that are stored; more tokens are cut off."""
     template: str = "{text}"
     """The prompt: a format string with {text}, the model's special tokens written out."""
-    crop_start: int | Literal["template"] = "template"
+    chat: ChatOptions | None = None
+    """In place of template: messages, of which the tokenizer's chat template makes the prompt."""
+    crop_start: int | str = "template"
     """Number of positions at the start that are not stored. template: all positions before the
-    caption. A number must equal that, or be 0: then the template is stored too."""
+    caption; template-N: all of these but the last N. A number must equal the template's, or be 0:
+    then the template is stored too."""
+    keep_first: int = 0
+    """Number of positions at the very start that are stored nevertheless."""
     crop_end: int = 0
     """Number of positions at the end of the whole prompt that are not stored."""
-    hidden_state: int = -1
-    """The layer whose output is taken: 1 is the first, -1 the last, -3 the third from the end."""
+    layers: tuple[int, ...] = (-1,)
+    """The layers whose outputs are taken: 0 is the embeddings, 1 the first layer, -1 the last, -3
+    the third from the end."""
     norm: Literal["none", "final"] = "none"
-    """final: the model's final norm is applied to the hidden state."""
+    """final: the model's final norm is applied to the last of `layers`, which must be the model's
+    last layer or the only one."""
+    combine: Literal["concat", "stack"] = "concat"
+    """How several layers become one vector. concat: one layer after the other. stack: the first
+    feature of every layer, then the second of every layer, and so on."""
+    layer_zscore: bool = False
+    """Every layer's vector is made to have mean 0 and standard deviation 1 before they are
+    combined."""
+    project: ProjectOptions | None = None
+    """A frozen linear stage that the combined vectors go through."""
+    attention_mask: Literal["none", "padding"] = "none"
+    """Only for hf. padding: the model is given a mask of the pads. With padding on the right a real
+    token never sees a pad, with or without a mask."""
+    padding_side: Literal["right", "left"] = "right"
+    """Only for hf: where the pads are; left needs attention_mask padding."""
+    keep: Literal["real", "all"] = "real"
+    """Which positions are stored. all: every caption runs at max_length and what is cropped, and
+    the vectors of its pads are stored too; only for hf."""
     batch_tokens: int = 16384
-    """Tokens of one forward: a forward of length L has batch_tokens / L captions, at least 1."""
+    """Only for hf. Tokens of one forward: a forward of length L has batch_tokens / L captions, at
+    least 1."""
     buckets: tuple[int, ...] | None = None
-    """Lengths below max_length that a forward may have, counted as max_length is."""
-    implementation: Literal["auto", "hf"] = "auto"
-    """hf: transformers; auto is hf."""
+    """Only for hf: lengths below max_length that a forward may have, counted as max_length is. An
+    empty list: every caption runs at the full length."""
+    stream_tokens: int = 4096
+    """Only for fused: tokens in one forward of packed captions."""
+    prefix: Literal["compute", "shared"] = "compute"
+    """Only for fused. shared: what the layers make of the template before the caption is computed
+    once, not for every caption; it changes the last bits."""
+    implementation: Literal["auto", "hf", "fused"] = "auto"
+    """hf: transformers, the reference. fused: our own layers. auto: fused if it can run this model
+    with these options, else hf."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("batch_tokens")
-        require(self.crop_end >= 0, f"crop_end is {self.crop_end}: below 0.")
-        require(self.hidden_state != 0, "hidden_state is 0: the embeddings are not offered.")
+        self.require_positive("batch_tokens", "stream_tokens")
+        require(
+            self.chat is None or self.template == "{text}",
+            "chat and template are both given: the chat template makes the prompt. Remove one.",
+        )
+        for name in ("crop_end", "keep_first"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: below 0.")
+        require(
+            0 < len(self.layers) == len(set(self.layers)),
+            f"layers is {list(self.layers)}: expected one layer or more, each once.",
+        )
+        require(
+            self.padding_side == "right" or self.attention_mask == "padding",
+            "padding_side is left with attention_mask none: every token would see the pads before "
+            "it. Set attention_mask padding.",
+        )
+        if self.keep == "all":
+            require(not self.buckets, "buckets are for keep real: with all there is one length.")
+            require(self.crop_end == 0, "crop_end is for keep real: with all the end is pads.")
+        for_hf = {"attention_mask": "none", "padding_side": "right", "keep": "real"}
+        for name, value in for_hf.items():
+            require(
+                self.implementation != "fused" or getattr(self, name) == value,
+                f"{name} is {getattr(self, name)}: fused packs captions end to end, without pads. "
+                "Use the implementation hf, or remove it.",
+            )
         self.require_buckets(self.buckets)
         self.prompt()
 
     def prompt(self) -> Template:
         """The template in its parts. Raises InputError."""
-        return Template.parse(self.template, self.crop_start, self.crop_end)
+        return Template.parse(self.template, self.crop_start, self.crop_end, self.keep_first)
 
     def spec(self) -> dict[str, Any]:
         return {
             "template": self.template,
             "crop_start": self.crop_start,
+            "keep_first": self.keep_first,
             "crop_end": self.crop_end,
-            "hidden_state": self.hidden_state,
+            "layers": list(self.layers),
             "norm": self.norm,
+            "combine": self.combine,
+            "layer_zscore": self.layer_zscore,
+            "attention_mask": self.attention_mask,
+            "padding_side": self.padding_side,
+            "prefix": self.prefix,
         }
 
 
@@ -114,12 +222,35 @@ class Decoder(Family[DecoderOptions]):
         )
 
     def check(self, opened: OpenEncoder[DecoderOptions]) -> None:
-        layers = opened.checkpoint.text_config.num_hidden_layers
-        if abs(opened.options.hidden_state) > layers:
+        options, layers = opened.options, opened.checkpoint.text_config.num_hidden_layers
+        where, folder = opened.where, opened.checkpoint.folder
+        for layer in options.layers:
+            if not -layers - 1 <= layer <= layers:
+                raise InputError(
+                    f"{where}.layers has {layer}: the model in {folder} has {layers} layers."
+                )
+        numbers = layer_numbers(options, opened.checkpoint)
+        if len(set(numbers)) < len(numbers):
             raise InputError(
-                f"{opened.where}.hidden_state is {opened.options.hidden_state}: the model in "
-                f"{opened.checkpoint.folder} has {layers} layers."
+                f"{where}.layers is {list(options.layers)}: with the {layers} layers of the model "
+                f"in {folder} one of them is named twice. Name it once."
             )
+        if options.norm == "final" and len(numbers) > 1 and numbers[-1] != layers:
+            raise InputError(
+                f"{where}.norm is final, and the last of {len(numbers)} layers is {numbers[-1]}: "
+                f"the final norm belongs to the model's last layer, {layers}. Put that one last, "
+                "or set norm none."
+            )
+        missing: dict[str, Any] = {
+            "chat": None,
+            "project": None,
+            "layer_zscore": False,
+            "prefix": "compute",
+        }
+        missing |= {"attention_mask": "none", "padding_side": "right", "keep": "real"}
+        for name, value in missing.items():
+            if getattr(options, name) != value or 0 in numbers or len(numbers) > 1:
+                raise InputError(f"{where}.{name}: this is not built yet.")
 
     def outputs(self, options: DecoderOptions, checkpoint: Checkpoint) -> tuple[Output, ...]:
         return (Output("", "token", checkpoint.text_config.hidden_size, "real"),)
@@ -216,15 +347,16 @@ class Decoder(Family[DecoderOptions]):
         tokenize = transformers.AutoTokenizer.from_pretrained(tokenizer)
         model = transformers.AutoModel.from_pretrained(checkpoint, **in_dtype(options.dtype))
         model.to(device).eval()
-        layer = model.layers[options.hidden_state - (options.hidden_state > 0)]
+        (wanted,) = options.layers
+        layer = model.layers[wanted - (wanted > 0)]
         states: list[torch.Tensor] = []
         layer.register_forward_hook(
             lambda layer, given, output: states.append(
                 output[0] if isinstance(output, tuple) else output
             )
         )
-        start = options.crop_start
-        if start == "template":
+        start = 0 if isinstance(options.crop_start, str) else options.crop_start
+        if options.crop_start == "template":
             before = options.template.format(text="\0").split("\0")[0]
             probe = tokenize(options.template.format(text="a"), return_offsets_mapping=True)
             ends = [end > len(before) for _, end in probe.offset_mapping]
@@ -243,7 +375,12 @@ class Decoder(Family[DecoderOptions]):
         return encode
 
 
+def layer_numbers(options: DecoderOptions, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """`options.layers` counted from the embeddings, which are 0."""
+    layers = int(checkpoint.text_config.num_hidden_layers)
+    return tuple(layer if layer >= 0 else layers + 1 + layer for layer in options.layers)
+
+
 def _num_layers(options: DecoderOptions, checkpoint: Checkpoint) -> int:
-    """Number of layers up to the hidden state."""
-    state = options.hidden_state
-    return int(state if state > 0 else checkpoint.text_config.num_hidden_layers + 1 + state)
+    """Number of layers that are run."""
+    return max(layer_numbers(options, checkpoint))
