@@ -410,6 +410,8 @@ class TokenBatch:
     pads after the last one."""
     lengths: NDArray[np.int32]
     """[C] number of real tokens of each caption, special tokens included; C is B unless packed."""
+    extents: NDArray[np.int32]
+    """[C] number of positions of each caption: its tokens, and the pads that are stored of it."""
     first: NDArray[np.int32]
     """[C] as in `Tokenized`; counted from the caption's own first token."""
     stored: NDArray[np.int32]
@@ -425,8 +427,8 @@ class TokenBatch:
     def starts(self) -> NDArray[np.int64]:
         """[C] where each caption begins in `input_ids.reshape(-1)`."""
         if self.packed:
-            ends: NDArray[np.int64] = np.cumsum(self.lengths, dtype=np.int64)
-            return ends - self.lengths
+            ends: NDArray[np.int64] = np.cumsum(self.extents, dtype=np.int64)
+            return ends - self.extents
         lines, length = self.input_ids.shape
         every: NDArray[np.int64] = np.arange(lines, dtype=np.int64) * length
         return every + (length - self.lengths) if self.pads_left else every
@@ -486,6 +488,7 @@ def make_batch(
     return TokenBatch(
         input_ids,
         column(captions.num_ids, empty.num_ids),
+        column(captions.extents, empty.extents),
         column(captions.first, empty.first),
         column(captions.stored, empty.stored),
         np.array(rows, dtype=np.int64),
@@ -500,8 +503,9 @@ def pack(captions: Tokenized, num_tokens: int, pad_id: int) -> Iterator[TokenBat
     first, short ones fill the gaps, and captions of one length lie next to each other.
     """
     rows_of: dict[int, list[int]] = {}
+    extents = captions.extents
     for row in range(len(captions) - 1, -1, -1):
-        rows_of.setdefault(captions.num_ids[row], []).append(row)  # popped from the end
+        rows_of.setdefault(extents[row], []).append(row)  # popped from the end
     rows_of.pop(0, None)  # of these nothing is encoded
     if rows_of and max(rows_of) > num_tokens:
         raise InternalError(f"A caption has {max(rows_of)} tokens: a stream has {num_tokens}.")
@@ -516,10 +520,13 @@ def pack(captions: Tokenized, num_tokens: int, pad_id: int) -> Iterator[TokenBat
                 del rows_of[length]
         packed = captions.select(rows)
         input_ids = np.full((1, num_tokens), pad_id, dtype=np.int64)
-        input_ids[0, : num_tokens - left] = np.concatenate(packed.ids)
+        lines = zip(packed.ids, packed.pads, strict=True)
+        padded = [np.append(ids, [pad_id] * pads) if pads else ids for ids, pads in lines]
+        input_ids[0, : num_tokens - left] = np.concatenate(padded)
         yield TokenBatch(
             input_ids,
             np.array(packed.num_ids, dtype=np.int32),
+            np.array(packed.extents, dtype=np.int32),
             np.array(packed.first, dtype=np.int32),
             np.array(packed.stored, dtype=np.int32),
             np.array(rows, dtype=np.int64),
