@@ -87,7 +87,7 @@ def words_as_tokens(texts: Sequence[str]) -> Tokenized:
     counts = [len(text.split()) + 1 for text in texts]
     zeros = [0] * len(texts)
     ids = [np.zeros(count, np.int32) for count in counts]
-    return Tokenized(ids, counts, zeros, counts, counts, [len(t) > 40 for t in texts], zeros)
+    return Tokenized(ids, counts, zeros, counts, counts, [len(t) > 40 for t in texts], zeros, zeros)
 
 
 def write_unit(

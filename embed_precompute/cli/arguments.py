@@ -247,7 +247,7 @@ def _add_export(commands: Any) -> None:
         "--pad-masked",
         choices=("refuse", "zeros", "repeat_last"),
         default="refuse",
-        help="what follows the tokens of a dataset with attention_mask padding (default: refuse)",
+        help="what follows the tokens where only real positions are stored (default: refuse)",
     )
     parser.add_argument(
         "--trainer-dtype",

@@ -269,7 +269,7 @@ class FusedEncoder(TextEncoder):
             values = self.layers(ids, batch)
         (output,) = self.resolved.outputs
         if output.per == "token" and batch.packed:
-            values = values[: int(batch.lengths.sum())]
+            values = values[: int(batch.extents.sum())]
         elif output.per == "token":
             values = values.view(*batch.input_ids.shape, -1)
         return {output.suffix: values}

@@ -77,8 +77,8 @@ class Tokenized:
     first: list[int]
     """The first position that is stored, apart from `keep_first` at the very start."""
     stored: list[int]
-    """How many positions are stored: `keep_first`, and the others from `first` on; a pad may be
-    among them."""
+    """How many positions are stored, if not all are: `keep_first`, and the others from `first` on;
+    the last may be a pad's."""
     tokens: list[int]
     """Number of the caption's own tokens: without the template's, with special tokens. If the end
     is cut off, tokens of the template that are left after the caption are counted too."""
@@ -86,15 +86,16 @@ class Tokenized:
     """Whether the caption in its template had more tokens than `CaptionTokenizer.longest`."""
     unknown: list[int]
     """Number of unknown tokens among those kept."""
+    pads: list[int]
+    """Number of pads behind the tokens that are stored with them."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def extents(self) -> list[int]:
-        """How many positions a caption takes in a forward: its tokens, and a pad that is stored."""
-        places = zip(self.num_ids, self.first, self.stored, strict=True)
-        return [max(num_ids, (first + stored) * (stored > 0)) for num_ids, first, stored in places]
+        """How many positions each caption takes in a forward: its tokens, and pads to store."""
+        return [ids + pads for ids, pads in zip(self.num_ids, self.pads, strict=True)]
 
     def select(self, rows: Sequence[int]) -> Tokenized:
         """The captions at `rows`, in that order."""
@@ -169,6 +170,8 @@ class CaptionTokenizer:
     pad_id: int | None
     """Id of the pad token; None if no pad is ever attended."""
     eos_id: int | None
+    for_empty: str | None
+    """What is encoded of an empty caption; None: nothing is."""
     max_id: int
     """Highest id of the vocabulary, added tokens included."""
     empty: Tokenized
@@ -185,15 +188,15 @@ class CaptionTokenizer:
         special_tokens: Sequence[str],
         template: Template | None = None,
         *,
-        pads_left: bool = False,
         text_steps: Sequence[Step] = (),
         empty: Empty = "encode",
         stored_pads: int = 0,
+        pads_left: bool = False,
     ) -> None:
-        """`where` begins every error; `special_tokens` as in `load_tokenizer`. `pads_left`: pads
-        stand before a caption, whatever the tokenizer's own setting is. `text_steps` and `empty` as
-        in `EncoderConfig`. `stored_pads`: so many pads after a caption are stored too, up to
-        `longest`.
+        """`where` begins every error; `special_tokens` as in `load_tokenizer`. `text_steps` and
+        `empty` as in `EncoderConfig`. `stored_pads`: so many pads after a caption are stored too,
+        up to `longest`. `pads_left`: pads stand before a caption, whatever the tokenizer's own
+        setting is.
 
         Raises InputError: no usable fast tokenizer, or one that the template does not fit.
         """
@@ -227,9 +230,10 @@ class CaptionTokenizer:
                 f"{self.first} positions. Lower keep_first: what is not cropped is stored anyway."
             )
         self.longest = self.first - self.keep_first + max_length
-        self._clean, self._empty, self._stored_pads = make_cleaner(text_steps), empty, stored_pads
+        self._clean, self._stored_pads = make_cleaner(text_steps), stored_pads
+        self.for_empty = {"encode": "", "space": " ", "nothing": None}[empty]
         self._unknown_in_empty = 0
-        self.empty = self.encode_prepared([" " if empty == "space" else ""])
+        self.empty = self.encode_prepared([self.for_empty or ""])
         self._unknown_in_empty, self.empty.unknown[0] = self.empty.unknown[0], 0
         if self.longest < self.empty.num_ids[0]:
             raise InputError(
@@ -237,7 +241,7 @@ class CaptionTokenizer:
                 f"{self.empty.num_ids[0] - self.longest + max_length} special tokens. Raise "
                 "max_length."
             )
-        if self.empty.stored[0] < 1 and empty != "nothing":
+        if self.empty.stored[0] < 1 and self.for_empty is not None:
             raise InputError(
                 f"{where}: the empty caption has no token to store, and every dataset holds its "
                 "embedding. Give a template with text after {text}, crop less, or set `empty`."
@@ -250,10 +254,7 @@ class CaptionTokenizer:
 
     def prepare(self, text: str) -> str | None:
         """What is encoded of a text, without the template; None: nothing is."""
-        text = self._clean(text)
-        if text or self._empty == "encode":
-            return text
-        return " " if self._empty == "space" else None
+        return self._clean(text) or self.for_empty
 
     def encode_prepared(self, texts: Sequence[str | None]) -> Tokenized:
         """Tokenise what `prepare` gave; for None the caption has no ids."""
@@ -263,6 +264,7 @@ class CaptionTokenizer:
             for text, encoding in zip(texts, encodings, strict=True)
         ]
         num_ids = [len(each) for each in ids]
+        pads = [min(self._stored_pads, self.longest - n) if n else 0 for n in num_ids]
         truncated = [bool(encoding.overflowing) for encoding in encodings]
         # What is cut is the end, and with it the template's text after the caption.
         others = [self._num_before + (0 if cut else self._num_after) for cut in truncated]
@@ -272,16 +274,15 @@ class CaptionTokenizer:
             num_ids=num_ids,
             first=[self.first] * len(ids),
             stored=[
-                self.keep_first + max(0, min(count + self._stored_pads, self.longest) - cropped)
-                if count
-                else 0
-                for count in num_ids
+                self.keep_first + max(0, ids + pad - cropped) if ids else 0
+                for ids, pad in zip(num_ids, pads, strict=True)
             ],
             tokens=[max(0, count - other) for count, other in zip(num_ids, others, strict=True)],
             truncated=truncated,
             # CLIP uses one token as unknown token and as end token. So the number of these in the
             # empty caption is subtracted.
             unknown=np.maximum(0, self._unknown(ids) - self._unknown_in_empty).tolist(),
+            pads=pads,
         )
 
     def _unknown(self, ids: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
@@ -409,6 +410,8 @@ class TokenBatch:
     pads after the last one."""
     lengths: NDArray[np.int32]
     """[C] number of real tokens of each caption, special tokens included; C is B unless packed."""
+    extents: NDArray[np.int32]
+    """[C] number of positions of each caption: its tokens, and the pads that are stored of it."""
     first: NDArray[np.int32]
     """[C] as in `Tokenized`; counted from the caption's own first token."""
     stored: NDArray[np.int32]
@@ -424,8 +427,8 @@ class TokenBatch:
     def starts(self) -> NDArray[np.int64]:
         """[C] where each caption begins in `input_ids.reshape(-1)`."""
         if self.packed:
-            ends: NDArray[np.int64] = np.cumsum(self.lengths, dtype=np.int64)
-            return ends - self.lengths
+            ends: NDArray[np.int64] = np.cumsum(self.extents, dtype=np.int64)
+            return ends - self.extents
         lines, length = self.input_ids.shape
         every: NDArray[np.int64] = np.arange(lines, dtype=np.int64) * length
         return every + (length - self.lengths) if self.pads_left else every
@@ -485,6 +488,7 @@ def make_batch(
     return TokenBatch(
         input_ids,
         column(captions.num_ids, empty.num_ids),
+        column(captions.extents, empty.extents),
         column(captions.first, empty.first),
         column(captions.stored, empty.stored),
         np.array(rows, dtype=np.int64),
@@ -499,8 +503,9 @@ def pack(captions: Tokenized, num_tokens: int, pad_id: int) -> Iterator[TokenBat
     first, short ones fill the gaps, and captions of one length lie next to each other.
     """
     rows_of: dict[int, list[int]] = {}
+    extents = captions.extents
     for row in range(len(captions) - 1, -1, -1):
-        rows_of.setdefault(captions.num_ids[row], []).append(row)  # popped from the end
+        rows_of.setdefault(extents[row], []).append(row)  # popped from the end
     rows_of.pop(0, None)  # of these nothing is encoded
     if rows_of and max(rows_of) > num_tokens:
         raise InternalError(f"A caption has {max(rows_of)} tokens: a stream has {num_tokens}.")
@@ -515,10 +520,13 @@ def pack(captions: Tokenized, num_tokens: int, pad_id: int) -> Iterator[TokenBat
                 del rows_of[length]
         packed = captions.select(rows)
         input_ids = np.full((1, num_tokens), pad_id, dtype=np.int64)
-        input_ids[0, : num_tokens - left] = np.concatenate(packed.ids)
+        lines = zip(packed.ids, packed.pads, strict=True)
+        padded = [np.append(ids, [pad_id] * pads) if pads else ids for ids, pads in lines]
+        input_ids[0, : num_tokens - left] = np.concatenate(padded)
         yield TokenBatch(
             input_ids,
             np.array(packed.num_ids, dtype=np.int32),
+            np.array(packed.extents, dtype=np.int32),
             np.array(packed.first, dtype=np.int32),
             np.array(packed.stored, dtype=np.int32),
             np.array(rows, dtype=np.int64),

@@ -53,6 +53,8 @@ class TokenFigures:
     cut: Counter[int] = field(default_factory=Counter)
     """Truncated captions, by the number of tokens that is left."""
     unknown: int = 0
+    empty: int = 0
+    """Captions that are empty after the encoder's text steps."""
     vectors: Counter[str] = field(default_factory=Counter)
     """Number of stored vectors, by tensor."""
     whole_characters: int = 0
@@ -172,23 +174,32 @@ def sampled_runs(num_rows: int, max_rows: int | None) -> Iterator[tuple[int, int
 
 
 def _add(sums: TokenFigures, encoder: ResolvedEncoder, texts: list[str]) -> None:
-    captions = encoder.opened.tokenizer.encode(texts)
-    for text, tokens, cut in zip(texts, captions.tokens, captions.truncated, strict=True):
+    tokenizer = encoder.opened.tokenizer
+    prepared = [tokenizer.prepare(text) for text in texts]
+    captions = tokenizer.encode_prepared(prepared)
+    for text, tokens, cut in zip(prepared, captions.tokens, captions.truncated, strict=True):
         (sums.cut if cut else sums.whole)[tokens] += 1
-        sums.whole_characters += 0 if cut else len(text)
+        sums.whole_characters += 0 if cut else len(text or "")
+    sums.empty += prepared.count(tokenizer.for_empty)
     sums.unknown += sum(captions.unknown)
     for tensor, output in encoder.tensors().items():
         sums.vectors[tensor] += sum(encoder.stored_lengths(output, captions, null=False))
 
 
-def example_lines(figures: Figures) -> list[str]:
-    """The first texts, quoted, so that a wrong recipe shows; of a long text only the two ends."""
-    half = EXAMPLE_CHARACTERS // 2
-    short = (
-        text if len(text) <= EXAMPLE_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
-        for text in figures.examples
-    )
-    return [f"encoded as {text!r}" for text in short]
+def example_lines(figures: Figures, encoders: Sequence[ResolvedEncoder]) -> list[str]:
+    """The first texts as they are encoded, quoted, so that a wrong recipe shows; of a long text
+    only the two ends. A line for each encoder where one has text steps."""
+    half, lines = EXAMPLE_CHARACTERS // 2, []
+    own_steps = any(encoder.options.text_steps for encoder in encoders)
+    for text in figures.examples:
+        for encoder in encoders if own_steps else encoders[:1]:
+            by = f" by {encoder.name}" if own_steps else ""
+            prepared = encoder.opened.tokenizer.prepare(text)
+            if prepared is not None and len(prepared) > EXAMPLE_CHARACTERS:
+                prepared = f"{prepared[:half]} ... {prepared[-half:]}"
+            shown = "nothing" if prepared is None else repr(prepared)
+            lines.append(f"encoded{by} as {shown}")
+    return lines
 
 
 def tokenizer_line(encoder: ResolvedEncoder, figures: Figures) -> tuple[str, bool]:
@@ -247,7 +258,7 @@ def estimate_lines(
     for what, count in sorted((figures.noted + figures.status).items()):
         if what in figures.first_noted:  # not ok
             lines.append(f"{'':<10} {what}: {count:,}, such as {figures.first_noted[what]}")
-    lines += example_lines(figures)
+    lines += example_lines(figures, sampled.encoders)
     for encoder in sampled.encoders:
         lines += _encoder_lines(encoder, figures, dtype)
     if reuse is not None:
@@ -285,11 +296,18 @@ def _encoder_lines(encoder: ResolvedEncoder, figures: Figures, dtype: str) -> li
         "Store what comes behind a matrix of the model (`project`), or fewer `layers`."
     )
     source = f"; as in {encoder.options.reference}" if encoder.options.reference else ""
+    emptied = []
+    if sums.empty and (encoder.options.text_steps or encoder.options.empty != "encode"):
+        for_empty = encoder.opened.tokenizer.for_empty
+        what = "nothing is stored" if for_empty is None else f"encoded as {for_empty!r}"
+        shown = f"{sums.empty:,} of {figures.encoded:,} captions, {what}"
+        emptied = [f"{'':<10} empty after text_steps: {shown}"]
     shares = zip(PERCENTS, sums.percentiles(*PERCENTS), strict=True)
     return [
         f"{encoder.name:<10} {tokens:,} tokens, mean {tokens / figures.encoded:.1f}, "
         + ", ".join(f"p{percent} {length}" for percent, length in shares)
         + f", max {longest}; <unk> {100 * sums.unknown / max(1, tokens):.3f} %",
+        *emptied,
         *(f"{'':<10} {line}" for line in _histogram(sums, encoder.options.max_length)),
         f"{'WARNING' if suspicious else '':<10} tokenizer {tokenizer}",
         f"{'':<10} stored: {', '.join(stored)}; forwards of {shapes}; implementation "

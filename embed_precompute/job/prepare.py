@@ -188,7 +188,7 @@ def check_sampled_captions(prepared: Prepared, units_left: Collection[int]) -> N
     if not units_left:
         return
     plan, root, figures = prepared.plan, prepared.root, prepared.sampled.figures
-    for line in example_lines(figures):
+    for line in example_lines(figures, prepared.encoders):
         log.info("%s", line)
     for encoder in prepared.encoders:
         line, suspicious = tokenizer_line(encoder, figures)

@@ -76,9 +76,9 @@ class TextPair:
     """The two tensors that Open-Sora trains from: text_t5 [L, D] of one length, and text_clip [C].
 
     `t5` and `clip` name the stored tensors that give them. Open-Sora stacks a batch, so all
-    sequences must have one length. A dataset with attention_mask none has it. One with `padding`
-    stores real tokens only; `pad_masked` says what follows them up to max_length: zeros, or the
-    last vector again and again. Without a choice (`refuse`) such a dataset is an InputError.
+    sequences must have one length. A dataset that stores all positions has it. For one that stores
+    real ones only, `pad_masked` says what follows them up to max_length: zeros, or the last vector
+    again and again. Without a choice (`refuse`) such a dataset is an InputError.
     """
 
     def __init__(
@@ -96,14 +96,15 @@ class TextPair:
                 )
         if pad_masked not in ("refuse", "zeros", "repeat_last"):
             raise InputError(f"pad_masked is {pad_masked!r}: expected refuse, zeros, repeat_last.")
-        self.masked = dataset.is_masked(f"text_{t5}")
+        self.masked = dataset.positions(f"text_{t5}") != "all"
         encoder = dataset.manifest.spec["encoders"][tensors[t5].encoder]
         self._length: int = encoder.get("max_length", 0)
         if self.masked and pad_masked == "refuse":
             raise InputError(
-                f"{t5!r} was made with attention_mask padding: its embeddings have the length of "
-                "their captions, and Open-Sora stacks only equal lengths. Precompute with "
-                "attention_mask none, which is Open-Sora's own recipe, or choose pad_masked zeros "
+                f"{t5!r} stores real positions only (attention_mask padding, or keep real): its "
+                "embeddings have the length of their captions, and Open-Sora stacks only equal "
+                "lengths. Precompute with attention_mask none and without keep, which is "
+                "Open-Sora's own recipe, or choose pad_masked zeros "
                 "or repeat_last, which is not what its model was trained with."
             )
 
@@ -111,6 +112,11 @@ class TextPair:
         """text_t5 and text_clip of a sample, or of the null embedding."""
         sequence: torch.Tensor = sample[f"text_{self.t5}"]
         if self.masked and self.pad_masked == "repeat_last":
+            if not len(sequence):
+                raise InputError(
+                    f"sample {sample.get('id', 'null')!r} stores no vector in text_{self.t5} "
+                    "(empty: nothing), so there is none to repeat. Choose pad_masked zeros."
+                )
             sequence = pad_null(sequence[None], self._length)[0]
         elif self.masked:
             sequence = functional.pad(sequence, (0, 0, 0, self._length - len(sequence)))

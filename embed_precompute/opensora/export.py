@@ -104,7 +104,7 @@ class OpenSoraOptions:
     clip: str = "clip"
     """The tensor that gives text_clip."""
     pad_masked: PadMasked = "refuse"
-    """How a dataset with attention_mask padding is brought to one length."""
+    """How a dataset that stores real positions only is brought to one length."""
     trainer_dtype: DType = "bfloat16"
     """dtype of the null embeddings, which the trainer does not cast."""
     table_only: bool = False

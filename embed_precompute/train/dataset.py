@@ -42,6 +42,7 @@ from embed_precompute.store.index import (
 from embed_precompute.store.plan import read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
+    Positions,
     StoredTensor,
     read_null_record,
     read_record,
@@ -286,10 +287,11 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         found.flags.writeable = False
         return found
 
-    def is_masked(self, tensor: str) -> bool:
-        """Whether a sequence has a caption's own tokens only: no pad was attended or is stored."""
+    def positions(self, tensor: str) -> Positions | None:
+        """Which positions of a caption a tensor stores: all of a padded length, the real ones, or
+        these and the first pad (real+1). None: it has a vector per caption."""
         of_name = {f"text_{each.name}": each for each in self._folders[0].tensors}
-        return of_name[tensor].positions in ("real", "real+1")
+        return of_name[tensor].positions
 
     @property
     def null(self) -> dict[str, torch.Tensor]:
@@ -317,8 +319,8 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         """Sample `i`: {"id": str, "text_<name>": Tensor [L, D], or [C] when pooled, ...}.
 
         With each sequence comes text_<name>_token_mask, bool [L]: True for the caption's tokens,
-        False for pads. Where pads were attended they are stored, and this is the tokenizer's mask;
-        otherwise it is True throughout.
+        False for pads. Where pads are stored, this is the tokenizer's mask; otherwise it is True
+        throughout. L is 0 where an empty caption stores nothing.
         """
         return self._sample(*self._locate(i))
 
@@ -559,8 +561,8 @@ def collate_embeddings(
 
     Gives "id" list[str] if the samples have ids; for a pooled encoder text_<name> [B, C]; for the
     others text_<name> [B, L, D], text_<name>_length int64 [B], and two masks, bool [B, L]:
-    text_<name>_mask, True where a vector was stored (attention_mask none stores the encoder's own
-    pads: all True), and text_<name>_token_mask, True where that vector is of a caption's token.
+    text_<name>_mask, True where a vector was stored (pads too, where the dataset keeps them), and
+    text_<name>_token_mask, True where that vector is of a caption's token.
     dtypes are kept. What else the samples hold, such as a video, goes through torch's
     default_collate. A sample longer than `length` is an InputError: nothing is cut. Use it as
     `collate_fn`, a fixed length with `functools.partial(collate_embeddings, length=512)`.

@@ -147,13 +147,14 @@ class ConditionDropout:
     drops all tensors of a sample together.
 
     A dropped sequence becomes what the model is given for an empty prompt at inference:
-    - attention_mask none: the empty caption lengthened by repeating its last vector, which is a
-      pad's, up to the sample's length, as Open-Sora's trainer does. Length and mask stay.
-    - attention_mask padding: the real tokens of the empty caption, then zeros. The sample's length
-      and mask become those of the empty caption; the batch gets longer where that is longer.
+    - All positions are stored (`keep: all`): the empty caption lengthened by repeating its last
+      vector, which is a pad's, up to the sample's length, as Open-Sora's trainer does. Length and
+      mask stay.
+    - Real ones are: what is stored of the empty caption, then zeros. The sample's length and mask
+      become those of the empty caption; the batch gets longer where that is longer.
     In both, text_<name>_token_mask becomes that of the empty caption.
 
-    Raises InputError for a batch of a dataset with the other attention_mask. On an accelerator only
+    Raises InputError for a batch of a dataset that stores other positions. On an accelerator only
     the first batch is checked: looking at each would wait for the device.
     """
 
@@ -162,7 +163,7 @@ class ConditionDropout:
         null = dataset.null
         self._null = {name: null[name] for name in null if not name.endswith(TOKEN_MASK)}
         self._tokens = {name: null[name + TOKEN_MASK] for name in null if name + TOKEN_MASK in null}
-        self._masked = {name: dataset.is_masked(name) for name in self._null}
+        self._positions = {name: dataset.positions(name) for name in self._null}
         self._together = not isinstance(prob, Mapping)
         self._prob = dict(prob) if isinstance(prob, Mapping) else dict.fromkeys(self._null, prob)
         for name, value in self._prob.items():
@@ -194,7 +195,7 @@ class ConditionDropout:
                 self._check(batch, name)
             if values.ndim == 2:
                 made[name] = torch.where(dropped[:, None], null, values)
-            elif self._masked[name]:
+            elif self._positions[name] != "all":
                 longest = max(values.shape[1], len(null))
                 values, null = (
                     functional.pad(tensor, (0, 0, 0, longest - tensor.shape[-2]))
@@ -221,21 +222,22 @@ class ConditionDropout:
         return made
 
     def _check(self, batch: Mapping[str, Any], name: str) -> None:
-        """InputError where a sequence of the batch cannot be of this dataset's attention_mask."""
+        """InputError where a sequence of the batch stores other positions than this dataset."""
         lengths, stored = _entry(batch, f"{name}_length"), _entry(batch, f"{name}_mask")
         tokens = batch.get(name + TOKEN_MASK)
         if tokens is None or (self._checked and lengths.device.type != "cpu"):
             return
-        # Pads are stored where they were attended.
-        other = has_pads = not torch.equal(stored, tokens.to(stored.device))
-        if not self._masked[name]:  # a caption that fills max_length has no pad either
-            other = not has_pads and bool((lengths < len(self._null[name])).any())
+        pads = int((stored & ~tokens.to(stored.device)).sum(1).max())
+        kept = self._positions[name]
+        other = pads > (kept == "real+1")
+        if kept == "all":  # a caption that fills max_length has no pad either
+            other = pads == 0 and bool((lengths < len(self._null[name])).any())
         if other:
-            masks = ("padding", "none") if self._masked[name] else ("none", "padding")
+            found = "real ones only" if kept == "all" else "pads too"
             raise InputError(
-                f"{name}: the dataset of ConditionDropout was made with attention_mask {masks[0]}, "
-                f"and the batch is of one with {masks[1]}. Give ConditionDropout the dataset that "
-                "the loader reads."
+                f"{name}: the dataset of ConditionDropout stores the positions {kept} of a caption "
+                f"(keep), and the batch is of one that stores {found}. Give ConditionDropout the "
+                "dataset that the loader reads."
             )
 
 
@@ -288,7 +290,7 @@ def dropout_condition(
 def pad_null(null_txt: Tensor, length: int) -> Tensor:
     """`null_txt` [1, L0, D] with its last vector repeated until it is [1, length, D].
 
-    For datasets with attention_mask none, where the last vector is a pad's. Raises InputError where
+    For datasets that store all positions, where the last vector is a pad's. Raises InputError where
     it is longer than `length`: nothing is cut.
     """
     missing = length - null_txt.shape[1]

@@ -20,7 +20,7 @@ def captions(lengths: list[int]) -> Tokenized:
     ids = [np.arange(n, dtype=np.int32) + 100 * (row + 1) for row, n in enumerate(lengths)]
     stored = [length - 1 for length in lengths]
     zeros = [0] * len(lengths)
-    return Tokenized(ids, lengths, [1] * len(ids), stored, stored, [False] * len(ids), zeros)
+    return Tokenized(ids, lengths, [1] * len(ids), stored, stored, [False] * len(ids), zeros, zeros)
 
 
 EMPTY = captions([1])

@@ -23,7 +23,7 @@ CASES = [
     Case("t5-relu", "t5", partial(write_t5, gated=False, seed=1), PADDED, OURS),
     Case("mt5-masked", "t5", partial(write_t5, model_type="mt5", seed=2), MASKED, OURS),
     Case("umt5-padded", "t5", partial(write_t5, model_type="umt5", seed=3), PADDED, OURS),
-    Case("t5-pad-kept", "t5", write_t5, {**MASKED, "keep": "real+1"}, ("hf", "shardformer")),
+    Case("t5-pad-kept", "t5", write_t5, {**MASKED, "keep": "real+1"}, OURS),
     Case("t5-all-kept", "t5", write_t5, {**MASKED, "keep": "all"}, ("hf",)),
     Case("t5-trimmed", "t5", write_t5, {**PADDED, "keep": "real"}, OURS),
     Case("umt5-masked", "t5", partial(write_t5, model_type="umt5", seed=3), MASKED, OURS),

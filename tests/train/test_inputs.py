@@ -211,8 +211,10 @@ class MadeUp(EmbeddingDataset):
     def null(self) -> dict[str, Tensor]:
         return self._made_up
 
-    def is_masked(self, tensor: str) -> bool:
-        return self._is_masked and tensor == "text_t5"
+    def positions(self, tensor: str) -> Any:
+        if tensor != "text_t5":
+            return None
+        return "real" if self._is_masked else "all"
 
 
 def batch_of(lengths: list[int]) -> dict[str, Any]:
@@ -295,13 +297,9 @@ def test_a_batch_of_the_other_mask_is_refused() -> None:
     of_unmasked(unmasked)
     of_unmasked(collate_embeddings(samples[:1]))  # a caption without pads is of either kind
     assert repr(of_masked) == "ConditionDropout({'text_t5': 0.5}, together)"
-    with pytest.raises(
-        InputError, match="made with attention_mask none, and the batch is of one w"
-    ):
+    with pytest.raises(InputError, match=r"positions all of .* one that stores real ones only"):
         of_unmasked(masked)
-    with pytest.raises(
-        InputError, match="made with attention_mask padding, and the batch is of on"
-    ):
+    with pytest.raises(InputError, match=r"positions real of .* one that stores pads too"):
         of_masked(unmasked)
 
 

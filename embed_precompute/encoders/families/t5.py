@@ -94,6 +94,10 @@ class T5Options(EncoderConfig):
             "max_length tokens has no pad. Remove both fields.",
         )
         require(
+            not self.compile or self.kept != "real+1" or self.is_padded,
+            "compile is not for keep real+1 with attention_mask padding. Remove compile.",
+        )
+        require(
             self.buckets is None or not self.is_padded,
             "buckets are for attention_mask padding with keep real or real+1: otherwise every "
             "caption has the one padded length. Remove the field.",
@@ -188,8 +192,8 @@ class T5(Family[T5Options]):
                 f"{opened.checkpoint.folder / 'config.json'} has feed_forward_proj "
                 f"{activation!r}, and fused computes {', '.join(FUSED_ACTIVATIONS)}."
             )
-        elif options.attention_mask == "padding" and options.kept != "real":
-            reason = f"keep is {options.kept}, and fused computes no pads under a mask."
+        elif options.attention_mask == "padding" and options.kept == "all":
+            reason = "keep is all, and fused does not compute all pads under a mask."
         implementation = choose_implementation(opened, self, facts, reason)
 
         def batch_of(length: int) -> int:

@@ -38,6 +38,8 @@ class EqualLengthRun:
     start: int
     count: int
     length: int
+    pads: int = 0
+    """So many positions at the end attend, and nothing attends to them."""
 
 
 FusedLayers = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
@@ -58,10 +60,11 @@ def runs_of(batch: TokenBatch) -> list[EqualLengthRun]:
         return [EqualLengthRun(0, lines, length)]
     runs: list[EqualLengthRun] = []
     start = 0
-    for tokens, captions in itertools.groupby(batch.lengths.tolist()):
+    sizes = zip(batch.extents.tolist(), (batch.extents - batch.lengths).tolist(), strict=True)
+    for (extent, pads), captions in itertools.groupby(sizes):
         count = len(list(captions))
-        runs.append(EqualLengthRun(start, count, tokens))
-        start += count * tokens
+        runs.append(EqualLengthRun(start, count, extent, pads))
+        start += count * extent
     return runs
 
 
@@ -175,9 +178,10 @@ def attend(
             rows = slice(start, start + count * run.length)
             shape = (count, run.length, heads, -1)
             q, k, v = (part[rows].view(shape).transpose(1, 2) for part in qkv)
-            mask = None if bias is None else bias[None, :, : run.length, : run.length]
+            keys = run.length - run.pads
+            mask = None if bias is None else bias[None, :, : run.length, :keys]
             mixed = functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, scale=scale
+                q, k[:, :, :keys], v[:, :, :keys], attn_mask=mask, is_causal=causal, scale=scale
             )  # [count, H, length, dk]
             out[rows].view(shape).copy_(mixed.transpose(1, 2))
 
