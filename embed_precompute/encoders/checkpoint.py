@@ -23,8 +23,8 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-SMALL_FILES = ("*.json", "*.model", "*.txt")
-"""Patterns of config and tokenizer."""
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+"""Patterns of config, tokenizer and chat template."""
 TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
 WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors-*.safetensors")
 """What the weights' files are called on the hub; beside them may lie the same weights in another
@@ -80,7 +80,14 @@ class Checkpoint:
                 f"{self.folder / 'config.json'} ({type(error).__name__}: {reason}). It may be "
                 "damaged, or of a newer transformers."
             ) from error
-        return getattr(config, "text_config", config)
+        text = getattr(config, "text_config", config)
+        if isinstance(text, dict):
+            raise InputError(
+                f"{self.where}: transformers {transformers.__version__} does not know the "
+                f"text_config in {self.folder / 'config.json'}: a newer release saved it. Install "
+                "transformers 4.52.0 or newer."
+            )
+        return text
 
 
 def open_checkpoint(
