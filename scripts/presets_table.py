@@ -30,7 +30,7 @@ from embed_precompute.config.files import load_config, preset_path
 from embed_precompute.encoders.checkpoint import quiet_transformers
 from embed_precompute.encoders.encoder import build
 from embed_precompute.encoders.families.base import EncoderConfig
-from embed_precompute.encoders.resolve import open_encoder, resolve
+from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, resolve
 from make_demo import demo_captions, write_clip, write_t5
 from preset_checkpoints import (
     CONNECTOR,
@@ -472,12 +472,8 @@ def options_of(preset: str, encoder: str, folder: Path, **changes: Any) -> Encod
     return dataclasses.replace(options, **plain)
 
 
-def encoded(
-    options: EncoderConfig, texts: Sequence[str]
-) -> tuple[dict[str, list[torch.Tensor]], str]:
-    """Suffix -> what a job stores of each text and, last, of the null caption; and by which
-    implementation."""
-    resolved = resolve(open_encoder("enc", options))
+def encoded(resolved: ResolvedEncoder, texts: Sequence[str]) -> dict[str, list[torch.Tensor]]:
+    """Suffix -> what a job stores of each text and, last, of the null caption."""
     encoder, tokens = build(resolved, "cpu", "float32"), resolved.opened.tokenizer
     stored: dict[str, list[torch.Tensor]] = {output.suffix: [] for output in resolved.outputs}
     for captions, null in ((tokens.encode(list(texts)), False), (tokens.encode([""]), True)):
@@ -487,7 +483,7 @@ def encoded(
                 lines[suffix].update((row, values[i]) for i, row in enumerate(batch.rows.tolist()))
         for suffix, rows in lines.items():
             stored[suffix] += [rows[row] for row in range(len(captions))]
-    return stored, resolved.decision.implementation
+    return stored
 
 
 def exact(preset: str, options: EncoderConfig, texts: Sequence[str]) -> EncoderConfig:
@@ -537,12 +533,14 @@ def rows_of(name: str, folder: Path, texts: Sequence[str]) -> list[Row]:
     rows = []
     for encoder, checkpoint in folders.items():
         options = options_of(name, encoder, checkpoint)
-        hf, _ = encoded(exact(name, options, texts), texts)
-        auto, implementation = encoded(options, texts)
+        hf = encoded(resolve(open_encoder("enc", exact(name, options, texts))), texts)
+        auto = resolve(open_encoder("enc", options))
+        implementation = auto.decision.implementation
+        fused_values = encoded(auto, texts) if implementation == "fused" else {}
         for suffix, ours in hf.items():
             tensor = encoder + suffix
             kept = [each[tensor] for each in theirs]
-            fused = difference(auto[suffix], kept) if implementation == "fused" else None
+            fused = difference(fused_values[suffix], kept) if fused_values else None
             shape = tuple(kept[0][0].shape)
             rows.append(
                 Row(name, tensor, len(texts), shape, difference(ours, kept), fused, implementation)
