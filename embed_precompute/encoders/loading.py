@@ -4,7 +4,7 @@ Guarantees: every weight comes from the checkpoint, in the dtype asked for; only
 read. Loading takes the memory of the weights and a few blocks more, whatever dtype the files have.
 A weight that has the dtype already and lies at a multiple of 64 bytes stays mapped from its file,
 so that processes of a node share its pages. A GPU gets each weight from the file, and the host
-never holds the model.
+never holds the model; of a decoder it holds what has to be cast.
 
 transformers casts tensor by tensor too, but keeps the whole file mapped meanwhile: measured, a
 float32 checkpoint asked for in bfloat16 takes 3 times its weights while it is loaded.
@@ -13,6 +13,7 @@ float32 checkpoint asked for in bfloat16 takes 3 times its weights while it is l
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 from collections.abc import Iterator
@@ -94,14 +95,18 @@ def load_model(source: Source, dtype: torch.dtype | str, **hf_kwargs: Any) -> An
         "torch_dtype" if transformers.__version__.startswith("4.") else "dtype": dtype,
     }
     changes = source.family.config_changes(source.options, source.checkpoint)
+    extra_names = source.family.extra_weights(source.options, source.checkpoint)
+    extra: dict[str, torch.Tensor] = {}
     with quiet_transformers():
         try:
             state = None
             plain = hf_kwargs.keys() <= {"attn_implementation"}
+            plain = plain or source.family.loads_canonical_names
             if plain and isinstance(dtype, torch.dtype) and name_of(dtype) in CODES:
                 state = read_weights(source, dtype)
+                extra = {name: state.pop(name) for name in extra_names}
             if state is not None or changes:
-                config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+                config = copy.deepcopy(source.checkpoint.text_config)
                 for name, value in changes.items():
                     setattr(config, name, value)
                 ours["config"] = config
@@ -118,7 +123,7 @@ def load_model(source: Source, dtype: torch.dtype | str, **hf_kwargs: Any) -> An
                 "weights and that the files are complete."
             ) from error
     _check_loading(source, loading)
-    source.family.adapt(model, source.options)
+    source.family.adapt(model, source.options, source.checkpoint, extra)
     return model.eval().requires_grad_(False)
 
 
@@ -160,7 +165,8 @@ def load_on(
 
 
 def read_weights(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The text encoder's weights as a model of `dtype` holds them, each at a multiple of 64 bytes.
+    """The text encoder's weights as a model of `dtype` holds them, each at a multiple of 64 bytes,
+    by the names that the model's class knows.
 
     A weight that lies so in its file, in its dtype, is mapped. Others are copied and cast, block by
     block. Raises InputError, and what safetensors raises, for a damaged file.
@@ -168,19 +174,26 @@ def read_weights(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     to_copy = []
     weights = source.weights(dtype)
-    for path in source.checkpoint.files:
+    extra = source.family.extra_weights(source.options, source.checkpoint)
+
+    def known(weight: StoredWeight) -> str:
+        alone = source.family.loads_canonical_names or weight.canonical in extra
+        return weight.canonical if alone else weight.name
+
+    for path in dict.fromkeys(weight.path for weight in weights):
         with safe_open(path, "pt") as file:
+            names = set(file.keys())
             for weight in (each for each in weights if each.path == path):
                 target = TORCH_DTYPES.get(weight.target)
-                if weight.code == weight.target:
-                    mapped = state[weight.name] = file.get_tensor(weight.name)
+                if weight.code == weight.target and weight.name in names:
+                    mapped = state[known(weight)] = file.get_tensor(weight.name)
                     if mapped.data_ptr() % ALIGNMENT == 0:
                         continue
                     target = mapped.dtype
-                state[weight.name] = torch.empty(weight.shape, dtype=target)
+                state[known(weight)] = torch.empty(weight.shape, dtype=target)
                 to_copy.append(weight)
     with ThreadPoolExecutor(num_threads()) as pool:
-        list(pool.map(lambda weight: _fill(state[weight.name], weight), to_copy))
+        list(pool.map(lambda weight: _fill(state[known(weight)], weight), to_copy))
     return state
 
 

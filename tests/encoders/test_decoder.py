@@ -13,32 +13,57 @@ from family_case import Case, built, copied, encode, resolved_of
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from embed_precompute.encoders.families.decoder import ChatOptions, Message
 from embed_precompute.encoders.weights import stored_weights
 from embed_precompute.errors import InputError
 
-SPECIAL = ["<|begin|>", "<|user|>", "<|end|>"]
+SPECIAL = ["<|begin|>", "<|user|>", "<|end|>", "<|pad|>"]
 CHAT = "<|user|>Describe the video:\n{text}<|end|>\n"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|user|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|user|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}(no {thoughts})\n{% endif %}"
+    "{% endif %}"
+)
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4} | {
     "num_key_value_heads": 2,
     "num_hidden_layers": 3,
     "vocab_size": 600,
     "max_position_embeddings": 512,
+    "pad_token_id": 0,
 }
+GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 30}
+MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 24},
+    "gemma2": {**GEMMA, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {**GEMMA, "sliding_window_pattern": 2},
+    "qwen2_5_vl": {"rope_scaling": MROPE},
+    "qwen3_vl": {"head_dim": 16, "rope_scaling": {**MROPE, "mrope_interleaved": True}},
+}
+TOWERS = {"gemma3": "gemma3_text", "mistral3": "mistral", "llava": "llama"} | {
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
+}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2} | {
+    "num_hidden_layers": 1,
+    "depth": 1,
+    "num_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "out_hidden_size": 64,
+    "fullatt_block_indexes": [0],
+    "deepstack_visual_indexes": [0],
+    "num_position_embeddings": 16,
+}
+OLD = transformers.__version__.startswith("4.51.")
 
 
-def write_decoder(
-    folder: Path,
-    corpus: list[str],
-    *,
-    model_type: str = "qwen2",
-    begins: bool = False,
-    ends: bool = False,
-) -> Path:
-    """A random causal language model, head included, as its trainers save one.
-
-    `begins`: the tokenizer puts a begin-of-text token first, as Llama's does; `ends`: an end token
-    last, as that of some embedding models does.
-    """
+def write_tokenizer(
+    folder: Path, corpus: list[str], *, begins: bool = False, ends: bool = False
+) -> None:
+    """`begins`: it puts a begin-of-text token first, as Llama's does; `ends`: an end token last, as
+    that of some embedding models does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,31 +76,68 @@ def write_decoder(
     special = [(name, tokenizer.token_to_id(name)) for name in SPECIAL]
     tokenizer.post_processor = processors.TemplateProcessing(added, None, special)
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", padding_side="left"
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
     )
     fast.save_pretrained(str(folder))
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type]
-    head_dim = {"head_dim": 24} if model_type == "qwen3" else {}
+
+
+def make_model(model_type: str) -> Any:
+    """A random causal language model with its head, and its vision tower if it has one."""
+    text = {**SIZES, **OF_FAMILY.get(TOWERS.get(model_type, model_type), {})}
+    config_class: Any = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type]
+    if model_type not in TOWERS or (OLD and model_type == "qwen2_5_vl"):
+        ids = {"image_token_id": 590, "video_token_id": 591, "vision_start_token_id": 592}
+        config = config_class(**text, **(ids if model_type in TOWERS else {}))
+    else:
+        tower = {"qwen2_5_vl": "qwen2_5_vl_text", "qwen3_vl": "qwen3_vl_text"}
+        text["model_type"] = tower.get(model_type, TOWERS[model_type])
+        config = config_class(text_config=text)
+    if model_type in TOWERS:
+        for key in VISION.keys() & vars(config.vision_config).keys():
+            setattr(config.vision_config, key, VISION[key])
     torch.manual_seed(7)
-    config = getattr(transformers, f"{name}Config")(**SIZES, **head_dim)
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    whole = "ImageTextToText" if model_type in TOWERS else "CausalLM"
+    model = getattr(transformers, f"AutoModelFor{whole}").from_config(config)
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("norm.weight"):
-                parameter.normal_(1.0, 0.2)  # so that a norm that is forgotten shows
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):  # so that a norm that is forgotten shows
+                parameter.normal_(0.0 if "gemma" in model_type else 1.0, 0.2)
             elif parameter.dim() == 2:
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5)
-    model.save_pretrained(str(folder), safe_serialization=True)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.1)
+    return model
+
+
+def write_decoder(
+    folder: Path, corpus: list[str], *, model_type: str = "qwen2", **ends: bool
+) -> Path:
+    """A random model of this type as its trainers save one, with a tokenizer."""
+    write_tokenizer(folder, corpus, **ends)
+    make_model(model_type).save_pretrained(str(folder), safe_serialization=True)
     return folder
+
+
+def tower(folder: Path, model_class: Any, **arguments: Any) -> Any:
+    """The text tower of a checkpoint with a vision tower, or of one without."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if not hasattr(config, "vision_config") or config.architectures == [model_class.__name__]:
+        return model_class.from_pretrained(folder, **arguments)
+    whole = transformers.AutoModelForImageTextToText.from_pretrained(folder, **arguments)
+    return next(m for m in whole.modules() if hasattr(m, "layers") and hasattr(m, "embed_tokens"))
 
 
 llama = partial(write_decoder, model_type="llama", begins=True)
 SHORT = {"max_length": 48, "batch_tokens": 400, "buckets": [12, 24]}
+MESSAGES = (Message(role="system", content="{{s}}"), Message(role="u", content="{text}"))
+MASKED = {"attention_mask": "padding", "buckets": [], "max_length": 48, "batch_tokens": 120}
 CASES = [
     Case("qwen2", "decoder", write_decoder, {"template": CHAT, **SHORT}),
-    Case("qwen2-ends", "decoder", partial(write_decoder, ends=True), {"template": CHAT, **SHORT}),
     Case("llama", "decoder", llama, {"template": CHAT, "layers": [-2], **SHORT}),
-    Case("llama-plain", "decoder", llama, {"layers": [1], "max_length": 48}),
     Case(
         "mistral",
         "decoder",
@@ -95,7 +157,56 @@ CASES = [
         partial(write_decoder, model_type="qwen3"),
         {"template": CHAT, "layers": [2], "norm": "final", "max_length": 48},
     ),
+    Case(
+        "gemma2",
+        "decoder",
+        partial(write_decoder, model_type="gemma2", begins=True),
+        {"template": "Prompt: {text}", "crop_start": "template-2", "keep_first": 1, **MASKED},
+    ),
+    Case(
+        "gemma3",
+        "decoder",
+        partial(write_decoder, model_type="gemma3", begins=True),
+        {
+            "layers": [0, 1, 2, 3],
+            "norm": "final",
+            "combine": "stack",
+            "padding_side": "left",
+            **MASKED,
+        },
+        alone=tower,
+    ),
+    Case(
+        "mistral3",
+        "decoder",
+        partial(write_decoder, model_type="mistral3", begins=True),
+        {
+            "chat": ChatOptions(messages=MESSAGES),
+            "layers": [3, 1],
+            "keep": "all",
+            "attention_mask": "padding",
+            "max_length": 48,
+            "crop_start": 0,
+        },
+        alone=tower,
+    ),
+    Case(
+        "qwen2_5_vl",
+        "decoder",
+        partial(write_decoder, model_type="qwen2_5_vl"),
+        {
+            "chat": ChatOptions(messages=MESSAGES, generation_prompt=True, thinking=False),
+            "layers": [1, 2],
+            "layer_zscore": True,
+            **MASKED,
+        },
+        alone=tower,
+    ),
 ]
+if not OLD:
+    write = partial(write_decoder, model_type="qwen3_vl")
+    fields = {"template": CHAT, "keep": "all", **MASKED}
+    CASES.append(Case("qwen3_vl", "decoder", write, fields, alone=tower))
 
 
 @pytest.fixture(scope="module")
