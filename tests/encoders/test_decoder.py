@@ -136,9 +136,7 @@ MESSAGES = (Message(role="system", content="{{s}}"), Message(role="u", content="
 MASKED = {"attention_mask": "padding", "buckets": [], "max_length": 48}
 CASES = [
     Case("qwen2", "decoder", write_decoder, {"template": CHAT, **SHORT}),
-    Case("qwen2-ends", "decoder", partial(write_decoder, ends=True), {"template": CHAT, **SHORT}),
     Case("llama", "decoder", llama, {"template": CHAT, "layers": [-2], **SHORT}),
-    Case("llama-plain", "decoder", llama, {"layers": [1], "max_length": 48}),
     Case(
         "mistral",
         "decoder",
