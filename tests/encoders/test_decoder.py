@@ -90,7 +90,8 @@ def make_model(model_type: str) -> Any:
     text = {**SIZES, **OF_FAMILY.get(TOWERS.get(model_type, model_type), {})}
     config_class: Any = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type]
     if model_type not in TOWERS or (OLD and model_type == "qwen2_5_vl"):
-        config = config_class(**text)
+        ids = {"image_token_id": 590, "video_token_id": 591, "vision_start_token_id": 592}
+        config = config_class(**text, **(ids if model_type in TOWERS else {}))
     else:
         tower = {"qwen2_5_vl": "qwen2_5_vl_text", "qwen3_vl": "qwen3_vl_text"}
         text["model_type"] = tower.get(model_type, TOWERS[model_type])
@@ -103,8 +104,8 @@ def make_model(model_type: str) -> Any:
     model = getattr(transformers, f"AutoModelFor{whole}").from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.normal_(1.0, 0.2)  # so that a norm that is forgotten shows
+            if name.endswith("norm.weight"):  # so that a norm that is forgotten shows
+                parameter.normal_(0.0 if "gemma" in model_type else 1.0, 0.2)
             elif parameter.dim() == 2:
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5)
             elif name.endswith("bias"):
@@ -133,7 +134,7 @@ def tower(folder: Path, model_class: Any, **arguments: Any) -> Any:
 llama = partial(write_decoder, model_type="llama", begins=True)
 SHORT = {"max_length": 48, "batch_tokens": 400, "buckets": [12, 24]}
 MESSAGES = (Message(role="system", content="{{s}}"), Message(role="u", content="{text}"))
-MASKED = {"attention_mask": "padding", "buckets": [], "max_length": 48}
+MASKED = {"attention_mask": "padding", "buckets": [], "max_length": 48, "batch_tokens": 120}
 CASES = [
     Case("qwen2", "decoder", write_decoder, {"template": CHAT, **SHORT}),
     Case("llama", "decoder", llama, {"template": CHAT, "layers": [-2], **SHORT}),

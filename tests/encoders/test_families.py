@@ -131,8 +131,9 @@ def test_tokens_and_spans(case: Case, folder_of: Any, texts: list[str]) -> None:
         assert captions.ids[row].tolist() == cut
         assert captions.num_ids[row] == len(captions.ids[row]) <= longest
         assert captions.truncated[row] == (len(whole) > longest)
-        assert 0 <= captions.first[row] <= captions.first[row] + captions.stored[row]
-        assert captions.first[row] + captions.stored[row] <= captions.extents[row]
+        assert 0 <= tokenizer.keep_first <= captions.first[row]
+        behind = captions.stored[row] - tokenizer.keep_first
+        assert 0 <= behind <= captions.extents[row] - captions.first[row]
         assert captions.tokens[row] <= options.max_length
     assert captions.truncated.count(True) >= 1
     built_encoder = built(case, folder_of(case))
