@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embed_precompute.documents import digest_of
+from embed_precompute.encoders.byte_tokenizer import ByteTokenizer
 from embed_precompute.encoders.checkpoint import quiet_transformers
 from embed_precompute.encoders.text_steps import Empty, Step, make_cleaner
 from embed_precompute.errors import InputError, InternalError, one_line, require
@@ -56,6 +57,8 @@ PROBES = (
     "A slow tracking shot follows an old fisherman along the harbour at dawn. " * 60,
 )
 
+BYTES = "ByT5Tokenizer"
+"""transformers has no fast one of it; `ByteTokenizer` gives its ids. It has no vocabulary file."""
 VOCABULARIES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "merges.txt")
 """Files that hold a vocabulary. The first is a fast tokenizer; others are converted to one."""
 WHAT_IS_NEEDED = (
@@ -169,6 +172,8 @@ class CaptionTokenizer:
 
     name: str
     """The tokenizer's class in transformers."""
+    by_bytes: bool
+    """A token is a byte."""
     longest: int
     """Number of tokens of the longest caption: max_length plus what is cropped before it."""
     first: int
@@ -218,9 +223,12 @@ class CaptionTokenizer:
         self.name = type(tokenizer).__name__
         self.eos_id, self._unk_id = tokenizer.eos_token_id, tokenizer.unk_token_id
         self.pad_id = tokenizer.pad_token_id if "pad_token" in special_tokens else None
+        self.by_bytes = self.name == BYTES
         # Only the Rust tokenizer is kept. transformers' own object is dropped: its __call__ would
         # set truncation and padding again.
-        self._backend = tokenizer.backend_tokenizer
+        self._backend: Any = (
+            ByteTokenizer(tokenizer) if self.by_bytes else tokenizer.backend_tokenizer
+        )
         self._backend.encode_special_tokens = bool(tokenizer.split_special_tokens)
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -376,7 +384,7 @@ def _num_common(rows: Sequence[Sequence[int]]) -> int:
 def load_tokenizer(
     where: str, folder: Path, special_tokens: Sequence[str], *, any_side: bool = False
 ) -> Any:
-    """transformers' fast tokenizer of a folder, which has these special tokens (`pad_token`, say).
+    """transformers' tokenizer of a folder, fast but for ByT5's, with these special tokens.
 
     Raises InputError: no tokenizer, a slow one (its ids differ), a special token is missing, or a
     needed pad token goes to the left; `any_side`: it may.
@@ -397,12 +405,13 @@ def load_tokenizer(
             raise InputError(
                 f"{where}: {folder} gives no tokenizer ({type(error).__name__}: {reason}). {advice}"
             ) from error
-    if not tokenizer.is_fast:
+    by_bytes = type(tokenizer).__name__ == BYTES
+    if not tokenizer.is_fast and not by_bytes:
         raise InputError(
             f"{where}: {folder} has only a slow tokenizer ({type(tokenizer).__name__}), whose ids "
             "differ from the fast one's. Save a fast one (tokenizer.json) in the same folder."
         )
-    if not any((folder / name).is_file() for name in VOCABULARIES):
+    if not by_bytes and not any((folder / name).is_file() for name in VOCABULARIES):
         # transformers 5 makes an empty tokenizer then, for which every word is unknown.
         raise InputError(f"{where}: {folder} gives no tokenizer. {WHAT_IS_NEEDED}")
     for name in special_tokens:

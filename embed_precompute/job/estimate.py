@@ -207,7 +207,7 @@ def tokenizer_line(encoder: ResolvedEncoder, figures: Figures) -> tuple[str, boo
     ratio = figures.encoders[encoder.name].characters_per_token
     known = f"{ratio:.1f} characters per token" if ratio < math.inf else "all captions are cut"
     line = f"{encoder.opened.tokenizer.name}, {known}"
-    suspicious = ratio < FEW_CHARACTERS
+    suspicious = ratio < FEW_CHARACTERS and not encoder.opened.tokenizer.by_bytes
     if suspicious:
         line += (
             ": fewer than 2, so it may be another model's tokenizer. Only captions in Chinese, "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from family_case import Case
 
 from embed_precompute.encoders.families.t5 import T5Options
@@ -17,6 +18,18 @@ from make_demo import write_t5
 PADDED = {"max_length": 60, "seq_align": 8, "added_tokens": 3, "batch_tokens": 400}
 MASKED = {"max_length": 60, "attention_mask": "padding", "batch_tokens": 400, "stream_tokens": 256}
 OURS = ("hf", "fused")
+
+
+def write_byt5(folder: Path, corpus: list[str]) -> Path:
+    """ByT5, with the tokens for colours that a glyph encoder adds."""
+    write_t5(folder, corpus, vocab_size=400)
+    (folder / "tokenizer.json").unlink()
+    tokenizer: Any = transformers.ByT5Tokenizer()
+    tokenizer.add_tokens(["<color-0>", "<color-1>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 CASES = [
     Case("t5-padded", "t5", write_t5, PADDED, (*OURS, "shardformer")),
     Case("t5-masked", "t5", write_t5, MASKED, (*OURS, "shardformer")),
@@ -26,6 +39,7 @@ CASES = [
     Case("t5-pad-kept", "t5", write_t5, {**MASKED, "keep": "real+1"}, OURS),
     Case("t5-all-kept", "t5", write_t5, {**MASKED, "keep": "all"}, ("hf",)),
     Case("t5-trimmed", "t5", write_t5, {**PADDED, "keep": "real"}, OURS),
+    Case("byt5-masked", "t5", write_byt5, MASKED, OURS),
     Case("umt5-masked", "t5", partial(write_t5, model_type="umt5", seed=3), MASKED, OURS),
 ]
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from family_case import copied
 
+from embed_precompute.encoders.byte_tokenizer import ByteTokenizer
 from embed_precompute.encoders.families.t5 import T5Options
 from embed_precompute.encoders.resolve import open_encoder, resolve
-from embed_precompute.encoders.tokenizer import CaptionTokenizer
+from embed_precompute.encoders.tokenizer import PROBES, CaptionTokenizer
 from embed_precompute.errors import InputError
 
 NEEDED = ("eos_token", "pad_token")
@@ -81,7 +84,31 @@ def test_unfit_slow_missing_and_damaged_tokenizers(tmp_path: Path, tiny_t5: Path
     with pytest.raises(InputError, match="gives no tokenizer"):
         tokenizer(folder)
     (folder / "tokenizer.json").unlink()
-    slow = {"tokenizer_class": "ByT5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>"}
+    slow = {"tokenizer_class": "CanineTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(slow), encoding="utf-8")
-    with pytest.raises(InputError, match=r"only a slow tokenizer \(ByT5Tokenizer\)"):
+    with pytest.raises(InputError, match=r"only a slow tokenizer \(CanineTokenizer\)"):
         tokenizer(folder)
+
+
+@pytest.mark.filterwarnings("ignore:This sequence already has")
+def test_bytes_are_byt5s_ids() -> None:
+    """Special tokens too, with the white space that they take, and a text with its own end."""
+    slow: Any = transformers.ByT5Tokenizer()
+    color = transformers.AddedToken("<color-1>", special=True, rstrip=True)
+    slow.add_tokens([color, transformers.AddedToken("<color-10>", special=True)])
+    ours, rng = ByteTokenizer(slow), random.Random(0)
+    pieces = ["</s>", "<pad>", "<unk>", "<extra_id_0>", "<extra_id_12", "<color-1>", "<color-10>"]
+    pieces += [" ", "  ", "\t", "\x1c", "\x85", "\u3000", "\u200b", "a", "\u00e9", "\U0001f525"]
+    pieces += ["<", "<p", "</", "s>", "<0x41>", "\n", "\0"]
+    texts = [*PROBES, *("".join(rng.choices(pieces, k=rng.randrange(9))) for _ in range(1500))]
+    expected = slow(texts)["input_ids"]
+    assert [each.ids for each in ours.encode_batch_fast(texts)] == expected
+    for length in (2, 5, 30):
+        for side in ("right", "left"):
+            slow.truncation_side = side
+            ours.enable_truncation(length, direction=side)
+            cut = slow(texts, truncation=True, max_length=length)["input_ids"]
+            found = ours.encode_batch_fast(texts)
+            assert [each.ids for each in found] == cut
+            longer = [len(ids) > length for ids in expected]
+            assert [each.overflowing for each in found] == longer
