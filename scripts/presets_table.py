@@ -481,8 +481,9 @@ def encoded(resolved: ResolvedEncoder, texts: Sequence[str]) -> dict[str, list[t
         for batch in resolved.batches(captions, null=null):
             for suffix, values in encoder.encode(batch).items():
                 lines[suffix].update((row, values[i]) for i, row in enumerate(batch.rows.tolist()))
-        for suffix, rows in lines.items():
-            stored[suffix] += [rows[row] for row in range(len(captions))]
+        for output in resolved.outputs:
+            rows, nothing = lines[output.suffix], torch.zeros(0, output.width)
+            stored[output.suffix] += [rows.get(row, nothing) for row in range(len(captions))]
     return stored
 
 
