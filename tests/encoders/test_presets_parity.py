@@ -26,7 +26,6 @@ def test_every_preset_is_compared() -> None:
 def test_a_preset_is_its_pipeline(
     name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    pytest.importorskip("diffusers")
     long = request.config.getoption("--long")
     captions = presets_table.CAPTIONS[: None if long else FEW]
     try:
