@@ -103,6 +103,8 @@ class Preset:
     """Encoder -> what makes its tiny checkpoint."""
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Options that a tiny model needs otherwise: fewer layers, say; by encoder."""
+    pads_left: bool = False
+    """The pipeline pads on the left, which the preset leaves out."""
     unpadded: bool = False
     """The pipeline pads nothing where there is one caption."""
     null: str = ""
@@ -447,7 +449,10 @@ PRESETS: dict[str, Preset] = {
         klein, {"qwen": partial(write_qwen3, layers=29, name="Qwen3ForCausalLM")}
     ),
     "ltx2": Preset(
-        ltx2, {"gemma": write_ltx2}, {"gemma": {"layers": tuple(range(GEMMA3_LAYERS + 1))}}
+        ltx2,
+        {"gemma": write_ltx2},
+        {"gemma": {"layers": tuple(range(GEMMA3_LAYERS + 1))}},
+        pads_left=True,
     ),
     "minimax_h3": Preset(
         minimax,
@@ -497,6 +502,7 @@ def exact(preset: str, options: EncoderConfig, texts: Sequence[str]) -> EncoderC
     changes |= {name: 1 for name in ("batch_tokens", "batch_size") if name in names}
     if options.kind == "decoder" and not PRESETS[preset].unpadded:
         changes["attention_mask"] = "padding"
+        changes["padding_side"] = "left" if PRESETS[preset].pads_left else "right"
     if getattr(options, "attention_mask", "") == "none" and options.kind == "t5":
         return dataclasses.replace(options, **changes)
     if "hidden" in getattr(options, "outputs", ()) or getattr(options, "keep", "") == "all":

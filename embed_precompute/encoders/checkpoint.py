@@ -35,9 +35,9 @@ FETCH = "embed-precompute fetch CONFIG"
 ORIGIN = "fetched.json"
 """In a folder that `fetch` made: what it was made from."""
 
-Need = Literal["weights", "convertible", "config", "tokenizer"]
+Need = Literal["weights", "convertible", "config", "tokenizer", "tensors"]
 """What is needed: all with safetensors; with these or pickles, for `fetch`; without weights; the
-tokenizer alone."""
+tokenizer alone; safetensors alone, whatever their names are."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,7 @@ def _snapshot(where: str, hub_id: str, revision: str | None, need: Need) -> Path
     reason = f"there is no folder {folder} in {repo_id}"
     try:
         weights = list(WEIGHT_FILES) if need in ("weights", "convertible") else []
+        weights = ["*.safetensors"] if need == "tensors" else weights
         if need == "convertible":
             names = HfApi().list_repo_files(repo_id, revision=revision)
             if not {prefix + WEIGHTS, prefix + WEIGHTS_INDEX} & set(names):
@@ -248,6 +249,8 @@ def _snapshot(where: str, hub_id: str, revision: str | None, need: Need) -> Path
 
 def _looks_whole(folder: Path, need: Need) -> bool:
     """Whether a snapshot has what is needed."""
+    if need == "tensors":
+        return any(folder.glob("*.safetensors"))
     config = (folder / "config.json").is_file()
     tokenizer = any((folder / name).is_file() for name in TOKENIZERS)
     if need in ("config", "tokenizer"):

@@ -14,6 +14,7 @@ from family_case import copied
 from safetensors.torch import load_file, save_file
 
 from embed_precompute.documents import canonical_json, digest_of
+from embed_precompute.encoders.checkpoint import locate
 from embed_precompute.encoders.families.base import EncoderConfig
 from embed_precompute.encoders.families.clip import ClipOptions
 from embed_precompute.encoders.families.t5 import T5Options
@@ -186,6 +187,7 @@ def test_a_folder_of_a_hub_repository(
         snapshot / "tok",
     )
     assert identity(Path("owner/tiny/enc"), **fields) == identity(tiny_t5)
+    assert locate("here", "owner/tiny/enc", "old", "tensors") == snapshot / "enc"
     assert "owner/tiny/nowhere" in failure(t5(Path("owner/tiny/nowhere"), revision="old"))
 
 

@@ -516,7 +516,7 @@ def test_a_projection(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"path": "absent"}, r"project.path is 'absent': absent cannot be read \(No such file"),
+        ({"path": "absent"}, r"project.path is 'absent': there is no such folder, and the hub"),
         ({"weight": "text.wight"}, "has no tensor 'text.wight': did you mean text.weight?"),
         ({"weight": "wide"}, r"has wide of shape \[20, 65\]: expected \[stored width, 64\], for 1"),
         ({"bias": "wide"}, r"project.bias: .* has wide of shape \[20, 65\]: expected \[20\]"),

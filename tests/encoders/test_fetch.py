@@ -156,7 +156,7 @@ def test_what_a_repository_downloads(
         listed = lambda self, repo, revision, names=names: [folder + name for name in names]  # noqa: E731
         monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listed)
         expect(0, "fetch", job, "--output", tmp_path / str(number))
-    patterns = ["*.json", "*.model", "*.txt"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja"]
     weights = ["model.safetensors", "model-*.safetensors", "model.safetensors-*.safetensors"]
     wanted = [[*patterns, *weights], [*patterns, "pytorch_model*.bin"]]
     assert asked == [[folder + pattern for pattern in each] for each in wanted]

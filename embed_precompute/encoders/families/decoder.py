@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from embed_precompute.documents import nearest_of
-from embed_precompute.encoders.checkpoint import Checkpoint
+from embed_precompute.encoders.checkpoint import HUB_ID, Checkpoint, locate
 from embed_precompute.encoders.families.base import (
     Decision,
     EncoderConfig,
@@ -83,7 +83,7 @@ class ProjectOptions:
     """A frozen linear stage behind the encoder: what is stored is its output."""
 
     path: str
-    """A safetensors file, or a folder of them."""
+    """A safetensors file, or a folder of them; a hub id (owner/name/folder) too."""
     weight: str
     """Name of the matrix, [stored width, width before]."""
     bias: str | None = None
@@ -531,6 +531,8 @@ def _file_of(where: str, path: str, name: str) -> Path:
     from safetensors import SafetensorError, safe_open
 
     key, place = f"{where.rpartition('.')[0]}.project", Path(path).expanduser()
+    if not place.exists() and HUB_ID.fullmatch(path):
+        place = locate(f"{key}.path", path, None, "tensors")
     files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
     names: list[str] = []
     for file in files:
