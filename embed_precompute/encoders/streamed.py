@@ -153,13 +153,19 @@ class StreamedWeights:
     ) -> LayerBuffer:
         if buffer.arrived is not None:
             buffer.arrived.synchronize()  # `host` may still be on its way
-        for path in {weight.path for weight in layer.values()}:
-            if _identity(path) != self._files[path]:
-                raise InputError(
-                    f"{self._where}: {path} was changed while the run reads its weights layer by "
-                    "layer. Restore it and run again."
-                )
-        fill((values, layer[linear]) for linear, values in _views(layer, buffer.host).items())
+        try:
+            fill((values, layer[linear]) for linear, values in _views(layer, buffer.host).items())
+            changed = [path for path, found in self._files.items() if _identity(path) != found]
+        except OSError as error:
+            raise InputError(
+                f"{self._where}: {error.filename} cannot be read any more ({error.strerror}), and "
+                "streamed weights are read as long as a run lasts. Restore it and run again."
+            ) from error
+        if changed:
+            raise InputError(
+                f"{self._where}: {changed[0]} was changed, and streamed weights are read as long "
+                "as a run lasts. Restore it and run again."
+            )
         if self._copies is not None:
             assert computed is not None
             with torch.cuda.stream(self._copies):
