@@ -15,9 +15,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ ALIGNMENT = 64
 and so the last bits: copies of a checkpoint have their weights at different places in their files,
 and have to give equal embeddings."""
 TORCH_DTYPES = {code: getattr(torch, name) for name, code in CODES.items()}
+CGROUPS = Path("/sys/fs/cgroup")
+
+State = dict[str, torch.Tensor]
+"""Name in the checkpoint -> weight."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,49 @@ def num_bytes(model: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t.device.type != "meta")
 
 
-def load_model(source: Source, dtype: torch.dtype | str, **hf_kwargs: Any) -> Any:
+def read_weights(weights: Sequence[StoredWeight]) -> State:
+    """Weights as a model holds them, each at a multiple of 64 bytes.
+
+    A weight that lies so in its file, in its dtype, is mapped. Others are copied and cast, block by
+    block. Raises InputError, and what safetensors raises, for a damaged file.
+    """
+    state: State = {}
+    to_copy = []
+    for path in dict.fromkeys(weight.path for weight in weights):
+        with safe_open(path, "pt") as file:
+            for weight in (each for each in weights if each.path == path):
+                target = TORCH_DTYPES.get(weight.target)
+                if weight.code == weight.target:
+                    mapped = state[weight.name] = file.get_tensor(weight.name)
+                    if mapped.data_ptr() % ALIGNMENT == 0:
+                        continue
+                    target = mapped.dtype
+                state[weight.name] = torch.empty(weight.shape, dtype=target)
+                to_copy.append(weight)
+    fill((state[weight.name], weight) for weight in to_copy)
+    return state
+
+
+def fill(pairs: Iterable[tuple[torch.Tensor, StoredWeight]]) -> None:
+    """Read weights into contiguous tensors in host memory, cast, several at a time."""
+    with ThreadPoolExecutor(num_threads()) as pool:
+        list(pool.map(lambda pair: _fill(*pair), pairs))
+
+
+def _fill(tensor: torch.Tensor, weight: StoredWeight) -> None:
+    held, start = tensor.reshape(-1).view(torch.uint8).numpy(), 0
+    for block in weight.blocks():
+        held[start : start + len(block)] = block
+        start += len(block)
+
+
+def load_model(
+    source: Source,
+    dtype: torch.dtype | str,
+    *,
+    read: Callable[[Sequence[StoredWeight]], State] = read_weights,
+    **hf_kwargs: Any,
+) -> Any:
     """The model in eval mode; `hf_kwargs` go to transformers' from_pretrained.
 
     Raises InputError naming weights that are missing, of another shape, or of layers that
@@ -99,7 +146,7 @@ def load_model(source: Source, dtype: torch.dtype | str, **hf_kwargs: Any) -> An
             state = None
             plain = hf_kwargs.keys() <= {"attn_implementation"}
             if plain and isinstance(dtype, torch.dtype) and name_of(dtype) in CODES:
-                state = read_weights(source, dtype)
+                state = read(source.weights(dtype))
             if state is not None or changes:
                 config = model_class.config_class.from_pretrained(folder, local_files_only=True)
                 for name, value in changes.items():
@@ -122,6 +169,27 @@ def load_model(source: Source, dtype: torch.dtype | str, **hf_kwargs: Any) -> An
     return model.eval().requires_grad_(False)
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on a device; None where the system does not say.
+
+    On a CPU what lies in the page cache counts as free, and a limit of this process's cgroup counts
+    whole.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        group = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+    except OSError:
+        return None
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    folder = CGROUPS / group.lstrip("/")
+    for each in (folder, *folder.parents):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            free.append(int((each / "memory.max").read_text()))
+    return min(free, default=None)
+
+
 def load_on(
     source: Source,
     dtype: torch.dtype,
@@ -138,8 +206,8 @@ def load_on(
     """
     with out_of_memory(
         f"{source.checkpoint.where}: the weights do not fit on {device}. Use a device with more "
-        "memory, a smaller dtype, or the implementation hf, which keeps what does not fit on a GPU "
-        "in host memory."
+        "memory, a smaller dtype, runtime.weights stream with the implementation fused, or the "
+        "implementation hf, which keeps what does not fit on a GPU in host memory."
     ):
         if device.type != "cuda":
             return load_model(source, dtype).to(device)
@@ -157,38 +225,6 @@ def load_on(
         )
         memory = {torch.device(device).index or 0: left, "cpu": size}
         return load_model(source, dtype, device_map="auto", max_memory=memory)
-
-
-def read_weights(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The text encoder's weights as a model of `dtype` holds them, each at a multiple of 64 bytes.
-
-    A weight that lies so in its file, in its dtype, is mapped. Others are copied and cast, block by
-    block. Raises InputError, and what safetensors raises, for a damaged file.
-    """
-    state: dict[str, torch.Tensor] = {}
-    to_copy = []
-    weights = source.weights(dtype)
-    for path in source.checkpoint.files:
-        with safe_open(path, "pt") as file:
-            for weight in (each for each in weights if each.path == path):
-                target = TORCH_DTYPES.get(weight.target)
-                if weight.code == weight.target:
-                    mapped = state[weight.name] = file.get_tensor(weight.name)
-                    if mapped.data_ptr() % ALIGNMENT == 0:
-                        continue
-                    target = mapped.dtype
-                state[weight.name] = torch.empty(weight.shape, dtype=target)
-                to_copy.append(weight)
-    with ThreadPoolExecutor(num_threads()) as pool:
-        list(pool.map(lambda weight: _fill(state[weight.name], weight), to_copy))
-    return state
-
-
-def _fill(tensor: torch.Tensor, weight: StoredWeight) -> None:
-    held, start = tensor.reshape(-1).view(torch.uint8).numpy(), 0
-    for block in weight.blocks():
-        held[start : start + len(block)] = block
-        start += len(block)
 
 
 def _check_loading(source: Source, loading: dict[str, Any]) -> None:
