@@ -307,6 +307,7 @@ class ClipGraph:
 
     def __init__(self, model: Any, longest: int, end_id: int) -> None:
         self._text, self._end_id = getattr(model, "text_model", model), end_id
+        self._projection = getattr(model, "text_projection", None)
         config = model.config
         self._heads = config.num_attention_heads
         self._scale = (config.hidden_size // self._heads) ** -0.5
@@ -341,7 +342,7 @@ class ClipGraph:
             inner = _activated(layer.mlp.fc1(layer.layer_norm2(residual)), self._activation)
             residual = residual + layer.mlp.fc2(inner)
         output: torch.Tensor = self._text.final_layer_norm(residual)
-        return output
+        return output if self._projection is None else self._projection(output)
 
 
 def _flex(

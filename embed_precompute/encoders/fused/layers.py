@@ -160,6 +160,7 @@ class ClipLayers(FusedLayers[ClipState]):
         """`end_id`: a caption is pooled at its first token with this id."""
         # In transformers 4 the text model is an attribute; in 5 it is the model itself.
         self._text, config = getattr(model, "text_model", model), model.config
+        self._projection = getattr(model, "text_projection", None)
         self.blocks, self._end_id = self._text.encoder.layers, end_id
         words = self._text.embeddings.token_embedding.weight
         self._workspace = Workspace(words, 0, row_width=config.intermediate_size)
@@ -205,7 +206,13 @@ class ClipLayers(FusedLayers[ClipState]):
         residual = state.residual
         normed = self._workspace.buffer("pooled", *residual.shape)
         self._kernels.layer_norm(residual, self._text.final_layer_norm, normed)
-        return normed[: len(state.pool_at)]
+        if self._projection is None:
+            return normed[: len(state.pool_at)]
+        weight = self._projection.weight
+        projected = self._workspace.buffer("projected", len(normed), len(weight))
+        for rows in state.blocks:
+            self._workspace.linear(normed[rows], weight, projected[rows])
+        return projected[: len(state.pool_at)]
 
     def _attention(self, layer: Any, state: ClipState) -> torch.Tensor:
         """[T, D], before the output matrix. Two of the biases are added later: `_output_bias`."""
