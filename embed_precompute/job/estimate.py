@@ -313,8 +313,11 @@ def _histogram(sums: TokenFigures, max_length: int) -> list[str]:
     starts = range(0, longest, width)
     counts = {f"{w + 1} to {min(w + width, longest)}": 0 for w in starts}
     labels = list(counts)
+    if 0 in sums.whole:
+        counts = {"0": sums.whole[0], **counts}
     for tokens, count in sums.whole.items():
-        counts[labels[max(0, tokens - 1) // width]] += count
+        if tokens:
+            counts[labels[(tokens - 1) // width]] += count
     counts[f"cut at {max_length}"] = sum(sums.cut.values())
     most, percent = max(counts.values()), 100 / sum(counts.values())
     return [

@@ -127,6 +127,7 @@ class T5Options(EncoderConfig):
         added = self.added_tokens
         return {
             "attention_mask": self.attention_mask,
+            "keep": self.kept,
             "seq_align": self.seq_align,
             # Only the sorted token counts of the buckets change bytes.
             "added_tokens": list(added.by_tokens())
