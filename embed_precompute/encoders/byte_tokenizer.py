@@ -60,7 +60,11 @@ class ByteTokenizer:
     def to_str(self) -> str:
         return json.dumps({"model": {"vocab": self.get_vocab(with_added_tokens=True)}})
 
-    def encode_batch_fast(self, texts: Sequence[str]) -> list[ByteEncoding]:
+    def encode_batch_fast(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[ByteEncoding]:
+        """T5 wants its end token: it is always added."""
+        assert add_special_tokens
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> ByteEncoding:

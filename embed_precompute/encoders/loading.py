@@ -4,7 +4,7 @@ Guarantees: every weight comes from the checkpoint, in the dtype asked for; only
 read. Loading takes the memory of the weights and a few blocks more, whatever dtype the files have.
 A weight that has the dtype already and lies at a multiple of 64 bytes stays mapped from its file,
 so that processes of a node share its pages. A GPU gets each weight from the file, and the host
-never holds the model.
+never holds the model; of a decoder it holds what has to be cast.
 
 transformers casts tensor by tensor too, but keeps the whole file mapped meanwhile: measured, a
 float32 checkpoint asked for in bfloat16 takes 3 times its weights while it is loaded.
@@ -13,6 +13,7 @@ float32 checkpoint asked for in bfloat16 takes 3 times its weights while it is l
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -91,9 +92,10 @@ def read_weights(weights: Sequence[StoredWeight]) -> State:
     to_copy = []
     for path in dict.fromkeys(weight.path for weight in weights):
         with safe_open(path, "pt") as file:
+            names = set(file.keys())
             for weight in (each for each in weights if each.path == path):
                 target = TORCH_DTYPES.get(weight.target)
-                if weight.code == weight.target:
+                if weight.code == weight.target and weight.name in names:
                     mapped = state[weight.name] = file.get_tensor(weight.name)
                     if mapped.data_ptr() % ALIGNMENT == 0:
                         continue
@@ -141,14 +143,21 @@ def load_model(
         "torch_dtype" if transformers.__version__.startswith("4.") else "dtype": dtype,
     }
     changes = source.family.config_changes(source.options, source.checkpoint)
+    extra_names = source.family.extra_weights(source.options, source.checkpoint)
+    extra: dict[str, torch.Tensor] = {}
     with quiet_transformers():
         try:
             state = None
             plain = hf_kwargs.keys() <= {"attn_implementation"}
+            plain = plain or source.family.loads_canonical_names
             if plain and isinstance(dtype, torch.dtype) and name_of(dtype) in CODES:
-                state = read(source.weights(dtype))
+                weights = source.weights(dtype)
+                found = read(weights)
+                state = {_known(source, weight): found[weight.name] for weight in weights}
+                del found
+                extra = {name: state.pop(name) for name in extra_names}
             if state is not None or changes:
-                config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+                config = copy.deepcopy(source.checkpoint.text_config)
                 for name, value in changes.items():
                     setattr(config, name, value)
                 ours["config"] = config
@@ -165,7 +174,7 @@ def load_model(
                 "weights and that the files are complete."
             ) from error
     _check_loading(source, loading)
-    source.family.adapt(model, source.options)
+    source.family.adapt(model, source.options, source.checkpoint, extra)
     return model.eval().requires_grad_(False)
 
 
@@ -227,6 +236,13 @@ def load_on(
         return load_model(source, dtype, device_map="auto", max_memory=memory)
 
 
+def _known(source: Source, weight: StoredWeight) -> str:
+    """The name by which the model's class knows a weight."""
+    extra = source.family.extra_weights(source.options, source.checkpoint)
+    alone = source.family.loads_canonical_names or weight.canonical in extra
+    return weight.canonical if alone else weight.name
+
+
 def _check_loading(source: Source, loading: dict[str, Any]) -> None:
     where = f"{source.checkpoint.where}: {source.checkpoint.folder}"
     # transformers 4 gives names, 5 gives (name, shape, shape).
@@ -236,13 +252,20 @@ def _check_loading(source: Source, loading: dict[str, Any]) -> None:
             f"{where} has weights of other shapes than its config.json says: {_some(mismatched)}. "
             "Use the config.json of these weights."
         )
-    if loading["missing_keys"]:
-        raise InputError(
-            f"{where} lacks weights that its config.json asks for: "
-            f"{_some(loading['missing_keys'])}. Download or convert the checkpoint again."
-        )
     # A decoder, a vision tower or a head may be left over; parts of the encoder may not.
     family, options, checkpoint = source.family, source.options, source.checkpoint
+    if missing := loading["missing_keys"]:
+        in_files = {weight.canonical for weight in source.weights(torch.float32)}
+        if unread := [key for key in missing if family.canonical_name(key) in in_files]:
+            raise InputError(
+                f"{where} has weights that transformers {transformers.__version__} does not read: "
+                f"{_some(unread)}. The files are whole, but the model would have random numbers "
+                "there. Install another release of transformers: 5.0 is known for this."
+            )
+        raise InputError(
+            f"{where} lacks weights that its config.json asks for: {_some(missing)}. Download or "
+            "convert the checkpoint again."
+        )
     leftovers = [
         key
         for key in loading["unexpected_keys"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -138,6 +138,14 @@ class Template:
         found = None if isinstance(self.crop_start, int) else TEMPLATE_CROP.match(self.crop_start)
         return found and int(found[1] or 0)
 
+    @property
+    def format_string(self) -> str:
+        """Template and {text} in one."""
+        before, after = (
+            each.replace("{", "{{").replace("}", "}}") for each in (self.before, self.after)
+        )
+        return f"{before}{{text}}{after}"
+
     @classmethod
     def parse(
         cls, text: str, crop_start: int | str = 0, crop_end: int = 0, keep_first: int = 0
@@ -191,17 +199,20 @@ class CaptionTokenizer:
         folder: Path,
         max_length: int,
         special_tokens: Sequence[str],
-        template: Template | None = None,
+        template: Template | Callable[[Any], Template] | None = None,
         *,
         text_steps: Sequence[Step] = (),
         empty: Empty = "encode",
         stored_pads: int = 0,
+        adds_special_tokens: bool = True,
         pads_left: bool = False,
     ) -> None:
-        """`where` begins every error; `special_tokens` as in `load_tokenizer`. `text_steps` and
-        `empty` as in `EncoderConfig`. `stored_pads`: so many pads after a caption are stored too,
-        up to `longest`. `pads_left`: pads stand before a caption, whatever the tokenizer's own
-        setting is.
+        """`where` begins every error; `special_tokens` as in `load_tokenizer`.
+
+        `template` may also be made of transformers' tokenizer. `text_steps` and `empty` as in
+        `EncoderConfig`. `stored_pads`: so many pads after a caption are stored too, up to
+        `longest`. `adds_special_tokens`: those that the tokenizer itself puts around a text.
+        `pads_left`: pads stand before a caption, whatever the tokenizer's own setting is.
 
         Raises InputError: no usable fast tokenizer, or one that the template does not fit.
         """
@@ -222,8 +233,9 @@ class CaptionTokenizer:
         self._backend.no_truncation()
         self.max_id = max(self._backend.get_vocab(with_added_tokens=True).values())
         direction = str(tokenizer.truncation_side)
-        self._template = template or Template()
-        if direction != "right" and (self._template.before or self._template.after):
+        self.template = template(tokenizer) if callable(template) else template or Template()
+        self._adds = adds_special_tokens
+        if direction != "right" and (self.template.before or self.template.after):
             raise InputError(
                 f"{where}: the tokenizer in {folder} has truncation_side {direction!r}, which cuts "
                 "long captions at their beginning, and with them the template before. Set it to "
@@ -231,7 +243,7 @@ class CaptionTokenizer:
             )
         self.digest = self._probe(direction)
         self._num_before, self._num_after, self.first = self._template_tokens(where)
-        self.keep_first, self.pads_left = self._template.keep_first, pads_left
+        self.keep_first, self.pads_left = self.template.keep_first, pads_left
         if self.keep_first > self.first:
             raise InputError(
                 f"{where}: keep_first is {self.keep_first}, and crop_start leaves out only "
@@ -256,6 +268,11 @@ class CaptionTokenizer:
             )
         self._backend.enable_truncation(self.longest, direction=direction)
 
+    @property
+    def template_stored(self) -> int:
+        """How many positions of the template are stored with a caption that is not cut off."""
+        return self._num_before + self._num_after - self.first + self.keep_first
+
     def encode(self, texts: Sequence[str]) -> Tokenized:
         """Clean and tokenise captions; safe to call from several threads."""
         return self.encode_prepared([self.prepare(text) for text in texts])
@@ -276,7 +293,7 @@ class CaptionTokenizer:
         truncated = [bool(encoding.overflowing) for encoding in encodings]
         # What is cut is the end, and with it the template's text after the caption.
         others = [self._num_before + (0 if cut else self._num_after) for cut in truncated]
-        cropped = self.first + self._template.crop_end
+        cropped = self.first + self.template.crop_end
         return Tokenized(
             ids=ids,
             num_ids=num_ids,
@@ -301,8 +318,8 @@ class CaptionTokenizer:
         return counts
 
     def _encode(self, texts: Sequence[str]) -> list[Any]:
-        whole = [f"{self._template.before}{text}{self._template.after}" for text in texts]
-        encodings: list[Any] = self._backend.encode_batch_fast(whole)
+        whole = [f"{self.template.before}{text}{self.template.after}" for text in texts]
+        encodings: list[Any] = self._backend.encode_batch_fast(whole, add_special_tokens=self._adds)
         return encodings
 
     def _probe(self, direction: str) -> str:
@@ -328,7 +345,7 @@ class CaptionTokenizer:
         Raises InputError if the tokens that are left out at the start change with the caption. Also
         if crop_start is neither 0 nor the number of the tokens before the caption.
         """
-        template, first = self._template, 0
+        template, first = self.template, 0
         probes = [encoding.ids for encoding in self._encode(BEGINNINGS)]
         # Without a template, special tokens that the tokenizer adds count as the caption's own.
         before = after = 0
@@ -337,7 +354,7 @@ class CaptionTokenizer:
         if template.before or template.after:
             after = _num_common([ids[::-1] for ids in probes])
         if template.before and template.crop_start != 0:
-            alone = self._backend.encode(template.before)
+            alone = self._backend.encode(template.before, add_special_tokens=self._adds)
             added_at_end = alone.special_tokens_mask[::-1].index(0)
             count = len(alone.ids) - added_at_end
             if template.crop_start not in ("template", count) and template.last_kept is None:
@@ -347,12 +364,17 @@ class CaptionTokenizer:
                     "template."
                 )
             first = count - (template.last_kept or 0)
-            if first < 0 or alone.ids[:first] != probes[0][: min(first, before)]:
-                changed = "the last token" if count - before == 1 else f"{count - before} tokens"
+            if first < 0:
                 raise InputError(
-                    f"{where}: {changed} of the template's text before the caption "
+                    f"{where}: crop_start is {template.crop_start}, and with this tokenizer the "
+                    f"template has only {count} tokens before the caption."
+                )
+            if alone.ids[:first] != probes[0][: min(first, before)]:
+                raise InputError(
+                    f"{where}: the last token of the template's text before the caption "
                     f"({template.before[-20:]!r}) changes with the caption that follows, so no "
-                    "position divides the two. End it with a special token or a line break."
+                    "position divides the two. End it with a special token or a line break, or "
+                    "store that token too (crop_start template-1)."
                 )
         return before, after, first
 

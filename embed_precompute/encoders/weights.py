@@ -107,6 +107,23 @@ def stored_weights(
                     functools.partial(_read, path, begin),
                 )
             )
+    extra = family.extra_weights(options, checkpoint) if options is not None else {}
+    for canonical, (path, wanted) in extra.items():
+        for name, entry, begin in _header(checkpoint.where, path):
+            if name == wanted:
+                first, end = entry["data_offsets"]
+                found.append(
+                    StoredWeight(
+                        path,
+                        f"{canonical} is {name}",  # another file may have an encoder's weight so
+                        canonical,
+                        entry["dtype"],
+                        target_code(family, canonical, entry["dtype"], dtype),
+                        tuple(entry["shape"]),
+                        end - first,
+                        functools.partial(_read, path, begin),
+                    )
+                )
     return found
 
 

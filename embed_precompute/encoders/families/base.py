@@ -214,6 +214,12 @@ class Family(abc.ABC, Generic[Options]):
     name that the model does not know is an error. Others are not read: they are other parts."""
     second_names: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Second name of a weight -> its name, where a checkpoint may have either or both."""
+    loads_canonical_names: ClassVar[bool] = False
+    """The class that is loaded knows a weight by its canonical name, and by no other: one part of a
+    checkpoint is loaded as a model of its own."""
+    releases: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """model_type -> the first release of transformers that has it, where the oldest supported one
+    has not."""
     config_keys: ClassVar[tuple[str, ...]]
     """What of transformers' config the encoder's numbers depend on, apart from what the shapes of
     the weights say: it is in the fingerprint."""
@@ -247,6 +253,10 @@ class Family(abc.ABC, Generic[Options]):
     def sizes(self, checkpoint: Checkpoint) -> Sizes:
         """The sizes in config.json, with transformers' defaults for those that are left out."""
 
+    def spec(self, opened: OpenEncoder[Options]) -> dict[str, Any]:
+        """What else changes bytes, as JSON: the family's part of the fingerprint."""
+        return opened.options.spec()
+
     @abc.abstractmethod
     def decide(self, opened: OpenEncoder[Options], facts: Facts) -> Decision:
         """Decide implementation and shapes from these arguments alone, never from the machine.
@@ -268,6 +278,12 @@ class Family(abc.ABC, Generic[Options]):
         """Whether a weight of the encoder is never run with these options: it is not read."""
         return False
 
+    def extra_weights(
+        self, options: Options, checkpoint: Checkpoint
+    ) -> Mapping[str, tuple[Path, str]]:
+        """Weights that are not the checkpoint's: canonical name -> (file, name in it)."""
+        return {}
+
     def keeps_float32(self, weight: str, dtype: str) -> bool:
         """Whether transformers keeps this weight in float32 when the rest has `dtype`."""
         return False
@@ -288,8 +304,14 @@ class Family(abc.ABC, Generic[Options]):
         """Values that replace those of config.json when the model is made."""
         return {}
 
-    def adapt(self, model: Any, options: Options) -> None:
-        """Change the loaded model in place before it is run."""
+    def adapt(
+        self,
+        model: Any,
+        options: Options,
+        checkpoint: Checkpoint,
+        extra: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Change the loaded model in place before it is run; `extra`: the `extra_weights`."""
 
     @abc.abstractmethod
     def forward(
