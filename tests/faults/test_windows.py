@@ -1,4 +1,4 @@
-"""F21: streamed weights. A run that is killed, stopped or fails in the middle of a window leaves no
+"""F23: streamed weights. A run that is killed, stopped or fails in the middle of a window leaves no
 part of the unit; the next run ends with the bytes of resident weights."""
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def calls(job: Job, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return numbers
 
 
-def test_f21_killed_in_the_middle_of_a_window(lab: Lab, job: Job, calls: list[int]) -> None:
+def test_f23_killed_in_the_middle_of_a_window(lab: Lab, job: Job, calls: list[int]) -> None:
     job.assert_resumes()
     assert calls == [0, 1] * 2 + [0, 0, 0, 1, 1, 1] * 3
     for n in lab.sample(range(BEFORE + 1, len(calls) + 1), 2):
@@ -56,7 +56,7 @@ def test_f21_killed_in_the_middle_of_a_window(lab: Lab, job: Job, calls: list[in
         killed.assert_resumes()
 
 
-def test_f21_asked_to_stop_in_the_middle_of_a_window(
+def test_f23_asked_to_stop_in_the_middle_of_a_window(
     job: Job, monkeypatch: pytest.MonkeyPatch, calls: list[int]
 ) -> None:
     """The window is left at its next batch, if the unit does not fit the grace."""
@@ -78,7 +78,7 @@ def test_f21_asked_to_stop_in_the_middle_of_a_window(
     job.assert_resumes()
 
 
-def test_f21_the_writer_fails_in_the_middle_of_a_window(
+def test_f23_the_writer_fails_in_the_middle_of_a_window(
     job: Job, monkeypatch: pytest.MonkeyPatch, calls: list[int]
 ) -> None:
     """The encoder does not go on for minutes with what nobody will write."""
@@ -104,7 +104,7 @@ def test_f21_the_writer_fails_in_the_middle_of_a_window(
     job.assert_resumes()
 
 
-def test_f21_a_peer_commits_the_unit_in_the_middle_of_a_window(
+def test_f23_a_peer_commits_the_unit_in_the_middle_of_a_window(
     job: Job, monkeypatch: pytest.MonkeyPatch, calls: list[int]
 ) -> None:
     """In the sweep two ranks may compute one unit: the slower one leaves it and goes on."""
