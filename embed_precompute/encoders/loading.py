@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
@@ -106,16 +107,29 @@ def read_weights(weights: Sequence[StoredWeight]) -> State:
     return state
 
 
-def fill(pairs: Iterable[tuple[torch.Tensor, StoredWeight]]) -> None:
-    """Read weights into contiguous tensors in host memory, cast, several at a time."""
+def mapped(weight: StoredWeight) -> torch.Tensor | None:
+    """A weight where it lies in its file; None unless it has its dtype there, at a multiple of 64
+    bytes. The pages are the page cache's; they are unmapped with the tensor."""
+    if weight.code != weight.target or weight.offset is None or weight.offset % ALIGNMENT:
+        return None
+    # Copy on write, for torch warns of what it may not write; nobody does.
+    found = np.memmap(weight.path, np.uint8, "c", weight.offset, weight.num_bytes)
+    return torch.from_numpy(found).view(TORCH_DTYPES[weight.target]).view(weight.shape)
+
+
+def fill(pairs: Iterable[tuple[torch.Tensor | None, StoredWeight]]) -> None:
+    """Read weights into contiguous tensors in host memory, cast, several at a time. None: they are
+    read into the page cache."""
     with ThreadPoolExecutor(num_threads()) as pool:
         list(pool.map(lambda pair: _fill(*pair), pairs))
 
 
-def _fill(tensor: torch.Tensor, weight: StoredWeight) -> None:
-    held, start = tensor.reshape(-1).view(torch.uint8).numpy(), 0
+def _fill(tensor: torch.Tensor | None, weight: StoredWeight) -> None:
+    held = None if tensor is None else tensor.reshape(-1).view(torch.uint8).numpy()
+    start = 0
     for block in weight.blocks():
-        held[start : start + len(block)] = block
+        if held is not None:
+            held[start : start + len(block)] = block
         start += len(block)
 
 

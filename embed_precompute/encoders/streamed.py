@@ -3,8 +3,9 @@
 Guarantees: a weight has the values that loading the whole model gives, at a multiple of 64 bytes. A
 layer that was not brought has no weights at all, so nothing is computed with another layer's.
 Costs: memory of two layers, of the embeddings and of all norms and biases. On a GPU also two layers
-in page-locked host memory. A thread reads the next layer from its file, through the page cache, and
-casts it while the caller computes with the layer before.
+in page-locked host memory. On a CPU a weight that has its dtype in the file, at a multiple of 64
+bytes, is mapped, and takes pages of the page cache alone. A thread reads the next layer through the
+page cache while the caller computes with the layer before, and casts it.
 
 What stays on the meta device until `bring` are the matrices of the layers' linears, which is
 nearly all that a layer has.
@@ -28,6 +29,7 @@ from embed_precompute.encoders.loading import (
     State,
     fill,
     load_model,
+    mapped,
     out_of_memory,
     read_weights,
 )
@@ -40,7 +42,7 @@ a GPU."""
 
 
 class LayerBuffer:
-    """Memory for the matrices of one layer; on a GPU also page-locked memory that they come by."""
+    """The matrices of one layer. On a GPU they come by page-locked memory."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
@@ -48,6 +50,8 @@ class LayerBuffer:
         self.held = torch.empty_like(self.host, device=device) if on_gpu else self.host
         self.arrived: torch.cuda.Event | None = None
         """On a GPU: when `held` is what `host` is."""
+        self.values: dict[nn.Linear, torch.Tensor] = {}
+        """The layer's matrices: parts of `held`, or mapped."""
 
 
 class StreamedWeights:
@@ -126,7 +130,7 @@ class StreamedWeights:
         if self._present is not None:
             for linear in self._layers[self._present[0]]:
                 _take_away(linear)
-        for linear, values in _views(self._layers[number], buffer.held).items():
+        for linear, values in buffer.values.items():
             _give(linear, values)
         self._present = number, buffer
         following = (number + 1) % len(self._layers)
@@ -153,8 +157,14 @@ class StreamedWeights:
     ) -> LayerBuffer:
         if buffer.arrived is not None:
             buffer.arrived.synchronize()  # `host` may still be on its way
+        buffer.values = _views(layer, buffer.held)
         try:
-            fill((values, layer[linear]) for linear, values in _views(layer, buffer.host).items())
+            targets: dict[nn.Linear, torch.Tensor | None] = {**_views(layer, buffer.host)}
+            if self._copies is None:
+                for linear, weight in layer.items():
+                    if (found := mapped(weight)) is not None:
+                        buffer.values[linear], targets[linear] = found, None
+            fill((target, layer[linear]) for linear, target in targets.items())
             changed = [path for path, found in self._files.items() if _identity(path) != found]
         except OSError as error:
             raise InputError(
