@@ -241,7 +241,10 @@ def _token_words(root: Path, name: str, sums: TokenCounts, plan: Plan) -> str:
     if marks:
         words += f" (a caption: p5 {marks[0]}, p50 {marks[1]}, p95 {marks[2]}, most {marks[3]})"
     share = 100 * sums.truncated / max(1, total)
-    return f"{words}; {sums.truncated:,} captions truncated ({share:.1f} %)"
+    words += f"; {sums.truncated:,} captions truncated ({share:.1f} %)"
+    if plan.spec["encoders"][name].get("empty") == "nothing":
+        words += f"; of {counts[0]:,} empty captions nothing is stored"
+    return words
 
 
 def all_lines(root: Path) -> list[str]:

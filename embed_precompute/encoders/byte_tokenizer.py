@@ -61,9 +61,9 @@ class ByteTokenizer:
         return json.dumps({"model": {"vocab": self.get_vocab(with_added_tokens=True)}})
 
     def encode_batch_fast(
-        self, texts: Sequence[str], *, add_special_tokens: bool
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
     ) -> list[ByteEncoding]:
-        """`add_special_tokens` must be true: no family leaves the end token out."""
+        """T5 wants its end token: it is always added."""
         assert add_special_tokens
         return [self._encode(text) for text in texts]
 

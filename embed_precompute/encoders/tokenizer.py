@@ -201,19 +201,18 @@ class CaptionTokenizer:
         special_tokens: Sequence[str],
         template: Template | Callable[[Any], Template] | None = None,
         *,
-        adds_special_tokens: bool = True,
         text_steps: Sequence[Step] = (),
         empty: Empty = "encode",
         stored_pads: int = 0,
+        adds_special_tokens: bool = True,
         pads_left: bool = False,
     ) -> None:
-        """`where` begins every error; `special_tokens` as in `load_tokenizer`. `text_steps` and
-        `empty` as in `EncoderConfig`. `stored_pads`: so many pads after a caption are stored too,
-        up to `longest`.
+        """`where` begins every error; `special_tokens` as in `load_tokenizer`.
 
-        `template` may also be made of transformers' tokenizer. `adds_special_tokens`: those that
-        the tokenizer itself puts around a text. `pads_left`: pads stand before a caption, whatever
-        the tokenizer's own setting is.
+        `template` may also be made of transformers' tokenizer. `text_steps` and `empty` as in
+        `EncoderConfig`. `stored_pads`: so many pads after a caption are stored too, up to
+        `longest`. `adds_special_tokens`: those that the tokenizer itself puts around a text.
+        `pads_left`: pads stand before a caption, whatever the tokenizer's own setting is.
 
         Raises InputError: no usable fast tokenizer, or one that the template does not fit.
         """

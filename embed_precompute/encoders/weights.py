@@ -62,6 +62,8 @@ class StoredWeight:
     """Its size in the file."""
     read: Callable[[int, int], Array]
     """(first byte, number of bytes) -> these bytes of the weight, [n] uint8."""
+    offset: int | None = None
+    """Where it begins in its file; None if the file is no safetensors."""
 
     @property
     def target_bytes(self) -> int:
@@ -105,6 +107,7 @@ def stored_weights(
                     tuple(entry["shape"]),
                     end - first,
                     functools.partial(_read, path, begin),
+                    begin,
                 )
             )
     extra = family.extra_weights(options, checkpoint) if options is not None else {}

@@ -282,8 +282,9 @@ def _encoder_lines(encoder: ResolvedEncoder, figures: Figures, dtype: str) -> li
     shapes = ", ".join(f"{batch}x{length}" for batch, length in decision.shapes)
     stored = []
     for tensor, output in encoder.tensors().items():
-        vectors = {"real": "real tokens x", "real+1": "real tokens and a pad x"}
-        what = vectors.get(output.positions or "", "one vector of")
+        what = {"real": "real tokens x", "real+1": "real tokens and a pad x"}.get(
+            output.positions or "", "one vector of"
+        )
         if output.positions == "all":
             (length,) = encoder.stored_lengths(output, encoder.opened.tokenizer.empty, null=False)
             what = f"padded length {length} x"
@@ -325,8 +326,11 @@ def _histogram(sums: TokenFigures, max_length: int) -> list[str]:
     starts = range(0, longest, width)
     counts = {f"{w + 1} to {min(w + width, longest)}": 0 for w in starts}
     labels = list(counts)
+    if 0 in sums.whole:
+        counts = {"0": sums.whole[0], **counts}
     for tokens, count in sums.whole.items():
-        counts[labels[max(0, tokens - 1) // width]] += count
+        if tokens:
+            counts[labels[(tokens - 1) // width]] += count
     counts[f"cut at {max_length}"] = sum(sums.cut.values())
     most, percent = max(counts.values()), 100 / sum(counts.values())
     return [

@@ -26,14 +26,33 @@ def write_projected(folder: Path, corpus: list[str]) -> Path:
     return copied(folder, folder, architectures=names, projection_dim=48)
 
 
+def write_long(folder: Path, corpus: list[str]) -> Path:
+    """HiDream's form: 248 positions, and saved with its projection."""
+    write_projected(folder, corpus)
+    path = folder / "model.safetensors"
+    places = torch.randn(248, 64, generator=torch.Generator().manual_seed(2)) / 8
+    name = next(name for name in load_file(path) if name.endswith("position_embedding.weight"))
+    save_file({**load_file(path), name: places}, path, {"format": "pt"})
+    return copied(folder, folder, max_position_embeddings=248)
+
+
+def write_gelu(folder: Path, corpus: list[str]) -> Path:
+    """CLIP-G's form."""
+    write_projected(folder, corpus)
+    return copied(folder, folder, hidden_act="gelu")
+
+
 FAST = {"batch_size": 4, "stream_tokens": 256}
 BOTH = {"outputs": ["pooled", "hidden"], **FAST}
+LONG = {"projection": True, "max_length": 128}
 CASES = [
     Case("clip-pooled", "clip", write_clip, FAST, ("hf", "fused")),
     Case("clip-argmax", "clip", partial(write_clip, eos_rule="argmax"), FAST, ("hf", "fused")),
     Case("clip-both", "clip", write_clip, BOTH),
     Case("clip-hidden", "clip", write_clip, {"outputs": ["hidden"], "hidden_state": -1, **FAST}),
-    Case("clip-projected", "clip", write_projected, {"projection": True, **FAST}),
+    Case("clip-projected", "clip", write_gelu, {"projection": True, **FAST}, ("hf", "fused")),
+    Case("clip-sd3", "clip", write_gelu, {"projection": True, **BOTH}),
+    Case("clip-long", "clip", write_long, {**LONG, **FAST}, ("hf", "fused")),
 ]
 
 

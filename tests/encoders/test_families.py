@@ -144,6 +144,18 @@ def test_tokens_and_spans(case: Case, folder_of: Any, texts: list[str]) -> None:
 
 
 @every_family
+def test_text_steps_come_before_template_and_tokenizer(case: Case, folder_of: Any) -> None:
+    plain = resolved(case, folder_of(case)).opened.tokenizer
+    stepped = resolved(case, folder_of(case), text_steps=("lower",), empty="space")
+    found = stepped.opened.tokenizer.encode(["A Red FOX", ""]).ids
+    for ids, expected in zip(found, plain.encode(["a red fox", " "]).ids, strict=True):
+        assert ids.tolist() == expected.tolist()
+    assert {**stepped.spec(), "text_steps": [], "empty": "encode"} == resolved(
+        case, folder_of(case)
+    ).spec()
+
+
+@every_family
 def test_what_was_decided_stands_in_the_spec(case: Case, folder_of: Any) -> None:
     encoder = resolved(case, folder_of(case))
     spec = encoder.spec()

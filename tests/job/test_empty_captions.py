@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,13 @@ def test_nothing_is_stored_of_an_empty_caption(job: Path, tmp_path: Path) -> Non
     """The last unit has nothing to encode with T5, and the null embedding neither."""
     said = expect(0, "plan", job)
     assert "empty after text_steps: 5 of 8 captions, nothing is stored" in said
+    assert re.search(r"^ +0 \S+ +5  62\.50 %$", said, re.MULTILINE)
     assert """encoded by t5 as 'Text "OPEN". Text "9". '""" in said
     assert "encoded by t5 as nothing\n" in said
     assert "encoded by clip as 'no sign'" in said
     expect(0, "run", job, "--runtime.self_check", "always")
     expect(0, "verify", tmp_path / "out", "--level", "deep", "--sample", "99")
+    assert "; of 5 empty captions nothing is stored" in expect(0, "info", tmp_path / "out")
     dataset = EmbeddingDataset(tmp_path / "out", verify="rows")
     assert (dataset.lengths["t5"] > 0).tolist() == [t.count('"') + t.count("\u201c") > 1 for t in
         [*SIGNS, *SIGNS[1:3]]]  # fmt: skip

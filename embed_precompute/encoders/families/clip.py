@@ -32,9 +32,9 @@ from embed_precompute.errors import InputError, require
 if TYPE_CHECKING:
     import torch
 
-    from embed_precompute.encoders.fused.stream import FusedLayers
+    from embed_precompute.encoders.fused.stream import Forward
 
-BUCKETS = (16, 32, 48, 64)
+BUCKETS = (16, 32, 48, 64, 96, 128, 192)
 FUSED_ACTIVATIONS = ("quick_gelu", "gelu")
 HIDDEN = "_hidden"
 ARGMAX_EOS = 2
@@ -55,7 +55,7 @@ class ClipOptions(EncoderConfig):
     without the final norm."""
     projection: bool | None = None
     """pooled: with true, the vector is multiplied by the checkpoint's text_projection
-    (text_embeds); by hf only. With false it is pooler_output. With null it is pooler_output, and an
+    (text_embeds). With false it is pooler_output. With null it is pooler_output, and an
     error for a checkpoint that was saved with its projection."""
     batch_size: int = 256
     """Only for hf: captions in one forward."""
@@ -64,8 +64,8 @@ class ClipOptions(EncoderConfig):
     stream_tokens: int = 4096
     """Only for fused: tokens in one forward of packed captions."""
     implementation: Literal["auto", "hf", "fused"] = "auto"
-    """hf: transformers, the reference. fused: our own layers, pooled without a projection. auto:
-    fused if it has the model's activation and no buckets are given, else hf."""
+    """hf: transformers, the reference. fused: our own layers, pooled only. auto: fused if it can
+    run these options and has the model's activation, and no buckets are given, else hf."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,8 +162,8 @@ class Clip(Family[ClipOptions]):
     def decide(self, opened: OpenEncoder[ClipOptions], facts: Facts) -> Decision:
         options, activation = opened.options, opened.checkpoint.text_config.hidden_act
         reason = None
-        if options.is_padded or options.projection:
-            reason = "fused makes the pooled vector only, without a projection."
+        if options.is_padded:
+            reason = "fused makes the pooled vector only."
         elif options.buckets is not None:
             reason = "buckets are given, and fused packs captions end to end."
         elif activation not in FUSED_ACTIVATIONS:
@@ -201,7 +201,7 @@ class Clip(Family[ClipOptions]):
 
     def fused_layers(
         self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
-    ) -> FusedLayers:
+    ) -> Forward:
         from embed_precompute.encoders.fused import layers
 
         assert tokenizer.eos_id is not None

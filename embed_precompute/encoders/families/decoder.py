@@ -224,11 +224,11 @@ class Decoder(Family[DecoderOptions]):
             options.max_length,
             ("pad_token",) if options.keep == "all" else (),
             options.prompt() if options.chat is None else partial(_prompt_of_chat, where, options),
+            text_steps=options.text_steps,
+            empty=options.empty,
             # As transformers' apply_chat_template: the template writes the special tokens out.
             adds_special_tokens=options.chat is None,
             pads_left=options.padding_side == "left",
-            text_steps=options.text_steps,
-            empty=options.empty,
         )
 
     def check(self, opened: OpenEncoder[DecoderOptions]) -> None:

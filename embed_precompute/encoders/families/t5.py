@@ -35,7 +35,7 @@ from embed_precompute.errors import InputError, InternalError, require
 if TYPE_CHECKING:
     import torch
 
-    from embed_precompute.encoders.fused.stream import FusedLayers
+    from embed_precompute.encoders.fused.stream import Forward
 
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384)
 FUSED_ACTIVATIONS = ("relu", "gated-gelu")
@@ -131,6 +131,7 @@ class T5Options(EncoderConfig):
         added = self.added_tokens
         return {
             "attention_mask": self.attention_mask,
+            "keep": self.kept,
             "seq_align": self.seq_align,
             # Only the sorted token counts of the buckets change bytes.
             "added_tokens": list(added.by_tokens())
@@ -223,7 +224,7 @@ class T5(Family[T5Options]):
 
     def fused_layers(
         self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
-    ) -> FusedLayers:
+    ) -> Forward:
         from embed_precompute.encoders.fused import layers
 
         if compiled and model.device.type == "cuda":

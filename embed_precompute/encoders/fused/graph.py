@@ -137,7 +137,7 @@ def _biased(bias: torch.Tensor, position: torch.Tensor | None) -> Callable[..., 
 
 
 class GraphLayers:
-    """See `stream.FusedLayers`; has a graph for each shape."""
+    """See `stream.Forward`; has a graph for each shape."""
 
     def __init__(self, model: T5Graph | ClipGraph, *, compiled: bool = True) -> None:
         """`model` holds the weights, already rearranged."""
@@ -145,7 +145,7 @@ class GraphLayers:
         self._graphs: dict[tuple[int, int], StaticGraph] = {}
 
     def __call__(self, ids: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
-        """See `stream.FusedLayers`."""
+        """See `stream.Forward`."""
         pool_at = self._model.pool_at(batch)
         rows = None if pool_at is None else upload(torch.from_numpy(pool_at), ids.device)
         shape = (batch.input_ids.shape[0], batch.input_ids.shape[1])
@@ -307,6 +307,7 @@ class ClipGraph:
 
     def __init__(self, model: Any, longest: int, end_id: int) -> None:
         self._text, self._end_id = getattr(model, "text_model", model), end_id
+        self._projection = getattr(model, "text_projection", None)
         config = model.config
         self._heads = config.num_attention_heads
         self._scale = (config.hidden_size // self._heads) ** -0.5
@@ -341,7 +342,7 @@ class ClipGraph:
             inner = _activated(layer.mlp.fc1(layer.layer_norm2(residual)), self._activation)
             residual = residual + layer.mlp.fc2(inner)
         output: torch.Tensor = self._text.final_layer_norm(residual)
-        return output
+        return output if self._projection is None else self._projection(output)
 
 
 def _flex(
