@@ -20,7 +20,7 @@ from embed_precompute.errors import InputError, require
 if TYPE_CHECKING:
     import torch
 
-    from embed_precompute.encoders.fused.stream import FusedLayers
+    from embed_precompute.encoders.fused.stream import Forward
 
 DType = Literal["bfloat16", "float16", "float32"]
 MOST_TOKENS = 1 << 26
@@ -308,7 +308,7 @@ class Family(abc.ABC, Generic[Options]):
 
     def fused_layers(
         self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
-    ) -> FusedLayers:
+    ) -> Forward:
         """Our own layers over the weights of the loaded model, on its device.
 
         `longest`: number of tokens of the longest caption, pads that are attended included.

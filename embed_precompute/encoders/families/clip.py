@@ -32,7 +32,7 @@ from embed_precompute.errors import InputError, require
 if TYPE_CHECKING:
     import torch
 
-    from embed_precompute.encoders.fused.stream import FusedLayers
+    from embed_precompute.encoders.fused.stream import Forward
 
 BUCKETS = (16, 32, 48, 64)
 FUSED_ACTIVATIONS = ("quick_gelu", "gelu")
@@ -198,7 +198,7 @@ class Clip(Family[ClipOptions]):
 
     def fused_layers(
         self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
-    ) -> FusedLayers:
+    ) -> Forward:
         from embed_precompute.encoders.fused import layers
 
         assert tokenizer.eos_id is not None

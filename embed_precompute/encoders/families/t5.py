@@ -35,7 +35,7 @@ from embed_precompute.errors import InputError, InternalError, require
 if TYPE_CHECKING:
     import torch
 
-    from embed_precompute.encoders.fused.stream import FusedLayers
+    from embed_precompute.encoders.fused.stream import Forward
 
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384)
 FUSED_ACTIVATIONS = ("relu", "gated-gelu")
@@ -185,7 +185,7 @@ class T5(Family[T5Options]):
 
     def fused_layers(
         self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
-    ) -> FusedLayers:
+    ) -> Forward:
         from embed_precompute.encoders.fused import layers
 
         if compiled and model.device.type == "cuda":

@@ -137,7 +137,7 @@ def _biased(bias: torch.Tensor, position: torch.Tensor | None) -> Callable[..., 
 
 
 class GraphLayers:
-    """See `stream.FusedLayers`; has a graph for each shape."""
+    """See `stream.Forward`; has a graph for each shape."""
 
     def __init__(self, model: T5Graph | ClipGraph, *, compiled: bool = True) -> None:
         """`model` holds the weights, already rearranged."""
@@ -145,7 +145,7 @@ class GraphLayers:
         self._graphs: dict[tuple[int, int], StaticGraph] = {}
 
     def __call__(self, ids: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
-        """See `stream.FusedLayers`."""
+        """See `stream.Forward`."""
         pool_at = self._model.pool_at(batch)
         rows = None if pool_at is None else upload(torch.from_numpy(pool_at), ids.device)
         shape = (batch.input_ids.shape[0], batch.input_ids.shape[1])

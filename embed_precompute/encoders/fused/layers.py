@@ -13,6 +13,7 @@ modeling_umt5.py and modeling_clip.py.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch.nn import functional
 
 from embed_precompute.encoders.fused.stream import (
     EqualLengthRun,
+    FusedLayers,
     Kernels,
     Workspace,
     attend,
@@ -35,12 +37,23 @@ often, but beyond this size the next product no longer finds the activations in 
 at the widths of base and XXL."""
 
 
-class T5Layers:
+@dataclass
+class T5State:
+    """See `stream.FusedLayers`."""
+
+    residual: torch.Tensor
+    """[T, D]; its last rows may belong to no token."""
+    num_tokens: int
+    blocks: list[slice]
+    runs: list[EqualLengthRun]
+
+
+class T5Layers(FusedLayers[T5State]):
     """See `stream.FusedLayers`."""
 
     def __init__(self, model: Any, longest: int, *, compiled: bool) -> None:
         """`longest`: length of the longest caption."""
-        config, self._encoder = model.config, model.encoder
+        config, self._encoder, self.blocks = model.config, model.encoder, model.encoder.block
         table = self._encoder.embed_tokens.weight
         self._workspace = Workspace(table, PRODUCT_BYTES, row_width=config.d_ff)
         self._kernels = Kernels(table.device, compiled=compiled)
@@ -55,23 +68,29 @@ class T5Layers:
         # another in each forward: all of them at once would be larger than the weights.
         self._shared = self._bias_matrix(0, longest) if len(self._bias_rows) == 1 else None
 
-    def __call__(self, ids: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
-        """See `stream.FusedLayers`."""
-        space, runs = self._workspace, runs_of(batch)
+    def begin(self, ids: torch.Tensor, batch: TokenBatch, place: int = 0) -> T5State:
+        space, table = self._workspace, self._encoder.embed_tokens.weight
         blocks = space.row_blocks(len(ids))
-        table = self._encoder.embed_tokens.weight
         dtype = torch.float32 if space.dtype == torch.float16 else space.dtype
-        residual = space.buffer("residual", blocks[-1].stop, table.shape[1], dtype=dtype)
+        shape = (blocks[-1].stop, table.shape[1])
+        residual = space.buffer(f"residual {place}", *shape, dtype=dtype)
         self._kernels.embed(ids, table, residual)
-        longest = max(run.length for run in runs)
-        for number, layer in enumerate(self._encoder.block):
-            bias = self._bias_matrix(number, longest) if self._shared is None else self._shared
-            mixed = self._attention(layer.layer[0], residual, blocks, runs, bias)
-            for rows in blocks:
-                part = residual[rows]
-                space.add_linear(part, mixed[rows], layer.layer[0].SelfAttention.o.weight)
-                self._feed_forward(layer.layer[-1], part)
-        return self._norm(residual[: len(ids)], self._encoder.final_layer_norm.weight)
+        return T5State(residual, len(ids), blocks, runs_of(batch))
+
+    def layer(self, number: int, state: T5State) -> None:
+        bias = self._shared
+        if bias is None:
+            bias = self._bias_matrix(number, max(run.length for run in state.runs))
+        attention, *_, dense = self._encoder.block[number].layer
+        mixed = self._attention(attention, state, bias)
+        for rows in state.blocks:
+            part = state.residual[rows]
+            self._workspace.add_linear(part, mixed[rows], attention.SelfAttention.o.weight)
+            self._feed_forward(dense, part)
+
+    def end(self, state: T5State) -> torch.Tensor:
+        rows = state.residual[: state.num_tokens]
+        return self._norm(rows, self._encoder.final_layer_norm.weight)
 
     def _bias_matrix(self, layer: int, length: int) -> torch.Tensor:
         """[H, length, length] bias of the layer."""
@@ -82,24 +101,17 @@ class T5Layers:
         self._kernels.rms_norm(residual, weight, self._eps, normed)
         return normed
 
-    def _attention(
-        self,
-        layer: Any,
-        residual: torch.Tensor,
-        blocks: list[slice],
-        runs: list[EqualLengthRun],
-        bias: torch.Tensor,
-    ) -> torch.Tensor:
+    def _attention(self, layer: Any, state: T5State, bias: torch.Tensor) -> torch.Tensor:
         """[T, H*dk], before the output matrix."""
         space, parts = self._workspace, layer.SelfAttention
-        shape = (len(residual), self._inner)
+        shape = (len(state.residual), self._inner)
         q, k, v = (space.buffer(name, *shape) for name in "qkv")
-        for rows in blocks:
-            normed = self._norm(residual[rows], layer.layer_norm.weight)
+        for rows in state.blocks:
+            normed = self._norm(state.residual[rows], layer.layer_norm.weight)
             for linear, out in ((parts.q, q), (parts.k, k), (parts.v, v)):
                 space.linear(normed, linear.weight, out[rows])
         mixed = space.buffer("mixed", *shape)
-        attend((q, k, v), runs, mixed, heads=self._heads, scale=1.0, bias=bias)
+        attend((q, k, v), state.runs, mixed, heads=self._heads, scale=1.0, bias=bias)
         return mixed
 
     def _feed_forward(self, layer: Any, residual: torch.Tensor) -> None:
@@ -129,87 +141,98 @@ def bias_rows(model: Any, length: int, dtype: torch.dtype) -> dict[int, torch.Te
     return rows
 
 
-class ClipLayers:
+@dataclass
+class ClipState:
+    """See `stream.FusedLayers`."""
+
+    residual: torch.Tensor
+    """[T, D]; after the last layer, the pooled rows."""
+    pool_at: torch.Tensor
+    """[C] the row where each caption is pooled."""
+    blocks: list[slice]
+    runs: list[EqualLengthRun]
+
+
+class ClipLayers(FusedLayers[ClipState]):
     """See `stream.FusedLayers`; returns the pooled vectors, [C, D]."""
 
     def __init__(self, model: Any, end_id: int, *, compiled: bool) -> None:
         """`end_id`: a caption is pooled at its first token with this id."""
         # In transformers 4 the text model is an attribute; in 5 it is the model itself.
         self._text, config = getattr(model, "text_model", model), model.config
-        self._end_id = end_id
+        self.blocks, self._end_id = self._text.encoder.layers, end_id
         words = self._text.embeddings.token_embedding.weight
         self._workspace = Workspace(words, 0, row_width=config.intermediate_size)
         self._kernels = Kernels(words.device, compiled=compiled)
         self._heads: int = config.num_attention_heads
         self._scale = (config.hidden_size // self._heads) ** -0.5
         self._activation: str = config.hidden_act
-        self._output_bias = [_output_bias(layer.self_attn) for layer in self._text.encoder.layers]
+        self._output_bias: dict[int, torch.Tensor] = {}
+        """Layer -> its `_output_bias`, from its first call on."""
 
-    def __call__(self, ids: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
-        """See `stream.FusedLayers`."""
-        space, layers, runs = self._workspace, self._text.encoder.layers, runs_of(batch)
+    def begin(self, ids: torch.Tensor, batch: TokenBatch, place: int = 0) -> ClipState:
+        space, tables = self._workspace, self._text.embeddings
         pool_at = upload(torch.from_numpy(pooled_rows(batch, self._end_id)), space.device)
         blocks = space.row_blocks(len(ids))
-        words = self._text.embeddings.token_embedding.weight
-        places = self._text.embeddings.position_embedding.weight
+        words = tables.token_embedding.weight
         position = upload(torch.from_numpy(_positions(batch)), space.device)
-        residual = space.buffer("residual", blocks[-1].stop, words.shape[1])
-        normed = space.buffer("normed", *residual.shape)
+        residual = space.buffer(f"residual {place}", blocks[-1].stop, words.shape[1])
         self._kernels.embed(ids, words, residual)
-        residual[: len(ids)].add_(functional.embedding(position, places))
-        for rows in blocks:
-            self._kernels.layer_norm(residual[rows], layers[0].layer_norm1, normed[rows])
-        following = [*(layer.layer_norm1 for layer in layers[1:]), self._text.final_layer_norm]
-        for number, layer in enumerate(layers):
-            mixed = self._attention(layer.self_attn, normed, blocks, runs)
-            if number == len(layers) - 1:
-                # Only pooled rows go on, in products of the same size. With few rows a CPU splits
-                # each sum among its threads, and the bits would depend on the number of threads.
-                size = blocks[0].stop
-                pool_at = functional.pad(pool_at, (0, -len(pool_at) % size))
-                blocks = blocks[: len(pool_at) // size]
-                residual, mixed, normed = residual[pool_at], mixed[pool_at], normed[pool_at]
-            for rows in blocks:
-                self._after_attention(number, residual[rows], mixed[rows], normed[rows])
-                delta = self._feed_forward(layer.mlp, normed[rows])
-                self._kernels.add_layer_norm(
-                    residual[rows], delta, layer.mlp.fc2.bias, following[number], normed[rows]
-                )
-        return normed[: len(batch.lengths)]
+        residual[: len(ids)].add_(functional.embedding(position, tables.position_embedding.weight))
+        return ClipState(residual, pool_at, blocks, runs_of(batch))
 
-    def _attention(
-        self, parts: Any, normed: torch.Tensor, blocks: list[slice], runs: list[EqualLengthRun]
-    ) -> torch.Tensor:
+    def layer(self, number: int, state: ClipState) -> None:
+        space, layer = self._workspace, self._text.encoder.layers[number]
+        if number not in self._output_bias:
+            self._output_bias[number] = _output_bias(layer.self_attn)
+        mixed = self._attention(layer, state)
+        if number == len(self.blocks) - 1:
+            # Only pooled rows go on, in products of the same size. With few rows a CPU splits each
+            # sum among its threads, and the bits would depend on the number of threads.
+            size = state.blocks[0].stop
+            pool_at = functional.pad(state.pool_at, (0, -len(state.pool_at) % size))
+            state.blocks = state.blocks[: len(pool_at) // size]
+            state.residual, mixed = state.residual[pool_at], mixed[pool_at]
+        for rows in state.blocks:
+            part = state.residual[rows]
+            delta = space.buffer("delta", *part.shape)
+            space.linear(mixed[rows], layer.self_attn.out_proj.weight, delta)
+            self._kernels.add(part, delta, self._output_bias[number])
+            self._feed_forward(layer, part, delta)
+            self._kernels.add(part, delta, layer.mlp.fc2.bias)
+
+    def end(self, state: ClipState) -> torch.Tensor:
+        residual = state.residual
+        normed = self._workspace.buffer("pooled", *residual.shape)
+        self._kernels.layer_norm(residual, self._text.final_layer_norm, normed)
+        return normed[: len(state.pool_at)]
+
+    def _attention(self, layer: Any, state: ClipState) -> torch.Tensor:
         """[T, D], before the output matrix. Two of the biases are added later: `_output_bias`."""
-        space = self._workspace
-        q, k, v = (space.buffer(name, *normed.shape) for name in "qkv")
-        for rows in blocks:
-            space.linear(normed[rows], parts.q_proj.weight, q[rows], parts.q_proj.bias)
-            space.linear(normed[rows], parts.k_proj.weight, k[rows])
-            space.linear(normed[rows], parts.v_proj.weight, v[rows])
-        mixed = space.buffer("mixed", *normed.shape)
-        attend((q, k, v), runs, mixed, heads=self._heads, scale=self._scale, causal=True)
+        space, parts, shape = self._workspace, layer.self_attn, state.residual.shape
+        q, k, v = (space.buffer(name, *shape) for name in "qkv")
+        for rows in state.blocks:
+            normed = self._norm(state.residual[rows], layer.layer_norm1)
+            space.linear(normed, parts.q_proj.weight, q[rows], parts.q_proj.bias)
+            space.linear(normed, parts.k_proj.weight, k[rows])
+            space.linear(normed, parts.v_proj.weight, v[rows])
+        mixed = space.buffer("mixed", *shape)
+        attend((q, k, v), state.runs, mixed, heads=self._heads, scale=self._scale, causal=True)
         return mixed
 
-    def _after_attention(
-        self, number: int, residual: torch.Tensor, mixed: torch.Tensor, normed: torch.Tensor
-    ) -> None:
-        """Add rows of `mixed`, through the output matrix, to the residual; norm the sum."""
-        space, layer = self._workspace, self._text.encoder.layers[number]
-        delta = space.buffer("delta", *residual.shape)
-        space.linear(mixed, layer.self_attn.out_proj.weight, delta)
-        bias = self._output_bias[number]
-        self._kernels.add_layer_norm(residual, delta, bias, layer.layer_norm2, normed)
-
-    def _feed_forward(self, dense: Any, normed: torch.Tensor) -> torch.Tensor:
-        """[rows, D], without the last bias."""
-        space = self._workspace
+    def _feed_forward(self, layer: Any, residual: torch.Tensor, out: torch.Tensor) -> None:
+        """out [rows, D], without the last bias."""
+        space, dense = self._workspace, layer.mlp
+        normed = self._norm(residual, layer.layer_norm2)
         inner = space.buffer("inner", len(normed), dense.fc1.weight.shape[0])
         space.linear(normed, dense.fc1.weight, inner)
         self._kernels.activate_biased(inner, self._activation, dense.fc1.bias)
-        delta = space.buffer("delta", *normed.shape)
-        space.linear(inner, dense.fc2.weight, delta)
-        return delta
+        space.linear(inner, dense.fc2.weight, out)
+
+    def _norm(self, residual: torch.Tensor, norm: Any) -> torch.Tensor:
+        normed = self._workspace.buffer("normed", *residual.shape)
+        self._kernels.layer_norm(residual, norm, normed)
+        return normed
 
 
 def pooled_rows(batch: TokenBatch, end_id: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the fused layers of T5 and CLIP share: token rows, buffers, attention, row-wise kernels.
+"""What all fused layers share: their steps, token rows, buffers, attention, row-wise kernels.
 
 Guarantees: attention is strictly inside a caption, at the caption's own length. A matrix product
 takes the same number of rows wherever in the batch they are, and every kernel works row by row. So
@@ -11,13 +11,14 @@ and runs of a node share its cache.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.nn import functional
@@ -40,12 +41,45 @@ class EqualLengthRun:
     length: int
 
 
-FusedLayers = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
+Forward = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
 """The layers of one model over a batch: its token rows, [T] ids -> [T, D] after the final norm, or
 [C, D] if captions are pooled.
 
 Rows of no caption hold arbitrary numbers. The next forward may overwrite the tensor.
 """
+State = TypeVar("State")
+"""What a batch is between two layers."""
+
+
+class FusedLayers(abc.ABC, Generic[State]):
+    """A `Forward` in steps, so that many batches can pass a layer before the next one is needed.
+
+    The weights of the linears in `blocks[n]` may be on the meta device except while `layer(n)`
+    runs. Whatever else the model has is there from the start, norms and biases of layers included.
+    """
+
+    blocks: Sequence[torch.nn.Module]
+    """transformers' modules of the layers that are run, in order."""
+
+    @abc.abstractmethod
+    def begin(self, ids: torch.Tensor, batch: TokenBatch, place: int = 0) -> State:
+        """A batch before the first layer. `place`: 0, 1, ... for batches that are under way at the
+        same time; what was begun earlier at the same place is overwritten."""
+
+    @abc.abstractmethod
+    def layer(self, number: int, state: State) -> None:
+        """Take a batch through `blocks[number]`, in place."""
+
+    @abc.abstractmethod
+    def end(self, state: State) -> torch.Tensor:
+        """What a `Forward` returns, after the last layer."""
+
+    def __call__(self, ids: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+        """See `Forward`."""
+        state = self.begin(ids, batch)
+        for number in range(len(self.blocks)):
+            self.layer(number, state)
+        return self.end(state)
 
 
 def runs_of(batch: TokenBatch) -> list[EqualLengthRun]:
@@ -218,18 +252,9 @@ class Kernels:
         """CLIP's norm of the rows of x [T, D]; `norm` is the model's module."""
         self._run(_layer_norm, (x, out), norm.weight.float(), norm.bias.float(), norm.eps)
 
-    def add_layer_norm(
-        self,
-        x: torch.Tensor,
-        delta: torch.Tensor,
-        bias: torch.Tensor,
-        norm: Any,
-        out: torch.Tensor,
-    ) -> None:
-        """x += delta + bias, rounded once; then the norm of x."""
-        # Two kernels: torch 2.5 cannot compile a sum that is kept and normed at once.
+    def add(self, x: torch.Tensor, delta: torch.Tensor, bias: torch.Tensor) -> None:
+        """x += delta + bias, rounded once; [T, D]."""
         self._run(_add, (x, delta), bias.float())
-        self.layer_norm(x, norm, out)
 
     def activate(self, inner: torch.Tensor, activation: str, gate: torch.Tensor | None) -> None:
         """inner = activation(inner) * gate, in place; [T, F]."""
