@@ -213,13 +213,20 @@ def _check_loading(source: Source, loading: dict[str, Any]) -> None:
             f"{where} has weights of other shapes than its config.json says: {_some(mismatched)}. "
             "Use the config.json of these weights."
         )
-    if loading["missing_keys"]:
-        raise InputError(
-            f"{where} lacks weights that its config.json asks for: "
-            f"{_some(loading['missing_keys'])}. Download or convert the checkpoint again."
-        )
     # A decoder, a vision tower or a head may be left over; parts of the encoder may not.
     family, options, checkpoint = source.family, source.options, source.checkpoint
+    if missing := loading["missing_keys"]:
+        in_files = {weight.canonical for weight in source.weights(torch.float32)}
+        if unread := [key for key in missing if family.canonical_name(key) in in_files]:
+            raise InputError(
+                f"{where} has weights that transformers {transformers.__version__} does not read: "
+                f"{_some(unread)}. The files are whole, but the model would have random numbers "
+                "there. Install another release of transformers: 5.0 is known for this."
+            )
+        raise InputError(
+            f"{where} lacks weights that its config.json asks for: {_some(missing)}. Download or "
+            "convert the checkpoint again."
+        )
     leftovers = [
         key
         for key in loading["unexpected_keys"]

@@ -331,12 +331,17 @@ class CaptionTokenizer:
                     "template."
                 )
             first = count - (template.last_kept or 0)
-            if first < 0 or alone.ids[:first] != probes[0][: min(first, before)]:
-                changed = "the last token" if count - before == 1 else f"{count - before} tokens"
+            if first < 0:
                 raise InputError(
-                    f"{where}: {changed} of the template's text before the caption "
+                    f"{where}: crop_start is {template.crop_start}, and with this tokenizer the "
+                    f"template has only {count} tokens before the caption."
+                )
+            if alone.ids[:first] != probes[0][: min(first, before)]:
+                raise InputError(
+                    f"{where}: the last token of the template's text before the caption "
                     f"({template.before[-20:]!r}) changes with the caption that follows, so no "
-                    "position divides the two. End it with a special token or a line break."
+                    "position divides the two. End it with a special token or a line break, or "
+                    "store that token too (crop_start template-1)."
                 )
         return before, after, first
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from functools import partial
+import json
+import shutil
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from family_case import Case, built, copied, encode, resolved_of
+from family_case import Case, built, copied, encode, reference_of, resolved_of
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from embed_precompute.encoders.device import check_numbers
+from embed_precompute.encoders import resolve
+from embed_precompute.encoders.device import check_numbers, difference
 from embed_precompute.encoders.families.decoder import ChatOptions, Message, ProjectOptions
+from embed_precompute.encoders.loading import Source
 from embed_precompute.encoders.weights import stored_weights
 from embed_precompute.errors import InputError
 
@@ -62,7 +66,12 @@ OLD = transformers.__version__.startswith("4.51.")
 
 
 def write_tokenizer(
-    folder: Path, corpus: list[str], *, begins: bool = False, ends: bool = False
+    folder: Path,
+    corpus: list[str],
+    *,
+    begins: bool = False,
+    ends: bool = False,
+    chat_template: str = CHAT_TEMPLATE,
 ) -> None:
     """`begins`: it puts a begin-of-text token first, as Llama's does; `ends`: an end token last, as
     that of some embedding models does."""
@@ -82,7 +91,7 @@ def write_tokenizer(
         eos_token="<|end|>",
         pad_token="<|pad|>",
         padding_side="left",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
     fast.save_pretrained(str(folder))
 
@@ -224,7 +233,34 @@ def begins(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Path:
     return llama(tmp_path_factory.mktemp("decoder") / "llama", corpus)
 
 
+@pytest.fixture(scope="module")
+def texts(corpus: list[str]) -> list[str]:
+    return ["", "a red fox", *corpus[:4], corpus[0] * 9, "\u8d64\u3044 <|end|> {x}"]
+
+
 resolved = partial(resolved_of, "decoder", template=CHAT)
+
+
+def test_tokens_at_the_end_are_cropped(corpus: list[str], texts: list[str], tmp_path: Path) -> None:
+    """Also those that the tokenizer adds."""
+    folder = write_decoder(tmp_path, corpus, ends=True)
+    fields = {"template": CHAT, "crop_end": 2, "layers": [1], **SHORT}
+    encoder = built(Case("ends", "decoder", write_decoder, fields), folder)
+    reference = reference_of(encoder.resolved)
+    for text, found in zip(texts, encode(encoder, texts)[""], strict=True):
+        assert difference(found, reference(text, None)[""], exact=True) is None, text
+
+
+def test_positions_of_a_prompt_that_ends_in_a_space(begins: Path) -> None:
+    """As Sana takes them: the first one, and those from the last token of the template alone on."""
+    plain = transformers.AutoTokenizer.from_pretrained(str(begins))
+    alone = len(plain("Rewrite it: ").input_ids)
+    fields = {"template": "Rewrite it: {text}", "crop_start": "template-1", "keep_first": 1}
+    tokenizer = resolved(begins, max_length=30, **fields).opened.tokenizer
+    captions = tokenizer.encode(["a red fox", "7", "x" * 5000])
+    assert (tokenizer.first, tokenizer.longest) == (alone - 1, alone - 2 + 30)
+    assert captions.stored == [n - tokenizer.first + 1 for n in captions.num_ids]
+    assert captions.stored[2] == 30
 
 
 def test_the_templates_tokens_are_counted_and_cropped(qwen2: Path, begins: Path) -> None:
@@ -279,6 +315,21 @@ def test_lengths_count_from_the_crop_on(qwen2: Path) -> None:
         ),
         ({"layers": ()}, r"layers is \[\]: expected one layer or more"),
         ({"layers": (4,)}, "layers has 4: the model in .* has 3 layers"),
+        ({"layers": (1, -3)}, r"with the 3 layers of the model in .* one of them is named twice"),
+        ({"layers": (3, 1), "norm": "final"}, "and the last of 2 layers is 1: the final norm"),
+        ({"layers": (0,), "norm": "final"}, "layers is the embeddings alone"),
+        ({"keep_first": 99}, r"keep_first is 99, and crop_start leaves out only \d+ positions"),
+        ({"crop_start": "templat"}, "crop_start is templat: expected template, template-N"),
+        ({"crop_start": "template-99"}, r"the template has only \d+ tokens before the caption"),
+        ({"padding_side": "left"}, "padding_side is left with attention_mask none"),
+        ({"keep": "all", "buckets": (20,)}, "buckets are for keep real"),
+        ({"keep": "all", "crop_end": 1}, "crop_end is for keep real"),
+        ({"keep": "all", "implementation": "fused"}, "keep is all: fused packs captions"),
+        (
+            {"keep": "all", "attention_mask": "padding", "padding_side": "left"},
+            "keep is all with padding_side left: the positions at the start are pads",
+        ),
+        ({"chat": ChatOptions(messages=MESSAGES)}, "chat and template are both given"),
         (
             {"stream_tokens": 200},
             r"stream_tokens is 200: the longest caption has \d+ tokens, with its template.",
@@ -406,6 +457,175 @@ def test_layers_after_the_hidden_state_are_not_loaded(qwen2: Path, dtype: str) -
     left = set(load_file(qwen2 / "model.safetensors")) - read
     assert {name.removeprefix("model.")[:8] for name in left} == {"lm_head.", "layers.2"}
     assert encode(encoder, ["a red fox"])[""][0].isfinite().all()
+
+
+# --- checkpoints with more than a text tower ------------------------------------------------------
+
+EVERY = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "mistral3", "qwen2_5_vl") + (
+    () if OLD else ("qwen3_vl",)
+)
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Any:
+    @cache
+    def write(model_type: str) -> Path:
+        folder = tmp_path_factory.mktemp("decoder") / model_type
+        return write_decoder(folder, corpus, model_type=model_type, begins=True)
+
+    return write
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("model_type", EVERY)
+def test_a_mask_of_pads_gives_the_pipelines_very_numbers(
+    model_type: str, side: str, folder_of: Any
+) -> None:
+    """The whole model with the plain mask, one caption at the full length: not a bit differs, and
+    neither with neighbours that have more pads or none."""
+    fields = {"attention_mask": "padding", "padding_side": side, "max_length": 60}
+    fields |= {"layers": [1, -1], "norm": "final", "buckets": [], "batch_tokens": 180}
+    case = Case("masked", "decoder", write_decoder, fields)
+    encoder = built(case, folder_of(model_type))
+    expected, texts = reference_of(encoder.resolved), ["a red fox", "", "a b " * 200]
+    longest = encoder.resolved.opened.tokenizer.longest
+    for text, found in zip(texts, encode(encoder, texts)[""], strict=True):
+        whole = expected(text, longest)[""]
+        real = whole[: len(found)] if side == "right" else whole[len(whole) - len(found) :]
+        if OLD and side == "left" and model_type == "qwen2_5_vl":
+            # Its whole model counts positions from the first real token on, in this release.
+            assert difference(found, real, exact=True) is None, text
+            continue
+        assert torch.equal(found, real), text
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "model.", "language_model.model.", "model.language_model.", "language_model."]
+)
+def test_a_tower_is_the_same_by_every_releases_names(
+    prefix: str, folder_of: Any, tmp_path: Path
+) -> None:
+    """Only the text tower is read, and of it only the layers that are run."""
+    whole = folder_of("gemma3")
+    plain = resolved(whole, layers=(1,))
+    source = Source(plain.opened.checkpoint, plain.family, plain.options)
+    tensors = {each.canonical: each for each in source.weights(torch.float32)}
+    assert {name.split(".")[0] for name in tensors} == {"layers", "embed_tokens", "norm"}
+    assert not any(name.startswith(("layers.1", "layers.2")) for name in tensors)
+    folder = tmp_path / "renamed"
+    shutil.copytree(whole, folder)
+    held = load_file(whole / "model.safetensors")
+    renamed = {prefix + each.canonical: held[each.name] for each in tensors.values()}
+    renamed |= {name: held[name] for name in held if "vision" in name}
+    save_file(renamed | {"lm_head.weight": torch.zeros(4)}, folder / "model.safetensors")
+    assert resolved(folder, layers=(1,)).weights == plain.weights
+    case = Case("renamed", "decoder", write_decoder, {"layers": [1], "template": CHAT})
+    encoders = [built(case, each) for each in (whole, folder)]
+    assert torch.equal(*(encode(encoder, ["a red fox"])[""][0] for encoder in encoders))
+
+
+def test_a_model_that_this_transformers_lacks(
+    folder_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(folder_of("qwen3"), tmp_path / "vl", model_type="qwen3_vl")
+    monkeypatch.setattr(resolve, "version", lambda name: "4.51.3")
+    with pytest.raises(InputError, match=r"'qwen3_vl', which transformers has since 4\.57\.0, and"):
+        resolved(folder)
+
+
+def test_a_model_that_is_not_causal(folder_of: Any, tmp_path: Path) -> None:
+    config = json.loads((folder_of("gemma3") / "config.json").read_bytes())
+    text = {**config["text_config"], "use_bidirectional_attention": True}
+    with pytest.raises(InputError, match=r"is not causal \(use_bidirectional_attention\)"):
+        resolved(copied(folder_of("gemma3"), tmp_path / "gemma", text_config=text))
+
+
+# --- chats ----------------------------------------------------------------------------------------
+
+
+def test_a_chat_is_its_rendered_template(qwen2: Path, begins: Path, tmp_path: Path) -> None:
+    chat = ChatOptions(messages=MESSAGES, generation_prompt=True, thinking=False)
+    written = (
+        "<|user|>system\n{{s}}<|end|>\n<|user|>u\n{text}<|end|>\n"
+        "<|user|>assistant\n(no {{thoughts}})\n"
+    )
+    encoder = resolved(qwen2, template="{text}", chat=chat)
+    assert encoder.spec()["template"] == written
+    assert encoder.spec() == resolved(qwen2, template=written).spec()
+    # Llama's tokenizer puts a begin-of-text token before a text, and none before a chat.
+    plain = transformers.AutoTokenizer.from_pretrained(str(begins))
+    messages = [{"role": "system", "content": "{s}"}, {"role": "u", "content": "a {b}"}]
+    ids = plain.apply_chat_template(messages, return_dict=True, tokenize=True)["input_ids"]
+    chat = ChatOptions(messages=MESSAGES)
+    found = resolved(begins, template="{text}", chat=chat).opened.tokenizer.encode(["a {b}"])
+    assert found.ids[0].tolist() == ids
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ messages[0]['content'] | trim }}", "changes the caption ' a ', so the prompt is no"),
+        ("no caption", "puts the caption into the prompt 0 times: expected once"),
+        ("{{ raise_exception('only one speaker') }}", r"TemplateError: only one speaker\)\. Name"),
+    ],
+)
+def test_chat_templates_that_cannot_be(
+    template: str, words: str, corpus: list[str], tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path, corpus, chat_template=template)
+    make_model("qwen2").save_pretrained(str(tmp_path), safe_serialization=True)
+    chat = ChatOptions(messages=(Message(role="user", content="{text}"),))
+    with pytest.raises(InputError, match=words):
+        resolved(tmp_path, template="{text}", chat=chat)
+
+
+# --- a stage behind -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "combine", "side"),
+    [("ltx2_range", "stack", "left"), ("rms", "concat", "right"), ("none", "concat", "right")],
+)
+def test_a_projection(
+    before: str, combine: str, side: str, qwen2: Path, texts: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    path = tmp_path / "project.safetensors"
+    tensors = {"text.weight": torch.randn(20, 4 * 64) / 16, "text.bias": torch.randn(20)}
+    save_file(tensors, path)
+    project = ProjectOptions(
+        path=str(tmp_path), weight="text.weight", bias="text.bias", before=before
+    )
+    fields: dict[str, Any] = {"layers": [0, 1, 2, 3], "norm": "final", "combine": combine}
+    fields |= {"template": CHAT, "project": project, "attention_mask": "padding"}
+    case = Case("project", "decoder", write_decoder, {**fields, "padding_side": side, **SHORT})
+    encoder = built(case, qwen2)
+    assert [output.width for output in encoder.resolved.outputs] == [20]
+    reference = reference_of(encoder.resolved)
+    for text, found in zip(texts, encode(encoder, texts)[""], strict=True):
+        assert difference(found, reference(text, None)[""], exact=True) is None, text
+    digest = encoder.resolved.weights
+    save_file({**tensors, "text.bias": torch.zeros(20)}, path)
+    assert resolved_of("decoder", qwen2, **fields).weights != digest
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"path": "absent"}, r"project.path is 'absent': absent cannot be read \(No such file"),
+        ({"weight": "text.wight"}, "has no tensor 'text.wight': did you mean text.weight?"),
+        ({"weight": "wide"}, r"has wide of shape \[20, 65\]: expected \[stored width, 64\], for 1"),
+        ({"bias": "wide"}, r"project.bias: .* has wide of shape \[20, 65\]: expected \[20\]"),
+    ],
+)
+def test_projections_that_cannot_be(
+    fields: dict[str, str], words: str, qwen2: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "project.safetensors"
+    save_file({"text.weight": torch.zeros(20, 64), "wide": torch.zeros(20, 65)}, path)
+    fields = {"path": str(path), "weight": "text.weight", **fields}
+    with pytest.raises(InputError, match=words):
+        resolved(qwen2, project=ProjectOptions(**fields))  # type: ignore[arg-type]
 
 
 def test_a_head_alone_is_named(tmp_path: Path, corpus: list[str]) -> None:

@@ -284,20 +284,18 @@ def rotary_tables(model: Any, length: int) -> dict[bool, tuple[torch.Tensor, tor
     position = torch.arange(length, device=model.embed_tokens.weight.device)[None]
     if "_vl" in model.config.model_type:
         position = position.expand(3, 1, -1)  # of time, height and width: equal for text
-    given = torch.zeros(1, device=position.device)  # the tables get its dtype
+    given = torch.zeros(1, dtype=torch.float32, device=position.device)  # for its dtype
     if hasattr(model, "rotary_emb_local"):  # transformers 4
-        tables = [model.rotary_emb(given, position), model.rotary_emb_local(given, position)]
-    elif hasattr(model.rotary_emb, "layer_types"):
-        kinds = ("full_attention", "sliding_attention")
-        tables = [model.rotary_emb(given, position, kind) for kind in kinds]
+        rotary = {False: model.rotary_emb, True: model.rotary_emb_local}
+        tables = {sliding: each(given, position) for sliding, each in rotary.items()}
+    elif hasattr(model.rotary_emb, "layer_types"):  # those that the model has
+        kinds = {kind == "sliding_attention": kind for kind in model.rotary_emb.layer_types}
+        tables = {sliding: model.rotary_emb(given, position, k) for sliding, k in kinds.items()}
     else:
-        tables = [model.rotary_emb(given, position)] * 2
+        tables = dict.fromkeys((False, True), model.rotary_emb(given, position))
 
     def half(table: torch.Tensor) -> torch.Tensor:
         """The other half, and the tables of height and width, are equal."""
         return table.view(-1, *table.shape[-2:])[0, :, : table.shape[-1] // 2].contiguous()
 
-    return {
-        sliding: (half(cosine), half(sine))
-        for sliding, (cosine, sine) in zip((False, True), tables, strict=True)
-    }
+    return {sliding: (half(cosine), half(sine)) for sliding, (cosine, sine) in tables.items()}
