@@ -102,16 +102,22 @@ def expected(model: Any, ids: list[int], wanted: tuple[int, ...] = (0, 2, 4)) ->
     return [states[tap][0] for tap in wanted]
 
 
-def run(layers: DecoderLayers, captions: list[list[int]], stream: int = 320) -> list[Any]:
-    """For each caption, the outputs of `layers` over one packed stream, [L, D] each."""
+def packed(captions: list[list[int]], stream: int = 320) -> tuple[torch.Tensor, TokenBatch]:
+    """One packed stream: its ids [T], and the batch."""
     ids = np.zeros((1, stream), dtype=np.int64)
     lengths = np.array([len(each) for each in captions], dtype=np.int32)
     ids[0, : lengths.sum()] = np.concatenate(captions)
     nothing = np.zeros(len(captions), dtype=np.int32)
     batch = TokenBatch(ids, lengths, nothing, nothing, np.arange(len(captions)), packed=True)
+    return torch.from_numpy(ids[0]), batch
+
+
+def run(layers: DecoderLayers, captions: list[list[int]]) -> list[Any]:
+    """For each caption, the outputs of `layers` over one packed stream, [L, D] each."""
+    ids, batch = packed(captions)
     with torch.inference_mode():
-        output = layers(torch.from_numpy(ids[0]), batch).clone()
-    ends = np.cumsum(lengths).tolist()
+        output = layers(ids, batch).clone()
+    ends = np.cumsum(batch.lengths).tolist()
     return [
         output[end - len(each) : end].split(SIZES["hidden_size"], dim=-1)
         for each, end in zip(captions, ends, strict=True)
@@ -165,6 +171,22 @@ def test_a_shared_prefix_is_rounding_and_nothing_else(name: str) -> None:
                 assert difference(outputs, wanted) <= RELATIVE
         (alone,) = run(layers, captions[3:4])
         assert all(map(torch.equal, alone, found[3]))
+
+
+def test_many_batches_may_pass_a_layer_before_the_next() -> None:
+    model, captions = model_of("gemma3"), captions_of(LENGTHS)
+    for prefix in ((), (7, 8, 9)):
+        layers = layers_of(model, prefix=prefix)
+        batches = [packed(captions[:5]), packed(captions[5:]), packed(captions[3:4])]
+        with torch.inference_mode():
+            alone = [layers_of(model, prefix=prefix)(*batch).clone() for batch in batches]
+            states = [layers.begin(*batch, place) for place, batch in enumerate(batches)]
+            for number in range(len(layers.blocks)):
+                for state in states:
+                    layers.layer(number, state)
+            for state, (_, batch), expected in zip(states, batches, alone, strict=True):
+                tokens = int(batch.lengths.sum())
+                assert torch.equal(layers.end(state)[:tokens], expected[:tokens])
 
 
 @with_compiler
