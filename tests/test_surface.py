@@ -76,7 +76,7 @@ SECTIONS = {
     video_buckets.VideoTokensConfig: "buckets bucket_config time_compression_ratio "
     "spatial_compression_ratio patch_size",
     config.OutputConfig: "path samples_per_shard dtype codec",
-    config.RuntimeConfig: "device self_check max_failed_samples on_environment_change "
+    config.RuntimeConfig: "device weights self_check max_failed_samples on_environment_change "
     "plan_timeout_s prefetch_units write_queue_mb progress_interval_s grace_s",
     config.Config: " ".join(SECTION_NAMES),
 }

@@ -146,7 +146,7 @@ def bench_encoder(
     gemm = []
     num_rounds = num_rounds if ready else 0
     for number in steps(range(num_rounds), num_rounds, f"{encoder.name}: measuring", " rounds"):
-        gemm.append(_gemm_flops(encoder, device))
+        gemm.append(gemm_flops_of(encoder, device))
         for contestant, measured in ready if number % 2 == 0 else reversed(ready):
             measured.round_s.append(_seconds(contestant))
     lengths = [encoder.decision.padded_length or count for count in captions.num_ids]
@@ -308,7 +308,7 @@ def useful_flops(encoder: ResolvedEncoder, lengths: Sequence[int]) -> float:
     return float(sizes.layers * (of_linears + 4 * squares * sizes.inner))
 
 
-def _gemm_flops(encoder: ResolvedEncoder, device: str) -> float:
+def gemm_flops_of(encoder: ResolvedEncoder, device: str) -> float:
     """Multiplications and additions per second of one square product: the median of five."""
     dtype = compute_dtype(getattr(torch, encoder.options.dtype), torch.device(device))
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, dtype=dtype, device=device) for _ in range(2))

@@ -58,6 +58,9 @@ class RuntimeConfig:
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes this rank's GPU when there is one."""
+    weights: Literal["resident", "stream", "auto"] = "resident"
+    """Where the weights are: all of them on the device; or stream: layer by layer from the
+    checkpoint's files, for fused only. auto: stream if they do not fit."""
     self_check: Literal["auto", "always", "never"] = "auto"
     """Whether each rank compares a few captions with transformers' own model before its first unit;
     auto: on a GPU."""

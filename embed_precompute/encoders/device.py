@@ -23,7 +23,13 @@ from typing import Literal
 import torch
 
 from embed_precompute import __version__
-from embed_precompute.encoders.encoder import HfEncoder, TextEncoder, build
+from embed_precompute.encoders.encoder import (
+    HfEncoder,
+    TextEncoder,
+    WeightsMode,
+    build,
+    is_streamed,
+)
 from embed_precompute.encoders.loading import Source, num_parameters
 from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.encoders.tokenizer import Tokenized, make_batch
@@ -93,12 +99,20 @@ def resolve_device(setting: str, local_rank: int = 0) -> str:
     return f"cuda:{index}"
 
 
-def check_machine(setting: str, device: str, encoders: Sequence[ResolvedEncoder]) -> None:
+def check_machine(
+    setting: str,
+    device: str,
+    encoders: Sequence[ResolvedEncoder],
+    weights: WeightsMode = "resident",
+) -> None:
     """Raise InputError unless the encoders can and should run on this machine; loads nothing.
 
-    `setting`: runtime.device; `device`: what this setting means on this machine.
+    `setting`: runtime.device; `device`: what this setting means on this machine; `weights`:
+    runtime.weights.
     """
     for encoder in encoders:
+        if weights == "stream":
+            is_streamed(encoder, device, weights)
         opened, decision = encoder.opened, encoder.decision
         if decision.implementation == "shardformer":
             from embed_precompute.encoders.shardformer import check_usable
@@ -149,15 +163,16 @@ def start(
     device: str,
     output_dtype: str,
     self_check: Literal["auto", "always", "never"],
+    weights: WeightsMode = "resident",
 ) -> TextEncoder:
     """Load an encoder, run one forward of each shape, and check its numbers.
 
     So a shape that does not fit in memory fails now and not after an hour. `self_check` auto means
-    always on a GPU, and never on a CPU. Raises InputError.
+    always on a GPU, and never on a CPU. `weights`: runtime.weights. Raises InputError.
     """
-    encoder = build(resolved, device, output_dtype)
-    for batch in resolved.every_shape():
-        encoder.encode(batch)
+    encoder = build(resolved, device, output_dtype, weights)
+    for output in encoder.submit_all(resolved.every_shape()):
+        output.wait()
     if self_check == "always" or (self_check == "auto" and encoder.device.type == "cuda"):
         began = time.monotonic()
         check_numbers(encoder)

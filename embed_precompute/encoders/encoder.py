@@ -1,11 +1,15 @@
 """What runs token batches: transformers' model (`hf`, `shardformer`) or our own layers (`fused`).
 
+Our own layers can be resident, or streamed: then a window of many batches passes each layer before
+the next layer's weights come. A loop is turned inside out, and no bit changes.
+
 Guarantees: an embedding is bitwise a function of its caption and of the shape that the caption runs
 in; neighbours, place and order change no bit. Every forward has one of the decided shapes. If a
 forward does not fit in memory, the error names the setting. `submit` does not wait for a GPU, and
 its output stays right if a later forward overwrites that output on the device.
 Costs: the weights once (mapped from the file if the file has the dtype asked for), and for `fused`
-one set of buffers for a forward. On a GPU also one copy within the device per output (some tens of
+one set of buffers for a forward. Streamed: two layers instead of the weights, and the residual of a
+window, `WINDOW_TOKENS` rows. On a GPU also one copy within the device per output (some tens of
 microseconds), and page-locked memory for every output that is on its way or waits for the writer,
 rounded up to a power of two.
 """
@@ -14,22 +18,39 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
-from embed_precompute.encoders.fused.stream import one_attention, upload
-from embed_precompute.encoders.loading import Source, load_on, out_of_memory
+from embed_precompute.encoders.fused.stream import FusedLayers, one_attention, upload
+from embed_precompute.encoders.loading import (
+    GB,
+    Source,
+    free_memory,
+    load_on,
+    loaded_bytes,
+    out_of_memory,
+)
 from embed_precompute.encoders.resolve import ResolvedEncoder
+from embed_precompute.encoders.streamed import StreamedWeights
 from embed_precompute.encoders.tokenizer import TokenBatch
-from embed_precompute.errors import InternalError
+from embed_precompute.errors import InputError, InternalError
 
+log = logging.getLogger(__name__)
+WINDOW_TOKENS = 65536
+"""About this many tokens pass a layer of streamed weights before the next layer comes. The time to
+read a layer is then small beside the time to compute with it, on a CPU and behind a GPU's bus."""
 RESERVE_BYTES = 1 << 29
 """GPU memory for libraries' workspaces and what the allocator cannot use."""
 
 Embeddings = torch.Tensor | list[torch.Tensor]
 """What a forward made of a batch; [i] is what is stored of its caption i."""
+WeightsMode = Literal["resident", "stream", "auto"]
+"""See `runtime.weights`."""
+GoOn = Callable[[float], bool]
+"""Called with the part of the work that is done, from 0 to 1; False: leave the rest."""
 
 
 class PendingOutput:
@@ -169,13 +190,27 @@ class TextEncoder(abc.ABC):
         """
         self._require_decided(batch)
         with self.computing(batch):
-            return download(
-                self.forward(batch),
-                self._output_dtype,
-                self._engine,
-                lambda suffix, values: self.cut(batch, suffix, values),
-                reused=self.reuses_buffers,
-            )
+            return self._download(batch, self.forward(batch))
+
+    def submit_all(
+        self, batches: Iterable[TokenBatch], go_on: GoOn = lambda done: True
+    ) -> Iterator[PendingOutput]:
+        """`submit` the batches one after the other, each when its output is asked for.
+
+        Streamed weights take many batches at a time: the first of them then takes the time of all.
+        In between, `go_on` is told which part of `batches` is done beyond those whose output was
+        asked for. If it returns False, there are no further outputs.
+        """
+        return map(self.submit, batches)
+
+    def _download(self, batch: TokenBatch, outputs: Mapping[str, torch.Tensor]) -> PendingOutput:
+        return download(
+            outputs,
+            self._output_dtype,
+            self._engine,
+            lambda suffix, values: self.cut(batch, suffix, values),
+            reused=self.reuses_buffers,
+        )
 
     def encode(self, batch: TokenBatch) -> Mapping[str, Embeddings]:
         """`submit` and wait."""
@@ -264,9 +299,14 @@ class FusedEncoder(TextEncoder):
         )
 
     def forward(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
-        ids = upload(torch.from_numpy(batch.input_ids).reshape(-1), self.device)
         with one_attention(self.device):
-            values = self.layers(ids, batch)
+            return self._outputs_of(batch, self.layers(self._ids(batch), batch))
+
+    def _ids(self, batch: TokenBatch) -> torch.Tensor:
+        return upload(torch.from_numpy(batch.input_ids).reshape(-1), self.device)
+
+    def _outputs_of(self, batch: TokenBatch, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`values`: what the layers return."""
         (output,) = self.resolved.outputs
         if output.per == "token" and batch.packed:
             values = values[: int(batch.lengths.sum())]
@@ -275,18 +315,86 @@ class FusedEncoder(TextEncoder):
         return {output.suffix: values}
 
 
-def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> TextEncoder:
-    """Load the model onto `device` (cpu, cuda, cuda:N).
+class StreamedEncoder(FusedEncoder):
+    """Our own layers, with the weights of one layer at a time."""
+
+    def __init__(
+        self, resolved: ResolvedEncoder, device: str, output_dtype: str, weights: StreamedWeights
+    ) -> None:
+        super().__init__(resolved, device, output_dtype, weights.model)
+        assert isinstance(self.layers, FusedLayers), "why_not_streamed says what has no steps"
+        self._steps: FusedLayers[Any] = self.layers
+        self._weights = weights
+        weights.stream(self._steps.blocks)
+
+    def forward(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
+        states = self._before_end([batch], lambda done: True, 1.0)
+        assert states is not None
+        return self._outputs_of(batch, self._steps.end(states[0]))
+
+    def submit_all(
+        self, batches: Iterable[TokenBatch], go_on: GoOn = lambda done: True
+    ) -> Iterator[PendingOutput]:
+        every = list(batches)
+        for window in windows(every):
+            states = self._before_end(window, go_on, len(window) / len(every))
+            if states is None:
+                return
+            for batch, state in zip(window, states, strict=True):
+                with self.computing(batch):
+                    outputs = self._outputs_of(batch, self._steps.end(state))
+                    pending = self._download(batch, outputs)
+                yield pending
+
+    def _before_end(
+        self, window: Sequence[TokenBatch], go_on: GoOn, share: float
+    ) -> list[Any] | None:
+        """The states of the batches after the last layer; None if `go_on` returned False. `share`:
+        the window's part of the work that `go_on` knows."""
+        states = []
+        for place, batch in enumerate(window):
+            self._require_decided(batch)
+            with self.computing(batch):
+                states.append(self._steps.begin(self._ids(batch), batch, place))
+        done, step = 0.0, share / (len(self._steps.blocks) * len(window))
+        for number in range(len(self._steps.blocks)):
+            self._weights.bring(number)
+            for batch, state in zip(window, states, strict=True):
+                if not go_on(done):
+                    return None
+                with self.computing(batch), one_attention(self.device):
+                    self._steps.layer(number, state)
+                done += step
+        return states
+
+
+def windows(batches: Sequence[TokenBatch]) -> Iterator[Sequence[TokenBatch]]:
+    """`batches` in parts of nearly one size and at most about `WINDOW_TOKENS` tokens."""
+    count = -(-sum(batch.input_ids.size for batch in batches) // WINDOW_TOKENS)
+    size = max(1, -(-len(batches) // max(1, count)))
+    for first in range(0, len(batches), size):
+        yield batches[first : first + size]
+
+
+def build(
+    resolved: ResolvedEncoder, device: str, output_dtype: str, weights: WeightsMode = "resident"
+) -> TextEncoder:
+    """Load the model onto `device` (cpu, cuda, cuda:N); `weights` as runtime.weights.
 
     Raises InputError: damaged checkpoint, too little memory, or an implementation that cannot run.
     """
     opened, implementation = resolved.opened, resolved.decision.implementation
     source = Source(opened.checkpoint, resolved.family, resolved.options)
+    dtype: torch.dtype = getattr(torch, resolved.options.dtype)
+    needed = forward_bytes(resolved)
+    if is_streamed(resolved, device, weights):
+        streamed = StreamedWeights(source, dtype, torch.device(device))
+        return StreamedEncoder(resolved, device, output_dtype, streamed)
     model = load_on(
         source,
-        getattr(torch, resolved.options.dtype),
+        dtype,
         torch.device(device),
-        forward_bytes=forward_bytes(resolved),
+        forward_bytes=needed,
         may_split=implementation == "hf",
     )
     if implementation == "shardformer":
@@ -295,6 +403,33 @@ def build(resolved: ResolvedEncoder, device: str, output_dtype: str) -> TextEnco
         model = shardformer_t5(model)
     encoder_class = FusedEncoder if implementation == "fused" else HfEncoder
     return encoder_class(resolved, device, output_dtype, model)
+
+
+def is_streamed(resolved: ResolvedEncoder, device: str, weights: WeightsMode) -> bool:
+    """Whether the encoder's weights come layer by layer. Raises InputError: `weights` is stream,
+    and they cannot."""
+    opened, decision = resolved.opened, resolved.decision
+    reason, remedy = None, "Set runtime.weights resident"
+    if decision.implementation != "fused":
+        reason = f"the implementation is {decision.implementation}, and only fused has its layers"
+    elif decision.compiled and device.startswith("cuda"):
+        reason = "compile is true, which makes one graph of all layers on a GPU"
+        remedy += ", or compile false with a new output.path"
+    if weights == "stream" and reason is not None:
+        raise InputError(f"{opened.where}: runtime.weights is stream: {reason}. {remedy}.")
+    if weights != "auto" or reason is not None:
+        return weights == "stream"
+    source = Source(opened.checkpoint, resolved.family, resolved.options)
+    size = loaded_bytes(source, getattr(torch, resolved.options.dtype))
+    free = free_memory(torch.device(device))
+    if free is None or size + forward_bytes(resolved) <= free:
+        return False
+    log.info(
+        "%s: %.1f GB of weights and a forward do not fit in the %.1f GB that are free on %s: the "
+        "weights are streamed, layer by layer",
+        *(opened.where, size / GB, free / GB, device),
+    )
+    return True
 
 
 def forward_bytes(resolved: ResolvedEncoder) -> int:

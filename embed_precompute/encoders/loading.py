@@ -16,18 +16,26 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
 
 from embed_precompute.encoders.checkpoint import Checkpoint, quiet_transformers
 from embed_precompute.encoders.families.base import EncoderConfig, Family
-from embed_precompute.encoders.weights import CODES, StoredWeight, num_threads, stored_weights
+from embed_precompute.encoders.weights import (
+    CODES,
+    StoredWeight,
+    extra_weights,
+    num_threads,
+    stored_weights,
+)
 from embed_precompute.errors import EmbedPrecomputeError, InputError, one_line
 
 log = logging.getLogger(__name__)
@@ -37,6 +45,10 @@ ALIGNMENT = 64
 and so the last bits: copies of a checkpoint have their weights at different places in their files,
 and have to give equal embeddings."""
 TORCH_DTYPES = {code: getattr(torch, name) for name, code in CODES.items()}
+CGROUPS = Path("/sys/fs/cgroup")
+
+State = dict[str, torch.Tensor]
+"""Name in the checkpoint -> weight."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,11 @@ class Source:
     def weights(self, dtype: torch.dtype) -> list[StoredWeight]:
         """The weights that a model of `dtype` loads; reads headers only."""
         return stored_weights(self.checkpoint, self.family, self.options, name_of(dtype))
+
+    def extra_weights(self, dtype: torch.dtype) -> State:
+        """The weights that are not the checkpoint's, by their canonical names."""
+        extra = extra_weights(self.checkpoint, self.family, self.options, name_of(dtype))
+        return {weight.canonical: read_weights([weight])[weight.name] for weight in extra}
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -77,7 +94,62 @@ def num_bytes(model: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t.device.type != "meta")
 
 
-def load_model(source: Source, dtype: torch.dtype | str, **hf_kwargs: Any) -> Any:
+def read_weights(weights: Sequence[StoredWeight]) -> State:
+    """Weights as a model holds them, each at a multiple of 64 bytes.
+
+    A weight that lies so in its file, in its dtype, is mapped. Others are copied and cast, block by
+    block. Raises InputError, and what safetensors raises, for a damaged file.
+    """
+    state: State = {}
+    to_copy = []
+    for path in dict.fromkeys(weight.path for weight in weights):
+        with safe_open(path, "pt") as file:
+            for weight in (each for each in weights if each.path == path):
+                target = TORCH_DTYPES.get(weight.target)
+                if weight.code == weight.target:
+                    mapped = state[weight.name] = file.get_tensor(weight.name)
+                    if mapped.data_ptr() % ALIGNMENT == 0:
+                        continue
+                    target = mapped.dtype
+                state[weight.name] = torch.empty(weight.shape, dtype=target)
+                to_copy.append(weight)
+    fill((state[weight.name], weight) for weight in to_copy)
+    return state
+
+
+def mapped(weight: StoredWeight) -> torch.Tensor | None:
+    """A weight where it lies in its file; None unless it has its dtype there, at a multiple of 64
+    bytes. The pages are the page cache's; they are unmapped with the tensor."""
+    if weight.code != weight.target or weight.offset is None or weight.offset % ALIGNMENT:
+        return None
+    # Copy on write, for torch warns of what it may not write; nobody does.
+    found = np.memmap(weight.path, np.uint8, "c", weight.offset, weight.num_bytes)
+    return torch.from_numpy(found).view(TORCH_DTYPES[weight.target]).view(weight.shape)
+
+
+def fill(pairs: Iterable[tuple[torch.Tensor | None, StoredWeight]]) -> None:
+    """Read weights into contiguous tensors in host memory, cast, several at a time. None: they are
+    read into the page cache."""
+    with ThreadPoolExecutor(num_threads()) as pool:
+        list(pool.map(lambda pair: _fill(*pair), pairs))
+
+
+def _fill(tensor: torch.Tensor | None, weight: StoredWeight) -> None:
+    held = None if tensor is None else tensor.reshape(-1).view(torch.uint8).numpy()
+    start = 0
+    for block in weight.blocks():
+        if held is not None:
+            held[start : start + len(block)] = block
+        start += len(block)
+
+
+def load_model(
+    source: Source,
+    dtype: torch.dtype | str,
+    *,
+    read: Callable[[Sequence[StoredWeight]], State] = read_weights,
+    **hf_kwargs: Any,
+) -> Any:
     """The model in eval mode; `hf_kwargs` go to transformers' from_pretrained.
 
     Raises InputError naming weights that are missing, of another shape, or of layers that
@@ -95,7 +167,6 @@ def load_model(source: Source, dtype: torch.dtype | str, **hf_kwargs: Any) -> An
         "torch_dtype" if transformers.__version__.startswith("4.") else "dtype": dtype,
     }
     changes = source.family.config_changes(source.options, source.checkpoint)
-    extra_names = source.family.extra_weights(source.options, source.checkpoint)
     extra: dict[str, torch.Tensor] = {}
     with quiet_transformers():
         try:
@@ -103,8 +174,11 @@ def load_model(source: Source, dtype: torch.dtype | str, **hf_kwargs: Any) -> An
             plain = hf_kwargs.keys() <= {"attn_implementation"}
             plain = plain or source.family.loads_canonical_names
             if plain and isinstance(dtype, torch.dtype) and name_of(dtype) in CODES:
-                state = read_weights(source, dtype)
-                extra = {name: state.pop(name) for name in extra_names}
+                stored = source.weights(dtype)
+                state = read(stored)
+                if source.family.loads_canonical_names:
+                    state = {weight.canonical: state[weight.name] for weight in stored}
+                extra = source.extra_weights(dtype)
             if state is not None or changes:
                 config = copy.deepcopy(source.checkpoint.text_config)
                 for name, value in changes.items():
@@ -127,6 +201,27 @@ def load_model(source: Source, dtype: torch.dtype | str, **hf_kwargs: Any) -> An
     return model.eval().requires_grad_(False)
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on a device; None where the system does not say.
+
+    On a CPU what lies in the page cache counts as free, and a limit of this process's cgroup counts
+    whole.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        group = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+    except OSError:
+        return None
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    folder = CGROUPS / group.lstrip("/")
+    for each in (folder, *folder.parents):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            free.append(int((each / "memory.max").read_text()))
+    return min(free, default=None)
+
+
 def load_on(
     source: Source,
     dtype: torch.dtype,
@@ -143,8 +238,8 @@ def load_on(
     """
     with out_of_memory(
         f"{source.checkpoint.where}: the weights do not fit on {device}. Use a device with more "
-        "memory, a smaller dtype, or the implementation hf, which keeps what does not fit on a GPU "
-        "in host memory."
+        "memory, a smaller dtype, runtime.weights stream with the implementation fused, or the "
+        "implementation hf, which keeps what does not fit on a GPU in host memory."
     ):
         if device.type != "cuda":
             return load_model(source, dtype).to(device)
@@ -162,46 +257,6 @@ def load_on(
         )
         memory = {torch.device(device).index or 0: left, "cpu": size}
         return load_model(source, dtype, device_map="auto", max_memory=memory)
-
-
-def read_weights(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The text encoder's weights as a model of `dtype` holds them, each at a multiple of 64 bytes,
-    by the names that the model's class knows.
-
-    A weight that lies so in its file, in its dtype, is mapped. Others are copied and cast, block by
-    block. Raises InputError, and what safetensors raises, for a damaged file.
-    """
-    state: dict[str, torch.Tensor] = {}
-    to_copy = []
-    weights = source.weights(dtype)
-    extra = source.family.extra_weights(source.options, source.checkpoint)
-
-    def known(weight: StoredWeight) -> str:
-        alone = source.family.loads_canonical_names or weight.canonical in extra
-        return weight.canonical if alone else weight.name
-
-    for path in dict.fromkeys(weight.path for weight in weights):
-        with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            for weight in (each for each in weights if each.path == path):
-                target = TORCH_DTYPES.get(weight.target)
-                if weight.code == weight.target and weight.name in names:
-                    mapped = state[known(weight)] = file.get_tensor(weight.name)
-                    if mapped.data_ptr() % ALIGNMENT == 0:
-                        continue
-                    target = mapped.dtype
-                state[known(weight)] = torch.empty(weight.shape, dtype=target)
-                to_copy.append(weight)
-    with ThreadPoolExecutor(num_threads()) as pool:
-        list(pool.map(lambda weight: _fill(state[known(weight)], weight), to_copy))
-    return state
-
-
-def _fill(tensor: torch.Tensor, weight: StoredWeight) -> None:
-    held, start = tensor.reshape(-1).view(torch.uint8).numpy(), 0
-    for block in weight.blocks():
-        held[start : start + len(block)] = block
-        start += len(block)
 
 
 def _check_loading(source: Source, loading: dict[str, Any]) -> None:

@@ -93,8 +93,9 @@ class Progress:
             self._thread.join()
 
     def encoded(self, unit: int, samples: float) -> None:
-        """`samples` of a unit of this rank are encoded; called by the thread that encodes."""
-        self._at_hand[unit] = samples
+        """`samples` of a unit of this rank are encoded; called by the thread that encodes. What was
+        said before never shrinks."""
+        self._at_hand[unit] = max(samples, self._at_hand.get(unit, 0.0))
 
     def captions(self) -> float:
         """Captions of committed units, and those that this rank has encoded besides."""

@@ -82,8 +82,9 @@ def run(
 
 def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
     config, dist = prepared.config, prepared.dist
-    check_machine(config.runtime.device, device, prepared.encoders)
-    runtime, current = config.runtime, environment(device, prepared.encoders)
+    runtime = config.runtime
+    check_machine(runtime.device, device, prepared.encoders, runtime.weights)
+    current = environment(device, prepared.encoders)
     if prepared.reuse is not None:
         prepared.reuse.check_environment(current, runtime.on_environment_change)
     prepared = publish(prepared)
@@ -109,7 +110,9 @@ def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
         progress = Progress(prepared, device)
         stages = Stages(
             prepared,
-            lambda name: start(encoders[name], device, config.output.dtype, runtime.self_check),
+            lambda name: start(
+                encoders[name], device, config.output.dtype, runtime.self_check, runtime.weights
+            ),
             claims,
             committed,
             current,

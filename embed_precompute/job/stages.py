@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import threading
 import time
@@ -26,7 +27,12 @@ from typing import Generic, TypeVar
 import numpy as np
 from torch import Tensor
 
-from embed_precompute.encoders.encoder import Embeddings, PendingOutput, TextEncoder
+from embed_precompute.encoders.encoder import (
+    Embeddings,
+    PendingOutput,
+    StreamedEncoder,
+    TextEncoder,
+)
 from embed_precompute.errors import IncompleteError
 from embed_precompute.job.claims import Claims, Committed
 from embed_precompute.job.metrics import UnitLog
@@ -123,6 +129,8 @@ class _Forward:
     rows: np.ndarray | None = None
     share: float = 0.0
     """Its part of the unit's work."""
+    given_up: bool = False
+    """The rest of the unit was left in the middle of a window (see `Stages._goes_on`)."""
 
 
 def overlapped(
@@ -277,12 +285,25 @@ class Stages:
             if not unit.is_null:
                 unit.encoded += forward.share
                 self._on_encoded(unit.number, len(unit.samples) * unit.encoded)
-            unit.abandoned = unit.swept and self._committed(unit.number)
+            unit.abandoned = forward.given_up or self._is_done(unit)
             if forward.is_last and not unit.abandoned:
                 self._unit_s = max(self._unit_s, time.monotonic() - unit.began)
             if forward.is_last or unit.abandoned:
                 self._batches.put(_Encoded(unit))
         self._batches.put(None)
+
+    def _is_done(self, unit: Unit) -> bool:
+        """Whether another rank has committed a unit that both compute."""
+        return unit.swept and self._committed(unit.number)
+
+    def _goes_on(self, unit: Unit, share: float, done: float) -> bool:
+        """Whether a window of a unit is worth going on with: it may take many minutes. `done` of an
+        encoder's `share` of the unit's work was done in it."""
+        if not unit.is_null:
+            self._on_encoded(unit.number, len(unit.samples) * (unit.encoded + share * done))
+        if self._stop.is_set() and not self._fits_grace(unit.began):
+            return False
+        return not self._halted.is_set() and not self._is_done(unit)
 
     def _fits_grace(self, began: float) -> bool:
         """Whether a unit that was begun at `began` can be committed before the grace ends."""
@@ -299,12 +320,16 @@ class Stages:
                 continue  # this unit was only read ahead
             if self._committed(unit.number):
                 continue  # another job has committed this unit meanwhile
+            if any(isinstance(each, StreamedEncoder) for each in self._encoders.values()):
+                yield None  # nor for a whole window
             unit.began = time.monotonic()
             yield from self._forwards_of(unit)
 
     def _forwards_of(self, unit: Unit) -> Iterator[tuple[_Forward, PendingOutput]]:
         work = {each.name: each.work(unit.tokens[each.name]) for each in self._prepared.encoders}
-        steps = self._steps(unit)
+        total = sum(work.values()) or 1.0  # a unit may have nothing to encode
+        shares = {name: each / total for name, each in work.items()}
+        steps = self._steps(unit, shares)
         following = next(steps, None)
         if following is None:
             yield _Forward(unit, is_last=True), PendingOutput({})
@@ -314,11 +339,20 @@ class Stages:
             with self._naming(unit, name):
                 pending = begin()
             self.encode_seconds += time.monotonic() - began
-            share = work[name] / sum(work.values()) * len(rows) / len(unit.tokens[name])
+            if pending is None:
+                yield _Forward(unit, is_last=True, given_up=True), PendingOutput({})
+                return
+            share = shares[name] * len(rows) / len(unit.tokens[name])
             yield _Forward(unit, following is None, name, rows, share), pending
 
-    def _steps(self, unit: Unit) -> Iterator[tuple[str, np.ndarray, Callable[[], PendingOutput]]]:
-        """Yields (encoder, stored rows, what begins their forward); copied rows need no forward."""
+    def _steps(
+        self, unit: Unit, shares: Mapping[str, float]
+    ) -> Iterator[tuple[str, np.ndarray, Callable[[], PendingOutput | None]]]:
+        """Yields (encoder, stored rows, what begins their forward); copied rows need no forward.
+
+        What begins a forward returns None if the unit was given up. `shares`: each encoder's part
+        of the unit's work.
+        """
         for resolved in self._prepared.encoders:
             name, copies = resolved.name, unit.copies.rows.get(resolved.name, {})
             copied = list(copies)
@@ -336,8 +370,13 @@ class Stages:
                 before = self.load_seconds
                 encoder = self._encoder(name)
                 unit.began += self.load_seconds - before  # no other unit will wait for that
-                for batch in resolved.batches(captions, null=unit.is_null):
-                    yield name, left[batch.rows], functools.partial(encoder.submit, batch)
+                batches, to_submit = itertools.tee(resolved.batches(captions, null=unit.is_null))
+                share = shares[name] * len(left) / len(unit.tokens[name])
+                outputs_of = encoder.submit_all(
+                    to_submit, functools.partial(self._goes_on, unit, share)
+                )
+                for batch in batches:
+                    yield name, left[batch.rows], functools.partial(next, outputs_of, None)
 
     def _encoder(self, name: str) -> TextEncoder:
         """An encoder, which is loaded when it is first asked for."""

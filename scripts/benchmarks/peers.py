@@ -148,7 +148,9 @@ def peer_maker(peer: Peer) -> Maker:
             raise InputError("torch.compile needs a C++ compiler: g++ or clang++ in PATH.")
         opened = reference.opened
         source = Source(opened.checkpoint, reference.family, opened.options)
-        asked = {} if peer.attention is None else {"attn_implementation": peer.attention}
+        asked: dict[str, Any] = (
+            {} if peer.attention is None else {"attn_implementation": peer.attention}
+        )
         dtype: torch.dtype = getattr(torch, opened.options.dtype)
         model = load_model(source, dtype, **asked).to(device)
         if peer == Peer("job", attention=load_model(source, dtype).config._attn_implementation):

@@ -123,14 +123,16 @@ def job(tmp_path: Path, tiny_t5: Path, tiny_clip: Path, corpus: list[str]) -> Pa
     return write_job(tmp_path, captions, tiny_t5, tiny_clip, samples_per_shard=40)
 
 
-@pytest.mark.parametrize("implementation", ["fused", "hf"])
+@pytest.mark.parametrize(
+    ("implementation", "weights"), [("fused", "resident"), ("fused", "stream"), ("hf", "resident")]
+)
 def test_a_job_with_late_copies_gives_the_same_bytes(
-    job: Path, tmp_path: Path, engine: Any, implementation: str
+    job: Path, tmp_path: Path, engine: Any, implementation: str, weights: str
 ) -> None:
     streams = {"stream_tokens": 96} if implementation == "fused" else {}
     edit(job, "encoders.t5", implementation=implementation, attention_mask="padding", **streams)
     edit(job, "encoders.clip", implementation=implementation, **streams)
-    edit(job, "runtime", write_queue_mb=0.0)
+    edit(job, "runtime", write_queue_mb=0.0, weights=weights)
     code, _, said = call("run", str(job))
     assert code == 0, said
     late = dataset_bytes(tmp_path / "out")

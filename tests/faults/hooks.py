@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import random
 import re
@@ -200,6 +201,21 @@ def _pace(seconds: float, log: str | None = None, lag: int = 0) -> None:
     Stages._forwards_of = paced  # type: ignore[method-assign]
 
 
+def _die_in_layer(n: int) -> None:
+    """SIGKILL when the n-th token batch begins one of T5's layers."""
+    from embed_precompute.encoders.fused.layers import T5Layers
+
+    real, calls = T5Layers.layer, itertools.count(1)
+
+    def layer(self: Any, number: int, state: Any) -> None:
+        if next(calls) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+            signal.pause()
+        real(self, number, state)
+
+    T5Layers.layer = layer  # type: ignore[method-assign]
+
+
 def _clock(offset: float) -> None:
     time.time = lambda: _REAL_TIME() + offset
 
@@ -237,6 +253,7 @@ _HOOKS: Mapping[str, Callable[..., Any]] = {
     "fail_at": lambda **arguments: failing(**arguments)[0].install(),
     "trace": _trace,
     "pace": _pace,
+    "die_in_layer": _die_in_layer,
     "clock": _clock,
     "late": _late,
     "umask": lambda mask: os.umask(mask),
