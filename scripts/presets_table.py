@@ -19,6 +19,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -193,15 +194,19 @@ def not_zero(embeddings: torch.Tensor) -> Kept:
 
 
 def open_sora(folders: Mapping[str, Path]) -> Encode:
-    """Not in diffusers: HFEmbedder of hpcaitech/Open-Sora in our words."""
+    """Not in diffusers: HFEmbedder of hpcaitech/Open-Sora in our words. Its slow CLIPTokenizer
+    repairs a text with ftfy, which Open-Sora requires, and writes it in lower case."""
+    import ftfy
+
     parts = {"t5": ("T5EncoderModel", 512), "clip": ("CLIPTextModel", 77)}
     tools = {n: (tokenizer(folders[n]), model(parts[n][0], folders[n])) for n in parts}
 
     def encode(text: str) -> dict[str, Kept]:
         found = {}
+        small = re.sub(r"\s+", " ", ftfy.fix_text(text)).strip().lower()
         for name, (tokenize, encoder) in tools.items():
             ids = tokenize(
-                [text],
+                [small if name == "clip" else text],
                 truncation=True,
                 max_length=parts[name][1],
                 padding="max_length",
@@ -532,6 +537,8 @@ def rows_of(name: str, folder: Path, texts: Sequence[str]) -> list[Row]:
     """The table's rows of one preset; its tiny checkpoints go to `folder`."""
     corpus: list[str] = demo_captions(200).column("text").to_pylist()
     preset = PRESETS[name]
+    if not find_spec("ftfy") or not find_spec("bs4"):
+        raise NotHereError("ftfy or beautifulsoup4 is not installed (the extra dev)")
     if preset.theirs is not open_sora:
         try:
             release = importlib.metadata.version("diffusers")

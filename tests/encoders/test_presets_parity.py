@@ -16,6 +16,9 @@ from embed_precompute.config.files import preset_paths
 FEW = 7
 """The first captions tell most; with --long all are compared."""
 MOST_FUSED = 3e-6
+MOST_SHIFTED = 1e-5
+"""Where the pipeline pads on the left: the same caption at higher positions, whose float32 angles
+have fewer digits."""
 
 
 def test_every_preset_is_compared() -> None:
@@ -34,4 +37,5 @@ def test_a_preset_is_its_pipeline(
         pytest.skip(str(error))
     for row in rows:
         assert row.hf == 0.0, row
-        assert row.fused is None or row.fused <= MOST_FUSED, row
+        most = MOST_SHIFTED if presets_table.PRESETS[name].pads_left else MOST_FUSED
+        assert row.fused is None or row.fused <= most, row
