@@ -315,6 +315,10 @@ class StreamedEncoder(FusedEncoder):
         self._steps: FusedLayers[Any] = self.layers
         self._weights = weights
         weights.stream(self._steps.blocks)
+        log.info(
+            "%s: streamed weights, %d layers of %.2f GB",
+            *(resolved.opened.where, len(self._steps.blocks), weights.layer_bytes / GB),
+        )
 
     def forward(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
         states = self._before_end([batch], lambda done: True, 1.0)
