@@ -19,7 +19,7 @@ from embed_precompute.cli.arguments import SECTIONS as SECTION_NAMES
 from embed_precompute.cli.main import main
 from embed_precompute.config import schema as config
 from embed_precompute.encoders import video_buckets
-from embed_precompute.encoders.families import FAMILIES
+from embed_precompute.encoders.families import FAMILIES, decoder
 
 CONFIG_OPTIONS = {"--help-config", "--print_config", "--print-config"}
 COMMANDS = {
@@ -67,8 +67,12 @@ SECTIONS = {
     "buckets stream_tokens",
     FAMILIES["clip"].options: f"{ENCODER} outputs hidden_state projection batch_size "
     "buckets stream_tokens",
-    FAMILIES["decoder"].options: f"{ENCODER} template crop_start crop_end hidden_state norm "
-    "batch_tokens buckets",
+    FAMILIES["decoder"].options: f"{ENCODER} template chat crop_start keep_first crop_end "
+    "layers norm combine layer_zscore project attention_mask padding_side keep batch_tokens "
+    "buckets stream_tokens prefix",
+    decoder.ChatOptions: "messages generation_prompt thinking",
+    decoder.Message: "role content",
+    decoder.ProjectOptions: "path weight bias before",
     video_buckets.VideoTokensConfig: "buckets bucket_config time_compression_ratio "
     "spatial_compression_ratio patch_size",
     config.OutputConfig: "path samples_per_shard dtype codec",

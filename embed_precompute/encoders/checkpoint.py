@@ -23,8 +23,8 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-SMALL_FILES = ("*.json", "*.model", "*.txt")
-"""Patterns of config and tokenizer."""
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+"""Patterns of config, tokenizer and chat template."""
 TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 FETCH = "embed-precompute fetch CONFIG"
@@ -76,7 +76,14 @@ class Checkpoint:
                 f"{self.folder / 'config.json'} ({type(error).__name__}: {reason}). It may be "
                 "damaged, or of a newer transformers."
             ) from error
-        return getattr(config, "text_config", config)
+        text = getattr(config, "text_config", config)
+        if isinstance(text, dict):
+            raise InputError(
+                f"{self.where}: transformers {transformers.__version__} does not know the "
+                f"text_config in {self.folder / 'config.json'}: a newer release saved it. Install "
+                "transformers 4.52.0 or newer."
+            )
+        return text
 
 
 def open_checkpoint(

@@ -227,7 +227,14 @@ def _alone(reference: TextEncoder, captions: Tokenized, row: int) -> dict[str, t
     """Suffix -> what transformers' model makes of one caption, in a batch of its own."""
     decision, tokenizer = reference.resolved.decision, reference.resolved.opened.tokenizer
     shape = (1, decision.padded_length or captions.num_ids[row])
-    batch = make_batch(captions, [row], shape, tokenizer.pad_id or 0, tokenizer.empty)
+    batch = make_batch(
+        captions,
+        [row],
+        shape,
+        tokenizer.pad_id or 0,
+        tokenizer.empty,
+        pads_left=tokenizer.pads_left,
+    )
     with reference.computing(batch):
         outputs = reference.forward(batch)
         return {suffix: reference.cut(batch, suffix, v)[0] for suffix, v in outputs.items()}

@@ -231,11 +231,22 @@ class TextEncoder(abc.ABC):
 
     def cut(self, batch: TokenBatch, suffix: str, values: torch.Tensor) -> Embeddings:
         """What is stored of each caption, cut from the `values` that `forward` returned."""
-        if self._outputs[suffix].positions != "real":
+        if self._outputs[suffix].per == "caption":
             return values
+        kept = self.resolved.opened.tokenizer.keep_first
+        if self._outputs[suffix].positions == "all":
+            stored = values[:, self.resolved.opened.tokenizer.first :]
+            return torch.cat([values[:, :kept], stored], 1) if kept else stored.contiguous()
         rows = values.reshape(-1, values.shape[-1])
-        first, stored = (batch.starts + batch.first).tolist(), batch.stored.tolist()
-        return [rows[start : start + n] for start, n in zip(first, stored, strict=True)]
+        starts, first = batch.starts.tolist(), (batch.starts + batch.first).tolist()
+        counts = (batch.stored - kept).tolist()
+        cut = [rows[start : start + n] for start, n in zip(first, counts, strict=True)]
+        if not kept:
+            return cut
+        return [
+            torch.cat([rows[start : start + kept], rest])
+            for start, rest in zip(starts, cut, strict=True)
+        ]
 
     def _require_decided(self, batch: TokenBatch) -> None:
         decision = self.resolved.decision

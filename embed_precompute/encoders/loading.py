@@ -4,7 +4,7 @@ Guarantees: every weight comes from the checkpoint, in the dtype asked for; only
 read. Loading takes the memory of the weights and a few blocks more, whatever dtype the files have.
 A weight that has the dtype already and lies at a multiple of 64 bytes stays mapped from its file,
 so that processes of a node share its pages. A GPU gets each weight from the file, and the host
-never holds the model.
+never holds the model; of a decoder it holds what has to be cast.
 
 transformers casts tensor by tensor too, but keeps the whole file mapped meanwhile: measured, a
 float32 checkpoint asked for in bfloat16 takes 3 times its weights while it is loaded.
@@ -13,6 +13,7 @@ float32 checkpoint asked for in bfloat16 takes 3 times its weights while it is l
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +29,13 @@ from safetensors import safe_open
 
 from embed_precompute.encoders.checkpoint import Checkpoint, quiet_transformers
 from embed_precompute.encoders.families.base import EncoderConfig, Family
-from embed_precompute.encoders.weights import CODES, StoredWeight, num_threads, stored_weights
+from embed_precompute.encoders.weights import (
+    CODES,
+    StoredWeight,
+    extra_weights,
+    num_threads,
+    stored_weights,
+)
 from embed_precompute.errors import EmbedPrecomputeError, InputError, one_line
 
 log = logging.getLogger(__name__)
@@ -59,6 +66,11 @@ class Source:
     def weights(self, dtype: torch.dtype) -> list[StoredWeight]:
         """The weights that a model of `dtype` loads; reads headers only."""
         return stored_weights(self.checkpoint, self.family, self.options, name_of(dtype))
+
+    def extra_weights(self, dtype: torch.dtype) -> State:
+        """The weights that are not the checkpoint's, by their canonical names."""
+        extra = extra_weights(self.checkpoint, self.family, self.options, name_of(dtype))
+        return {weight.canonical: read_weights([weight])[weight.name] for weight in extra}
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -155,14 +167,20 @@ def load_model(
         "torch_dtype" if transformers.__version__.startswith("4.") else "dtype": dtype,
     }
     changes = source.family.config_changes(source.options, source.checkpoint)
+    extra: dict[str, torch.Tensor] = {}
     with quiet_transformers():
         try:
             state = None
             plain = hf_kwargs.keys() <= {"attn_implementation"}
+            plain = plain or source.family.loads_canonical_names
             if plain and isinstance(dtype, torch.dtype) and name_of(dtype) in CODES:
-                state = read(source.weights(dtype))
+                stored = source.weights(dtype)
+                state = read(stored)
+                if source.family.loads_canonical_names:
+                    state = {weight.canonical: state[weight.name] for weight in stored}
+                extra = source.extra_weights(dtype)
             if state is not None or changes:
-                config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+                config = copy.deepcopy(source.checkpoint.text_config)
                 for name, value in changes.items():
                     setattr(config, name, value)
                 ours["config"] = config
@@ -179,7 +197,7 @@ def load_model(
                 "weights and that the files are complete."
             ) from error
     _check_loading(source, loading)
-    source.family.adapt(model, source.options)
+    source.family.adapt(model, source.options, source.checkpoint, extra)
     return model.eval().requires_grad_(False)
 
 
@@ -250,13 +268,20 @@ def _check_loading(source: Source, loading: dict[str, Any]) -> None:
             f"{where} has weights of other shapes than its config.json says: {_some(mismatched)}. "
             "Use the config.json of these weights."
         )
-    if loading["missing_keys"]:
-        raise InputError(
-            f"{where} lacks weights that its config.json asks for: "
-            f"{_some(loading['missing_keys'])}. Download or convert the checkpoint again."
-        )
     # A decoder, a vision tower or a head may be left over; parts of the encoder may not.
     family, options, checkpoint = source.family, source.options, source.checkpoint
+    if missing := loading["missing_keys"]:
+        in_files = {weight.canonical for weight in source.weights(torch.float32)}
+        if unread := [key for key in missing if family.canonical_name(key) in in_files]:
+            raise InputError(
+                f"{where} has weights that transformers {transformers.__version__} does not read: "
+                f"{_some(unread)}. The files are whole, but the model would have random numbers "
+                "there. Install another release of transformers: 5.0 is known for this."
+            )
+        raise InputError(
+            f"{where} lacks weights that its config.json asks for: {_some(missing)}. Download or "
+            "convert the checkpoint again."
+        )
     leftovers = [
         key
         for key in loading["unexpected_keys"]

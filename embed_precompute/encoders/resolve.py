@@ -7,12 +7,14 @@ depends on the configuration, the checkpoint and the captions, never on the mach
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from embed_precompute.documents import to_plain
-from embed_precompute.encoders.checkpoint import locate, open_checkpoint
+from embed_precompute.encoders.checkpoint import Checkpoint, locate, open_checkpoint
 from embed_precompute.encoders.families import FAMILIES
 from embed_precompute.encoders.families.base import (
     Decision,
@@ -55,9 +57,11 @@ class ResolvedEncoder:
             return [1] * len(captions)
         if output.positions == "real":
             return captions.stored
-        length = self.decision.null_shape[1] if null else self.decision.padded_length
+        length, tokenizer = self.decision.padded_length, self.opened.tokenizer
+        if null:
+            length = self.decision.null_shape[1]
         assert length is not None, "all positions are stored where there is one padded length"
-        return [length] * len(captions)
+        return [length - tokenizer.first + tokenizer.keep_first] * len(captions)
 
     def work(self, captions: Tokenized) -> float:
         """About how many multiplications these captions take; to compare encoders."""
@@ -72,7 +76,9 @@ class ResolvedEncoder:
         if decision.packed:
             return pack(captions, decision.shapes[0][1], pad_id)
         shapes = (decision.null_shape,) if null else decision.shapes
-        return make_batches(captions, shapes, pad_id, tokenizer.empty)
+        return make_batches(
+            captions, shapes, pad_id, tokenizer.empty, pads_left=tokenizer.pads_left
+        )
 
     def every_shape(self) -> Iterator[TokenBatch]:
         """One token batch of each shape, filled with the empty caption: each must fit in memory."""
@@ -82,7 +88,11 @@ class ResolvedEncoder:
             return
         for shape in sorted({*decision.shapes, decision.null_shape}):
             yield from make_batches(
-                tokenizer.empty, (shape,), tokenizer.pad_id or 0, tokenizer.empty
+                tokenizer.empty,
+                (shape,),
+                tokenizer.pad_id or 0,
+                tokenizer.empty,
+                pads_left=tokenizer.pads_left,
             )
 
     @property
@@ -97,7 +107,7 @@ class ResolvedEncoder:
         options, tokenizer = self.options, self.opened.tokenizer
         return {
             "kind": options.kind,
-            "model_type": self.opened.checkpoint.text_config.model_type,
+            "model_type": self.family.config_values(self.opened.checkpoint)["model_type"],
             "weights": self.weights,
             "tokenizer": tokenizer.digest,
             "pad_token_id": tokenizer.pad_id,
@@ -106,7 +116,7 @@ class ResolvedEncoder:
             "tf32": options.tf32,
             "outputs": to_plain(self.outputs),
             **to_plain(self.decision),
-            **options.spec(),
+            **self.family.spec(self.opened),
         }
 
 
@@ -128,6 +138,7 @@ def open_encoder(
         dtype=options.dtype,
         need="weights" if with_weights else "config",
     )
+    require_release(checkpoint, family.releases)
     tokenizer_where, folder = f"{where}.pretrained", checkpoint.folder
     if options.tokenizer is not None:
         tokenizer_where = f"{where}.tokenizer"
@@ -143,6 +154,21 @@ def open_encoder(
     opened = OpenEncoder(name, options, checkpoint, tokenizer, folder)
     family.check(opened)
     return opened
+
+
+def require_release(checkpoint: Checkpoint, releases: Mapping[str, str]) -> None:
+    """Raise InputError if transformers here is older than the first release with this model."""
+    found, first = version("transformers"), releases.get(checkpoint.model_type)
+    if first is not None and _numbers(found) < _numbers(first):
+        raise InputError(
+            f"{checkpoint.where}: {checkpoint.folder / 'config.json'} has model_type "
+            f"{checkpoint.model_type!r}, which transformers has since {first}, and this is "
+            f"{found}. Install transformers {first} or newer."
+        )
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", release)[:3])
 
 
 def resolve(

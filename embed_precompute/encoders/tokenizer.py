@@ -12,19 +12,20 @@ whose embeddings are thrown away.
 from __future__ import annotations
 
 import json
+import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embed_precompute.documents import digest_of
 from embed_precompute.encoders.checkpoint import quiet_transformers
-from embed_precompute.errors import InputError, InternalError, one_line
+from embed_precompute.errors import InputError, InternalError, one_line, require
 
 T = TypeVar("T")
 Shape = tuple[int, int]
@@ -59,6 +60,7 @@ WHAT_IS_NEEDED = (
     "Expected tokenizer.json and tokenizer_config.json as transformers saves them; set the "
     "encoder's `tokenizer` when they are in another folder."
 )
+TEMPLATE_CROP = re.compile(r"template(?:-(\d{1,6}))?")
 BEGINNINGS = ("a", "Red", "7", '"', "\u00e9", "\ube68", "\U0001f525", "(", "THE", "zq")
 """Captions that share no first token: what their ids have in common is the template's."""
 
@@ -71,9 +73,10 @@ class Tokenized:
     """[num_ids] each: what the encoder is run on, template and special tokens included, no pads."""
     num_ids: list[int]
     first: list[int]
-    """The first position that is stored, if only real positions are stored."""
+    """The first position that is stored, apart from `keep_first` at the very start."""
     stored: list[int]
-    """How many positions are stored from there."""
+    """How many positions are stored, if only real positions are: `keep_first`, and the others from
+    `first` on."""
     tokens: list[int]
     """Number of the caption's own tokens: without the template's, with special tokens. If the end
     is cut off, tokens of the template that are left after the caption are counted too."""
@@ -96,17 +99,45 @@ class Tokenized:
 
 @dataclass(frozen=True)
 class Template:
-    """Text around every caption, and which positions of the whole are not stored."""
+    """Text around every caption, and which positions of the whole are stored."""
 
     before: str = ""
     after: str = ""
-    crop_start: int | Literal["template"] = 0
-    """Number of positions left out at the start; `template`: all before the caption."""
+    crop_start: int | str = 0
+    """Number of positions left out at the start; `template`: all before the caption; `template-N`:
+    all of these but the last N."""
     crop_end: int = 0
     """Number of positions left out at the end."""
+    keep_first: int = 0
+    """Number of positions at the very start that are stored though `crop_start` holds them."""
+
+    def __post_init__(self) -> None:
+        start = self.crop_start
+        good = start >= 0 if isinstance(start, int) else TEMPLATE_CROP.fullmatch(start)
+        require(
+            bool(good),
+            f"crop_start is {start}: expected template, template-N with a number N, or a number of "
+            "0 or more.",
+        )
+
+    @property
+    def last_kept(self) -> int | None:
+        """The N of template-N; None if crop_start is a number."""
+        found = None if isinstance(self.crop_start, int) else TEMPLATE_CROP.match(self.crop_start)
+        return found and int(found[1] or 0)
+
+    @property
+    def format_string(self) -> str:
+        """Template and {text} in one."""
+        before, after = (
+            each.replace("{", "{{").replace("}", "}}") for each in (self.before, self.after)
+        )
+        return f"{before}{{text}}{after}"
 
     @classmethod
-    def parse(cls, text: str, crop_start: int | Literal["template"], crop_end: int) -> Template:
+    def parse(
+        cls, text: str, crop_start: int | str = 0, crop_end: int = 0, keep_first: int = 0
+    ) -> Template:
         """`text` is a format string with {text} in it. Raises InputError."""
         try:
             parts = list(string.Formatter().parse(text))
@@ -120,7 +151,8 @@ class Template:
             )
         literals = [part[0] for part in parts]
         split = named[0] + 1
-        return cls("".join(literals[:split]), "".join(literals[split:]), crop_start, crop_end)
+        before, after = "".join(literals[:split]), "".join(literals[split:])
+        return cls(before, after, crop_start, crop_end, keep_first)
 
 
 class CaptionTokenizer:
@@ -130,6 +162,10 @@ class CaptionTokenizer:
     """The tokenizer's class in transformers."""
     longest: int
     """Number of tokens of the longest caption: max_length plus what is cropped before it."""
+    first: int
+    """The first position that is stored, apart from `keep_first` at the very start."""
+    keep_first: int
+    pads_left: bool
     pad_id: int | None
     """Id of the pad token; None if no pad is ever attended."""
     eos_id: int | None
@@ -146,13 +182,22 @@ class CaptionTokenizer:
         folder: Path,
         max_length: int,
         special_tokens: Sequence[str],
-        template: Template | None = None,
+        template: Template | Callable[[Any], Template] | None = None,
+        *,
+        adds_special_tokens: bool = True,
+        pads_left: bool = False,
     ) -> None:
         """`where` begins every error; `special_tokens` as in `load_tokenizer`.
 
+        `template` may also be made of transformers' tokenizer. `adds_special_tokens`: those that
+        the tokenizer itself puts around a text. `pads_left`: pads stand before a caption, whatever
+        the tokenizer's own setting is.
+
         Raises InputError: no usable fast tokenizer, or one that the template does not fit.
         """
-        tokenizer = load_tokenizer(where, folder, special_tokens)
+        # A family with templates says itself on which side the pads are.
+        any_side = template is not None
+        tokenizer = load_tokenizer(where, folder, special_tokens, any_side=any_side)
         self.name = type(tokenizer).__name__
         self.eos_id, self._unk_id = tokenizer.eos_token_id, tokenizer.unk_token_id
         self.pad_id = tokenizer.pad_token_id if "pad_token" in special_tokens else None
@@ -164,25 +209,31 @@ class CaptionTokenizer:
         self._backend.no_truncation()
         self.max_id = max(self._backend.get_vocab(with_added_tokens=True).values())
         direction = str(tokenizer.truncation_side)
-        self._template = template or Template()
-        if direction != "right" and (self._template.before or self._template.after):
+        self.template = template(tokenizer) if callable(template) else template or Template()
+        self._adds = adds_special_tokens
+        if direction != "right" and (self.template.before or self.template.after):
             raise InputError(
                 f"{where}: the tokenizer in {folder} has truncation_side {direction!r}, which cuts "
                 "long captions at their beginning, and with them the template before. Set it to "
                 "'right' in tokenizer_config.json."
             )
         self.digest = self._probe(direction)
-        self._num_before, self._num_after = self._template_tokens(where)
-        crop_start = self._template.crop_start
-        self._first = self._num_before if crop_start == "template" else crop_start
+        self._num_before, self._num_after, self.first = self._template_tokens(where)
+        self.keep_first, self.pads_left = self.template.keep_first, pads_left
+        if self.keep_first > self.first:
+            raise InputError(
+                f"{where}: keep_first is {self.keep_first}, and crop_start leaves out only "
+                f"{self.first} positions. Lower keep_first: what is not cropped is stored anyway."
+            )
         self._unknown_in_empty = 0
         self.empty = self.encode([""])
         self._unknown_in_empty, self.empty.unknown[0] = self.empty.unknown[0], 0
-        self.longest = self._first + max_length
+        self.longest = self.first - self.keep_first + max_length
         if self.longest < self.empty.num_ids[0]:
             raise InputError(
                 f"{where}: max_length {max_length} leaves no room: the empty caption alone has "
-                f"{self.empty.num_ids[0] - self._first} special tokens. Raise max_length."
+                f"{self.empty.num_ids[0] - self.longest + max_length} special tokens. Raise "
+                "max_length."
             )
         if self.empty.stored[0] < 1:
             raise InputError(
@@ -190,6 +241,11 @@ class CaptionTokenizer:
                 "embedding. Give a template with text after {text}, or crop less."
             )
         self._backend.enable_truncation(self.longest, direction=direction)
+
+    @property
+    def template_stored(self) -> int:
+        """How many positions of the template are stored with a caption that is not cut off."""
+        return self._num_before + self._num_after - self.first + self.keep_first
 
     def encode(self, texts: Sequence[str]) -> Tokenized:
         """Tokenise captions; safe to call from several threads."""
@@ -199,12 +255,12 @@ class CaptionTokenizer:
         truncated = [bool(encoding.overflowing) for encoding in encodings]
         # What is cut is the end, and with it the template's text after the caption.
         others = [self._num_before + (0 if cut else self._num_after) for cut in truncated]
-        cropped = self._first + self._template.crop_end
+        cropped = self.first + self.template.crop_end
         return Tokenized(
             ids=ids,
             num_ids=num_ids,
-            first=[self._first] * len(ids),
-            stored=[max(0, count - cropped) for count in num_ids],
+            first=[self.first] * len(ids),
+            stored=[self.keep_first + max(0, count - cropped) for count in num_ids],
             tokens=[max(0, count - other) for count, other in zip(num_ids, others, strict=True)],
             truncated=truncated,
             # CLIP uses one token as unknown token and as end token. So the number of these in the
@@ -220,8 +276,8 @@ class CaptionTokenizer:
         return counts
 
     def _encode(self, texts: Sequence[str]) -> list[Any]:
-        whole = [f"{self._template.before}{text}{self._template.after}" for text in texts]
-        encodings: list[Any] = self._backend.encode_batch_fast(whole)
+        whole = [f"{self.template.before}{text}{self.template.after}" for text in texts]
+        encodings: list[Any] = self._backend.encode_batch_fast(whole, add_special_tokens=self._adds)
         return encodings
 
     def _probe(self, direction: str) -> str:
@@ -240,34 +296,45 @@ class CaptionTokenizer:
         ids = {"whole": [e.ids for e in whole], "cut": [e.ids for e in cut]}
         return digest_of({**ids, "vocabulary": model["vocab"], "merges": merges})
 
-    def _template_tokens(self, where: str) -> tuple[int, int]:
-        """Number of the template's tokens before a caption and after it.
+    def _template_tokens(self, where: str) -> tuple[int, int, int]:
+        """Number of the template's tokens before a caption and after it, and the first position
+        that is stored.
 
-        Raises InputError if the tokens before the caption change with the caption, so that no
-        position divides template and caption. Also if crop_start is neither 0 nor the number of
-        those tokens.
+        Raises InputError if the tokens that are left out at the start change with the caption. Also
+        if crop_start is neither 0 nor the number of the tokens before the caption.
         """
-        template, before, after = self._template, 0, 0
+        template, first = self.template, 0
         probes = [encoding.ids for encoding in self._encode(BEGINNINGS)]
         # Without a template, special tokens that the tokenizer adds count as the caption's own.
+        before = after = 0
         if template.before:
             before = _num_common(probes)
-            alone = self._backend.encode(template.before)
+        if template.before or template.after:
+            after = _num_common([ids[::-1] for ids in probes])
+        if template.before and template.crop_start != 0:
+            alone = self._backend.encode(template.before, add_special_tokens=self._adds)
             added_at_end = alone.special_tokens_mask[::-1].index(0)
-            if alone.ids[: len(alone.ids) - added_at_end] != probes[0][:before]:
+            count = len(alone.ids) - added_at_end
+            if template.crop_start not in ("template", count) and template.last_kept is None:
+                raise InputError(
+                    f"{where}: crop_start is {template.crop_start}, and with this tokenizer the "
+                    f"template has {count} tokens before the caption. Give that number, 0 or "
+                    "template."
+                )
+            first = count - (template.last_kept or 0)
+            if first < 0:
+                raise InputError(
+                    f"{where}: crop_start is {template.crop_start}, and with this tokenizer the "
+                    f"template has only {count} tokens before the caption."
+                )
+            if alone.ids[:first] != probes[0][: min(first, before)]:
                 raise InputError(
                     f"{where}: the last token of the template's text before the caption "
                     f"({template.before[-20:]!r}) changes with the caption that follows, so no "
-                    "position divides the two. End it with a special token or a line break."
+                    "position divides the two. End it with a special token or a line break, or "
+                    "store that token too (crop_start template-1)."
                 )
-        if template.before or template.after:
-            after = _num_common([ids[::-1] for ids in probes])
-        if template.crop_start not in ("template", 0, before):
-            raise InputError(
-                f"{where}: crop_start is {template.crop_start}, and with this tokenizer the "
-                f"template has {before} tokens before the caption. Give that number, 0 or template."
-            )
-        return before, after
+        return before, after, first
 
 
 def _num_common(rows: Sequence[Sequence[int]]) -> int:
@@ -276,11 +343,13 @@ def _num_common(rows: Sequence[Sequence[int]]) -> int:
     return [*same, False].index(False)
 
 
-def load_tokenizer(where: str, folder: Path, special_tokens: Sequence[str]) -> Any:
+def load_tokenizer(
+    where: str, folder: Path, special_tokens: Sequence[str], *, any_side: bool = False
+) -> Any:
     """transformers' fast tokenizer of a folder, which has these special tokens (`pad_token`, say).
 
     Raises InputError: no tokenizer, a slow one (its ids differ), a special token is missing, or a
-    needed pad token goes to the left.
+    needed pad token goes to the left; `any_side`: it may.
     """
     from transformers import AutoTokenizer
 
@@ -312,7 +381,7 @@ def load_tokenizer(where: str, folder: Path, special_tokens: Sequence[str]) -> A
                 f"{where}: the tokenizer in {folder} has no {name}. Set it in "
                 "tokenizer_config.json as the checkpoint's authors did."
             )
-    if "pad_token" in special_tokens and tokenizer.padding_side != "right":
+    if "pad_token" in special_tokens and tokenizer.padding_side != "right" and not any_side:
         raise InputError(
             f"{where}: the tokenizer in {folder} pads on the {tokenizer.padding_side}: text "
             "encoders are padded on the right. Set padding_side in tokenizer_config.json."
@@ -325,18 +394,20 @@ class TokenBatch:
     """Input of one forward; captions after the first `len(rows)` only fill it up."""
 
     input_ids: NDArray[np.int64]
-    """[B, L]: one caption per line, padded on the right with the pad id. Packed: [1, T], captions
-    end to end, pads after the last one."""
+    """[B, L]: one caption per line, padded with the pad id. Packed: [1, T], captions end to end,
+    pads after the last one."""
     lengths: NDArray[np.int32]
     """[C] number of real tokens of each caption, special tokens included; C is B unless packed."""
     first: NDArray[np.int32]
-    """[C] the caption's first position that is stored, if only real positions are stored."""
+    """[C] as in `Tokenized`; counted from the caption's own first token."""
     stored: NDArray[np.int32]
-    """[C] how many positions are stored from there."""
+    """[C] as in `Tokenized`."""
     rows: NDArray[np.int64]
     """[n], n <= C: for each of the first n captions of the batch, its index in the list of input
     captions. The other captions are empty and fill the batch up."""
     packed: bool = False
+    pads_left: bool = False
+    """Pads stand before a caption, not behind it."""
 
     @property
     def starts(self) -> NDArray[np.int64]:
@@ -346,7 +417,7 @@ class TokenBatch:
             return ends - self.lengths
         lines, length = self.input_ids.shape
         every: NDArray[np.int64] = np.arange(lines, dtype=np.int64) * length
-        return every
+        return every + (length - self.lengths) if self.pads_left else every
 
 
 def shape_of(num_tokens: int, shapes: Sequence[Shape]) -> Shape:
@@ -358,7 +429,12 @@ def shape_of(num_tokens: int, shapes: Sequence[Shape]) -> Shape:
 
 
 def make_batches(
-    captions: Tokenized, shapes: Sequence[Shape], pad_id: int, empty: Tokenized
+    captions: Tokenized,
+    shapes: Sequence[Shape],
+    pad_id: int,
+    empty: Tokenized,
+    *,
+    pads_left: bool = False,
 ) -> Iterator[TokenBatch]:
     """Batches of all captions: short shapes first, captions of one shape in input order.
 
@@ -370,18 +446,26 @@ def make_batches(
     for shape in sorted(rows_of, key=lambda shape: shape[1]):
         rows = rows_of[shape]
         for start in range(0, len(rows), shape[0]):
-            yield make_batch(captions, rows[start : start + shape[0]], shape, pad_id, empty)
+            chosen = rows[start : start + shape[0]]
+            yield make_batch(captions, chosen, shape, pad_id, empty, pads_left=pads_left)
 
 
 def make_batch(
-    captions: Tokenized, rows: Sequence[int], shape: Shape, pad_id: int, empty: Tokenized
+    captions: Tokenized,
+    rows: Sequence[int],
+    shape: Shape,
+    pad_id: int,
+    empty: Tokenized,
+    *,
+    pads_left: bool = False,
 ) -> TokenBatch:
     """A batch of the captions `rows`, at most B; `empty` fills the lines left over."""
     left_over = shape[0] - len(rows)
     lines = [captions.ids[row] for row in rows] + empty.ids * left_over
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     for line, tokens in enumerate(lines):
-        input_ids[line, : len(tokens)] = tokens
+        start = shape[1] - len(tokens) if pads_left else 0
+        input_ids[line, start : start + len(tokens)] = tokens
 
     def column(of_captions: list[int], of_empty: list[int]) -> NDArray[np.int32]:
         return np.array([of_captions[row] for row in rows] + of_empty * left_over, dtype=np.int32)
@@ -392,6 +476,7 @@ def make_batch(
         column(captions.first, empty.first),
         column(captions.stored, empty.stored),
         np.array(rows, dtype=np.int64),
+        pads_left=pads_left,
     )
 
 

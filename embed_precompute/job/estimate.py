@@ -268,8 +268,10 @@ def _encoder_lines(encoder: ResolvedEncoder, figures: Figures) -> list[str]:
     shapes = ", ".join(f"{batch}x{length}" for batch, length in decision.shapes)
     stored = []
     for tensor, output in encoder.tensors().items():
-        vectors = {"all": f"padded length {decision.padded_length} x", "real": "real tokens x"}
-        what = vectors.get(output.positions or "", "one vector of")
+        what = "real tokens x" if output.positions == "real" else "one vector of"
+        if output.positions == "all":
+            (length,) = encoder.stored_lengths(output, encoder.opened.tokenizer.empty, null=False)
+            what = f"padded length {length} x"
         stored.append(f"text_{tensor}: {what} {output.width}")
     tokenizer, suspicious = tokenizer_line(encoder, figures)
     if not figures.encoded:

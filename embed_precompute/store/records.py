@@ -25,6 +25,7 @@ from embed_precompute.documents import (
     MismatchError,
     canonical_json,
     digest_of,
+    field_types,
     from_plain,
     to_plain,
 )
@@ -164,6 +165,14 @@ class _OutputSpec:
 
 
 @dataclass(frozen=True)
+class _PromptSpec:
+    """What an encoder with a prompt template has in its spec; see `StoredTensor`."""
+
+    template_stored: Count = 0
+    padding_side: Literal["right", "left"] = "right"
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """A tensor of a shard: `text_<name>`."""
 
@@ -175,6 +184,10 @@ class StoredTensor:
     dtype: StoredDType
     positions: Literal["all", "real"] | None = None
     """See `EncoderOutput`."""
+    template_stored: int = 0
+    """Vectors of a prompt template's tokens that are stored with each caption's own."""
+    padding_side: Literal["right", "left"] = "right"
+    """Where the pads are, if they are stored."""
 
     @property
     def per_caption(self) -> bool:
@@ -199,8 +212,20 @@ def stored_tensors(spec: Mapping[str, Any]) -> tuple[StoredTensor, ...]:
                     f"{where} makes text_{name}: expected a name that no other output makes, "
                     f"and that does not end in {', '.join(RESERVED_ENDINGS)}."
                 )
+            prompt: _PromptSpec = from_plain(
+                _PromptSpec,
+                {key: fields[key] for key in field_types(_PromptSpec) if key in fields},
+                f"spec.encoders.{encoder}",
+            )
             tensors[name] = StoredTensor(
-                name, encoder, each.per, each.width, output.dtype, each.positions
+                name,
+                encoder,
+                each.per,
+                each.width,
+                output.dtype,
+                each.positions,
+                prompt.template_stored,
+                prompt.padding_side,
             )
     if not tensors:
         raise MismatchError("spec.encoders has no output: expected at least one.")

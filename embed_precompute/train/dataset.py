@@ -532,9 +532,13 @@ def _with_mask(tensor: StoredTensor, values: torch.Tensor, tokens: int) -> dict[
     name = f"text_{tensor.name}"
     if tensor.per_caption:
         return {name: values}
-    if tensor.positions == "real":  # a template's tokens that were kept are not in `tokens`
-        tokens = len(values)
-    return {name: values, name + TOKEN_MASK: torch.arange(len(values)) < tokens}
+    real = len(values)
+    if tensor.positions == "all":  # a template's tokens that were kept are not in `tokens`
+        real = min(tokens + tensor.template_stored, real)
+    mask = torch.arange(len(values)) < real
+    if tensor.padding_side == "left":
+        mask = mask.flip(0)
+    return {name: values, name + TOKEN_MASK: mask}
 
 
 def _read_manifest(root: Path) -> Manifest:

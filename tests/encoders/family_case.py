@@ -25,6 +25,10 @@ from embed_precompute.encoders.families.base import EncoderConfig, Reference
 from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, resolve
 
 
+def _alone(folder: Path, model_class: Any, **arguments: Any) -> Any:
+    return model_class.from_pretrained(folder, **arguments)
+
+
 @dataclass(frozen=True)
 class Case:
     """One configuration of a family."""
@@ -36,6 +40,8 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     """What is not the default; with small shapes, so that there are several batches."""
     implementations: tuple[str, ...] = ("hf",)
+    alone: Callable[..., Any] = _alone
+    """(folder, transformers' class, arguments of from_pretrained) -> the text encoder alone."""
 
 
 def every_case() -> list[Case]:

@@ -2,43 +2,81 @@
 
 from __future__ import annotations
 
-from functools import partial
+import json
+import shutil
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from family_case import Case, built, copied, encode, resolved_of
-from safetensors.torch import load_file
+import yaml
+from family_case import Case, built, copied, encode, reference_of, resolved_of
+from jobs import call, write_captions
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from embed_precompute.encoders import resolve
+from embed_precompute.encoders.device import difference
+from embed_precompute.encoders.families.decoder import ChatOptions, Message, ProjectOptions
+from embed_precompute.encoders.loading import Source
 from embed_precompute.encoders.weights import stored_weights
 from embed_precompute.errors import InputError
+from embed_precompute.train.dataset import EmbeddingDataset
 
-SPECIAL = ["<|begin|>", "<|user|>", "<|end|>"]
+SPECIAL = ["<|begin|>", "<|user|>", "<|end|>", "<|pad|>"]
 CHAT = "<|user|>Describe the video:\n{text}<|end|>\n"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|user|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|user|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}(no {thoughts})\n{% endif %}"
+    "{% endif %}"
+)
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4} | {
     "num_key_value_heads": 2,
     "num_hidden_layers": 3,
     "vocab_size": 600,
     "max_position_embeddings": 512,
+    "pad_token_id": 0,
 }
+GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 30}
+MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 24},
+    "gemma2": {**GEMMA, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {**GEMMA, "sliding_window_pattern": 2},
+    "qwen2_5_vl": {"rope_scaling": MROPE},
+    "qwen3_vl": {"head_dim": 16, "rope_scaling": {**MROPE, "mrope_interleaved": True}},
+}
+TOWERS = {"gemma3": "gemma3_text", "mistral3": "mistral", "llava": "llama"} | {
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
+}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2} | {
+    "num_hidden_layers": 1,
+    "depth": 1,
+    "num_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "out_hidden_size": 64,
+    "fullatt_block_indexes": [0],
+    "deepstack_visual_indexes": [0],
+    "num_position_embeddings": 16,
+}
+OLD = transformers.__version__.startswith("4.51.")
 
 
-def write_decoder(
+def write_tokenizer(
     folder: Path,
     corpus: list[str],
     *,
-    model_type: str = "qwen2",
     begins: bool = False,
     ends: bool = False,
-) -> Path:
-    """A random causal language model, head included, as its trainers save one.
-
-    `begins`: the tokenizer puts a begin-of-text token first, as Llama's does; `ends`: an end token
-    last, as that of some embedding models does.
-    """
+    chat_template: str = CHAT_TEMPLATE,
+) -> None:
+    """`begins`: it puts a begin-of-text token first, as Llama's does; `ends`: an end token last, as
+    that of some embedding models does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,31 +89,68 @@ def write_decoder(
     special = [(name, tokenizer.token_to_id(name)) for name in SPECIAL]
     tokenizer.post_processor = processors.TemplateProcessing(added, None, special)
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", padding_side="left"
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        padding_side="left",
+        chat_template=chat_template,
     )
     fast.save_pretrained(str(folder))
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type]
-    head_dim = {"head_dim": 24} if model_type == "qwen3" else {}
+
+
+def make_model(model_type: str) -> Any:
+    """A random causal language model with its head, and its vision tower if it has one."""
+    text = {**SIZES, **OF_FAMILY.get(TOWERS.get(model_type, model_type), {})}
+    config_class: Any = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type]
+    if model_type not in TOWERS or (OLD and model_type == "qwen2_5_vl"):
+        ids = {"image_token_id": 590, "video_token_id": 591, "vision_start_token_id": 592}
+        config = config_class(**text, **(ids if model_type in TOWERS else {}))
+    else:
+        tower = {"qwen2_5_vl": "qwen2_5_vl_text", "qwen3_vl": "qwen3_vl_text"}
+        text["model_type"] = tower.get(model_type, TOWERS[model_type])
+        config = config_class(text_config=text)
+    if model_type in TOWERS:
+        for key in VISION.keys() & vars(config.vision_config).keys():
+            setattr(config.vision_config, key, VISION[key])
     torch.manual_seed(7)
-    config = getattr(transformers, f"{name}Config")(**SIZES, **head_dim)
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    whole = "ImageTextToText" if model_type in TOWERS else "CausalLM"
+    model = getattr(transformers, f"AutoModelFor{whole}").from_config(config)
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("norm.weight"):
-                parameter.normal_(1.0, 0.2)  # so that a norm that is forgotten shows
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):  # so that a norm that is forgotten shows
+                parameter.normal_(0.0 if "gemma" in model_type else 1.0, 0.2)
             elif parameter.dim() == 2:
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5)
-    model.save_pretrained(str(folder), safe_serialization=True)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.1)
+    return model
+
+
+def write_decoder(
+    folder: Path, corpus: list[str], *, model_type: str = "qwen2", **ends: bool
+) -> Path:
+    """A random model of this type as its trainers save one, with a tokenizer."""
+    write_tokenizer(folder, corpus, **ends)
+    make_model(model_type).save_pretrained(str(folder), safe_serialization=True)
     return folder
+
+
+def tower(folder: Path, model_class: Any, **arguments: Any) -> Any:
+    """The text tower of a checkpoint with a vision tower, or of one without."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if not hasattr(config, "vision_config") or config.architectures == [model_class.__name__]:
+        return model_class.from_pretrained(folder, **arguments)
+    whole = transformers.AutoModelForImageTextToText.from_pretrained(folder, **arguments)
+    return next(m for m in whole.modules() if hasattr(m, "layers") and hasattr(m, "embed_tokens"))
 
 
 llama = partial(write_decoder, model_type="llama", begins=True)
 SHORT = {"max_length": 48, "batch_tokens": 400, "buckets": [12, 24]}
+MESSAGES = (Message(role="system", content="{{s}}"), Message(role="u", content="{text}"))
+MASKED = {"attention_mask": "padding", "buckets": [], "max_length": 48, "batch_tokens": 120}
 CASES = [
     Case("qwen2", "decoder", write_decoder, {"template": CHAT, **SHORT}),
-    Case("qwen2-ends", "decoder", partial(write_decoder, ends=True), {"template": CHAT, **SHORT}),
-    Case("llama", "decoder", llama, {"template": CHAT, "hidden_state": -2, **SHORT}),
-    Case("llama-plain", "decoder", llama, {"hidden_state": 1, "max_length": 48}),
+    Case("llama", "decoder", llama, {"template": CHAT, "layers": [-2], **SHORT}),
     Case(
         "mistral",
         "decoder",
@@ -93,9 +168,58 @@ CASES = [
         "qwen3",
         "decoder",
         partial(write_decoder, model_type="qwen3"),
-        {"template": CHAT, "hidden_state": 2, "norm": "final", "max_length": 48},
+        {"template": CHAT, "layers": [2], "norm": "final", "max_length": 48},
+    ),
+    Case(
+        "gemma2",
+        "decoder",
+        partial(write_decoder, model_type="gemma2", begins=True),
+        {"template": "Prompt: {text}", "crop_start": "template-2", "keep_first": 1, **MASKED},
+    ),
+    Case(
+        "gemma3",
+        "decoder",
+        partial(write_decoder, model_type="gemma3", begins=True),
+        {
+            "layers": [0, 1, 2, 3],
+            "norm": "final",
+            "combine": "stack",
+            "padding_side": "left",
+            **MASKED,
+        },
+        alone=tower,
+    ),
+    Case(
+        "mistral3",
+        "decoder",
+        partial(write_decoder, model_type="mistral3", begins=True),
+        {
+            "chat": ChatOptions(messages=MESSAGES),
+            "layers": [3, 1],
+            "keep": "all",
+            "attention_mask": "padding",
+            "max_length": 48,
+            "crop_start": 0,
+        },
+        alone=tower,
+    ),
+    Case(
+        "qwen2_5_vl",
+        "decoder",
+        partial(write_decoder, model_type="qwen2_5_vl"),
+        {
+            "chat": ChatOptions(messages=MESSAGES, generation_prompt=True, thinking=False),
+            "layers": [1, 2],
+            "layer_zscore": True,
+            **MASKED,
+        },
+        alone=tower,
     ),
 ]
+if not OLD:
+    write = partial(write_decoder, model_type="qwen3_vl")
+    fields = {"template": CHAT, "keep": "all", **MASKED}
+    CASES.append(Case("qwen3_vl", "decoder", write, fields, alone=tower))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +232,34 @@ def begins(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Path:
     return llama(tmp_path_factory.mktemp("decoder") / "llama", corpus)
 
 
+@pytest.fixture(scope="module")
+def texts(corpus: list[str]) -> list[str]:
+    return ["", "a red fox", *corpus[:4], corpus[0] * 9, "\u8d64\u3044 <|end|> {x}"]
+
+
 resolved = partial(resolved_of, "decoder", template=CHAT)
+
+
+def test_tokens_at_the_end_are_cropped(corpus: list[str], texts: list[str], tmp_path: Path) -> None:
+    """Also those that the tokenizer adds."""
+    folder = write_decoder(tmp_path, corpus, ends=True)
+    fields = {"template": CHAT, "crop_end": 2, "layers": [1], **SHORT}
+    encoder = built(Case("ends", "decoder", write_decoder, fields), folder)
+    reference = reference_of(encoder.resolved)
+    for text, found in zip(texts, encode(encoder, texts)[""], strict=True):
+        assert difference(found, reference(text, None)[""], exact=True) is None, text
+
+
+def test_positions_of_a_prompt_that_ends_in_a_space(begins: Path) -> None:
+    """As Sana takes them: the first one, and those from the last token of the template alone on."""
+    plain = transformers.AutoTokenizer.from_pretrained(str(begins))
+    alone = len(plain("Rewrite it: ").input_ids)
+    fields = {"template": "Rewrite it: {text}", "crop_start": "template-1", "keep_first": 1}
+    tokenizer = resolved(begins, max_length=30, **fields).opened.tokenizer
+    captions = tokenizer.encode(["a red fox", "7", "x" * 5000])
+    assert (tokenizer.first, tokenizer.longest) == (alone - 1, alone - 2 + 30)
+    assert captions.stored == [n - tokenizer.first + 1 for n in captions.num_ids]
+    assert captions.stored[2] == 30
 
 
 def test_the_templates_tokens_are_counted_and_cropped(qwen2: Path, begins: Path) -> None:
@@ -161,8 +312,23 @@ def test_lengths_count_from_the_crop_on(qwen2: Path) -> None:
             {"crop_start": 5},
             r"crop_start is 5, and with this tokenizer the template has \d+ tokens",
         ),
-        ({"hidden_state": 0}, "hidden_state is 0"),
-        ({"hidden_state": 4}, "hidden_state is 4: the model in .* has 3 layers"),
+        ({"layers": ()}, r"layers is \[\]: expected one layer or more"),
+        ({"layers": (4,)}, "layers has 4: the model in .* has 3 layers"),
+        ({"layers": (1, -3)}, r"with the 3 layers of the model in .* one of them is named twice"),
+        ({"layers": (3, 1), "norm": "final"}, "and the last of 2 layers is 1: the final norm"),
+        ({"layers": (0,), "norm": "final"}, "layers is the embeddings alone"),
+        ({"keep_first": 99}, r"keep_first is 99, and crop_start leaves out only \d+ positions"),
+        ({"crop_start": "templat"}, "crop_start is templat: expected template, template-N"),
+        ({"crop_start": "template-99"}, r"the template has only \d+ tokens before the caption"),
+        ({"padding_side": "left"}, "padding_side is left with attention_mask none"),
+        ({"keep": "all", "buckets": (20,)}, "buckets are for keep real"),
+        ({"keep": "all", "crop_end": 1}, "crop_end is for keep real"),
+        ({"keep": "all", "implementation": "fused"}, "keep is all: fused packs captions"),
+        (
+            {"keep": "all", "attention_mask": "padding", "padding_side": "left"},
+            "keep is all with padding_side left: the positions at the start are pads",
+        ),
+        ({"chat": ChatOptions(messages=MESSAGES)}, "chat and template are both given"),
         ({"compile": True}, "decoder has no fused. Expected hf, and compile false"),
         ({"implementation": "fused"}, "decoder has no fused. Expected hf"),
     ],
@@ -189,7 +355,7 @@ def test_braces_are_written_twice(qwen2: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layers_after_the_hidden_state_are_not_loaded(qwen2: Path, dtype: str) -> None:
-    case = Case("cut", "decoder", write_decoder, {"template": CHAT, "hidden_state": -2})
+    case = Case("cut", "decoder", write_decoder, {"template": CHAT, "layers": [-2]})
     encoder = built(case, qwen2, dtype, dtype=dtype)
     assert len(encoder.model.layers) == 2
     resolved = encoder.resolved
@@ -198,6 +364,222 @@ def test_layers_after_the_hidden_state_are_not_loaded(qwen2: Path, dtype: str) -
     left = set(load_file(qwen2 / "model.safetensors")) - read
     assert {name.removeprefix("model.")[:8] for name in left} == {"lm_head.", "layers.2"}
     assert encode(encoder, ["a red fox"])[""][0].isfinite().all()
+
+
+# --- checkpoints with more than a text tower ------------------------------------------------------
+
+EVERY = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "mistral3", "qwen2_5_vl") + (
+    () if OLD else ("qwen3_vl",)
+)
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Any:
+    @cache
+    def write(model_type: str) -> Path:
+        folder = tmp_path_factory.mktemp("decoder") / model_type
+        return write_decoder(folder, corpus, model_type=model_type, begins=True)
+
+    return write
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("model_type", EVERY)
+def test_a_mask_of_pads_gives_the_pipelines_very_numbers(
+    model_type: str, side: str, folder_of: Any
+) -> None:
+    """The whole model with the plain mask, one caption at the full length: not a bit differs, and
+    neither with neighbours that have more pads or none."""
+    fields = {"attention_mask": "padding", "padding_side": side, "max_length": 60}
+    fields |= {"layers": [1, -1], "norm": "final", "buckets": [], "batch_tokens": 180}
+    case = Case("masked", "decoder", write_decoder, fields)
+    encoder = built(case, folder_of(model_type))
+    expected, texts = reference_of(encoder.resolved), ["a red fox", "", "a b " * 200]
+    longest = encoder.resolved.opened.tokenizer.longest
+    for text, found in zip(texts, encode(encoder, texts)[""], strict=True):
+        whole = expected(text, longest)[""]
+        real = whole[: len(found)] if side == "right" else whole[len(whole) - len(found) :]
+        if OLD and side == "left" and model_type == "qwen2_5_vl":
+            # Its whole model counts positions from the first real token on, in this release.
+            assert difference(found, real, exact=True) is None, text
+            continue
+        assert torch.equal(found, real), text
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "model.", "language_model.model.", "model.language_model.", "language_model."]
+)
+def test_a_tower_is_the_same_by_every_releases_names(
+    prefix: str, folder_of: Any, tmp_path: Path
+) -> None:
+    """Only the text tower is read, and of it only the layers that are run."""
+    whole = folder_of("gemma3")
+    plain = resolved(whole, layers=(1,))
+    source = Source(plain.opened.checkpoint, plain.family, plain.options)
+    tensors = {each.canonical: each for each in source.weights(torch.float32)}
+    assert {name.split(".")[0] for name in tensors} == {"layers", "embed_tokens", "norm"}
+    assert not any(name.startswith(("layers.1", "layers.2")) for name in tensors)
+    folder = tmp_path / "renamed"
+    shutil.copytree(whole, folder)
+    held = load_file(whole / "model.safetensors")
+    renamed = {prefix + each.canonical: held[each.name] for each in tensors.values()}
+    renamed |= {name: held[name] for name in held if "vision" in name}
+    save_file(renamed | {"lm_head.weight": torch.zeros(4)}, folder / "model.safetensors")
+    assert resolved(folder, layers=(1,)).weights == plain.weights
+    case = Case("renamed", "decoder", write_decoder, {"layers": [1], "template": CHAT})
+    encoders = [built(case, each) for each in (whole, folder)]
+    assert torch.equal(*(encode(encoder, ["a red fox"])[""][0] for encoder in encoders))
+
+
+@pytest.mark.skipif(OLD, reason="this release of transformers saves no other form")
+def test_qwen2_5_vl_as_it_was_published(folder_of: Any, tmp_path: Path) -> None:
+    """config.json has the text tower's settings at its top."""
+    new = folder_of("qwen2_5_vl")
+    config = json.loads((new / "config.json").read_bytes())
+    text = config.pop("text_config")
+    theta = text.pop("rope_parameters")["rope_theta"]
+    scaling = {"type": "mrope", "mrope_section": MROPE["mrope_section"]}
+    changes = {**text, "rope_theta": theta, "rope_scaling": scaling, "model_type": "qwen2_5_vl"}
+    old = shutil.copytree(new, tmp_path / "old")
+    (old / "config.json").write_text(json.dumps({**config, **changes}))
+    assert resolved(old).weights == resolved(new).weights
+    case = Case("old", "decoder", write_decoder, {"template": CHAT})
+    assert torch.equal(*(encode(built(case, each), ["a fox"])[""][0] for each in (old, new)))
+
+
+def test_a_model_that_this_transformers_lacks(
+    folder_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(folder_of("qwen3"), tmp_path / "vl", model_type="qwen3_vl")
+    monkeypatch.setattr(resolve, "version", lambda name: "4.51.3")
+    with pytest.raises(InputError, match=r"'qwen3_vl', which transformers has since 4\.57\.0, and"):
+        resolved(folder)
+
+
+def test_a_model_that_is_not_causal(folder_of: Any, tmp_path: Path) -> None:
+    config = json.loads((folder_of("gemma3") / "config.json").read_bytes())
+    text = {**config["text_config"], "use_bidirectional_attention": True}
+    with pytest.raises(InputError, match=r"is not causal \(use_bidirectional_attention\)"):
+        resolved(copied(folder_of("gemma3"), tmp_path / "gemma", text_config=text))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_trainer_knows_the_pads_that_are_stored(
+    side: str, folder_of: Any, tmp_path: Path
+) -> None:
+    """keep all: every position of one length, and the tokenizer's mask with them."""
+    texts = ["a red fox", "", "a b " * 200]
+    encoder = {"kind": "decoder", "pretrained": str(folder_of("llama")), "dtype": "float32"}
+    encoder |= {"attention_mask": "padding", "padding_side": side, "keep": "all", "max_length": 40}
+    encoder |= {"template": CHAT, "crop_start": 0, "batch_tokens": 80}
+    config = {
+        "captions": {"path": str(write_captions(tmp_path / "captions.parquet", texts))},
+        "encoders": {"enc": encoder},
+        "output": {"path": str(tmp_path / "out"), "dtype": "float32"},
+        "runtime": {"device": "cpu"},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(config))
+    code, _, log = call("run", str(tmp_path / "job.yaml"))
+    assert code == 0, log
+    plain = transformers.AutoTokenizer.from_pretrained(folder_of("llama"))
+    arguments = {"padding": "max_length", "truncation": True, "max_length": 40}
+    prompts = [CHAT.format(text=text) for text in texts]
+    wanted = plain(prompts, padding_side=side, return_tensors="pt", **arguments)["attention_mask"]
+    dataset = EmbeddingDataset(tmp_path / "out")
+    for row, mask in enumerate(wanted.bool()):
+        assert torch.equal(dataset[row]["text_enc_token_mask"], mask)
+        assert dataset[row]["text_enc"].shape == (40, 64)
+    assert torch.equal(dataset.null["text_enc_token_mask"], wanted[1].bool())
+    code, said, _ = call("verify", str(tmp_path / "out"), "--level", "deep", "--sample", "9")
+    assert code == 0, said
+
+
+# --- chats ----------------------------------------------------------------------------------------
+
+
+def test_a_chat_is_its_rendered_template(qwen2: Path, begins: Path, tmp_path: Path) -> None:
+    chat = ChatOptions(messages=MESSAGES, generation_prompt=True, thinking=False)
+    written = (
+        "<|user|>system\n{{s}}<|end|>\n<|user|>u\n{text}<|end|>\n"
+        "<|user|>assistant\n(no {{thoughts}})\n"
+    )
+    encoder = resolved(qwen2, template="{text}", chat=chat)
+    assert encoder.spec()["template"] == written
+    assert encoder.spec() == resolved(qwen2, template=written).spec()
+    # Llama's tokenizer puts a begin-of-text token before a text, and none before a chat.
+    plain = transformers.AutoTokenizer.from_pretrained(str(begins))
+    messages = [{"role": "system", "content": "{s}"}, {"role": "u", "content": "a {b}"}]
+    ids = plain.apply_chat_template(messages, return_dict=True, tokenize=True)["input_ids"]
+    chat = ChatOptions(messages=MESSAGES)
+    found = resolved(begins, template="{text}", chat=chat).opened.tokenizer.encode(["a {b}"])
+    assert found.ids[0].tolist() == ids
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ messages[0]['content'] | trim }}", "changes the caption ' a ', so the prompt is no"),
+        ("no caption", "puts the caption into the prompt 0 times: expected once"),
+        ("{{ raise_exception('only one speaker') }}", r"TemplateError: only one speaker\)\. Name"),
+    ],
+)
+def test_chat_templates_that_cannot_be(
+    template: str, words: str, corpus: list[str], tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path, corpus, chat_template=template)
+    make_model("qwen2").save_pretrained(str(tmp_path), safe_serialization=True)
+    chat = ChatOptions(messages=(Message(role="user", content="{text}"),))
+    with pytest.raises(InputError, match=words):
+        resolved(tmp_path, template="{text}", chat=chat)
+
+
+# --- a stage behind -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "combine", "side"),
+    [("ltx2_range", "stack", "left"), ("rms", "concat", "right"), ("none", "concat", "right")],
+)
+def test_a_projection(
+    before: str, combine: str, side: str, qwen2: Path, texts: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    path = tmp_path / "project.safetensors"
+    tensors = {"text.weight": torch.randn(20, 4 * 64) / 16, "text.bias": torch.randn(20)}
+    save_file(tensors, path)
+    project = ProjectOptions(
+        path=str(tmp_path), weight="text.weight", bias="text.bias", before=before
+    )
+    fields: dict[str, Any] = {"layers": [0, 1, 2, 3], "norm": "final", "combine": combine}
+    fields |= {"template": CHAT, "project": project, "attention_mask": "padding"}
+    case = Case("project", "decoder", write_decoder, {**fields, "padding_side": side, **SHORT})
+    encoder = built(case, qwen2)
+    assert [output.width for output in encoder.resolved.outputs] == [20]
+    reference = reference_of(encoder.resolved)
+    for text, found in zip(texts, encode(encoder, texts)[""], strict=True):
+        assert difference(found, reference(text, None)[""], exact=True) is None, text
+    digest = encoder.resolved.weights
+    save_file({**tensors, "text.bias": torch.zeros(20)}, path)
+    assert resolved_of("decoder", qwen2, **fields).weights != digest
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"path": "absent"}, r"project.path is 'absent': absent cannot be read \(No such file"),
+        ({"weight": "text.wight"}, "has no tensor 'text.wight': did you mean text.weight?"),
+        ({"weight": "wide"}, r"has wide of shape \[20, 65\]: expected \[stored width, 64\], for 1"),
+        ({"bias": "wide"}, r"project.bias: .* has wide of shape \[20, 65\]: expected \[20\]"),
+    ],
+)
+def test_projections_that_cannot_be(
+    fields: dict[str, str], words: str, qwen2: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "project.safetensors"
+    save_file({"text.weight": torch.zeros(20, 64), "wide": torch.zeros(20, 65)}, path)
+    fields = {"path": str(path), "weight": "text.weight", **fields}
+    with pytest.raises(InputError, match=words):
+        resolved(qwen2, project=ProjectOptions(**fields))  # type: ignore[arg-type]
 
 
 def test_a_head_alone_is_named(tmp_path: Path, corpus: list[str]) -> None:

@@ -21,7 +21,7 @@ import yaml
 from family_case import Case, built, copied, encode, every_case, parameters, reference_of, resolved
 from jobs import call, write_captions
 
-from embed_precompute.documents import canonical_json
+from embed_precompute.documents import canonical_json, to_plain
 from embed_precompute.encoders.device import check_numbers, difference, distance
 from embed_precompute.encoders.families.base import Decision, in_dtype
 from embed_precompute.encoders.fetch import fetch
@@ -123,16 +123,17 @@ def test_tokens_and_spans(case: Case, folder_of: Any, texts: list[str]) -> None:
     tokenizer, options = encoder.opened.tokenizer, encoder.options
     plain = transformers.AutoTokenizer.from_pretrained(str(encoder.opened.tokenizer_folder))
     captions = tokenizer.encode(texts)
-    template = getattr(options, "template", "{text}")
+    special = {"add_special_tokens": getattr(options, "chat", None) is None}
     for row, text in enumerate(texts):
-        prompt, longest = template.format(text=text), tokenizer.longest
-        whole = plain(prompt)["input_ids"]
-        cut = plain(prompt, truncation=True, max_length=longest)["input_ids"]
+        prompt, longest = tokenizer.template.format_string.format(text=text), tokenizer.longest
+        whole = plain(prompt, **special)["input_ids"]
+        cut = plain(prompt, truncation=True, max_length=longest, **special)["input_ids"]
         assert captions.ids[row].tolist() == cut
         assert captions.num_ids[row] == len(captions.ids[row]) <= longest
         assert captions.truncated[row] == (len(whole) > longest)
-        assert 0 <= captions.first[row] <= captions.first[row] + captions.stored[row]
-        assert captions.first[row] + captions.stored[row] <= captions.num_ids[row]
+        assert 0 <= tokenizer.keep_first <= captions.first[row]
+        behind = captions.stored[row] - tokenizer.keep_first
+        assert 0 <= behind <= captions.num_ids[row] - captions.first[row]
         assert captions.tokens[row] <= options.max_length
     assert captions.truncated.count(True) >= 1
     built_encoder = built(case, folder_of(case))
@@ -180,15 +181,13 @@ def test_a_copy_of_equal_values_is_the_same_encoder(
     encoder = resolved(case, folder_of(case), **fields)
     digest, checkpoint = encoder.weights, encoder.opened.checkpoint
     assert digest != resolved(case, folder_of(case), dtype="float32").weights
-    model_class = Source(checkpoint, encoder.family, encoder.options).model_class
+    source = Source(checkpoint, encoder.family, encoder.options)
     for dtype in ("bfloat16", "float32"):  # the second holds values of the first
-        model = model_class.from_pretrained(
-            tmp_path / "bfloat16" if dtype == "float32" else checkpoint.folder,
-            **in_dtype(dtype),
-            **encoder.family.model_arguments,
-        )
+        folder = tmp_path / "bfloat16" if dtype == "float32" else checkpoint.folder
+        arguments = {**in_dtype(dtype), **encoder.family.model_arguments}
+        model = case.alone(folder, source.model_class, **arguments)
         model.save_pretrained(tmp_path / dtype, max_shard_size="100KB")
-        for path in checkpoint.folder.glob("*token*"):
+        for path in [*checkpoint.folder.glob("*token*"), *checkpoint.folder.glob("*.jinja")]:
             shutil.copy(path, tmp_path / dtype)
         assert len(list((tmp_path / dtype).glob("*.safetensors"))) > 1
         assert resolved(case, tmp_path / dtype, **fields).weights == digest
@@ -226,7 +225,9 @@ def test_whatever_changes_the_numbers_changes_the_digest(
         return encoder.resolved.weights, [each for rows in stored.values() for each in rows]
 
     digest, expected = numbers(folder)
-    for key, value in json.loads((folder / "config.json").read_bytes()).items():
+    config = json.loads((folder / "config.json").read_bytes())
+    config.pop("vision_config", None)  # the text encoder has no part in it
+    for key, value in config.items():
         for other in others(value):
             shutil.rmtree(tmp_path / "copy", ignore_errors=True)
             with contextlib.suppress(InputError):
@@ -270,7 +271,7 @@ def test_the_self_check_sees_a_wrong_encoder(
 @every_family
 def test_a_whole_job(case: Case, folder_of: Any, texts: list[str], tmp_path: Path) -> None:
     captions = write_captions(tmp_path / "captions.parquet", [*texts, None])
-    encoder = {"kind": case.kind, "pretrained": str(folder_of(case)), **case.options}
+    encoder = {"kind": case.kind, "pretrained": str(folder_of(case)), **to_plain(case.options)}
     config = {
         "captions": {"path": str(captions)},
         "encoders": {"enc": {"dtype": "float32", **encoder}},

@@ -199,6 +199,15 @@ def test_weights_of_another_config(tmp_path: Path, tiny_t5: Path) -> None:
         assert all(word in message for word in words)
 
 
+def test_weights_that_transformers_does_not_read(tiny_t5: Path) -> None:
+    """As transformers 5.0 does with the shared embedding of Wan's umT5."""
+    resolved = resolved_of("t5", tiny_t5)
+    source = Source(resolved.opened.checkpoint, resolved.family, resolved.options)
+    found = {"mismatched_keys": [], "missing_keys": ["encoder.embed_tokens.weight"]}
+    with pytest.raises(InputError, match=r"does not read: encoder\.embed_tokens.* another release"):
+        loading._check_loading(source, {**found, "unexpected_keys": ["shared.weight"]})
+
+
 def test_truncated_weights(tmp_path: Path, tiny_t5: Path) -> None:
     folder = shutil.copytree(tiny_t5, tmp_path / "t5")
     path = folder / "model.safetensors"

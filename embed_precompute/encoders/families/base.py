@@ -72,7 +72,8 @@ class EncoderConfig:
             )
 
     def require_buckets(self, buckets: tuple[int, ...] | None) -> None:
-        """Raise InputError unless `buckets` are lengths up to max_length that hf can run."""
+        """Raise InputError unless `buckets` are lengths up to max_length that hf can run; none of
+        them: every caption runs at the full length."""
         if buckets is None:
             return
         require(
@@ -80,14 +81,12 @@ class EncoderConfig:
             "buckets are for the implementation hf: fused packs captions end to end. "
             "Remove buckets, or use hf.",
         )
-        require(
-            bool(buckets) and min(buckets) >= 1, f"buckets is {list(buckets)}: expected lengths."
-        )
-        require(
-            max(buckets) <= self.max_length,
-            f"max_length is {self.max_length}, and buckets has {max(buckets)}: expected 1 to "
-            "max_length.",
-        )
+        for length in buckets:
+            require(
+                1 <= length <= self.max_length,
+                f"max_length is {self.max_length}, and buckets has {length}: expected 1 to "
+                "max_length.",
+            )
 
     @property
     def integer_column(self) -> str | None:
@@ -205,6 +204,12 @@ class Family(abc.ABC, Generic[Options]):
     name that the model does not know is an error. Others are not read: they are other parts."""
     second_names: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Second name of a weight -> its name, where a checkpoint may have either or both."""
+    loads_canonical_names: ClassVar[bool] = False
+    """The class that is loaded knows a weight by its canonical name, and by no other: one part of a
+    checkpoint is loaded as a model of its own."""
+    releases: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """model_type -> the first release of transformers that has it, where the oldest supported one
+    has not."""
     config_keys: ClassVar[tuple[str, ...]]
     """What of transformers' config the encoder's numbers depend on, apart from what the shapes of
     the weights say: it is in the fingerprint."""
@@ -231,6 +236,10 @@ class Family(abc.ABC, Generic[Options]):
     def sizes(self, checkpoint: Checkpoint) -> Sizes:
         """The sizes in config.json, with transformers' defaults for those that are left out."""
 
+    def spec(self, opened: OpenEncoder[Options]) -> dict[str, Any]:
+        """What else changes bytes, as JSON: the family's part of the fingerprint."""
+        return opened.options.spec()
+
     @abc.abstractmethod
     def decide(self, opened: OpenEncoder[Options], facts: Facts) -> Decision:
         """Decide implementation and shapes from these arguments alone, never from the machine.
@@ -252,6 +261,12 @@ class Family(abc.ABC, Generic[Options]):
         """Whether a weight of the encoder is never run with these options: it is not read."""
         return False
 
+    def extra_weights(
+        self, options: Options, checkpoint: Checkpoint
+    ) -> Mapping[str, tuple[Path, str]]:
+        """Weights that are not the checkpoint's: canonical name -> (file, name in it)."""
+        return {}
+
     def keeps_float32(self, weight: str, dtype: str) -> bool:
         """Whether transformers keeps this weight in float32 when the rest has `dtype`."""
         return False
@@ -272,8 +287,14 @@ class Family(abc.ABC, Generic[Options]):
         """Values that replace those of config.json when the model is made."""
         return {}
 
-    def adapt(self, model: Any, options: Options) -> None:
-        """Change the loaded model in place before it is run."""
+    def adapt(
+        self,
+        model: Any,
+        options: Options,
+        checkpoint: Checkpoint,
+        extra: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Change the loaded model in place before it is run; `extra`: the `extra_weights`."""
 
     @abc.abstractmethod
     def forward(

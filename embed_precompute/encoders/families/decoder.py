@@ -1,19 +1,23 @@
-"""Decoder-only language models as text encoders: Llama, Mistral, Qwen2, Qwen3; a vector per token.
+"""Decoder-only language models as text encoders; a vector per token.
 
-The caption is put into a prompt template, one hidden state is taken, and the positions of the
-template before the caption are cropped. The models are causal and padded on the right, so real
-tokens never see a pad: the forward passes no mask, and only real positions are stored. Layers after
-the hidden state are neither loaded nor run.
+Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, and the text towers of LLaVA, Mistral 3, Qwen2.5-VL,
+Qwen3-VL and Gemma 3. The caption is put into a prompt, the outputs of one layer or several are
+taken, and the positions of the prompt before the caption are cropped. The models are causal: padded
+on the right, a real token never sees a pad, so the forward passes no mask unless it is asked for.
+Layers after the last one taken, vision towers and heads are neither loaded nor run.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from embed_precompute.documents import nearest_of
 from embed_precompute.encoders.checkpoint import Checkpoint
 from embed_precompute.encoders.families.base import (
     Decision,
@@ -26,62 +30,162 @@ from embed_precompute.encoders.families.base import (
     Sizes,
     choose_implementation,
     in_buckets,
-    in_dtype,
 )
 from embed_precompute.encoders.tokenizer import CaptionTokenizer, Template
-from embed_precompute.errors import InputError, require
+from embed_precompute.errors import InputError, one_line, require
 
 if TYPE_CHECKING:
     import torch
 
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384)
+PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|language_model\.|model\.)")
+"""What stands before a text tower's names, in checkpoints of different releases."""
+WEIGHT, BIAS = "project.weight", "project.bias"
+MARK = "\x02caption\x02"
+CHANGED_BY_CHATS = (" a ", "a\n", "", "{x} </think> b")
+"""Captions that some chat template trims or rewrites."""
+STRIPPING = {"strip", "whitespace"}
+"""Text steps after which no caption has white space at its ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One message of a chat."""
+
+    role: str
+    """Who speaks: system, user or what else the chat template knows."""
+    content: str
+    """A format string; {text} in it stands for the caption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """A prompt that the tokenizer's own chat template makes."""
+
+    messages: tuple[Message, ...]
+    """The messages, in order; one of them holds {text}."""
+    generation_prompt: bool = False
+    """Whether the beginning of an answer stands at the end (add_generation_prompt)."""
+    thinking: bool | None = None
+    """The template's switch enable_thinking; with null it is not given."""
+
+    def __post_init__(self) -> None:
+        holding = [message for message in self.messages if "{text}" in message.content]
+        require(
+            len(holding) == 1,
+            f"messages has {{text}} in {len(holding)} of {len(self.messages)} messages: expected "
+            "it in one.",
+        )
+        for message in self.messages:
+            Template.parse(message.content if message in holding else message.content + "{text}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectOptions:
+    """A frozen linear stage behind the encoder: what is stored is its output."""
+
+    path: str
+    """A safetensors file, or a folder of them."""
+    weight: str
+    """Name of the matrix, [stored width, width before]."""
+    bias: str | None = None
+    """Name of the bias, [stored width]."""
+    before: Literal["none", "ltx2_range", "rms"] = "none"
+    """What the vectors go through before the matrix. ltx2_range: LTX-2's, each layer less its mean
+    over the caption, divided by its range, times 8. rms: LTX-2.3's, the root mean square of each
+    layer is 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderOptions(EncoderConfig):
-    """A decoder-only language model; one hidden state, a vector per token."""
+    """A decoder-only language model; one hidden state or several, a vector per token."""
 
     kind: Literal["decoder"] = "decoder"
     max_length: int = 256
-    """Tokens per caption, counted from the first stored position on."""
+    """The most positions of a caption that are stored; more tokens are cut off."""
     template: str = "{text}"
     """The prompt: a format string with {text}, the model's special tokens written out."""
-    crop_start: int | Literal["template"] = "template"
+    chat: ChatOptions | None = None
+    """In place of template: messages, of which the tokenizer's chat template makes the prompt."""
+    crop_start: int | str = "template"
     """Number of positions at the start that are not stored. template: all positions before the
-    caption. A number must equal that, or be 0: then the template is stored too."""
+    caption; template-N: all of these but the last N. A number must equal the template's, or be 0:
+    then the template is stored too."""
+    keep_first: int = 0
+    """Number of positions at the very start that are stored nevertheless."""
     crop_end: int = 0
     """Number of positions at the end of the whole prompt that are not stored."""
-    hidden_state: int = -1
-    """The layer whose output is taken: 1 is the first, -1 the last, -3 the third from the end."""
+    layers: tuple[int, ...] = (-1,)
+    """The layers whose outputs are taken: 0 is the embeddings, 1 the first layer, -1 the last, -3
+    the third from the end."""
     norm: Literal["none", "final"] = "none"
-    """final: the model's final norm is applied to the hidden state."""
+    """final: the model's final norm is applied to the last of `layers`, which must be the model's
+    last layer or the only one."""
+    combine: Literal["concat", "stack"] = "concat"
+    """How several layers become one vector. concat: one layer after the other. stack: the first
+    feature of every layer, then the second of every layer, and so on."""
+    layer_zscore: bool = False
+    """Every layer's vector is made to have mean 0 and standard deviation 1 before they are
+    combined."""
+    project: ProjectOptions | None = None
+    """A frozen linear stage that the combined vectors go through."""
+    attention_mask: Literal["none", "padding"] = "none"
+    """Only for hf. padding: the model is given a mask of the pads. With padding on the right a real
+    token never sees a pad, with or without a mask."""
+    padding_side: Literal["right", "left"] = "right"
+    """Only for hf: where the pads are; left needs attention_mask padding."""
+    keep: Literal["real", "all"] = "real"
+    """Which positions are stored. all: every caption runs at max_length and what is cropped, and
+    the vectors of its pads are stored too; only for hf."""
     batch_tokens: int = 16384
-    """Tokens of one forward: a forward of length L has batch_tokens / L captions, at least 1."""
+    """Only for hf. Tokens of one forward: a forward of length L has batch_tokens / L captions, at
+    least 1."""
     buckets: tuple[int, ...] | None = None
-    """Lengths below max_length that a forward may have, counted as max_length is."""
-    implementation: Literal["auto", "hf"] = "auto"
-    """hf: transformers; auto is hf."""
+    """Only for hf: lengths below max_length that a forward may have, counted as max_length is. An
+    empty list: every caption runs at the full length."""
+    stream_tokens: int = 4096
+    """Only for fused: tokens in one forward of packed captions."""
+    prefix: Literal["compute", "shared"] = "compute"
+    """Only for fused. shared: what the layers make of the template before the caption is computed
+    once, not for every caption; it changes the last bits."""
+    implementation: Literal["auto", "hf", "fused"] = "auto"
+    """hf: transformers, the reference. fused: our own layers. auto: fused if it can run this model
+    with these options, else hf."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("batch_tokens")
-        require(self.crop_end >= 0, f"crop_end is {self.crop_end}: below 0.")
-        require(self.hidden_state != 0, "hidden_state is 0: the embeddings are not offered.")
+        self.require_positive("batch_tokens", "stream_tokens")
+        require(
+            self.chat is None or self.template == "{text}",
+            "chat and template are both given: the chat template makes the prompt. Remove one.",
+        )
+        for name in ("crop_end", "keep_first"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: below 0.")
+        require(
+            0 < len(self.layers) == len(set(self.layers)),
+            f"layers is {list(self.layers)}: expected one layer or more, each once.",
+        )
+        require(
+            self.padding_side == "right" or self.attention_mask == "padding",
+            "padding_side is left with attention_mask none: every token would see the pads before "
+            "it. Set attention_mask padding.",
+        )
+        if self.keep == "all":
+            require(not self.buckets, "buckets are for keep real: with all there is one length.")
+            require(self.crop_end == 0, "crop_end is for keep real: with all the end is pads.")
+        for_hf = {"attention_mask": "none", "padding_side": "right", "keep": "real"}
+        for name, value in for_hf.items():
+            require(
+                self.implementation != "fused" or getattr(self, name) == value,
+                f"{name} is {getattr(self, name)}: fused packs captions end to end, without pads. "
+                "Use the implementation hf, or remove it.",
+            )
         self.require_buckets(self.buckets)
         self.prompt()
 
     def prompt(self) -> Template:
         """The template in its parts. Raises InputError."""
-        return Template.parse(self.template, self.crop_start, self.crop_end)
-
-    def spec(self) -> dict[str, Any]:
-        return {
-            "template": self.template,
-            "crop_start": self.crop_start,
-            "crop_end": self.crop_end,
-            "hidden_state": self.hidden_state,
-            "norm": self.norm,
-        }
+        return Template.parse(self.template, self.crop_start, self.crop_end, self.keep_first)
 
 
 class Decoder(Family[DecoderOptions]):
@@ -92,29 +196,89 @@ class Decoder(Family[DecoderOptions]):
             "mistral": "MistralModel",
             "qwen2": "Qwen2Model",
             "qwen3": "Qwen3Model",
+            "gemma2": "Gemma2Model",
+            "gemma3_text": "Gemma3TextModel",
+            "qwen2_5_vl_text": "Qwen2_5_VLTextModel",
+            "qwen3_vl_text": "Qwen3VLTextModel",
+            # Checkpoints with a vision tower: the text tower's class.
+            "gemma3": "Gemma3TextModel",
+            "llava": "LlamaModel",
+            "mistral3": "MistralModel",
+            "qwen2_5_vl": "Qwen2_5_VLTextModel",
+            "qwen3_vl": "Qwen3VLTextModel",
         }
     )
-    checkpoint_prefix = "model."
+    releases = MappingProxyType(
+        {"qwen2_5_vl_text": "4.52.0", "qwen3_vl": "4.57.0", "qwen3_vl_text": "4.57.0"}
+    )
     encoder_prefixes = ("layers.", "embed_tokens.", "norm.")
+    loads_canonical_names = True
     config_keys = (
         *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps"),
-        *("hidden_act", "max_position_embeddings"),
+        *("max_position_embeddings", "query_pre_attn_scalar", "attn_logit_softcapping"),
     )
-    special_tokens = ()  # pads are never attended
+    special_tokens = ()  # pads are attended with keep all only
 
     def open_tokenizer(self, where: str, folder: Path, options: DecoderOptions) -> CaptionTokenizer:
-        return CaptionTokenizer(where, folder, options.max_length, (), options.prompt())
+        return CaptionTokenizer(
+            where,
+            folder,
+            options.max_length,
+            ("pad_token",) if options.keep == "all" else (),
+            options.prompt() if options.chat is None else partial(_prompt_of_chat, where, options),
+            # As transformers' apply_chat_template: the template writes the special tokens out.
+            adds_special_tokens=options.chat is None,
+            pads_left=options.padding_side == "left",
+        )
 
     def check(self, opened: OpenEncoder[DecoderOptions]) -> None:
-        layers = opened.checkpoint.text_config.num_hidden_layers
-        if abs(opened.options.hidden_state) > layers:
+        options, config = opened.options, opened.checkpoint.text_config
+        where, folder, layers = opened.where, opened.checkpoint.folder, config.num_hidden_layers
+        if config.model_type not in self.models:
             raise InputError(
-                f"{opened.where}.hidden_state is {opened.options.hidden_state}: the model in "
-                f"{opened.checkpoint.folder} has {layers} layers."
+                f"{where}.pretrained: {folder} holds a text tower of model_type "
+                f"{config.model_type!r}: expected {', '.join(self.models)}."
             )
+        if getattr(config, "use_bidirectional_attention", None):
+            raise InputError(
+                f"{where}.pretrained: the model in {folder} is not causal "
+                "(use_bidirectional_attention), and the kind decoder is for causal models."
+            )
+        for layer in options.layers:
+            if not -layers - 1 <= layer <= layers:
+                raise InputError(
+                    f"{where}.layers has {layer}: the model in {folder} has {layers} layers."
+                )
+        numbers = layer_numbers(options, opened.checkpoint)
+        if len(set(numbers)) < len(numbers):
+            raise InputError(
+                f"{where}.layers is {list(options.layers)}: with the {layers} layers of the model "
+                f"in {folder} one of them is named twice. Name it once."
+            )
+        if options.norm == "final" and len(numbers) > 1 and numbers[-1] != layers:
+            raise InputError(
+                f"{where}.norm is final, and the last of {len(numbers)} layers is {numbers[-1]}: "
+                f"the final norm belongs to the model's last layer, {layers}. Put that one last, "
+                "or set norm none."
+            )
+        if options.norm == "final" and numbers == (0,):
+            raise InputError(
+                f"{where}.norm is final, and layers is the embeddings alone: the final norm "
+                "belongs to the layers' outputs. Set norm none."
+            )
+        if options.keep == "all" and options.padding_side == "left" and opened.tokenizer.first:
+            raise InputError(
+                f"{where}.keep is all with padding_side left: the positions at the start are pads, "
+                "so no template can be cropped there. Set crop_start 0, or keep real."
+            )
+        if options.project is not None:
+            _check_projection(opened, options.project)
 
     def outputs(self, options: DecoderOptions, checkpoint: Checkpoint) -> tuple[Output, ...]:
-        return (Output("", "token", checkpoint.text_config.hidden_size, "real"),)
+        width = checkpoint.text_config.hidden_size * len(options.layers)
+        if options.project is not None:
+            width = _matrix_shape(checkpoint.where, options.project)[0]
+        return (Output("", "token", width, options.keep),)
 
     def sizes(self, checkpoint: Checkpoint) -> Sizes:
         config = checkpoint.text_config
@@ -139,21 +303,60 @@ class Decoder(Family[DecoderOptions]):
         def batch_of(length: int) -> int:
             return max(1, options.batch_tokens // length)
 
+        if options.keep == "all":
+            length = opened.tokenizer.longest
+            shape = (batch_of(length), length)
+            return Decision(implementation, False, length, (shape,), shape)
         return in_buckets(opened, implementation, options.buckets, BUCKETS, batch_of)
 
+    def spec(self, opened: OpenEncoder[DecoderOptions]) -> dict[str, Any]:
+        """The prompt as the chat template made it, and layers counted from the embeddings: equal
+        encoders are equal, however they are written down."""
+        options, tokenizer = opened.options, opened.tokenizer
+        return {
+            "template": tokenizer.template.format_string,
+            "crop_start": tokenizer.first,
+            "keep_first": options.keep_first,
+            "crop_end": options.crop_end,
+            "template_stored": tokenizer.template_stored,
+            "layers": list(layer_numbers(options, opened.checkpoint)),
+            "norm": options.norm,
+            "combine": options.combine,
+            "layer_zscore": options.layer_zscore,
+            "project": options.project and {"before": options.project.before},
+            "attention_mask": options.attention_mask,
+            "padding_side": options.padding_side,
+            "prefix": options.prefix,
+        }
+
+    def canonical_name(self, weight: str) -> str | None:
+        name = PREFIX.sub("", weight)
+        buffer = name.endswith("inv_freq")
+        return name if name.startswith(self.encoder_prefixes) and not buffer else None
+
+    def model_class(self, options: DecoderOptions, checkpoint: Checkpoint) -> str:
+        import transformers
+
+        name = self.models[checkpoint.text_config.model_type]
+        # Before 4.52 the class of this name was the text tower.
+        return name if hasattr(transformers, name) else name.replace("TextModel", "Model")
+
     def config_changes(self, options: DecoderOptions, checkpoint: Checkpoint) -> dict[str, Any]:
-        layers = _num_layers(options, checkpoint)
+        config, layers = checkpoint.text_config, _num_layers(options, checkpoint)
         changes: dict[str, Any] = {"num_hidden_layers": layers}
-        if getattr(checkpoint.text_config, "layer_types", None):
-            changes["layer_types"] = checkpoint.text_config.layer_types[:layers]
+        if getattr(config, "layer_types", None):
+            changes["layer_types"] = config.layer_types[:layers]
+        if getattr(config, "attn_logit_softcapping", None):
+            # torch's attention has no soft caps; transformers 4.51 leaves them out without a word.
+            changes["_attn_implementation"] = "eager"
         return changes
 
     def is_other_part(self, options: DecoderOptions, checkpoint: Checkpoint, weight: str) -> bool:
-        """True for layers after the hidden state.
+        """True for layers after the last one that is taken.
 
         False for layers beyond config.json's number of them: `_check_loading` refuses those.
         """
-        layer = re.match(r"layers\.(\d+)\.", weight.removeprefix("model."))
+        layer = re.match(r"layers\.(\d+)\.", PREFIX.sub("", weight))
         if layer is None:
             return False
         layers = int(checkpoint.text_config.num_hidden_layers)
@@ -161,81 +364,223 @@ class Decoder(Family[DecoderOptions]):
 
     def config_values(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Releases of transformers name rotary embeddings and sliding windows differently."""
-        import transformers
-
         config = checkpoint.text_config
-        if transformers.__version__.startswith("4."):  # it would ignore rope_parameters
-            scaling = getattr(config, "rope_scaling", None)
-            rope = {"rope_theta": config.rope_theta, **(scaling or {})}
-        else:
-            rope = config.rope_parameters
-        rope = {"rope_type": "default", **rope}
-        rope.pop("type", None)  # the old name of rope_type
         window = getattr(config, "sliding_window", None)
         if not getattr(config, "use_sliding_window", True):
             window = None
-        windows = getattr(config, "layer_types", None) or [
-            "sliding_attention" if layer >= getattr(config, "max_window_layers", 0) else ""
-            for layer in range(config.num_hidden_layers)
-        ]
         return {
             **super().config_values(checkpoint),
+            "model_type": str(config.model_type).removesuffix("_text"),
+            "activation": getattr(config, "hidden_activation", None)
+            or getattr(config, "hidden_act", None),
             "head_dim": self.sizes(checkpoint).inner // config.num_attention_heads,
-            "rope": rope,
+            "rope": _rotary(config),
             "sliding_window": window,
-            "sliding": window and [each == "sliding_attention" for each in windows],
+            "sliding": window and _sliding_layers(config),
         }
 
-    def adapt(self, model: Any, options: DecoderOptions) -> None:
+    def extra_weights(
+        self, options: DecoderOptions, checkpoint: Checkpoint
+    ) -> dict[str, tuple[Path, str]]:
+        project = options.project
+        if project is None:
+            return {}
+        names = {WEIGHT: project.weight, BIAS: project.bias}
+        return {
+            canonical: (_file_of(checkpoint.where, project.path, name), name)
+            for canonical, name in names.items()
+            if name is not None
+        }
+
+    def adapt(
+        self,
+        model: Any,
+        options: DecoderOptions,
+        checkpoint: Checkpoint,
+        extra: Mapping[str, torch.Tensor],
+    ) -> None:
         import torch
+
+        from embed_precompute.encoders.readout import Projection, Readout
 
         if options.norm == "none":
             model.norm = torch.nn.Identity()
+        projection = None
+        if options.project is not None:
+            weight, bias = extra[WEIGHT].to(model.device), extra.get(BIAS)
+            bias = bias if bias is None else bias.to(model.device)
+            projection = Projection(weight, bias, options.project.before)
+        model.readout = Readout(
+            layer_numbers(options, checkpoint),
+            combine=options.combine,
+            zscore=options.layer_zscore,
+            projection=projection,
+        )
 
     def forward(
         self, model: Any, options: DecoderOptions, input_ids: torch.Tensor, lengths: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        # The model ends after the layer that is wanted. Its `hidden_states` are not asked for: the
-        # last of them has the final norm in some releases of transformers and not in others.
-        return {"": model(input_ids=input_ids, use_cache=False).last_hidden_state}
+        from embed_precompute.encoders.readout import causal_masks, real_positions, taken
+
+        real = real_positions(input_ids, lengths, pads_left=options.padding_side == "left")
+        mask = causal_masks(model, real) if options.attention_mask == "padding" else None
+        readout, last = model.readout, len(model.layers)
+        with taken(model, [layer for layer in readout.layers if layer != last]) as states:
+            # The model ends after the last layer that is taken, and has no norm if none is wanted.
+            output = model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        states[last] = output.last_hidden_state
+        return {"": readout([states[layer] for layer in readout.layers], real)}
 
     def reference(
         self, checkpoint: Path, tokenizer: Path, options: DecoderOptions, device: str
     ) -> Reference:
-        import torch
-        import transformers
+        from embed_precompute.encoders.families import decoder_reference
 
-        tokenize = transformers.AutoTokenizer.from_pretrained(tokenizer)
-        model = transformers.AutoModel.from_pretrained(checkpoint, **in_dtype(options.dtype))
-        model.to(device).eval()
-        layer = model.layers[options.hidden_state - (options.hidden_state > 0)]
-        states: list[torch.Tensor] = []
-        layer.register_forward_hook(
-            lambda layer, given, output: states.append(
-                output[0] if isinstance(output, tuple) else output
-            )
-        )
-        start = options.crop_start
-        if start == "template":
-            before = options.template.format(text="\0").split("\0")[0]
-            probe = tokenize(options.template.format(text="a"), return_offsets_mapping=True)
-            ends = [end > len(before) for _, end in probe.offset_mapping]
-            start = ends.index(True) if before else 0
+        return decoder_reference.reference(checkpoint, tokenizer, options, device)
 
-        def encode(text: str, padded_length: int | None) -> dict[str, torch.Tensor]:
-            prompt = options.template.format(text=text)
-            length = start + options.max_length
-            inputs = tokenize(prompt, truncation=True, max_length=length, return_tensors="pt")
-            with torch.no_grad():
-                model(**inputs.to(device))
-                state = states.pop()
-                state = model.norm(state) if options.norm == "final" else state
-            return {"": state[0, start : state.shape[1] - options.crop_end]}
 
-        return encode
+def layer_numbers(options: DecoderOptions, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """`options.layers` counted from the embeddings, which are 0."""
+    layers = int(checkpoint.text_config.num_hidden_layers)
+    return tuple(layer if layer >= 0 else layers + 1 + layer for layer in options.layers)
 
 
 def _num_layers(options: DecoderOptions, checkpoint: Checkpoint) -> int:
-    """Number of layers up to the hidden state."""
-    state = options.hidden_state
-    return int(state if state > 0 else checkpoint.text_config.num_hidden_layers + 1 + state)
+    """Number of layers that are run."""
+    return max(1, *layer_numbers(options, checkpoint))
+
+
+def _prompt_of_chat(where: str, options: DecoderOptions, tokenizer: Any) -> Template:
+    """The prompt that the tokenizer's chat template makes of the messages. Raises InputError: there
+    is no such template, or it changes captions."""
+    chat = options.chat
+    assert chat is not None
+    switch = {} if chat.thinking is None else {"enable_thinking": chat.thinking}
+
+    def rendered(text: str) -> str:
+        messages = [
+            {"role": each.role, "content": each.content.format(text=text)} for each in chat.messages
+        ]
+        try:
+            made: str = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=chat.generation_prompt, **switch
+            )
+        except Exception as error:  # a template raises what it likes
+            raise InputError(
+                f"{where}: the tokenizer's chat template cannot make the prompt of `chat` "
+                f"({type(error).__name__}: {one_line(error)[:300]}). Name a tokenizer with a chat "
+                "template for these messages, or write the prompt out as `template`."
+            ) from error
+        return made
+
+    before, *rest = rendered(MARK).split(MARK)
+    if len(rest) != 1:
+        raise InputError(
+            f"{where}: the tokenizer's chat template puts the caption into the prompt "
+            f"{len(rest)} times: expected once. Write the prompt out as `template`."
+        )
+    for text in CHANGED_BY_CHATS:
+        if STRIPPING & set(getattr(options, "text_steps", ())):
+            text = text.strip()
+        if rendered(text) != before + text + rest[0]:
+            remedy = "Write the prompt out as `template`."
+            if rendered(text) == before + text.strip() + rest[0]:
+                remedy = "It strips it: add strip to text_steps."
+            raise InputError(
+                f"{where}: the tokenizer's chat template changes the caption {text!r}, so the "
+                f"prompt is no fixed text around it. {remedy}"
+            )
+    return Template(before, rest[0], options.crop_start, options.crop_end, options.keep_first)
+
+
+def _rotary(config: Any) -> dict[str, Any]:
+    """The settings of the rotary embeddings; of Gemma 3's by kind of layer. mrope_section is left
+    out: a text's three positions are equal."""
+    import transformers
+
+    if transformers.__version__.startswith("4."):  # it would ignore rope_parameters
+        scaling = getattr(config, "rope_scaling", None) or {}
+        rope = {"rope_theta": config.rope_theta, **scaling}
+        if local := getattr(config, "rope_local_base_freq", None):
+            rope = {"full_attention": rope, "sliding_attention": {"rope_theta": local}}
+    else:
+        rope = config.rope_parameters
+    return _plain_rotary(rope)
+
+
+def _plain_rotary(rope: dict[str, Any]) -> dict[str, Any]:
+    if "full_attention" in rope:
+        return {name: _plain_rotary(each) for name, each in rope.items()}
+    ignored = ("type", "mrope_section", "mrope_interleaved")  # the first was rope_type's name
+    rope = {key: value for key, value in rope.items() if key not in ignored}
+    kind = rope.get("rope_type")
+    return {**rope, "rope_type": "default" if kind in (None, "mrope") else kind}
+
+
+def _sliding_layers(config: Any) -> list[bool]:
+    """Which layers have a sliding window."""
+    if types := getattr(config, "layer_types", None):
+        return [each == "sliding_attention" for each in types]
+    layers = range(config.num_hidden_layers)
+    if config.model_type == "gemma2":  # before layer_types
+        return [layer % 2 == 0 for layer in layers]
+    if pattern := getattr(config, "sliding_window_pattern", None):
+        return [(layer + 1) % pattern != 0 for layer in layers]
+    return [layer >= getattr(config, "max_window_layers", 0) for layer in layers]
+
+
+def _file_of(where: str, path: str, name: str) -> Path:
+    """The safetensors file, `path` or in the folder `path`, that holds the tensor `name`."""
+    from safetensors import SafetensorError, safe_open
+
+    key, place = f"{where.rpartition('.')[0]}.project", Path(path).expanduser()
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    names: list[str] = []
+    for file in files:
+        try:
+            with safe_open(file, "np") as opened:
+                names += opened.keys()
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or one_line(error)[:200]
+            raise InputError(
+                f"{key}.path is {path!r}: {file} cannot be read ({reason}). Expected a safetensors "
+                "file, or a folder of them."
+            ) from error
+        if name in names:
+            return file
+    raise InputError(
+        f"{key}: {path} has no tensor {name!r}: {nearest_of(name, names)}"
+        if names
+        else f"{key}.path is {path!r}: there is no safetensors file."
+    )
+
+
+def _matrix_shape(where: str, project: ProjectOptions) -> tuple[int, ...]:
+    return _shape_of(_file_of(where, project.path, project.weight), project.weight)
+
+
+def _shape_of(file: Path, name: str) -> tuple[int, ...]:
+    from safetensors import safe_open
+
+    with safe_open(file, "np") as opened:
+        return tuple(opened.get_slice(name).get_shape())
+
+
+def _check_projection(opened: OpenEncoder[DecoderOptions], project: ProjectOptions) -> None:
+    """Raise InputError unless the matrix fits the combined vectors, and the bias the matrix."""
+    where, number = f"{opened.where}.project", len(opened.options.layers)
+    width = opened.checkpoint.text_config.hidden_size * number
+    shape = _matrix_shape(opened.checkpoint.where, project)
+    if len(shape) != 2 or shape[1] != width:
+        raise InputError(
+            f"{where}.weight: {project.path} has {project.weight} of shape {list(shape)}: expected "
+            f"[stored width, {width}], for {number} {'layers' if number > 1 else 'layer'} of the "
+            "model."
+        )
+    if project.bias is not None:
+        file = _file_of(opened.checkpoint.where, project.path, project.bias)
+        if (found := _shape_of(file, project.bias)) != shape[:1]:
+            raise InputError(
+                f"{where}.bias: {project.path} has {project.bias} of shape {list(found)}: expected "
+                f"[{shape[0]}]."
+            )
