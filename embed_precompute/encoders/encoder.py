@@ -295,7 +295,7 @@ class FusedEncoder(TextEncoder):
         if decision.padded_length is not None:
             longest = max(decision.padded_length, decision.null_shape[1])
         self.layers = resolved.family.fused_layers(
-            model, longest, tokenizer, compiled=decision.compiled
+            model, resolved.options, longest, tokenizer, compiled=decision.compiled
         )
 
     def forward(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
