@@ -360,7 +360,7 @@ class StreamedEncoder(FusedEncoder):
             self._require_decided(batch)
             with self.computing(batch):
                 states.append(self._steps.begin(self._ids(batch), batch, place))
-        done, step = 0.0, share / (len(self._steps.blocks) * len(window))
+        done, step = 0.0, share / max(1, len(self._steps.blocks) * len(window))
         for number in range(len(self._steps.blocks)):
             self._weights.bring(number)
             for batch, state in zip(window, states, strict=True):
