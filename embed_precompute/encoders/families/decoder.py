@@ -430,15 +430,13 @@ class Decoder(Family[DecoderOptions]):
             model.norm = torch.nn.Identity()
         projection = None
         if options.project is not None:
-            weight, bias = extra[WEIGHT].to(model.device), extra.get(BIAS)
-            bias = bias if bias is None else bias.to(model.device)
-            projection = Projection(weight, bias, options.project.before)
+            projection = Projection(extra[WEIGHT], extra.get(BIAS), options.project.before)
         model.readout = Readout(
             layer_numbers(options, checkpoint),
             combine=options.combine,
             zscore=options.layer_zscore,
             projection=projection,
-        )
+        ).to(model.device)
 
     def forward(
         self, model: Any, options: DecoderOptions, input_ids: torch.Tensor, lengths: torch.Tensor
