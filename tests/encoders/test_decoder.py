@@ -393,6 +393,18 @@ def test_a_mask_of_pads_on_the_right_changes_nothing_for_packed_captions(qwen2: 
     assert masked.decision.packed
 
 
+def test_pads_on_the_left_are_packed_where_that_is_asked_for(
+    qwen2: Path, corpus: list[str]
+) -> None:
+    """Positions are then counted from the caption's start, which moves the last bits."""
+    left = {"template": CHAT, "attention_mask": "padding", "padding_side": "left"}
+    assert resolved(qwen2, **left).decision.implementation == "hf"
+    case = Case("left", "decoder", write_decoder, left)
+    hf, fused = (encode(built(case, qwen2, implementation=name), corpus[:12])[""] for name in BOTH)
+    for expected, found in zip(hf, fused, strict=True):
+        assert difference(found, expected, exact=True) is None
+
+
 def assert_packed_is_hf(case: Case, folder: Path, texts: list[str], **fields: Any) -> None:
     """Where the family can pack these options at all."""
     packed = {"buckets": None, "keep": "real", "padding_side": "right", "stream_tokens": 256}
