@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,15 +21,24 @@ RANGE = 8
 """LTX-2's scale_factor."""
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A frozen linear stage."""
+class Projection(torch.nn.Module):
+    """A frozen linear stage. It goes to a device with the model that it is a part of."""
 
     weight: torch.Tensor
     """[D out, D in]"""
     bias: torch.Tensor | None
     """[D out]"""
-    before: Literal["none", "ltx2_range", "rms"]
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        before: Literal["none", "ltx2_range", "rms"],
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.before = before
 
     def prepared(self, states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """`states` [B, L, D, K] of K layers, as the matrix wants them; zeros at pads."""
@@ -49,17 +57,25 @@ class Projection:
         return scaled.masked_fill(pads, 0.0).to(states.dtype)
 
 
-@dataclass(frozen=True)
-class Readout:
+class Readout(torch.nn.Module):
     """Makes one vector per token of the outputs of some layers."""
 
-    layers: tuple[int, ...]
-    """0 is the embeddings, k the output of layer k."""
-    combine: Literal["concat", "stack"] = "concat"
-    zscore: bool = False
-    projection: Projection | None = None
+    projection: Projection | None
 
-    def __call__(self, outputs: Sequence[torch.Tensor], real: torch.Tensor) -> torch.Tensor:
+    def __init__(
+        self,
+        layers: tuple[int, ...],
+        *,
+        combine: Literal["concat", "stack"] = "concat",
+        zscore: bool = False,
+        projection: Projection | None = None,
+    ) -> None:
+        """`layers`: 0 is the embeddings, k the output of layer k."""
+        super().__init__()
+        self.layers, self.combine, self.zscore = layers, combine, zscore
+        self.projection = projection
+
+    def forward(self, outputs: Sequence[torch.Tensor], real: torch.Tensor) -> torch.Tensor:
         """[B, L, stored width] of the layers' outputs, each [B, L, D], in the order of `layers`.
 
         `real` [B, L] bool: where the tokens of the caption and its template are, not pads.

@@ -97,8 +97,8 @@ class ProjectOptions:
     """Name of the bias, [stored width]."""
     before: Literal["none", "ltx2_range", "rms"] = "none"
     """What the vectors go through before the matrix. ltx2_range: LTX-2's, each layer less its mean
-    over the caption, divided by its range, times 8. rms: LTX-2.3's, the root mean square of each
-    layer is 1."""
+    over the caption, divided by its range, times 8. rms: LTX-2.3's, each layer divided by its root
+    mean square, times the root of the stored width over the layer's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,15 +429,13 @@ class Decoder(Family[DecoderOptions]):
             model.norm = torch.nn.Identity()
         projection = None
         if options.project is not None:
-            weight, bias = extra[WEIGHT].to(model.device), extra.get(BIAS)
-            bias = bias if bias is None else bias.to(model.device)
-            projection = Projection(weight, bias, options.project.before)
+            projection = Projection(extra[WEIGHT], extra.get(BIAS), options.project.before)
         model.readout = Readout(
             layer_numbers(options, checkpoint),
             combine=options.combine,
             zscore=options.layer_zscore,
             projection=projection,
-        )
+        ).to(model.device)
 
     def forward(
         self, model: Any, options: DecoderOptions, input_ids: torch.Tensor, lengths: torch.Tensor
