@@ -29,7 +29,13 @@ from safetensors import safe_open
 
 from embed_precompute.encoders.checkpoint import Checkpoint, quiet_transformers
 from embed_precompute.encoders.families.base import EncoderConfig, Family
-from embed_precompute.encoders.weights import CODES, StoredWeight, num_threads, stored_weights
+from embed_precompute.encoders.weights import (
+    CODES,
+    StoredWeight,
+    extra_weights,
+    num_threads,
+    stored_weights,
+)
 from embed_precompute.errors import EmbedPrecomputeError, InputError, one_line
 
 log = logging.getLogger(__name__)
@@ -60,6 +66,11 @@ class Source:
     def weights(self, dtype: torch.dtype) -> list[StoredWeight]:
         """The weights that a model of `dtype` loads; reads headers only."""
         return stored_weights(self.checkpoint, self.family, self.options, name_of(dtype))
+
+    def extra_weights(self, dtype: torch.dtype) -> State:
+        """The weights that are not the checkpoint's, by their canonical names."""
+        extra = extra_weights(self.checkpoint, self.family, self.options, name_of(dtype))
+        return {weight.canonical: read_weights([weight])[weight.name] for weight in extra}
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -157,7 +168,6 @@ def load_model(
         "torch_dtype" if transformers.__version__.startswith("4.") else "dtype": dtype,
     }
     changes = source.family.config_changes(source.options, source.checkpoint)
-    extra_names = source.family.extra_weights(source.options, source.checkpoint)
     extra: dict[str, torch.Tensor] = {}
     with quiet_transformers():
         try:
@@ -165,11 +175,11 @@ def load_model(
             plain = hf_kwargs.keys() <= {"attn_implementation"}
             plain = plain or source.family.loads_canonical_names
             if plain and isinstance(dtype, torch.dtype) and name_of(dtype) in CODES:
-                weights = source.weights(dtype)
-                found = read(weights)
-                state = {_known(source, weight): found[weight.name] for weight in weights}
-                del found
-                extra = {name: state.pop(name) for name in extra_names}
+                stored = source.weights(dtype)
+                state = read(stored)
+                if source.family.loads_canonical_names:
+                    state = {weight.canonical: state[weight.name] for weight in stored}
+                extra = source.extra_weights(dtype)
             if state is not None or changes:
                 config = copy.deepcopy(source.checkpoint.text_config)
                 for name, value in changes.items():
@@ -248,13 +258,6 @@ def load_on(
         )
         memory = {torch.device(device).index or 0: left, "cpu": size}
         return load_model(source, dtype, device_map="auto", max_memory=memory)
-
-
-def _known(source: Source, weight: StoredWeight) -> str:
-    """The name by which the model's class knows a weight."""
-    extra = source.family.extra_weights(source.options, source.checkpoint)
-    alone = source.family.loads_canonical_names or weight.canonical in extra
-    return weight.canonical if alone else weight.name
 
 
 def _check_loading(source: Source, loading: dict[str, Any]) -> None:

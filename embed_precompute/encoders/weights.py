@@ -96,38 +96,43 @@ def stored_weights(
                 continue
             if options is not None and family.is_other_part(options, checkpoint, name):
                 continue
-            code, (first, end) = entry["dtype"], entry["data_offsets"]
-            found.append(
-                StoredWeight(
-                    path,
-                    name,
-                    canonical,
-                    code,
-                    target_code(family, name, code, dtype),
-                    tuple(entry["shape"]),
-                    end - first,
-                    functools.partial(_read, path, begin),
-                    begin,
-                )
-            )
-    extra = family.extra_weights(options, checkpoint) if options is not None else {}
-    for canonical, (path, wanted) in extra.items():
+            found.append(_stored(path, name, canonical, entry, begin, dtype, family))
+    return found
+
+
+def extra_weights(
+    checkpoint: Checkpoint, family: Family[Any], options: EncoderConfig, dtype: str
+) -> list[StoredWeight]:
+    """The weights that the encoder takes from other files than its checkpoint's."""
+    found = []
+    for canonical, (path, wanted) in family.extra_weights(options, checkpoint).items():
         for name, entry, begin in _header(checkpoint.where, path):
             if name == wanted:
-                first, end = entry["data_offsets"]
-                found.append(
-                    StoredWeight(
-                        path,
-                        f"{canonical} is {name}",  # another file may have an encoder's weight so
-                        canonical,
-                        entry["dtype"],
-                        target_code(family, canonical, entry["dtype"], dtype),
-                        tuple(entry["shape"]),
-                        end - first,
-                        functools.partial(_read, path, begin),
-                    )
-                )
+                found.append(_stored(path, name, canonical, entry, begin, dtype, family))
     return found
+
+
+def _stored(
+    path: Path,
+    name: str,
+    canonical: str,
+    entry: Mapping[str, Any],
+    begin: int,
+    dtype: str,
+    family: Family[Any],
+) -> StoredWeight:
+    code, (first, end) = entry["dtype"], entry["data_offsets"]
+    return StoredWeight(
+        path,
+        name,
+        canonical,
+        code,
+        target_code(family, name, code, dtype),
+        tuple(entry["shape"]),
+        end - first,
+        functools.partial(_read, path, begin),
+        begin,
+    )
 
 
 def _read(path: Path, begin: int, start: int, count: int) -> Array:
@@ -222,7 +227,16 @@ def weights_digest(checkpoint: Checkpoint, family: Family[Any], options: Encoder
     hashed: dict[str, str] = {}
     for path, weights in by_file.items():
         hashed |= _hashes(path, weights)
-    return digest_of_values(checkpoint, family, stored, hashed)
+    digest = digest_of_values(checkpoint, family, stored, hashed)
+    extra = {
+        weight.canonical: [
+            weight.target,
+            list(weight.shape),
+            *_hashes(weight.path, [weight]).values(),
+        ]
+        for weight in extra_weights(checkpoint, family, options, options.dtype)
+    }
+    return digest_of({"encoder": digest, "extra": extra}) if extra else digest
 
 
 def digest_of_values(

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 from family_case import Case, built, copied, encode, reference_of, resolved_of
+from jobs import call, write_captions
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -21,6 +23,7 @@ from embed_precompute.encoders.families.decoder import ChatOptions, Message, Pro
 from embed_precompute.encoders.loading import Source
 from embed_precompute.encoders.weights import stored_weights
 from embed_precompute.errors import InputError
+from embed_precompute.train.dataset import EmbeddingDataset
 
 SPECIAL = ["<|begin|>", "<|user|>", "<|end|>", "<|pad|>"]
 CHAT = "<|user|>Describe the video:\n{text}<|end|>\n"
@@ -428,6 +431,22 @@ def test_a_tower_is_the_same_by_every_releases_names(
     assert torch.equal(*(encode(encoder, ["a red fox"])[""][0] for encoder in encoders))
 
 
+@pytest.mark.skipif(OLD, reason="this release of transformers saves no other form")
+def test_qwen2_5_vl_as_it_was_published(folder_of: Any, tmp_path: Path) -> None:
+    """config.json has the text tower's settings at its top."""
+    new = folder_of("qwen2_5_vl")
+    config = json.loads((new / "config.json").read_bytes())
+    text = config.pop("text_config")
+    theta = text.pop("rope_parameters")["rope_theta"]
+    scaling = {"type": "mrope", "mrope_section": MROPE["mrope_section"]}
+    changes = {**text, "rope_theta": theta, "rope_scaling": scaling, "model_type": "qwen2_5_vl"}
+    old = shutil.copytree(new, tmp_path / "old")
+    (old / "config.json").write_text(json.dumps({**config, **changes}))
+    assert resolved(old).weights == resolved(new).weights
+    case = Case("old", "decoder", write_decoder, {"template": CHAT})
+    assert torch.equal(*(encode(built(case, each), ["a fox"])[""][0] for each in (old, new)))
+
+
 def test_a_model_that_this_transformers_lacks(
     folder_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,6 +461,37 @@ def test_a_model_that_is_not_causal(folder_of: Any, tmp_path: Path) -> None:
     text = {**config["text_config"], "use_bidirectional_attention": True}
     with pytest.raises(InputError, match=r"is not causal \(use_bidirectional_attention\)"):
         resolved(copied(folder_of("gemma3"), tmp_path / "gemma", text_config=text))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_trainer_knows_the_pads_that_are_stored(
+    side: str, folder_of: Any, tmp_path: Path
+) -> None:
+    """keep all: every position of one length, and the tokenizer's mask with them."""
+    texts = ["a red fox", "", "a b " * 200]
+    encoder = {"kind": "decoder", "pretrained": str(folder_of("llama")), "dtype": "float32"}
+    encoder |= {"attention_mask": "padding", "padding_side": side, "keep": "all", "max_length": 40}
+    encoder |= {"template": CHAT, "crop_start": 0, "batch_tokens": 80}
+    config = {
+        "captions": {"path": str(write_captions(tmp_path / "captions.parquet", texts))},
+        "encoders": {"enc": encoder},
+        "output": {"path": str(tmp_path / "out"), "dtype": "float32"},
+        "runtime": {"device": "cpu"},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(config))
+    code, _, log = call("run", str(tmp_path / "job.yaml"))
+    assert code == 0, log
+    plain = transformers.AutoTokenizer.from_pretrained(folder_of("llama"))
+    arguments = {"padding": "max_length", "truncation": True, "max_length": 40}
+    prompts = [CHAT.format(text=text) for text in texts]
+    wanted = plain(prompts, padding_side=side, return_tensors="pt", **arguments)["attention_mask"]
+    dataset = EmbeddingDataset(tmp_path / "out")
+    for row, mask in enumerate(wanted.bool()):
+        assert torch.equal(dataset[row]["text_enc_token_mask"], mask)
+        assert dataset[row]["text_enc"].shape == (40, 64)
+    assert torch.equal(dataset.null["text_enc_token_mask"], wanted[1].bool())
+    code, said, _ = call("verify", str(tmp_path / "out"), "--level", "deep", "--sample", "9")
+    assert code == 0, said
 
 
 # --- chats ----------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_what_a_repository_downloads(
         listed = lambda self, repo, revision, names=names: names  # noqa: E731
         monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listed)
         expect(0, "fetch", job, "--output", tmp_path / str(number))
-    patterns = ["*.json", "*.model", "*.txt"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja"]
     assert asked == [[*patterns, "*.safetensors"], [*patterns, "pytorch_model*.bin"]]
 
 

@@ -44,6 +44,8 @@ WEIGHT, BIAS = "project.weight", "project.bias"
 MARK = "\x02caption\x02"
 CHANGED_BY_CHATS = (" a ", "a\n", "", "{x} </think> b")
 """Captions that some chat template trims or rewrites."""
+STRIPPING = {"strip", "whitespace"}
+"""Text steps after which no caption has white space at its ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,10 +482,15 @@ def _prompt_of_chat(where: str, options: DecoderOptions, tokenizer: Any) -> Temp
             f"{len(rest)} times: expected once. Write the prompt out as `template`."
         )
     for text in CHANGED_BY_CHATS:
+        if STRIPPING & set(getattr(options, "text_steps", ())):
+            text = text.strip()
         if rendered(text) != before + text + rest[0]:
+            remedy = "Write the prompt out as `template`."
+            if rendered(text) == before + text.strip() + rest[0]:
+                remedy = "It strips it: add strip to text_steps."
             raise InputError(
                 f"{where}: the tokenizer's chat template changes the caption {text!r}, so the "
-                "prompt is no fixed text around it. Write the prompt out as `template`."
+                f"prompt is no fixed text around it. {remedy}"
             )
     return Template(before, rest[0], options.crop_start, options.crop_end, options.keep_first)
 
