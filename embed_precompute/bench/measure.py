@@ -175,9 +175,10 @@ def maker(name: str) -> Maker:
         if not variant.decision.packed:
             batches = list(variant.batches(captions))
             return Contestant(built, batches, filled_shares(batches))
-        given = topped_up(captions, variant.decision.shapes[0][1])
-        batches = list(variant.batches(given))
-        share = sum(captions.num_ids) / sum(given.num_ids)
+        lengths = variant.unshared(captions).num_ids
+        rows = topped_up(lengths, variant.decision.shapes[0][1])
+        batches = list(variant.batches(captions.select(rows)))
+        share = sum(lengths) / sum(lengths[row] for row in rows)
         return Contestant(built, batches, [share] * len(batches))
 
     return make
@@ -196,19 +197,20 @@ def as_implementation(
     return resolve(opened, stored={"padded_length": encoder.decision.padded_length})
 
 
-def topped_up(captions: Tokenized, num_tokens: int) -> Tokenized:
-    """`captions`, and so many of them again as their last packed stream has space for.
+def topped_up(lengths: Sequence[int], num_tokens: int) -> list[int]:
+    """All captions of these lengths, and so many of them again as their last packed stream has
+    space for.
 
     A job's streams are full. One that is not would seem cheap: its attention has little to do.
     """
-    rows = list(range(len(captions)))
-    left = -sum(captions.num_ids) % num_tokens
-    while fitting := [row for row, count in enumerate(captions.num_ids) if 0 < count <= left]:
+    rows = list(range(len(lengths)))
+    left = -sum(lengths) % num_tokens
+    while fitting := [row for row, count in enumerate(lengths) if 0 < count <= left]:
         for row in fitting:
-            if captions.num_ids[row] <= left:
+            if lengths[row] <= left:
                 rows.append(row)
-                left -= captions.num_ids[row]
-    return captions.select(rows)
+                left -= lengths[row]
+    return rows
 
 
 def filled_shares(batches: Sequence[TokenBatch]) -> list[float]:

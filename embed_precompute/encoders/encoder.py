@@ -295,7 +295,7 @@ class FusedEncoder(TextEncoder):
         if decision.padded_length is not None:
             longest = max(decision.padded_length, decision.null_shape[1])
         self.layers = resolved.family.fused_layers(
-            model, longest, tokenizer, compiled=decision.compiled
+            model, resolved.options, longest, tokenizer, compiled=decision.compiled
         )
 
     def forward(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
@@ -326,6 +326,10 @@ class StreamedEncoder(FusedEncoder):
         self._steps: FusedLayers[Any] = self.layers
         self._weights = weights
         weights.stream(self._steps.blocks)
+        log.info(
+            "%s: streamed weights, %d layers of %.2f GB",
+            *(resolved.opened.where, len(self._steps.blocks), weights.layer_bytes / GB),
+        )
 
     def forward(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
         states = self._before_end([batch], lambda done: True, 1.0)
@@ -356,7 +360,7 @@ class StreamedEncoder(FusedEncoder):
             self._require_decided(batch)
             with self.computing(batch):
                 states.append(self._steps.begin(self._ids(batch), batch, place))
-        done, step = 0.0, share / (len(self._steps.blocks) * len(window))
+        done, step = 0.0, share / max(1, len(self._steps.blocks) * len(window))
         for number in range(len(self._steps.blocks)):
             self._weights.bring(number)
             for batch, state in zip(window, states, strict=True):

@@ -64,19 +64,40 @@ class Readout:
 
         `real` [B, L] bool: where the tokens of the caption and its template are, not pads.
         """
+        return self._projected(self._combined(outputs, real))
+
+    def of_packed(self, outputs: Sequence[torch.Tensor], captions: list[slice]) -> torch.Tensor:
+        """[T, stored width] of the layers' outputs over a packed stream, each [T, D].
+
+        `captions`: the rows of each caption. Other rows hold arbitrary numbers.
+        """
+        real = torch.ones((1, len(outputs[0])), dtype=torch.bool, device=outputs[0].device)
+        if self.projection is None or self.projection.before != "ltx2_range":
+            return self._projected(self._combined([each[None] for each in outputs], real))[0]
+        width = len(outputs) * outputs[0].shape[-1]
+        values = outputs[0].new_zeros(len(outputs[0]), width)
+        for rows in captions:  # each has a mean and a range of its own
+            values[rows] = self._combined([each[None, rows] for each in outputs], real[:, rows])[0]
+        return self._projected(values)
+
+    def _combined(self, outputs: Sequence[torch.Tensor], real: torch.Tensor) -> torch.Tensor:
+        """[B, L, K * D]"""
         projection = self.projection
         states = [_zscore(state) for state in outputs] if self.zscore else list(outputs)
         if (projection is None or projection.before == "none") and self.combine == "concat":
-            values = torch.cat(states, -1) if len(states) > 1 else states[0]
-        else:
-            stacked = torch.stack(states, -1)  # [B, L, D, K]
-            if projection is not None:
-                stacked = projection.prepared(stacked, real)
-            stacked = stacked if self.combine == "stack" else stacked.transpose(-1, -2)
-            values = stacked.flatten(-2)
+            return torch.cat(states, -1) if len(states) > 1 else states[0]
+        stacked = torch.stack(states, -1)  # [B, L, D, K]
+        if projection is not None:
+            stacked = projection.prepared(stacked, real)
+        stacked = stacked if self.combine == "stack" else stacked.transpose(-1, -2)
+        return stacked.flatten(-2)
+
+    def _projected(self, values: torch.Tensor) -> torch.Tensor:
+        projection = self.projection
         if projection is None:
             return values
-        return torch.nn.functional.linear(values, projection.weight, projection.bias)
+        weight = projection.weight  # fused computes in float32 where a CPU has no bfloat16
+        return torch.nn.functional.linear(values.to(weight.dtype), weight, projection.bias)
 
 
 def _zscore(state: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,8 @@ class ResolvedEncoder:
     def work(self, captions: Tokenized) -> float:
         """About how many multiplications these captions take; to compare encoders."""
         sizes, length = self.family.sizes(self.opened.checkpoint), self.decision.padded_length
-        tokens = sum(captions.num_ids) if length is None else length * len(captions)
+        own = sum(self.unshared(captions).num_ids)
+        tokens = own if length is None else length * len(captions)
         return float(tokens * sizes.layers * sizes.linear_weights)
 
     def batches(self, captions: Tokenized, *, null: bool = False) -> Iterator[TokenBatch]:
@@ -75,11 +76,16 @@ class ResolvedEncoder:
         tokenizer, decision = self.opened.tokenizer, self.decision
         pad_id = tokenizer.pad_id or 0
         if decision.packed:
-            return pack(captions, decision.shapes[0][1], pad_id)
+            return pack(self.unshared(captions), decision.shapes[0][1], pad_id)
         shapes = (decision.null_shape,) if null else decision.shapes
         return make_batches(
             captions, shapes, pad_id, tokenizer.empty, pads_left=tokenizer.pads_left
         )
+
+    def unshared(self, captions: Tokenized) -> Tokenized:
+        """The captions as a forward runs them: without ids that are computed once for all."""
+        shared = self.family.shared_prefix(self.options, self.opened.tokenizer)
+        return captions.without_first(len(shared))
 
     def every_shape(self) -> Iterator[TokenBatch]:
         """One token batch of each shape, filled with the empty caption: each must fit in memory."""

@@ -113,7 +113,7 @@ class StreamedWeights:
     @property
     def layer_bytes(self) -> int:
         """Bytes of the largest layer's buffer."""
-        return max(sum(map(_space, layer.values())) for layer in self._layers)
+        return max((sum(map(_space, layer.values())) for layer in self._layers), default=0)
 
     def bring(self, number: int) -> None:
         """Let layer `number` have its weights. The layer that had them loses them, and the next

@@ -16,7 +16,7 @@ import json
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,6 +107,15 @@ class Tokenized:
             return [column[row] for row in rows]
 
         return Tokenized(*(chosen(getattr(self, column.name)) for column in fields(self)))
+
+    def without_first(self, count: int) -> Tokenized:
+        """The captions without their first `count` ids, of which none is stored."""
+        return replace(
+            self,
+            ids=[ids[count:] for ids in self.ids],
+            num_ids=[max(0, num_ids - count) for num_ids in self.num_ids],  # 0: nothing is encoded
+            first=[first - count for first in self.first],
+        )
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,8 @@ def encode(encoder: TextEncoder, texts: Sequence[str], *, null: bool = False) ->
     """Suffix -> what is stored of each text."""
     resolved = encoder.resolved
     stored: dict[str, dict[int, torch.Tensor]] = {o.suffix: {} for o in resolved.outputs}
-    captions = resolved.opened.tokenizer.encode(texts)
-    for batch in resolved.batches(captions, null=null):
-        for suffix, values in encoder.encode(batch).items():
+    batches = list(resolved.batches(resolved.opened.tokenizer.encode(texts), null=null))
+    for batch, pending in zip(batches, encoder.submit_all(batches), strict=True):
+        for suffix, values in pending.wait().items():
             stored[suffix].update((row, values[i]) for i, row in enumerate(batch.rows.tolist()))
     return {s: [by_row[row] for row in range(len(texts))] for s, by_row in stored.items()}

@@ -18,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from embed_precompute.encoders import resolve
-from embed_precompute.encoders.device import difference
+from embed_precompute.encoders.device import check_numbers, difference
 from embed_precompute.encoders.families.decoder import ChatOptions, Message, ProjectOptions
 from embed_precompute.encoders.loading import Source
 from embed_precompute.encoders.weights import stored_weights
 from embed_precompute.errors import InputError
 from embed_precompute.train.dataset import EmbeddingDataset
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 SPECIAL = ["<|begin|>", "<|user|>", "<|end|>", "<|pad|>"]
 CHAT = "<|user|>Describe the video:\n{text}<|end|>\n"
 CHAT_TEMPLATE = (
@@ -146,6 +147,8 @@ def tower(folder: Path, model_class: Any, **arguments: Any) -> Any:
 
 llama = partial(write_decoder, model_type="llama", begins=True)
 SHORT = {"max_length": 48, "batch_tokens": 400, "buckets": [12, 24]}
+PACKED = {"max_length": 48, "stream_tokens": 200}
+BOTH = ("hf", "fused")
 MESSAGES = (Message(role="system", content="{{s}}"), Message(role="u", content="{text}"))
 MASKED = {"attention_mask": "padding", "buckets": [], "max_length": 48, "batch_tokens": 120}
 CASES = [
@@ -168,7 +171,8 @@ CASES = [
         "qwen3",
         "decoder",
         partial(write_decoder, model_type="qwen3"),
-        {"template": CHAT, "layers": [2], "norm": "final", "max_length": 48},
+        {"template": CHAT, "layers": [2], "norm": "final", **PACKED},
+        BOTH,
     ),
     Case(
         "gemma2",
@@ -329,8 +333,14 @@ def test_lengths_count_from_the_crop_on(qwen2: Path) -> None:
             "keep is all with padding_side left: the positions at the start are pads",
         ),
         ({"chat": ChatOptions(messages=MESSAGES)}, "chat and template are both given"),
-        ({"compile": True}, "decoder has no fused. Expected hf, and compile false"),
-        ({"implementation": "fused"}, "decoder has no fused. Expected hf"),
+        (
+            {"stream_tokens": 200},
+            r"stream_tokens is 200: the longest caption has \d+ tokens, with its template.",
+        ),
+        ({"prefix": "shared", "implementation": "hf"}, "prefix is shared: only fused shares it"),
+        ({"prefix": "shared", "buckets": (9,)}, "prefix is shared: buckets are given"),
+        ({"prefix": "shared", "crop_start": 0}, "prefix is shared: no position before the caption"),
+        ({"prefix": "shared", "keep_first": 1}, "prefix is shared: keep_first is 1"),
     ],
 )
 def test_settings_that_cannot_be(qwen2: Path, fields: dict[str, Any], words: str) -> None:
@@ -351,6 +361,92 @@ def test_braces_are_written_twice(qwen2: Path) -> None:
     plain = transformers.AutoTokenizer.from_pretrained(str(qwen2))
     ids = encoder.opened.tokenizer.encode(["{x}"]).ids[0].tolist()
     assert ids == plain('<|user|>{"prompt": 1}\n{x}<|end|>')["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields", "words"),
+    [
+        ({}, {"buckets": (30,)}, "buckets are given"),
+        ({}, {"keep": "all"}, "keep is all, and fused packs captions end to end"),
+        ({"hidden_act": "gelu"}, {}, "has the activation 'gelu': expected silu"),
+        (
+            {"rope_parameters": DYNAMIC, "rope_scaling": DYNAMIC},
+            {},
+            "the rotary positions .*dynamic",
+        ),
+    ],
+)
+def test_what_the_fused_layers_do_not_compute(
+    changes: dict[str, Any], fields: dict[str, Any], words: str, qwen2: Path, tmp_path: Path
+) -> None:
+    """auto takes hf then; asked for, it is refused."""
+    folder = copied(qwen2, tmp_path / "other", **changes)
+    assert resolved(folder, **fields).decision.implementation == "hf"
+    with pytest.raises(InputError, match=words):
+        resolved(folder, **{"prefix": "shared", **fields})
+
+
+def test_a_mask_of_pads_on_the_right_changes_nothing_for_packed_captions(qwen2: Path) -> None:
+    masked = resolved(qwen2, attention_mask="padding", implementation="fused")
+    assert masked.decision == resolved(qwen2).decision
+    assert masked.decision.packed
+
+
+def assert_packed_is_hf(case: Case, folder: Path, texts: list[str], **fields: Any) -> None:
+    """Where the family can pack these options at all."""
+    packed = {"buckets": None, "keep": "real", "padding_side": "right", "stream_tokens": 256}
+    fields = {"implementation": "fused", **packed, **fields}
+    fused = built(case, folder, **fields)
+    ours = encode(fused, texts)[""]
+    hf = encode(built(case, folder, **{**fields, "implementation": "hf"}), texts)[""]
+    for text, found, expected in zip(texts, ours, hf, strict=True):
+        assert found.shape == expected.shape
+        assert float((found - expected).abs().max() / expected.abs().max()) <= 3e-6, text
+    for row in (0, 5, len(texts) - 1):
+        assert torch.equal(encode(fused, [texts[row]])[""][0], ours[row])
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_packed_captions_of_every_family(case: Case, corpus: list[str], tmp_path: Path) -> None:
+    folder = case.write(tmp_path / "model", corpus)
+    assert_packed_is_hf(case, folder, ["", "x", *corpus[:12], "long " * 99, "\U0001f525"])
+
+
+@pytest.mark.parametrize("before", ["none", "rms", "ltx2_range"])
+def test_a_stage_behind_packed_captions(
+    before: Any, qwen2: Path, corpus: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    save_file({"w": torch.randn(40, 192) / 14, "b": torch.randn(40)}, tmp_path / "p.safetensors")
+    project = ProjectOptions(path=str(tmp_path), weight="w", bias="b", before=before)
+    options = {"template": CHAT, "layers": [0, 2, 3], "max_length": 48}
+    case = Case("project", "decoder", write_decoder, options)
+    for combine in ("concat", "stack"):
+        assert_packed_is_hf(case, qwen2, ["", *corpus[:20]], project=project, combine=combine)
+
+
+def test_a_shared_prefix(qwen2: Path, corpus: list[str]) -> None:
+    """The streams hold the captions alone; the numbers differ by rounding, and in the
+    fingerprint."""
+    case = Case("shared", "decoder", write_decoder, {"template": CHAT, **PACKED})
+    computed, shared = (built(case, qwen2, prefix=prefix) for prefix in ("compute", "shared"))
+    assert shared.resolved.spec() != computed.resolved.spec()
+    texts = ["", "x", *corpus[:20], "long " * 99, "x"]
+    tokenizer = shared.resolved.opened.tokenizer
+    captions = tokenizer.encode(texts)
+    before, batches = tokenizer.first, [*shared.resolved.batches(captions)]
+    assert sum(int(batch.lengths.sum()) for batch in batches) == (
+        sum(captions.num_ids) - before * len(texts)
+    )
+    assert len(batches) < len([*computed.resolved.batches(captions)])
+    found, expected = encode(shared, texts)[""], encode(computed, texts)[""]
+    for ours, wanted in zip(found, expected, strict=True):
+        assert ours.shape == wanted.shape
+        assert float((ours - wanted).abs().max() / wanted.abs().max()) <= 3e-6
+    for row in (0, 7, 22):
+        assert torch.equal(encode(shared, [texts[row]])[""][0], found[row])
+    assert torch.equal(found[1], found[-1])
+    check_numbers(shared)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -22,7 +22,9 @@ from family_case import Case, built, copied, encode, every_case, parameters, ref
 from jobs import call, write_captions
 
 from embed_precompute.documents import canonical_json, to_plain
+from embed_precompute.encoders import encoder as encoder_module
 from embed_precompute.encoders.device import check_numbers, difference, distance
+from embed_precompute.encoders.encoder import build
 from embed_precompute.encoders.families.base import Decision, in_dtype
 from embed_precompute.encoders.fetch import fetch
 from embed_precompute.encoders.loading import Source, load_model, loaded_bytes
@@ -278,6 +280,24 @@ def test_the_self_check_sees_a_wrong_encoder(
     monkeypatch.setattr(encoder, "forward", wrong)
     with pytest.raises(InputError, match=r"encoders.enc: self-check failed on cpu .*difference of"):
         check_numbers(encoder)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(each, id=each.name) for each in CASES if "fused" in each.implementations]
+)
+def test_streamed_weights_give_the_bits_of_resident_ones(
+    case: Case, folder_of: Any, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In windows of several batches; also after transformers' model has had the layers."""
+    monkeypatch.setattr(encoder_module, "WINDOW_TOKENS", 700)
+    for dtype in ("float32", "bfloat16"):
+        decided = resolved(case, folder_of(case), implementation="fused", dtype=dtype)
+        expected = encode(build(decided, "cpu", dtype), texts)
+        streamed = build(decided, "cpu", dtype, "stream")
+        for _ in range(2):
+            for suffix, rows in encode(streamed, texts).items():
+                assert all(map(torch.equal, rows, expected[suffix])), suffix
+            check_numbers(streamed)
 
 
 @every_family

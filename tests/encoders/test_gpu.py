@@ -111,6 +111,26 @@ def test_numbers_and_bits(
         assert torch.equal(together[row], encode(encoder, [texts[row]])[0]), texts[row]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_streamed_weights_give_the_bits_of_resident_ones(
+    corpus: list[str], wide: dict[str, Path], mode: str, dtype: str, monkeypatch: Any
+) -> None:
+    """In several windows, of layers that come faster and slower than they are computed with."""
+    monkeypatch.setattr(encoder_module, "WINDOW_TOKENS", 5000)
+    resolved = resolved_of(mode, wide, dtype=dtype)
+    captions = resolved.opened.tokenizer.encode(texts_of(corpus) * 10)
+    batches = list(resolved.batches(captions))
+    assert len(list(encoder_module.windows(batches))) > 1
+    expected = [each.wait()[""] for each in build(resolved, "cuda", dtype).submit_all(batches)]
+    encoder = build(resolved, "cuda", dtype, "stream")
+    check_numbers(encoder)
+    for _ in range(3):
+        found = [pending.wait()[""] for pending in encoder.submit_all(batches)]
+        for ours, wanted in zip(found, expected, strict=True):
+            assert all(map(torch.equal, ours, wanted))
+
+
 @pytest.mark.parametrize("output_dtype", DTYPES)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("mode", ["t5-padded", "t5-masked", "clip"])

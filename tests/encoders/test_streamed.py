@@ -1,27 +1,28 @@
-"""Streamed weights: the bytes of resident ones, memory, windows, what is refused, changed files.
+"""Streamed weights: a whole job, memory, windows, what is refused, a checkpoint that changes.
 
-Killed in the middle of a window: tests/faults/test_windows.
+That every family's bits are those of resident weights: test_families. Killed in the middle of a
+window: tests/faults/test_windows.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from family_case import resolved_of
+from family_case import encode, resolved_of
 from jobs import PACKAGE_ROOT, dataset_bytes, edit, expect, run_code, write_captions, write_job
 from safetensors.torch import save_file
 from test_loading import MIB, RUNTIME, shift, source_of
 from torch import nn
 
 from embed_precompute.encoders import encoder as encoder_module
-from embed_precompute.encoders.device import check_machine, check_numbers
+from embed_precompute.encoders.device import check_machine
 from embed_precompute.encoders.encoder import (
     FusedEncoder,
     StreamedEncoder,
@@ -37,26 +38,6 @@ from embed_precompute.job.progress import Progress
 from make_demo import write_t5
 
 CPU = torch.device("cpu")
-MODES: dict[str, dict[str, Any]] = {
-    "t5-padded": {"batch_tokens": 200},
-    "t5-masked": {"attention_mask": "padding"},
-    "relu-masked": {"attention_mask": "padding"},
-    "umt5-padded": {"batch_tokens": 200},
-    "umt5-masked": {"attention_mask": "padding"},
-    "clip": {},
-}
-
-
-@pytest.fixture(scope="session")
-def folders(
-    tiny_t5: Path,
-    tiny_umt5: Path,
-    tiny_clip: Path,
-    corpus: list[str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Path]:
-    relu = write_t5(tmp_path_factory.mktemp("checkpoints") / "relu", corpus, gated=False)
-    return {"t5": tiny_t5, "umt5": tiny_umt5, "clip": tiny_clip, "relu": relu}
 
 
 @pytest.fixture(autouse=True)
@@ -65,28 +46,22 @@ def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder_module, "WINDOW_TOKENS", 700)
 
 
-def resolved(mode: str, folders: dict[str, Path], **fields: Any) -> ResolvedEncoder:
-    model = mode.partition("-")[0]
-    fields = {"implementation": "fused", "stream_tokens": 256, **MODES[mode], **fields}
-    if mode == "clip":
-        return resolved_of("clip", folders[model], **fields)
-    return resolved_of("t5", folders[model], **{"max_length": 48, **fields})
+def masked(folder: Path, **fields: Any) -> ResolvedEncoder:
+    """T5 in packed streams."""
+    fields = {"attention_mask": "padding", "stream_tokens": 256, "max_length": 48, **fields}
+    return resolved_of("t5", folder, **{"implementation": "fused", **fields})
+
+
+def padded(folder: Path) -> ResolvedEncoder:
+    return resolved_of(
+        "t5", folder, max_length=48, batch_tokens=200, implementation="fused", dtype="float32"
+    )
 
 
 def streamed(encoder: ResolvedEncoder) -> StreamedEncoder:
     built = build(encoder, "cpu", "float32", "stream")
     assert isinstance(built, StreamedEncoder)
     return built
-
-
-def stored(encoder: TextEncoder, texts: Sequence[str]) -> list[torch.Tensor]:
-    """The first output of each text, all token batches at once."""
-    batches = list(encoder.resolved.batches(encoder.resolved.opened.tokenizer.encode(texts)))
-    rows: dict[int, torch.Tensor] = {}
-    for batch, pending in zip(batches, encoder.submit_all(batches), strict=True):
-        values = pending.wait()[""]
-        rows.update((row, values[i]) for i, row in enumerate(batch.rows.tolist()))
-    return [rows[row] for row in range(len(texts))]
 
 
 def linears(encoder: TextEncoder) -> list[nn.Linear]:
@@ -96,42 +71,30 @@ def linears(encoder: TextEncoder) -> list[nn.Linear]:
 # --- the same bytes -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("mode", MODES)
-def test_the_same_bits_as_resident(
-    folders: dict[str, Path], corpus: list[str], mode: str, dtype: str
-) -> None:
-    """Whatever was computed before: windows, one batch, transformers' own model for the check."""
-    encoder, texts = resolved(mode, folders, dtype=dtype), ["", *corpus[:60]]
-    expected = stored(build(encoder, "cpu", "float32"), texts)
-    ours = streamed(encoder)
-    assert all(map(torch.equal, stored(ours, texts), expected))
-    first = next(iter(encoder.batches(encoder.opened.tokenizer.encode(texts))))
-    found = ours.encode(first)[""]
-    for line, row in enumerate(first.rows.tolist()):
-        assert torch.equal(found[line], expected[row])
-    check_numbers(ours)
-    assert all(map(torch.equal, stored(ours, texts), expected))
-
-
-@pytest.mark.parametrize(("stored_as", "place"), [("bfloat16", 0), ("bfloat16", 8), ("float32", 0)])
+@pytest.mark.parametrize(
+    ("stored_as", "place", "dtype"),
+    [
+        ("bfloat16", 0, "bfloat16"),
+        ("bfloat16", 8, "bfloat16"),
+        ("float32", 0, "bfloat16"),
+        ("float32", 0, "float16"),
+    ],
+)
 def test_weights_that_are_mapped_copied_and_cast(
-    tmp_path: Path, corpus: list[str], folders: dict[str, Path], stored_as: str, place: int
+    tmp_path: Path, corpus: list[str], stored_as: str, place: int, dtype: str
 ) -> None:
     folder = write_t5(tmp_path / "t5", corpus, dtype=stored_as)
     shift(folder, place)
-    encoder = resolved("t5-masked", {"t5": folder}, dtype="bfloat16")
-    expected = stored(build(encoder, "cpu", "float32"), corpus[:30])
-    assert all(map(torch.equal, stored(streamed(encoder), corpus[:30]), expected))
+    encoder = masked(folder, dtype=dtype)
+    expected = encode(build(encoder, "cpu", "float32"), corpus[:30])[""]
+    assert all(map(torch.equal, encode(streamed(encoder), corpus[:30])[""], expected))
 
 
 @pytest.fixture
-def job(tmp_path: Path, folders: dict[str, Path], corpus: list[str]) -> Path:
+def job(tmp_path: Path, tiny_t5: Path, tiny_clip: Path, corpus: list[str]) -> Path:
     captions = write_captions(tmp_path / "captions.parquet", ["", *corpus[:60]])
     fields = {"attention_mask": "padding", "stream_tokens": 96}
-    return write_job(
-        tmp_path, captions, folders["t5"], folders["clip"], samples_per_shard=40, **fields
-    )
+    return write_job(tmp_path, captions, tiny_t5, tiny_clip, samples_per_shard=40, **fields)
 
 
 def test_a_whole_job(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,8 +124,8 @@ def test_a_whole_job(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def test_one_layer_has_weights_at_a_time(folders: dict[str, Path]) -> None:
-    ours = streamed(resolved("t5-masked", folders))
+def test_one_layer_has_weights_at_a_time(tiny_t5: Path) -> None:
+    ours = streamed(masked(tiny_t5))
     blocks = ours.model.encoder.block
     assert all(linear.weight.is_meta for linear in linears(ours))
     embeddings = ours.model.encoder.embed_tokens.weight
@@ -178,8 +141,7 @@ MEASURE = """
 import ctypes, re, sys
 from pathlib import Path
 import transformers
-from family_case import resolved_of
-from test_streamed import stored
+from family_case import encode, resolved_of
 from embed_precompute.encoders import encoder as encoder_module
 from embed_precompute.encoders.encoder import build
 
@@ -196,7 +158,7 @@ encoder = resolved_of(
 )
 before = anonymous()
 built = build(encoder, "cpu", "bfloat16", "stream")
-stored(built, ["a red fox"] * 200)
+encode(built, ["a red fox"] * 200)
 print(anonymous() - before)
 """
 
@@ -228,8 +190,8 @@ def test_private_memory_is_two_layers_and_a_window(
 # --- windows --------------------------------------------------------------------------------------
 
 
-def test_windows_are_of_one_size(folders: dict[str, Path], corpus: list[str]) -> None:
-    encoder = resolved("t5-padded", folders)  # batches of 4 x 48 tokens: 192, and 700 in a window
+def test_windows_are_of_one_size(tiny_t5: Path, corpus: list[str]) -> None:
+    encoder = padded(tiny_t5)  # batches of 4 x 48 tokens, and 700 in a window
     captions = encoder.opened.tokenizer.encode(corpus[:36])
     batches = list(encoder.batches(captions))
     assert [len(window) for window in windows(batches)] == [3, 3, 3]
@@ -239,10 +201,8 @@ def test_windows_are_of_one_size(folders: dict[str, Path], corpus: list[str]) ->
 
 
 @pytest.mark.parametrize("calls", [1, 3, 6])
-def test_a_window_is_left_in_its_middle(
-    folders: dict[str, Path], corpus: list[str], calls: int
-) -> None:
-    ours = streamed(resolved("t5-padded", folders))
+def test_a_window_is_left_in_its_middle(tiny_t5: Path, corpus: list[str], calls: int) -> None:
+    ours = streamed(padded(tiny_t5))
     batches = list(ours.resolved.batches(ours.resolved.opened.tokenizer.encode(corpus[:24])))
     told: list[float] = []
 
@@ -258,7 +218,7 @@ def test_a_window_is_left_in_its_middle(
 
 
 def test_what_cannot_be_streamed_is_refused_before_anything_is_written(
-    job: Path, tmp_path: Path, folders: dict[str, Path]
+    job: Path, tmp_path: Path, tiny_t5: Path
 ) -> None:
     edit(job, "runtime", weights="stream")
     edit(job, "encoders.t5", implementation="hf", stream_tokens=4096)
@@ -268,18 +228,17 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_written(
     )
     assert "Set runtime.weights resident" in said
     assert not (tmp_path / "out").exists()
-    encoder = resolved("clip", folders, compile=True)
     with pytest.raises(InputError, match=r"one graph of all layers.*or compile false"):
-        check_machine("cpu", "cuda:0", [encoder], "stream")
+        check_machine("cpu", "cuda:0", [masked(tiny_t5, compile=True)], "stream")
 
 
 def test_auto_streams_what_does_not_fit(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_t5: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    encoder = resolved("t5-masked", folders)
+    encoder = masked(tiny_t5)
     source = Source(encoder.opened.checkpoint, encoder.family, encoder.options)
     needed = loaded_bytes(source, torch.float32) + forward_bytes(encoder)
-    by_hf = resolved("t5-masked", folders, implementation="hf")
+    by_hf = masked(tiny_t5, implementation="hf")
 
     def built(encoder: ResolvedEncoder, free: int | None) -> type:
         monkeypatch.setattr(encoder_module, "free_memory", lambda device: free)
@@ -300,8 +259,6 @@ def test_free_memory_knows_the_limit_of_a_cgroup(
     free = free_memory(CPU)
     assert free is not None
     assert free > 0
-    group = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
-    (tmp_path / group).mkdir(parents=True, exist_ok=True)
     (tmp_path / "memory.max").write_text("12345\n")
     monkeypatch.setattr("embed_precompute.encoders.loading.CGROUPS", tmp_path)
     assert free_memory(CPU) == 12345
@@ -324,11 +281,11 @@ def replaced(path: Path) -> None:
     [(replaced, "was changed, and"), (Path.unlink, "cannot be read any more")],
 )
 def test_a_checkpoint_that_changes_under_a_run(
-    tmp_path: Path, job: Path, folders: dict[str, Path], change: Callable[[Path], None], words: str
+    tmp_path: Path, tiny_t5: Path, change: Callable[[Path], None], words: str
 ) -> None:
-    mine = shutil.copytree(folders["t5"], tmp_path / "mine")
-    ours = streamed(resolved("t5-masked", {"t5": mine}))
-    assert len(stored(ours, ["a red fox"])) == 1
+    mine = shutil.copytree(tiny_t5, tmp_path / "mine")
+    ours = streamed(masked(mine))
+    assert len(encode(ours, ["a red fox"])[""]) == 1
     change(mine / "model.safetensors")
 
     def again() -> None:

@@ -323,8 +323,19 @@ class Family(abc.ABC, Generic[Options]):
         this architecture understands. A caption's numbers must not depend on the other lines.
         """
 
+    def shared_prefix(self, options: Options, tokenizer: CaptionTokenizer) -> list[int]:
+        """Ids that all captions begin with, and that the packed streams leave out: the fused layers
+        compute them once."""
+        return []
+
     def fused_layers(
-        self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
+        self,
+        model: Any,
+        options: Options,
+        longest: int,
+        tokenizer: CaptionTokenizer,
+        *,
+        compiled: bool,
     ) -> Forward:
         """Our own layers over the weights of the loaded model, on its device.
 

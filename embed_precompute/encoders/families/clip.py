@@ -197,7 +197,13 @@ class Clip(Family[ClipOptions]):
         return found
 
     def fused_layers(
-        self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
+        self,
+        model: Any,
+        options: ClipOptions,
+        longest: int,
+        tokenizer: CaptionTokenizer,
+        *,
+        compiled: bool,
     ) -> Forward:
         from embed_precompute.encoders.fused import layers
 

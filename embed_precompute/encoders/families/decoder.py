@@ -37,7 +37,12 @@ from embed_precompute.errors import InputError, one_line, require
 if TYPE_CHECKING:
     import torch
 
+    from embed_precompute.encoders.fused.stream import Forward
+
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384)
+FUSED_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+FUSED_ROPES = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary positions that do not depend on a caption's length."""
 PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|language_model\.|model\.)")
 """What stands before a text tower's names, in checkpoints of different releases."""
 WEIGHT, BIAS = "project.weight", "project.bias"
@@ -92,8 +97,8 @@ class ProjectOptions:
     """Name of the bias, [stored width]."""
     before: Literal["none", "ltx2_range", "rms"] = "none"
     """What the vectors go through before the matrix. ltx2_range: LTX-2's, each layer less its mean
-    over the caption, divided by its range, times 8. rms: LTX-2.3's, the root mean square of each
-    layer is 1."""
+    over the caption, divided by its range, times 8. rms: LTX-2.3's, each layer divided by its root
+    mean square, times the root of the stored width over the layer's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +135,8 @@ class DecoderOptions(EncoderConfig):
     project: ProjectOptions | None = None
     """A frozen linear stage that the combined vectors go through."""
     attention_mask: Literal["none", "padding"] = "none"
-    """Only for hf. padding: the model is given a mask of the pads. With padding on the right a real
-    token never sees a pad, with or without a mask."""
+    """padding: hf gives the model a mask of the pads. With padding on the right a real token never
+    sees a pad, with or without a mask, so that fused needs none."""
     padding_side: Literal["right", "left"] = "right"
     """Only for hf: where the pads are; left needs attention_mask padding."""
     keep: Literal["real", "all"] = "real"
@@ -173,7 +178,7 @@ class DecoderOptions(EncoderConfig):
         if self.keep == "all":
             require(not self.buckets, "buckets are for keep real: with all there is one length.")
             require(self.crop_end == 0, "crop_end is for keep real: with all the end is pads.")
-        for_hf = {"attention_mask": "none", "padding_side": "right", "keep": "real"}
+        for_hf = {"padding_side": "right", "keep": "real"}
         for name, value in for_hf.items():
             require(
                 self.implementation != "fused" or getattr(self, name) == value,
@@ -218,6 +223,7 @@ class Decoder(Family[DecoderOptions]):
         *("max_position_embeddings", "query_pre_attn_scalar", "attn_logit_softcapping"),
     )
     special_tokens = ()  # pads are attended with keep all only
+    implementations = ("hf", "fused")
 
     def open_tokenizer(self, where: str, folder: Path, options: DecoderOptions) -> CaptionTokenizer:
         return CaptionTokenizer(
@@ -299,8 +305,27 @@ class Decoder(Family[DecoderOptions]):
         )
 
     def decide(self, opened: OpenEncoder[DecoderOptions], facts: Facts) -> Decision:
-        options = opened.options
-        implementation = choose_implementation(opened, self, facts, why_not_fused=None)
+        options, where, tokenizer = opened.options, opened.where, opened.tokenizer
+        reason = _why_not_fused(options, opened.checkpoint)
+        implementation = choose_implementation(opened, self, facts, reason)
+        why_not = None
+        if implementation != "fused":
+            why_not = reason or f"only fused shares it, and the implementation is {implementation}."
+        elif options.keep_first > 0:
+            why_not = f"keep_first is {options.keep_first}, so positions of it are stored."
+        elif tokenizer.first == 0:
+            why_not = "no position before the caption is left out, so there is nothing to share."
+        if options.prefix == "shared" and why_not is not None:
+            raise InputError(f"{where}.prefix is shared: {why_not} Set prefix compute.")
+        if implementation == "fused":
+            longest = tokenizer.longest - len(self.shared_prefix(options, tokenizer))
+            if options.stream_tokens < longest:
+                raise InputError(
+                    f"{where}.stream_tokens is {options.stream_tokens}: the longest caption has "
+                    f"{longest} tokens, with its template. Raise it to that number or more."
+                )
+            stream = (1, options.stream_tokens)
+            return Decision(implementation, options.compile, None, (stream,), stream)
 
         def batch_of(length: int) -> int:
             return max(1, options.batch_tokens // length)
@@ -367,9 +392,7 @@ class Decoder(Family[DecoderOptions]):
     def config_values(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Releases of transformers name rotary embeddings and sliding windows differently."""
         config = checkpoint.text_config
-        window = getattr(config, "sliding_window", None)
-        if not getattr(config, "use_sliding_window", True):
-            window = None
+        window = _window(config)
         return {
             **super().config_values(checkpoint),
             "model_type": str(config.model_type).removesuffix("_text"),
@@ -432,6 +455,39 @@ class Decoder(Family[DecoderOptions]):
             output = model(input_ids=input_ids, attention_mask=mask, use_cache=False)
         states[last] = output.last_hidden_state
         return {"": readout([states[layer] for layer in readout.layers], real)}
+
+    def shared_prefix(self, options: DecoderOptions, tokenizer: CaptionTokenizer) -> list[int]:
+        shared = tokenizer.first if options.prefix == "shared" else 0
+        ids: list[int] = tokenizer.empty.ids[0][:shared].tolist()
+        return ids
+
+    def fused_layers(
+        self,
+        model: Any,
+        options: DecoderOptions,
+        longest: int,
+        tokenizer: CaptionTokenizer,
+        *,
+        compiled: bool,
+    ) -> Forward:
+        from embed_precompute.encoders.fused.decoder import DecoderLayers
+
+        def combine(outputs: list[torch.Tensor], captions: list[slice]) -> torch.Tensor:
+            numbered = zip(model.readout.layers, outputs, strict=True)
+            last = len(model.layers)
+            states = [model.norm(each) if number == last else each for number, each in numbered]
+            combined: torch.Tensor = model.readout.of_packed(states, captions)
+            return combined
+
+        return DecoderLayers(
+            model,
+            model.readout.layers,
+            longest,
+            windows=sliding_windows(model.config),
+            combine=combine,
+            compiled=compiled,
+            prefix=self.shared_prefix(options, tokenizer),
+        )
 
     def reference(
         self, checkpoint: Path, tokenizer: Path, options: DecoderOptions, device: str
@@ -586,3 +642,34 @@ def _check_projection(opened: OpenEncoder[DecoderOptions], project: ProjectOptio
                 f"{where}.bias: {project.path} has {project.bias} of shape {list(found)}: expected "
                 f"[{shape[0]}]."
             )
+
+
+def _why_not_fused(options: DecoderOptions, checkpoint: Checkpoint) -> str | None:
+    """Why our own layers cannot compute this model with these options; None: they can."""
+    config, file = checkpoint.text_config, checkpoint.folder / "config.json"
+    if options.buckets is not None:
+        return "buckets are given, and fused packs captions end to end."
+    for name, value in {"keep": "real", "padding_side": "right"}.items():
+        if (found := getattr(options, name)) != value:
+            return f"{name} is {found}, and fused packs captions end to end, without pads."
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation not in FUSED_ACTIVATIONS:
+        return f"{file} has the activation {activation!r}: expected {', '.join(FUSED_ACTIVATIONS)}."
+    rope = _rotary(config)
+    for each in rope.values() if "full_attention" in rope else (rope,):
+        kind = each["rope_type"]
+        if kind not in FUSED_ROPES or each.get("partial_rotary_factor", 1.0) != 1.0:
+            return f"{file} has the rotary positions {each}: expected {', '.join(FUSED_ROPES)}."
+    return None
+
+
+def sliding_windows(config: Any) -> list[int | None]:
+    """Each layer's sliding window: a token attends to this many tokens, itself included. None: to
+    all before it."""
+    return [_window(config) if slides else None for slides in _sliding_layers(config)]
+
+
+def _window(config: Any) -> int | None:
+    """The sliding window of the layers that have one."""
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if getattr(config, "use_sliding_window", True) else None

@@ -218,7 +218,13 @@ class T5(Family[T5Options]):
         return {"": model(input_ids=input_ids, attention_mask=mask).last_hidden_state}
 
     def fused_layers(
-        self, model: Any, longest: int, tokenizer: CaptionTokenizer, *, compiled: bool
+        self,
+        model: Any,
+        options: T5Options,
+        longest: int,
+        tokenizer: CaptionTokenizer,
+        *,
+        compiled: bool,
     ) -> Forward:
         from embed_precompute.encoders.fused import layers
 

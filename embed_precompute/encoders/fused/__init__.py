@@ -1,1 +1,1 @@
-"""Our own layers of T5 and CLIP."""
+"""Our own layers of T5, CLIP and decoder-only models."""

@@ -26,6 +26,7 @@ from embed_precompute.encoders.fused.stream import (
     Kernels,
     Workspace,
     attend,
+    positions_of,
     runs_of,
     upload,
 )
@@ -176,11 +177,12 @@ class ClipLayers(FusedLayers[ClipState]):
         pool_at = upload(torch.from_numpy(pooled_rows(batch, self._end_id)), space.device)
         blocks = space.row_blocks(len(ids))
         words = tables.token_embedding.weight
-        position = upload(torch.from_numpy(_positions(batch)), space.device)
+        runs = runs_of(batch)
+        position = upload(torch.from_numpy(positions_of(runs, len(ids))), space.device)
         residual = space.buffer(f"residual {place}", blocks[-1].stop, words.shape[1])
         self._kernels.embed(ids, words, residual)
         residual[: len(ids)].add_(functional.embedding(position, tables.position_embedding.weight))
-        return ClipState(residual, pool_at, blocks, runs_of(batch))
+        return ClipState(residual, pool_at, blocks, runs)
 
     def layer(self, number: int, state: ClipState) -> None:
         space, layer = self._workspace, self._text.encoder.layers[number]
@@ -264,14 +266,3 @@ def _output_bias(attention: Any) -> torch.Tensor:
     output, values = attention.out_proj, attention.v_proj
     through: torch.Tensor = output.weight.float() @ values.bias.float() + output.bias.float()
     return through
-
-
-def _positions(batch: TokenBatch) -> np.ndarray:
-    """[T] each token's position in its caption; 0 after the last caption."""
-    lines, length = batch.input_ids.shape
-    if not batch.packed:
-        return np.tile(np.arange(length, dtype=np.int64), lines)
-    position = np.zeros(length, dtype=np.int64)
-    for start, tokens in zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True):
-        position[start : start + tokens] = np.arange(tokens)
-    return position

@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -100,6 +102,31 @@ def runs_of(batch: TokenBatch) -> list[EqualLengthRun]:
         runs.append(EqualLengthRun(start, count, extent, pads))
         start += count * extent
     return runs
+
+
+def positions_of(runs: list[EqualLengthRun], num_tokens: int, first: int = 0) -> NDArray[np.int64]:
+    """[num_tokens] each token's position in its caption, counted from `first`; 0 after the last
+    caption."""
+    position = np.zeros(num_tokens, dtype=np.int64)
+    for run in runs:
+        rows = slice(run.start, run.start + run.count * run.length)
+        position[rows] = np.tile(np.arange(first, first + run.length), run.count)
+    return position
+
+
+def attention_calls(
+    runs: list[EqualLengthRun], *, one_by_one: bool = False
+) -> Iterator[tuple[slice, int, int]]:
+    """(rows, number of captions, their length) of each call of attention over a packed stream.
+
+    `one_by_one`: a call for each caption.
+    """
+    for run in runs:
+        at_once = 1 if one_by_one else max(1, ATTENTION_TOKENS // run.length)
+        for first in range(0, run.count, at_once):
+            count = min(at_once, run.count - first)
+            start = run.start + first * run.length
+            yield slice(start, start + count * run.length), count, run.length
 
 
 def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -205,15 +232,11 @@ def attend(
     `out` [T, H*dk] that belong to no caption are left as they are.
     """
     for run in runs:
-        at_once = max(1, ATTENTION_TOKENS // run.length)
-        for first in range(0, run.count, at_once):
-            count = min(at_once, run.count - first)
-            start = run.start + first * run.length
-            rows = slice(start, start + count * run.length)
-            shape = (count, run.length, heads, -1)
+        keys = run.length - run.pads
+        mask = None if bias is None else bias[None, :, : run.length, :keys]
+        for rows, count, length in attention_calls([run]):
+            shape = (count, length, heads, -1)
             q, k, v = (part[rows].view(shape).transpose(1, 2) for part in qkv)
-            keys = run.length - run.pads
-            mask = None if bias is None else bias[None, :, : run.length, :keys]
             mixed = functional.scaled_dot_product_attention(
                 q, k[:, :, :keys], v[:, :, :keys], attn_mask=mask, is_causal=causal, scale=scale
             )  # [count, H, length, dk]
@@ -251,6 +274,27 @@ class Kernels:
     ) -> None:
         """T5's norm of the rows of x [T, D]: no mean, no bias; the statistics in float32."""
         self._run(_rms_norm, (x, out), weight.float(), eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> None:
+        """x += the norm of the rows of delta, rounded once; [T, D]."""
+        self._run(_add_rms_norm, (x, delta), weight.float(), eps)
+
+    def rotate(
+        self,
+        x: torch.Tensor,
+        position: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        norm: torch.Tensor | None,
+        eps: float,
+    ) -> None:
+        """Rotate every head of x [T, H*dk] by its token's position [T], in place.
+
+        `tables`: cosine and sine, [positions, dk / 2]. `norm` [dk], if given: the weight of a norm
+        of every head, which comes first.
+        """
+        self._run(_rotate, (x, position), *tables, norm, eps)
 
     def layer_norm(self, x: torch.Tensor, norm: Any, out: torch.Tensor) -> None:
         """CLIP's norm of the rows of x [T, D]; `norm` is the model's module."""
@@ -294,6 +338,28 @@ def _rms_norm(x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, eps: flo
     out.copy_(functional.rms_norm(x.float(), weight.shape, weight, eps))
 
 
+def _add_rms_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    x.copy_(x.float() + functional.rms_norm(delta.float(), weight.shape, weight, eps))
+
+
+def _rotate(
+    x: torch.Tensor,
+    position: torch.Tensor,
+    cosine: torch.Tensor,
+    sine: torch.Tensor,
+    norm: torch.Tensor | None,
+    eps: float,
+) -> None:
+    cosine, sine = cosine[position][:, None], sine[position][:, None]  # [T, 1, dk / 2]
+    heads = x.view(len(x), -1, 2 * cosine.shape[-1])
+    values = heads.float()
+    if norm is not None:
+        values = functional.rms_norm(values, norm.shape, norm, eps)
+    first, second = values.chunk(2, dim=-1)
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    heads.copy_(torch.cat(turned, dim=-1))
+
+
 def _layer_norm(
     x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> None:
@@ -321,6 +387,10 @@ def _gelu_new(x: torch.Tensor) -> torch.Tensor:
     return x / (1 + torch.exp(x * (-GELU_LINEAR - GELU_CUBIC * x * x)))
 
 
+def _silu(x: torch.Tensor) -> torch.Tensor:
+    return x / (1 + torch.exp(-x))
+
+
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return x / (1 + torch.exp(-1.702 * x))
 
@@ -332,6 +402,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu,
     "gelu": functional.gelu,
     "gelu_new": _gelu_new,
+    "gelu_pytorch_tanh": _gelu_new,
+    "silu": _silu,
     "quick_gelu": _quick_gelu,
 }
 """Activations in float32, by their names in config.json."""
