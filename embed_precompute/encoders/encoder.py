@@ -390,7 +390,6 @@ def build(
     opened, implementation = resolved.opened, resolved.decision.implementation
     source = Source(opened.checkpoint, resolved.family, resolved.options)
     dtype: torch.dtype = getattr(torch, resolved.options.dtype)
-    needed = forward_bytes(resolved)
     if is_streamed(resolved, device, weights):
         streamed = StreamedWeights(source, dtype, torch.device(device))
         return StreamedEncoder(resolved, device, output_dtype, streamed)
@@ -398,7 +397,7 @@ def build(
         source,
         dtype,
         torch.device(device),
-        forward_bytes=needed,
+        forward_bytes=forward_bytes(resolved),
         may_split=implementation == "hf",
     )
     if implementation == "shardformer":
@@ -413,7 +412,8 @@ def is_streamed(resolved: ResolvedEncoder, device: str, weights: WeightsMode) ->
     """Whether the encoder's weights come layer by layer. Raises InputError: `weights` is stream,
     and they cannot."""
     opened, decision = resolved.opened, resolved.decision
-    reason, remedy = None, "Set runtime.weights resident"
+    reason = None
+    remedy = "Set runtime.weights auto, which streams what can be and does not fit, or resident"
     if decision.implementation != "fused":
         reason = f"the implementation is {decision.implementation}, and only fused has its layers"
     elif decision.compiled and device.startswith("cuda"):

@@ -226,7 +226,7 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_written(
     assert (
         "encoders.t5: runtime.weights is stream: the implementation is hf, and only fused" in said
     )
-    assert "Set runtime.weights resident" in said
+    assert "Set runtime.weights auto" in said
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match=r"one graph of all layers.*or compile false"):
         check_machine("cpu", "cuda:0", [masked(tiny_t5, compile=True)], "stream")
