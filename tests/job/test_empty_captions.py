@@ -95,6 +95,31 @@ def test_a_space_for_an_empty_caption(job: Path, tmp_path: Path) -> None:
         assert torch.equal(found, plain["text_t5"])
 
 
+def test_the_first_pad_is_stored_with_the_tokens(job: Path, tmp_path: Path) -> None:
+    """As Chroma wants it: its mask is the stored one."""
+    write_captions(tmp_path / "captions.parquet", ["a red fox", "x", "", "far too long " * 20])
+    edit(job, "encoders.t5", text_steps=[], empty="encode", keep="real+1")
+    expect(0, "run", job)
+    expect(0, "verify", tmp_path / "out", "--level", "deep", "--sample", "99")
+    dataset = EmbeddingDataset(tmp_path / "out")
+    edit(job, "encoders.t5", keep="real")
+    expect(0, "run", job, "--output.path", tmp_path / "real")
+    real = EmbeddingDataset(tmp_path / "real")
+    tokens = dataset.tokens["t5"]
+    assert dataset.lengths["t5"].tolist() == [*(tokens[:3] + 1).tolist(), 24]
+    for kept, plain in zip(dataset, real, strict=True):
+        n = len(plain["text_t5"])
+        torch.testing.assert_close(kept["text_t5"][:n], plain["text_t5"], rtol=1e-4, atol=1e-5)
+    batch = collate_embeddings(list(dataset))
+    assert batch["text_t5_mask"].sum(1).tolist() == dataset.lengths["t5"].tolist()
+    assert batch["text_t5_token_mask"].sum(1).tolist() == tokens.tolist()
+    dropped = ConditionDropout(dataset, {"text_t5": 1.0})(batch)
+    assert torch.equal(dropped["text_t5"][0, :2], dataset.null["text_t5"])
+    assert dropped["text_t5_length"].tolist() == [2] * 4
+    with pytest.raises(InputError, match=r"positions real of .* one that stores pads too"):
+        ConditionDropout(real, {"text_t5": 1.0})(batch)
+
+
 @pytest.mark.parametrize(("name", "fields", "what"), [
     ("clip", {"empty": "nothing"}, "text_clip stores a vector per caption"),
     ("t5", {"attention_mask": "none"}, "text_t5 stores every position"),
