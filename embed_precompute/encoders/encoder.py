@@ -444,6 +444,8 @@ def forward_bytes(resolved: ResolvedEncoder) -> int:
     lines, length = max(shapes, key=lambda shape: shape[0] * shape[1])
     # Norms, and in float16 the residual, are in float32.
     rows = 16 * sizes.width + dtype.itemsize * (4 * sizes.inner + 2 * sizes.hidden)
+    # Several layers' outputs are held one by one, and then as one.
+    rows += 2 * dtype.itemsize * sum(out.width for out in resolved.outputs if out.per == "token")
     # Only plain attention has a tensor of all scores, and another for their softmax in float32.
     fused = decision.implementation == "fused"
     scores = 0 if fused else sizes.heads * length * (4 + dtype.itemsize)

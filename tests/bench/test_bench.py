@@ -17,6 +17,7 @@ from handmade import words_as_tokens
 from jobs import call, write_captions, write_job
 
 import bench_table
+import decoders
 import peers
 import whole_job
 from embed_precompute.bench import measure
@@ -192,6 +193,23 @@ def test_a_table_of_real_shapes(
     assert len(rows) == 2
     assert rows[1].startswith("| padded | bfloat16 | base |")
     assert "x hf |" in rows[1]
+
+
+def test_decoders_of_real_shapes(
+    tmp_path: Path, job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--captions", str(job.parent / "captions.parquet"), str(tmp_path)]
+    words += ["packed", "layers", "prefix", "--divide", "64", "--layers", "1", "--rounds", "1"]
+    words += ["--models", "Z-Image", "--variants", "fused", "hf-random", "--num-captions", "4"]
+    monkeypatch.setattr(decoders, "VOCABULARY", 600)
+    monkeypatch.setattr(sys, "argv", ["decoders", *words, "--device", "cpu"])
+    decoders.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    names = [row.split(" | ")[0] for row in rows]
+    assert names == ["| template of", "| Z-Image", "| model", "| Z-Image", "| prefix"] + [
+        f"| {before}" for before in decoders.PREFIXES
+    ]
+    assert rows[1].endswith("x hf-random |")
 
 
 def test_a_whole_job_next_to_its_encoders_alone(

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from embed_precompute.encoders import resolve
 from embed_precompute.encoders.device import check_numbers, difference
+from embed_precompute.encoders.encoder import build
 from embed_precompute.encoders.families.decoder import ChatOptions, Message, ProjectOptions
 from embed_precompute.encoders.loading import Source
 from embed_precompute.encoders.weights import stored_weights
@@ -392,6 +393,18 @@ def test_a_mask_of_pads_on_the_right_changes_nothing_for_packed_captions(qwen2: 
     assert masked.decision.packed
 
 
+def test_pads_on_the_left_are_packed_where_that_is_asked_for(
+    qwen2: Path, corpus: list[str]
+) -> None:
+    """Positions are then counted from the caption's start, which moves the last bits."""
+    left = {"template": CHAT, "attention_mask": "padding", "padding_side": "left"}
+    assert resolved(qwen2, **left).decision.implementation == "hf"
+    case = Case("left", "decoder", write_decoder, left)
+    hf, fused = (encode(built(case, qwen2, implementation=name), corpus[:12])[""] for name in BOTH)
+    for expected, found in zip(hf, fused, strict=True):
+        assert difference(found, expected, exact=True) is None
+
+
 def assert_packed_is_hf(case: Case, folder: Path, texts: list[str], **fields: Any) -> None:
     """Where the family can pack these options at all."""
     packed = {"buckets": None, "keep": "real", "padding_side": "right", "stream_tokens": 256}
@@ -447,6 +460,23 @@ def test_a_shared_prefix(qwen2: Path, corpus: list[str]) -> None:
         assert torch.equal(encode(shared, [texts[row]])[""][0], found[row])
     assert torch.equal(found[1], found[-1])
     check_numbers(shared)
+
+
+def test_streamed_weights_give_the_same_bits(
+    qwen2: Path, corpus: list[str], tmp_path: Path
+) -> None:
+    save_file({"w": torch.randn(40, 128)}, tmp_path / "p.safetensors")
+    project = ProjectOptions(path=str(tmp_path), weight="w", before="rms")
+    options = {"template": CHAT, "layers": [0, 3], "norm": "final", "project": project, **PACKED}
+    case = Case("streamed", "decoder", write_decoder, options)
+    for prefix in ("compute", "shared"):
+        encoder = resolved(qwen2, **{**options, "prefix": prefix})
+        captions = encoder.opened.tokenizer.encode(corpus[:30])
+        batches = list(encoder.batches(captions))
+        expected = [out.wait()[""] for out in built(case, qwen2, prefix=prefix).submit_all(batches)]
+        streamed = build(encoder, "cpu", "float32", "stream")
+        for found, rows in zip(streamed.submit_all(batches), expected, strict=True):
+            assert all(map(torch.equal, found.wait()[""], rows))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -138,7 +138,8 @@ class DecoderOptions(EncoderConfig):
     """padding: hf gives the model a mask of the pads. With padding on the right a real token never
     sees a pad, with or without a mask, so that fused needs none."""
     padding_side: Literal["right", "left"] = "right"
-    """Only for hf: where the pads are; left needs attention_mask padding."""
+    """Where hf has the pads; left needs attention_mask padding. fused has none and counts positions
+    from the caption's start: the same up to rounding. auto with left is hf."""
     keep: Literal["real", "all"] = "real"
     """Which positions are stored. all: every caption runs at max_length and what is cropped, and
     the vectors of its pads are stored too; only for hf."""
@@ -178,13 +179,11 @@ class DecoderOptions(EncoderConfig):
         if self.keep == "all":
             require(not self.buckets, "buckets are for keep real: with all there is one length.")
             require(self.crop_end == 0, "crop_end is for keep real: with all the end is pads.")
-        for_hf = {"padding_side": "right", "keep": "real"}
-        for name, value in for_hf.items():
-            require(
-                self.implementation != "fused" or getattr(self, name) == value,
-                f"{name} is {getattr(self, name)}: fused packs captions end to end, without pads. "
-                "Use the implementation hf, or remove it.",
-            )
+        require(
+            self.implementation != "fused" or self.keep == "real",
+            f"keep is {self.keep}: fused packs captions end to end, without pads. Use the "
+            "implementation hf, or remove it.",
+        )
         self.require_buckets(self.buckets)
         self.prompt()
 
@@ -651,9 +650,11 @@ def _why_not_fused(options: DecoderOptions, checkpoint: Checkpoint) -> str | Non
     config, file = checkpoint.text_config, checkpoint.folder / "config.json"
     if options.buckets is not None:
         return "buckets are given, and fused packs captions end to end."
-    for name, value in {"keep": "real", "padding_side": "right"}.items():
-        if (found := getattr(options, name)) != value:
-            return f"{name} is {found}, and fused packs captions end to end, without pads."
+    if options.keep != "real":
+        return f"keep is {options.keep}, and fused packs captions end to end, without pads."
+    if options.padding_side != "right" and options.implementation == "auto":
+        # Rotary angles of far positions are rounded more: 1e-5 of the numbers, in float32.
+        return "padding_side is left, and fused counts positions from the caption's own start."
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in FUSED_ACTIVATIONS:
         return f"{file} has the activation {activation!r}: expected {', '.join(FUSED_ACTIVATIONS)}."

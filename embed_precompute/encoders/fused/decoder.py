@@ -10,6 +10,8 @@ caption attends to them and to itself. That is the same mathematics; it differs 
 
 The numbers are those of transformers up to rounding. The mathematics follows its modeling_llama.py,
 modeling_qwen3.py, modeling_gemma2.py and modeling_gemma3.py.
+
+Not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -223,7 +225,8 @@ class DecoderLayers(FusedLayers[DecoderState]):
         before = 0 if prefix is None else len(prefix[0])
         # With a cap the products are a plain batch of matrices, whose sums may depend on how many
         # they are: one caption at a time.
-        for rows, count, length in attention_calls(state.runs, one_by_one=cap is not None):
+        calls = attention_calls(state.runs, before=before, one_by_one=cap is not None)
+        for rows, count, length in calls:
             q = qkv[0][rows].view(count, length, self._heads, -1).transpose(1, 2)
             k, v = (
                 self._all_heads(x[rows].view(count, length, -1), prefix and prefix[i])

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from embed_precompute.encoders.tokenizer import TokenBatch
 
 ATTENTION_TOKENS = 2048
-"""At most this many tokens of equally long captions attend in one call, to fit in the cache."""
+"""At most this many keys of equally long captions are in one call, to fit in the cache."""
 KERNEL_ROWS = 256
 """Number of rows in one kernel call: few enough to stay in a CPU's cache."""
 
@@ -115,14 +115,15 @@ def positions_of(runs: list[EqualLengthRun], num_tokens: int, first: int = 0) ->
 
 
 def attention_calls(
-    runs: list[EqualLengthRun], *, one_by_one: bool = False
+    runs: list[EqualLengthRun], *, before: int = 0, one_by_one: bool = False
 ) -> Iterator[tuple[slice, int, int]]:
     """(rows, number of captions, their length) of each call of attention over a packed stream.
 
-    `one_by_one`: a call for each caption.
+    `before`: number of keys that each caption attends to besides its own. `one_by_one`: a call for
+    each caption.
     """
     for run in runs:
-        at_once = 1 if one_by_one else max(1, ATTENTION_TOKENS // run.length)
+        at_once = 1 if one_by_one else max(1, ATTENTION_TOKENS // (before + run.length))
         for first in range(0, run.count, at_once):
             count = min(at_once, run.count - first)
             start = run.start + first * run.length
