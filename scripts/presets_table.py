@@ -58,7 +58,7 @@ which SD3's has another length for T5."""
 CAPTIONS = (
     "",
     "A red fox runs through shallow water, cinematic lighting, 35mm film grain.",
-    "A slow tracking shot follows an old fisherman along the harbour at dawn. " * 90,
+    "A slow tracking shot follows an old fisherman along the harbour at dawn. " * 50,
     "빨간 우산을 쓴 여성이 비 오는 거리를 걷는다",
     'A neon sign that says "OPEN 24h", and a smaller one: \u201cno vacancy\u201d.',
     "  Tom &amp;amp; Jerry &lt;b&gt;run&lt;/b&gt;\n\n at   https://example.com/a?b=c  #42 ",
