@@ -217,14 +217,14 @@ class TextEncoder(abc.ABC):
         return self.submit(batch).wait()
 
     @contextlib.contextmanager
-    def computing(self, batch: TokenBatch) -> Iterator[None]:
+    def computing(self, batch: TokenBatch, too_large: str = "") -> Iterator[None]:
         """The context of `forward`: no gradients, TF32 as decided; errors of memory name the
-        setting."""
+        setting, or say `too_large`."""
         setting = torch.backends.cuda.matmul
         before = setting.allow_tf32
         setting.allow_tf32 = self.resolved.options.tf32  # not as the process has set it
         try:
-            with torch.inference_mode(), out_of_memory(self._too_large(batch)):
+            with torch.inference_mode(), out_of_memory(too_large or self._too_large(batch)):
                 yield
         finally:
             setting.allow_tf32 = before
@@ -356,9 +356,14 @@ class StreamedEncoder(FusedEncoder):
         """The states of the batches after the last layer; None if `go_on` returned False. `share`:
         the window's part of the work that `go_on` knows."""
         states = []
+        too_large = (
+            f"{self.resolved.opened.where}: the residuals of {len(window)} token batches do not "
+            f"fit in the memory of {self.device} beside two layers. Use a device with more memory, "
+            "or make smaller units: lower output.samples_per_shard and give a new output.path."
+        )
         for place, batch in enumerate(window):
             self._require_decided(batch)
-            with self.computing(batch):
+            with self.computing(batch, too_large):
                 states.append(self._steps.begin(self._ids(batch), batch, place))
         done, step = 0.0, share / max(1, len(self._steps.blocks) * len(window))
         for number in range(len(self._steps.blocks)):
@@ -390,7 +395,6 @@ def build(
     opened, implementation = resolved.opened, resolved.decision.implementation
     source = Source(opened.checkpoint, resolved.family, resolved.options)
     dtype: torch.dtype = getattr(torch, resolved.options.dtype)
-    needed = forward_bytes(resolved)
     if is_streamed(resolved, device, weights):
         streamed = StreamedWeights(source, dtype, torch.device(device))
         return StreamedEncoder(resolved, device, output_dtype, streamed)
@@ -398,7 +402,7 @@ def build(
         source,
         dtype,
         torch.device(device),
-        forward_bytes=needed,
+        forward_bytes=forward_bytes(resolved),
         may_split=implementation == "hf",
     )
     if implementation == "shardformer":
@@ -413,7 +417,8 @@ def is_streamed(resolved: ResolvedEncoder, device: str, weights: WeightsMode) ->
     """Whether the encoder's weights come layer by layer. Raises InputError: `weights` is stream,
     and they cannot."""
     opened, decision = resolved.opened, resolved.decision
-    reason, remedy = None, "Set runtime.weights resident"
+    reason = None
+    remedy = "Set runtime.weights auto, which streams what can be and does not fit, or resident"
     if decision.implementation != "fused":
         reason = f"the implementation is {decision.implementation}, and only fused has its layers"
     elif decision.compiled and device.startswith("cuda"):

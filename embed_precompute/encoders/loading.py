@@ -107,10 +107,10 @@ def read_weights(weights: Sequence[StoredWeight]) -> State:
             for weight in (each for each in weights if each.path == path):
                 target = TORCH_DTYPES.get(weight.target)
                 if weight.code == weight.target:
-                    mapped = state[weight.name] = file.get_tensor(weight.name)
-                    if mapped.data_ptr() % ALIGNMENT == 0:
+                    found = state[weight.name] = file.get_tensor(weight.name)
+                    if found.data_ptr() % ALIGNMENT == 0:
                         continue
-                    target = mapped.dtype
+                    target = found.dtype
                 state[weight.name] = torch.empty(weight.shape, dtype=target)
                 to_copy.append(weight)
     fill((state[weight.name], weight) for weight in to_copy)

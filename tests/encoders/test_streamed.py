@@ -214,6 +214,23 @@ def test_a_window_is_left_in_its_middle(tiny_t5: Path, corpus: list[str], calls:
     assert told == pytest.approx([n / 12 for n in range(calls)])  # of 2 layers x 6 batches
 
 
+def test_a_window_that_does_not_fit_in_memory(
+    tiny_t5: Path, corpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = streamed(padded(tiny_t5))
+    batches = list(ours.resolved.batches(ours.resolved.opened.tokenizer.encode(corpus[:12])))
+    begin = ours._steps.begin
+
+    def failing(ids: torch.Tensor, batch: Any, place: int = 0) -> Any:
+        if place == 2:
+            raise torch.OutOfMemoryError
+        return begin(ids, batch, place)
+
+    monkeypatch.setattr(ours._steps, "begin", failing)
+    with pytest.raises(InputError, match=r"residuals of 3 token batches.* make smaller units"):
+        list(ours.submit_all(batches))
+
+
 # --- refused, and auto ----------------------------------------------------------------------------
 
 
@@ -226,7 +243,7 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_written(
     assert (
         "encoders.t5: runtime.weights is stream: the implementation is hf, and only fused" in said
     )
-    assert "Set runtime.weights resident" in said
+    assert "Set runtime.weights auto" in said
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match=r"one graph of all layers.*or compile false"):
         check_machine("cpu", "cuda:0", [masked(tiny_t5, compile=True)], "stream")
