@@ -179,7 +179,9 @@ def maker(name: str) -> Maker:
         rows = topped_up(lengths, variant.decision.shapes[0][1])
         batches = list(variant.batches(captions.select(rows)))
         share = sum(lengths) / sum(lengths[row] for row in rows)
-        return Contestant(built, batches, [share] * len(batches))
+        # Long captions of nearly one length leave gaps, and one more stream, nearly empty.
+        filled = [int(batch.lengths.sum()) for batch in batches]
+        return Contestant(built, batches, [share * each / max(filled) for each in filled])
 
     return make
 
