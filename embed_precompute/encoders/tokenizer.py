@@ -113,7 +113,7 @@ class Tokenized:
         return replace(
             self,
             ids=[ids[count:] for ids in self.ids],
-            num_ids=[num_ids - count for num_ids in self.num_ids],
+            num_ids=[max(0, num_ids - count) for num_ids in self.num_ids],  # 0: nothing is encoded
             first=[first - count for first in self.first],
         )
 

@@ -108,7 +108,9 @@ def packed(captions: list[list[int]], stream: int = 320) -> tuple[torch.Tensor, 
     lengths = np.array([len(each) for each in captions], dtype=np.int32)
     ids[0, : lengths.sum()] = np.concatenate(captions)
     nothing = np.zeros(len(captions), dtype=np.int32)
-    batch = TokenBatch(ids, lengths, nothing, nothing, np.arange(len(captions)), packed=True)
+    batch = TokenBatch(
+        ids, lengths, lengths, nothing, nothing, np.arange(len(captions)), packed=True
+    )
     return torch.from_numpy(ids[0]), batch
 
 

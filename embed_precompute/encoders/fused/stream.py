@@ -233,11 +233,11 @@ def attend(
     `out` [T, H*dk] that belong to no caption are left as they are.
     """
     for run in runs:
+        keys = run.length - run.pads
+        mask = None if bias is None else bias[None, :, : run.length, :keys]
         for rows, count, length in attention_calls([run]):
             shape = (count, length, heads, -1)
             q, k, v = (part[rows].view(shape).transpose(1, 2) for part in qkv)
-            keys = length - run.pads
-            mask = None if bias is None else bias[None, :, :length, :keys]
             mixed = functional.scaled_dot_product_attention(
                 q, k[:, :, :keys], v[:, :, :keys], attn_mask=mask, is_causal=causal, scale=scale
             )  # [count, H, length, dk]
