@@ -276,7 +276,7 @@ def pixart(folders: Mapping[str, Path]) -> Encode:
 def hunyuan(folders: Mapping[str, Path]) -> Encode:
     from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video
 
-    default = pipeline_hunyuan_video.DEFAULT_PROMPT_TEMPLATE
+    default: dict[str, Any] = pipeline_hunyuan_video.DEFAULT_PROMPT_TEMPLATE
     tokenize = tokenizer(folders["llama"])
     crop = len(tokenize(default["template"].split("{}")[0])["input_ids"])
     pipe = pipeline(

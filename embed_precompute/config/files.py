@@ -109,7 +109,7 @@ def preset_path(name: str) -> Path:
 def _found(path: str | os.PathLike[str]) -> Path:
     """The file, or the preset of that name where there is no such file."""
     name = Path(path)
-    if not name.exists() and str(path) == name.stem:
+    if not name.is_file() and str(path) == name.stem:
         return next((each for each in preset_paths() if each.stem == str(path)), name)
     return name
 

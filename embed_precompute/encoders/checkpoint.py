@@ -239,7 +239,8 @@ def _snapshot(where: str, hub_id: str, revision: str | None, need: Need) -> Path
     except Exception as error:
         if cached is not None:
             return cached
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        first, _, _ = str(error).strip().partition("\n")
+        reason = f"{type(error).__name__}: {first}"
     raise InputError(
         f"{where} is {hub_id!r}: there is no such folder, and the hub gives nothing under that id "
         f"(revision {revision or 'main'}; {reason}). Check the name, or run where there is a "

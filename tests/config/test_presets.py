@@ -83,7 +83,9 @@ def test_one_preset_is_a_configuration(name: str, tmp_path: Path) -> None:
     assert all(str(each.reference) in path.read_text() for each in config.encoders.values())
 
 
-def test_a_name_is_enough_to_run(tmp_path: Path, tiny_t5: Path, corpus: list[str]) -> None:
+def test_a_name_is_enough_to_run(
+    tmp_path: Path, tiny_t5: Path, corpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     captions, out = write_captions(tmp_path / "c.parquet", corpus[:5]), tmp_path / "out"
     words = ["--captions.path", str(captions), "--output.path", str(out)]
     words += ["--encoders.t5.pretrained", str(tiny_t5), "--encoders.t5.tokenizer", "null"]
@@ -92,7 +94,11 @@ def test_a_name_is_enough_to_run(tmp_path: Path, tiny_t5: Path, corpus: list[str
     assert not out.exists()
     expect(0, "run", "cogvideox", *words, "--encoders.t5.width", "null")
     expect(0, "verify", str(out))
-    # A file of that name comes first, and a name that is none says where names are.
+    # A dataset of that name is in nobody's way; a name that is none says where names are.
+    monkeypatch.chdir(out.parent)
+    out.rename("cogvideox")
+    words[3] = "cogvideox"
+    assert "nothing to do" in expect(0, "run", "cogvideox", *words, "--encoders.t5.width", "null")
     assert "presets` lists them" in expect(2, "plan", "cogvideo")
     assert "did you mean cogvideox?" in expect(2, "presets", "cogvideo")
     assert "did you mean wan2?" in expect(2, "presets", "wan")
