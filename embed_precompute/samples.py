@@ -18,7 +18,8 @@ class Status(enum.IntEnum):
     NULL_TEXT = 1
     """The caption, or a column its recipe needs, is null."""
     INVALID_TEXT = 2
-    """The caption is not UTF-8, or its recipe cannot be applied to this row."""
+    """The caption is not UTF-8, or its recipe cannot be applied to this row, or an encoder has no
+    position of it to store."""
     EMPTY_LIST = 3
     """The row's list of captions has no entry."""
     NON_FINITE = 4

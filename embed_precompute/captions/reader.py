@@ -265,6 +265,11 @@ class CaptionReader:
         samples: list[Sample] = []
         for first, batch in self._cursor.batches(first_row, num_rows):
             samples.extend(self._convert(first, batch))
+        self.check(samples)
+        return samples
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Note the first sample of each status but ok. InputError if there is to be none."""
         for sample in samples:
             if sample.status is not Status.OK and sample.status.label not in self.first_noted:
                 where = f"{self._place(sample.row, sample.sample_id)}: {sample.error}"
@@ -277,7 +282,6 @@ class CaptionReader:
                         f"{sample.sample_id!r}). Repair the row, or set captions.on_bad_text to "
                         "record to give such samples a status and go on."
                     )
-        return samples
 
     def close(self) -> None:
         self._cursor.close()

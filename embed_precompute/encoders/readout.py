@@ -46,7 +46,9 @@ class Projection(torch.nn.Module):
             return states
         pads = ~real[:, :, None, None]
         if self.before == "rms":
-            scale = torch.rsqrt(torch.mean(states**2, dim=2, keepdim=True) + EPSILON)
+            scale = torch.mean(states**2, dim=2, keepdim=True) + EPSILON
+            # In bfloat16 a CPU rounds twice, but not where it computes several numbers at once.
+            scale = torch.rsqrt(scale.float()).to(states.dtype)
             states = (states * scale).masked_fill(pads, 0.0)
             return states * math.sqrt(self.weight.shape[0] / states.shape[2])
         count = (real.sum(-1) * states.shape[2]).view(-1, 1, 1, 1)

@@ -84,7 +84,8 @@ class Tokenized:
     the last may be a pad's."""
     tokens: list[int]
     """Number of the caption's own tokens: without the template's, with special tokens. If the end
-    is cut off, tokens of the template that are left after the caption are counted too."""
+    is cut off, tokens of the template that are left after the caption are counted too. Where every
+    position is stored: number of those that hold a token, of the template too."""
     truncated: list[bool]
     """Whether the caption in its template had more tokens than `CaptionTokenizer.longest`."""
     unknown: list[int]
@@ -215,6 +216,7 @@ class CaptionTokenizer:
         stored_pads: int = 0,
         adds_special_tokens: bool = True,
         pads_left: bool = False,
+        every_position: bool = False,
     ) -> None:
         """`where` begins every error; `special_tokens` as in `load_tokenizer`.
 
@@ -222,6 +224,7 @@ class CaptionTokenizer:
         `EncoderConfig`. `stored_pads`: so many pads after a caption are stored too, up to
         `longest`. `adds_special_tokens`: those that the tokenizer itself puts around a text.
         `pads_left`: pads stand before a caption, whatever the tokenizer's own setting is.
+        `every_position`: all positions of one length are stored; see `Tokenized.tokens`.
 
         Raises InputError: no usable fast tokenizer, or one that the template does not fit.
         """
@@ -260,6 +263,7 @@ class CaptionTokenizer:
             )
         self.longest = self.first - self.keep_first + max_length
         self._clean, self._stored_pads = make_cleaner(text_steps), stored_pads
+        self._every_position = every_position
         self.for_empty = {"encode": "", "space": " ", "nothing": None}[empty]
         self._unknown_in_empty = 0
         self.empty = self.encode_prepared([self.for_empty or ""])
@@ -276,11 +280,6 @@ class CaptionTokenizer:
                 "embedding. Give a template with text after {text}, crop less, or set `empty`."
             )
         self._backend.enable_truncation(self.longest, direction=direction)
-
-    @property
-    def template_stored(self) -> int:
-        """How many positions of the template are stored with a caption that is not cut off."""
-        return self._num_before + self._num_after - self.first + self.keep_first
 
     def encode(self, texts: Sequence[str]) -> Tokenized:
         """Clean and tokenise captions; safe to call from several threads."""
@@ -303,15 +302,17 @@ class CaptionTokenizer:
         # What is cut is the end, and with it the template's text after the caption.
         others = [self._num_before + (0 if cut else self._num_after) for cut in truncated]
         cropped = self.first + self.template.crop_end
+        stored = [
+            self.keep_first + max(0, ids + pad - cropped) if ids else 0
+            for ids, pad in zip(num_ids, pads, strict=True)
+        ]
+        own = [max(0, count - other) for count, other in zip(num_ids, others, strict=True)]
         return Tokenized(
             ids=ids,
             num_ids=num_ids,
             first=[self.first] * len(ids),
-            stored=[
-                self.keep_first + max(0, ids + pad - cropped) if ids else 0
-                for ids, pad in zip(num_ids, pads, strict=True)
-            ],
-            tokens=[max(0, count - other) for count, other in zip(num_ids, others, strict=True)],
+            stored=stored,
+            tokens=stored if self._every_position else own,
             truncated=truncated,
             # CLIP uses one token as unknown token and as end token. So the number of these in the
             # empty caption is subtracted.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from embed_precompute.captions.reader import CaptionReader
 from embed_precompute.encoders.resolve import ResolvedEncoder
@@ -73,15 +73,24 @@ def read_unit(
     else:
         first_row, num_rows = plan.unit_rows(number)
         samples = reader.read(first_row, num_rows)
+    texts = list(dict.fromkeys(sample.text for sample in samples if sample.text is not None))
+    tokens = {each.name: each.opened.tokenizer.encode(texts) for each in encoders}
+    if failed := _without_vectors(texts, tokens):
+        samples = [
+            replace(sample, text=None, status=Status.INVALID_TEXT, error=failed[sample.text])
+            if sample.text in failed
+            else sample
+            for sample in samples
+        ]
+        reader.check(samples)
+        kept = [row for row, text in enumerate(texts) if text not in failed]
+        texts = [texts[row] for row in kept]
+        tokens = {name: captions.select(kept) for name, captions in tokens.items()}
     noted = dict(reader.noted - before)
     for what in sorted(reader.first_noted.keys() - named):  # later ones are counted only
         log.info("%s: the first of the %s that this rank reads", reader.first_noted[what], what)
-    row_of: dict[str, int] = {}
-    stored_row = [
-        None if sample.text is None else row_of.setdefault(sample.text, len(row_of))
-        for sample in samples
-    ]
-    tokens = {each.name: each.opened.tokenizer.encode(list(row_of)) for each in encoders}
+    row_of = {text: row for row, text in enumerate(texts)}
+    stored_row = [None if sample.text is None else row_of[sample.text] for sample in samples]
     lengths = {
         tensor: encoder.stored_lengths(output, tokens[encoder.name], null=number == NULL_UNIT)
         for encoder in encoders
@@ -89,5 +98,18 @@ def read_unit(
     }
     unit = Unit(number, first_row, num_rows, samples, stored_row, tokens, lengths, noted=noted)
     if reuse is not None:
-        unit.copies = reuse.find(list(row_of), lengths, null=unit.is_null)
+        unit.copies = reuse.find(texts, lengths, null=unit.is_null)
     return unit
+
+
+def _without_vectors(
+    texts: Sequence[str], tokens: Mapping[str, Tokenized]
+) -> dict[str | None, str]:
+    """The texts that have tokens, none of which an encoder would store -> why."""
+    return {
+        text: f"encoders.{name} stores no position of it: its tokens merge with the template's "
+        "before it, which are cropped"
+        for name, captions in tokens.items()
+        for text, num_ids, stored in zip(texts, captions.num_ids, captions.stored, strict=True)
+        if num_ids and not stored
+    }

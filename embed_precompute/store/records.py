@@ -169,7 +169,6 @@ class _OutputSpec:
 class _PromptSpec:
     """What an encoder with a prompt template has in its spec; see `StoredTensor`."""
 
-    template_stored: Count = 0
     padding_side: Literal["right", "left"] = "right"
 
 
@@ -185,8 +184,6 @@ class StoredTensor:
     dtype: StoredDType
     positions: Positions | None = None
     """See `EncoderOutput`."""
-    template_stored: int = 0
-    """Vectors of a prompt template's tokens that are stored with each caption's own."""
     padding_side: Literal["right", "left"] = "right"
     """Where the pads are, if they are stored."""
 
@@ -225,7 +222,6 @@ def stored_tensors(spec: Mapping[str, Any]) -> tuple[StoredTensor, ...]:
                 each.width,
                 output.dtype,
                 each.positions,
-                prompt.template_stored,
                 prompt.padding_side,
             )
     if not tensors:

@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -22,9 +23,11 @@ from embed_precompute.encoders.device import check_numbers, difference
 from embed_precompute.encoders.encoder import build
 from embed_precompute.encoders.families.decoder import ChatOptions, Message, ProjectOptions
 from embed_precompute.encoders.loading import Source
+from embed_precompute.encoders.readout import Projection, Readout
 from embed_precompute.encoders.weights import stored_weights
 from embed_precompute.errors import InputError
 from embed_precompute.train.dataset import EmbeddingDataset
+from preset_checkpoints import write_qwen3
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 SPECIAL = ["<|begin|>", "<|user|>", "<|end|>", "<|pad|>"]
@@ -438,6 +441,17 @@ def test_a_stage_behind_packed_captions(
         assert_packed_is_hf(case, qwen2, ["", *corpus[:20]], project=project, combine=combine)
 
 
+def test_a_row_in_bfloat16_is_the_same_at_any_place() -> None:
+    """In a stream whose length is odd, too, where some rows are computed by themselves."""
+    torch.manual_seed(3)
+    weight = torch.randn(8, 2 * 64, dtype=torch.bfloat16) / 11
+    readout = Readout((0, 1), projection=Projection(weight, None, "rms"))
+    outputs = [torch.randn(101, 64, dtype=torch.bfloat16) for _ in range(2)]
+    found = readout.of_packed(outputs, [])
+    order = torch.arange(101).roll(7)
+    assert torch.equal(readout.of_packed([each[order] for each in outputs], []), found[order])
+
+
 def test_a_shared_prefix(qwen2: Path, corpus: list[str]) -> None:
     """The streams hold the captions alone; the numbers differ by rounding, and in the
     fingerprint."""
@@ -494,9 +508,8 @@ def test_layers_after_the_hidden_state_are_not_loaded(qwen2: Path, dtype: str) -
 
 # --- checkpoints with more than a text tower ------------------------------------------------------
 
-EVERY = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "mistral3", "qwen2_5_vl") + (
-    () if OLD else ("qwen3_vl",)
-)
+TEXT_ALONE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+EVERY = (*TEXT_ALONE, "gemma3", "mistral3", "qwen2_5_vl") + (() if OLD else ("qwen3_vl",))
 
 
 @pytest.fixture(scope="module")
@@ -620,6 +633,48 @@ def test_a_trainer_knows_the_pads_that_are_stored(
     assert code == 0, said
 
 
+def test_captions_that_merge_with_the_template(tmp_path: Path) -> None:
+    """Real vectors are counted; a caption of which there is none has a status."""
+    lines = ["a\n\nb\n\n\nc Q:\nA:\n\n x red fox\n"] * 300
+    model = write_qwen3(tmp_path / "model", lines, layers=1)
+    texts = ["a red fox", "\n", "", "x"]
+    captions = write_captions(tmp_path / "captions.parquet", texts)
+    common = {"kind": "decoder", "pretrained": str(model), "max_length": 30}
+
+    def run(name: str, **fields: Any) -> tuple[int, str]:
+        config = {
+            "captions": {"path": str(captions), **fields.pop("captions", {})},
+            "encoders": {"enc": {**common, **fields}},
+            "output": {"path": str(tmp_path / name)},
+            "runtime": {"device": "cpu"},
+        }
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(config))
+        code, _, log = call("run", str(tmp_path / "job.yaml"))
+        return code, log
+
+    template = "Q:\n{text}\nA:"
+    assert run("all", template=template, crop_start=0, keep="all")[0] == 0
+    plain = transformers.AutoTokenizer.from_pretrained(model)
+    dataset = EmbeddingDataset(tmp_path / "all")
+    parts = [plain(part).input_ids for part in template.split("{text}")]
+    assert len(plain("Q:\n\nA:").input_ids) < sum(map(len, parts))
+    samples = [*map(dataset.__getitem__, range(len(texts))), dataset.null]
+    for text, sample in zip([*texts, ""], samples, strict=True):
+        wanted = len(plain(template.format(text=text)).input_ids)
+        assert int(sample["text_enc_token_mask"].sum()) == wanted, text
+
+    cropped = {"template": "Q:\n{text}", "empty": "space"}
+    assert run("cropped", **cropped)[0] == 0
+    words = "encoders.enc stores no position of it: its tokens merge with the template's"
+    rows = pq.read_table(tmp_path / "cropped" / "manifest.parquet")
+    assert rows["status"].to_pylist() == ["ok", "invalid_text", "ok", "ok"]
+    assert words in rows["error"][1].as_py()
+    write_captions(captions, ["x", "\n"])
+    code, log = run("fail", captions={"on_bad_text": "fail"}, **cropped)
+    assert code == 2
+    assert "row 1 (the first is row 0): " + words in log
+
+
 # --- chats ----------------------------------------------------------------------------------------
 
 
@@ -646,6 +701,10 @@ def test_a_chat_is_its_rendered_template(qwen2: Path, begins: Path, tmp_path: Pa
     [
         ("{{ messages[0]['content'] | trim }}", "changes the caption ' a ', so the prompt is no"),
         ("no caption", "puts the caption into the prompt 0 times: expected once"),
+        (
+            "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}",
+            "puts today's date into the prompt, so another day",
+        ),
         ("{{ raise_exception('only one speaker') }}", r"TemplateError: only one speaker\)\. Name"),
     ],
 )
@@ -657,6 +716,24 @@ def test_chat_templates_that_cannot_be(
     chat = ChatOptions(messages=(Message(role="user", content="{text}"),))
     with pytest.raises(InputError, match=words):
         resolved(tmp_path, template="{text}", chat=chat)
+
+
+def test_a_chat_template_that_strips_gets_stripped_captions(
+    corpus: list[str], tmp_path: Path
+) -> None:
+    """Whatever the other steps bring back."""
+    strips = "{{ '<|user|>' + messages[0]['content'] | trim + '<|end|>' }}"
+    write_tokenizer(tmp_path, corpus, chat_template=strips)
+    make_model("qwen2").save_pretrained(str(tmp_path), safe_serialization=True)
+    chat = ChatOptions(messages=(Message(role="user", content="{text}"),))
+    open_with = partial(resolved, tmp_path, template="{text}", chat=chat)
+    good = open_with(text_steps=("html_unescape", "strip"))
+    assert good.spec()["template"] == "<|user|>{text}<|end|>"
+    for steps in ((), ("strip", "html_unescape"), ("strip", "quoted")):
+        with pytest.raises(InputError, match="It strips it: add strip as the last of text_steps"):
+            open_with(text_steps=steps)
+    with pytest.raises(InputError, match=r"changes the caption ' ', .* It strips it: set empty"):
+        open_with(text_steps=("strip",), empty="space")
 
 
 # --- a stage behind -------------------------------------------------------------------------------
@@ -695,6 +772,10 @@ def test_a_projection(
         ({"path": "absent"}, r"project.path is 'absent': there is no such folder, and the hub"),
         ({"weight": "text.wight"}, "has no tensor 'text.wight': did you mean text.weight?"),
         ({"weight": "wide"}, r"has wide of shape \[20, 65\]: expected \[stored width, 64\], for 1"),
+        (
+            {"weight": "both.weight"},
+            "has both.bias beside both.weight. Set bias both.bias, or bias",
+        ),
         ({"bias": "wide"}, r"project.bias: .* has wide of shape \[20, 65\]: expected \[20\]"),
     ],
 )
@@ -702,7 +783,11 @@ def test_projections_that_cannot_be(
     fields: dict[str, str], words: str, qwen2: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "project.safetensors"
-    save_file({"text.weight": torch.zeros(20, 64), "wide": torch.zeros(20, 65)}, path)
+    tensors = {"text.weight": torch.zeros(20, 64), "wide": torch.zeros(20, 65)}
+    tensors |= {"both.weight": torch.ones(20, 64), "both.bias": torch.zeros(20)}
+    save_file(tensors, path)
+    given = {"path": str(path), "weight": "both.weight", "bias": "none"}
+    assert resolved(qwen2, project=ProjectOptions(**given)).outputs[0].width == 20
     fields = {"path": str(path), "weight": "text.weight", **fields}
     with pytest.raises(InputError, match=words):
         resolved(qwen2, project=ProjectOptions(**fields))  # type: ignore[arg-type]

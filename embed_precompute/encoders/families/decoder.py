@@ -9,6 +9,7 @@ Layers after the last one taken, vision towers and heads are neither loaded nor 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,11 +47,12 @@ FUSED_ROPES = ("default", "linear", "llama3", "yarn")
 PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|language_model\.|model\.)")
 """What stands before a text tower's names, in checkpoints of different releases."""
 WEIGHT, BIAS = "project.weight", "project.bias"
+NO_BIAS = "none"
 MARK = "\x02caption\x02"
 CHANGED_BY_CHATS = (" a ", "a\n", "", "{x} </think> b")
 """Captions that some chat template trims or rewrites."""
 STRIPPING = {"strip", "whitespace"}
-"""Text steps after which no caption has white space at its ends."""
+"""Text steps after which no caption has white space at its ends; a later one may bring it back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,8 @@ class ProjectOptions:
     weight: str
     """Name of the matrix, [stored width, width before]."""
     bias: str | None = None
-    """Name of the bias, [stored width]."""
+    """Name of the bias, [stored width]. none: it is left out, though the file has one beside the
+    weight; with null that is refused."""
     before: Literal["none", "ltx2_range", "rms"] = "none"
     """What the vectors go through before the matrix. ltx2_range: LTX-2's, each layer less its mean
     over the caption, divided by its range, times 8. rms: LTX-2.3's, each layer divided by its root
@@ -236,6 +239,7 @@ class Decoder(Family[DecoderOptions]):
             # As transformers' apply_chat_template: the template writes the special tokens out.
             adds_special_tokens=options.chat is None,
             pads_left=options.padding_side == "left",
+            every_position=options.keep == "all",
         )
 
     def check(self, opened: OpenEncoder[DecoderOptions]) -> None:
@@ -346,7 +350,6 @@ class Decoder(Family[DecoderOptions]):
             "crop_start": tokenizer.first,
             "keep_first": options.keep_first,
             "crop_end": options.crop_end,
-            "template_stored": tokenizer.template_stored,
             "layers": list(layer_numbers(options, opened.checkpoint)),
             "norm": options.norm,
             "combine": options.combine,
@@ -415,7 +418,7 @@ class Decoder(Family[DecoderOptions]):
         return {
             canonical: (_file_of(checkpoint.where, project.path, name), name)
             for canonical, name in names.items()
-            if name is not None
+            if name not in (None, NO_BIAS)
         }
 
     def adapt(
@@ -514,13 +517,17 @@ def _prompt_of_chat(where: str, options: DecoderOptions, tokenizer: Any) -> Temp
     assert chat is not None
     switch = {} if chat.thinking is None else {"enable_thinking": chat.thinking}
 
-    def rendered(text: str) -> str:
+    def rendered(text: str, **functions: str) -> str:
         messages = [
             {"role": each.role, "content": each.content.format(text=text)} for each in chat.messages
         ]
         try:
             made: str = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=chat.generation_prompt, **switch
+                messages,
+                tokenize=False,
+                add_generation_prompt=chat.generation_prompt,
+                **switch,
+                **functions,
             )
         except Exception as error:  # a template raises what it likes
             raise InputError(
@@ -530,19 +537,30 @@ def _prompt_of_chat(where: str, options: DecoderOptions, tokenizer: Any) -> Temp
             ) from error
         return made
 
-    before, *rest = rendered(MARK).split(MARK)
+    prompt, without_clock = rendered(MARK), None
+    before, *rest = prompt.split(MARK)
     if len(rest) != 1:
         raise InputError(
             f"{where}: the tokenizer's chat template puts the caption into the prompt "
             f"{len(rest)} times: expected once. Write the prompt out as `template`."
         )
-    for text in CHANGED_BY_CHATS:
-        if STRIPPING & set(getattr(options, "text_steps", ())):
-            text = text.strip()
+    with contextlib.suppress(InputError):  # a template that calls it fails
+        without_clock = rendered(MARK, strftime_now="")
+    if without_clock != prompt:
+        raise InputError(
+            f"{where}: the tokenizer's chat template puts today's date into the prompt, so another "
+            "day would make other embeddings. Write the prompt out as `template`, with one date."
+        )
+    stripped = STRIPPING & set(options.text_steps[-1:])
+    texts = [text.strip() if stripped else text for text in CHANGED_BY_CHATS]
+    for text in [*texts, " "] if options.empty == "space" else texts:
         if rendered(text) != before + text + rest[0]:
             remedy = "Write the prompt out as `template`."
             if rendered(text) == before + text.strip() + rest[0]:
-                remedy = "It strips it: add strip to text_steps."
+                remedy = "It strips it: "
+                remedy += (
+                    "set empty encode." if stripped else "add strip as the last of text_steps."
+                )
             raise InputError(
                 f"{where}: the tokenizer's chat template changes the caption {text!r}, so the "
                 f"prompt is no fixed text around it. {remedy}"
@@ -614,6 +632,12 @@ def _file_of(where: str, path: str, name: str) -> Path:
     )
 
 
+def _has(where: str, path: str, name: str) -> bool:
+    with contextlib.suppress(InputError):
+        return bool(_file_of(where, path, name))
+    return False
+
+
 def _matrix_shape(where: str, project: ProjectOptions) -> tuple[int, ...]:
     return _shape_of(_file_of(where, project.path, project.weight), project.weight)
 
@@ -636,7 +660,13 @@ def _check_projection(opened: OpenEncoder[DecoderOptions], project: ProjectOptio
             f"[stored width, {width}], for {number} {'layers' if number > 1 else 'layer'} of the "
             "model."
         )
-    if project.bias is not None:
+    beside = project.weight.removesuffix("weight") + "bias"
+    if project.bias is None and _has(opened.checkpoint.where, project.path, beside):
+        raise InputError(
+            f"{where}.bias is not given, and {project.path} has {beside} beside {project.weight}. "
+            f"Set bias {beside}, or bias {NO_BIAS} if it is to be left out."
+        )
+    if project.bias not in (None, NO_BIAS):
         file = _file_of(opened.checkpoint.where, project.path, project.bias)
         if (found := _shape_of(file, project.bias)) != shape[:1]:
             raise InputError(

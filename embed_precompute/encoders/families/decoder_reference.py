@@ -21,6 +21,10 @@ def reference(checkpoint: Path, tokenizer: Path, options: Any, device: str) -> R
     tokenize = transformers.AutoTokenizer.from_pretrained(tokenizer)
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     whole = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModel"
+    # The class that it was saved from: AutoModel of 4.51 takes no weight of a Gemma 3 with a head.
+    whole = next(
+        (name for name in config.architectures or () if hasattr(transformers, name)), whole
+    )
     arguments = in_dtype(options.dtype)
     if config.model_type == "gemma2":  # the default of transformers 4 leaves the soft caps out
         arguments["attn_implementation"] = "eager"
@@ -106,6 +110,6 @@ def readout(taken: list[torch.Tensor], real: torch.Tensor, options: Any) -> torc
         if project.before == "rms":
             values = values * (matrix.shape[0] / width) ** 0.5
         values = values @ matrix.T
-        if project.bias is not None:
+        if project.bias not in (None, "none"):
             values = values + found[project.bias].float()
     return values.to(taken[0].dtype)
