@@ -68,6 +68,8 @@ WHAT_IS_NEEDED = (
 TEMPLATE_CROP = re.compile(r"template(?:-(\d{1,6}))?")
 BEGINNINGS = ("a", "Red", "7", '"', "\u00e9", "\ube68", "\U0001f525", "(", "THE", "zq")
 """Captions that share no first token: what their ids have in common is the template's."""
+LITTLE = ("", " ", "\n", ".", "a")
+"""Captions that may become one token with the template's text on both sides."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,8 @@ class CaptionTokenizer:
     first: int
     """The first position that is stored, apart from `keep_first` at the very start."""
     keep_first: int
+    constant: list[int]
+    """The ids, of those before `first`, that no caption changes: up to the last special token."""
     pads_left: bool
     pad_id: int | None
     """Id of the pad token; None if no pad is ever attended."""
@@ -251,7 +255,8 @@ class CaptionTokenizer:
                 "'right' in tokenizer_config.json."
             )
         self.digest = self._probe(direction)
-        self._num_before, self._num_after, self.first = self._template_tokens(where)
+        counted = self._template_tokens(where)
+        self._num_before, self._num_after, self.first, self.constant = counted
         self.keep_first, self.pads_left = self.template.keep_first, pads_left
         if self.keep_first > self.first:
             raise InputError(
@@ -347,14 +352,15 @@ class CaptionTokenizer:
         ids = {"whole": [e.ids for e in whole], "cut": [e.ids for e in cut]}
         return digest_of({**ids, "vocabulary": model["vocab"], "merges": merges})
 
-    def _template_tokens(self, where: str) -> tuple[int, int, int]:
-        """Number of the template's tokens before a caption and after it, and the first position
-        that is stored.
+    def _template_tokens(self, where: str) -> tuple[int, int, int, list[int]]:
+        """Number of the template's tokens before a caption and after it, the first position that
+        is stored, and what is `constant`.
 
         Raises InputError if the tokens that are left out at the start change with the caption. Also
         if crop_start is neither 0 nor the number of the tokens before the caption.
         """
         template, first = self.template, 0
+        constant: list[int] = []
         probes = [encoding.ids for encoding in self._encode(BEGINNINGS)]
         # Without a template, special tokens that the tokenizer adds count as the caption's own.
         before = after = 0
@@ -362,6 +368,10 @@ class CaptionTokenizer:
             before = _num_common(probes)
         if template.before or template.after:
             after = _num_common([ids[::-1] for ids in probes])
+        if self.pad_id is not None:  # with pads stored, the mask is counted from these numbers
+            # The template's two sides may be fewer tokens with nothing, or little, between them.
+            least = min(len(encoding.ids) for encoding in self._encode(LITTLE))
+            before, after = min(before, least), min(after, max(0, least - before))
         if template.before and template.crop_start != 0:
             alone = self._backend.encode(template.before, add_special_tokens=self._adds)
             added_at_end = alone.special_tokens_mask[::-1].index(0)
@@ -385,7 +395,18 @@ class CaptionTokenizer:
                     "position divides the two. End it with a special token or a line break, or "
                     "store that token too (crop_start template-1)."
                 )
-        return before, after, first
+            # Text is first split at added tokens. Other tokens may change with the caption: a line
+            # break and the caption's own line break are one.
+            added = self._backend.get_added_tokens_decoder()
+            constant = alone.ids[:first]
+            while constant and not _splits_text(added.get(constant[-1])):
+                constant.pop()
+        return before, after, first, constant
+
+
+def _splits_text(token: Any) -> bool:
+    """Whether an added token is found in every text, whatever stands beside it."""
+    return token is not None and not token.normalized and not token.single_word
 
 
 def _num_common(rows: Sequence[Sequence[int]]) -> int:
