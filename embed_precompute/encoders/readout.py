@@ -48,9 +48,9 @@ class Projection(torch.nn.Module):
             return states
         pads = ~real[:, :, None, None]
         if self.before == "rms":
-            # Sums over numbers that do not lie side by side depend on how many tokens there are.
-            squares = states.transpose(-1, -2).contiguous() ** 2  # [B, L, K, D]
-            scale = torch.rsqrt(torch.mean(squares, dim=-1) + EPSILON)[:, :, None]
+            squares = torch.mean(states**2, dim=2, keepdim=True) + EPSILON
+            # In bfloat16 itself a token's root depends on its place: torch rounds it once or twice.
+            scale = torch.rsqrt(squares.float()).to(states.dtype)
             states = (states * scale).masked_fill(pads, 0.0)
             return states * math.sqrt(self.weight.shape[0] / states.shape[2])
         count = (real.sum(-1) * states.shape[2]).view(-1, 1, 1, 1)
