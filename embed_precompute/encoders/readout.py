@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 
 EPSILON = 1e-6
+OF_ONE_MASK = ("llama", "mistral", "qwen3_vl_text")
+"""Models that do not read layer_types, which their config.json may hold nevertheless."""
 RANGE = 8
 """LTX-2's scale_factor."""
 
@@ -46,9 +48,9 @@ class Projection(torch.nn.Module):
             return states
         pads = ~real[:, :, None, None]
         if self.before == "rms":
-            scale = torch.mean(states**2, dim=2, keepdim=True) + EPSILON
-            # In bfloat16 a CPU rounds twice, but not where it computes several numbers at once.
-            scale = torch.rsqrt(scale.float()).to(states.dtype)
+            squares = torch.mean(states**2, dim=2, keepdim=True) + EPSILON
+            # In bfloat16 itself a token's root depends on its place: torch rounds it once or twice.
+            scale = torch.rsqrt(squares.float()).to(states.dtype)
             states = (states * scale).masked_fill(pads, 0.0)
             return states * math.sqrt(self.weight.shape[0] / states.shape[2])
         count = (real.sum(-1) * states.shape[2]).view(-1, 1, 1, 1)
@@ -159,11 +161,12 @@ def real_positions(
     return place >= length - lengths[:, None] if pads_left else place < lengths[:, None]
 
 
-def causal_masks(model: Any, real: torch.Tensor) -> Any:
+def causal_masks(model: Any, real: torch.Tensor, windows: Sequence[int | None]) -> Any:
     """The finished masks of a decoder: a token attends to the real tokens up to its own place.
 
     Given the plain mask [B, L], a model leaves it out when no line of the batch has a pad, and then
     a caption's kernel would depend on its neighbours. Its numbers are those of the plain mask.
+    `windows`: each layer's sliding window, if it has one.
     """
     config = model.config
     place = torch.arange(real.shape[1], device=real.device)
@@ -178,10 +181,10 @@ def causal_masks(model: Any, real: torch.Tensor) -> Any:
         additive = torch.zeros(attended.shape, dtype=model.dtype, device=real.device)
         return additive.masked_fill(~attended, torch.finfo(model.dtype).min)
 
-    window = getattr(config, "sliding_window", None)
+    window = next(filter(None, windows), None)
     if not _has_dictionaries():  # Gemma's layers then cut their window out by themselves
         return finished(None if config.model_type.startswith("gemma") else window)
-    if getattr(config, "layer_types", None):
+    if getattr(config, "layer_types", None) and config.model_type not in OF_ONE_MASK:
         return {"full_attention": finished(None), "sliding_attention": finished(window)}
     return finished(window)
 

@@ -70,6 +70,8 @@ WHAT_IS_NEEDED = (
 TEMPLATE_CROP = re.compile(r"template(?:-(\d{1,6}))?")
 BEGINNINGS = ("a", "Red", "7", '"', "\u00e9", "\ube68", "\U0001f525", "(", "THE", "zq")
 """Captions that share no first token: what their ids have in common is the template's."""
+LITTLE = ("", " ", "\n", ".", "a")
+"""Captions that may become one token with the template's text on both sides."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,7 @@ class Tokenized:
     the last may be a pad's."""
     tokens: list[int]
     """Number of the caption's own tokens: without the template's, with special tokens. If the end
-    is cut off, tokens of the template that are left after the caption are counted too. Where every
-    position is stored: number of those that hold a token, of the template too."""
+    is cut off, tokens of the template that are left after the caption are counted too."""
     truncated: list[bool]
     """Whether the caption in its template had more tokens than `CaptionTokenizer.longest`."""
     unknown: list[int]
@@ -191,6 +192,8 @@ class CaptionTokenizer:
     first: int
     """The first position that is stored, apart from `keep_first` at the very start."""
     keep_first: int
+    constant: list[int]
+    """The ids, of those before `first`, that no caption changes: up to the last special token."""
     pads_left: bool
     pad_id: int | None
     """Id of the pad token; None if no pad is ever attended."""
@@ -218,7 +221,6 @@ class CaptionTokenizer:
         stored_pads: int = 0,
         adds_special_tokens: bool = True,
         pads_left: bool = False,
-        every_position: bool = False,
     ) -> None:
         """`where` begins every error; `special_tokens` as in `load_tokenizer`.
 
@@ -226,7 +228,6 @@ class CaptionTokenizer:
         `EncoderConfig`. `stored_pads`: so many pads after a caption are stored too, up to
         `longest`. `adds_special_tokens`: those that the tokenizer itself puts around a text.
         `pads_left`: pads stand before a caption, whatever the tokenizer's own setting is.
-        `every_position`: all positions of one length are stored; see `Tokenized.tokens`.
 
         Raises InputError: no usable fast tokenizer, or one that the template does not fit.
         """
@@ -256,7 +257,8 @@ class CaptionTokenizer:
                 "'right' in tokenizer_config.json."
             )
         self.digest = self._probe(direction)
-        self._num_before, self._num_after, self.first = self._template_tokens(where)
+        counted = self._template_tokens(where)
+        self._num_before, self._num_after, self.first, self.constant = counted
         self.keep_first, self.pads_left = self.template.keep_first, pads_left
         if self.keep_first > self.first:
             raise InputError(
@@ -265,7 +267,6 @@ class CaptionTokenizer:
             )
         self.longest = self.first - self.keep_first + max_length
         self._clean, self._stored_pads = make_cleaner(text_steps), stored_pads
-        self._every_position = every_position
         self.for_empty = {"encode": "", "space": " ", "nothing": None}[empty]
         self._unknown_in_empty = 0
         self.empty = self.encode_prepared([self.for_empty or ""])
@@ -282,6 +283,11 @@ class CaptionTokenizer:
                 "embedding. Give a template with text after {text}, crop less, or set `empty`."
             )
         self._backend.enable_truncation(self.longest, direction=direction)
+
+    @property
+    def template_stored(self) -> int:
+        """How many positions of the template are stored with a caption that is not cut off."""
+        return self._num_before + self._num_after - self.first + self.keep_first
 
     @property
     def unknown_marks(self) -> list[str]:
@@ -310,17 +316,15 @@ class CaptionTokenizer:
         # What is cut is the end, and with it the template's text after the caption.
         others = [self._num_before + (0 if cut else self._num_after) for cut in truncated]
         cropped = self.first + self.template.crop_end
-        stored = [
-            self.keep_first + max(0, ids + pad - cropped) if ids else 0
-            for ids, pad in zip(num_ids, pads, strict=True)
-        ]
-        own = [max(0, count - other) for count, other in zip(num_ids, others, strict=True)]
         return Tokenized(
             ids=ids,
             num_ids=num_ids,
             first=[self.first] * len(ids),
-            stored=stored,
-            tokens=stored if self._every_position else own,
+            stored=[
+                self.keep_first + max(0, ids + pad - cropped) if ids else 0
+                for ids, pad in zip(num_ids, pads, strict=True)
+            ],
+            tokens=[max(0, count - other) for count, other in zip(num_ids, others, strict=True)],
             truncated=truncated,
             # CLIP uses one token as unknown token and as end token. So the number of these in the
             # empty caption is subtracted.
@@ -356,14 +360,15 @@ class CaptionTokenizer:
         ids = {"whole": [e.ids for e in whole], "cut": [e.ids for e in cut]}
         return digest_of({**ids, "vocabulary": model["vocab"], "merges": merges})
 
-    def _template_tokens(self, where: str) -> tuple[int, int, int]:
-        """Number of the template's tokens before a caption and after it, and the first position
-        that is stored.
+    def _template_tokens(self, where: str) -> tuple[int, int, int, list[int]]:
+        """Number of the template's tokens before a caption and after it, the first position that
+        is stored, and what is `constant`.
 
         Raises InputError if the tokens that are left out at the start change with the caption. Also
         if crop_start is neither 0 nor the number of the tokens before the caption.
         """
         template, first = self.template, 0
+        constant: list[int] = []
         probes = [encoding.ids for encoding in self._encode(BEGINNINGS)]
         # Without a template, special tokens that the tokenizer adds count as the caption's own.
         before = after = 0
@@ -371,6 +376,10 @@ class CaptionTokenizer:
             before = _num_common(probes)
         if template.before or template.after:
             after = _num_common([ids[::-1] for ids in probes])
+        if self.pad_id is not None:  # with pads stored, the mask is counted from these numbers
+            # The template's two sides may be fewer tokens with nothing, or little, between them.
+            least = min(len(encoding.ids) for encoding in self._encode(LITTLE))
+            before, after = min(before, least), min(after, max(0, least - before))
         if template.before and template.crop_start != 0:
             alone = self._backend.encode(template.before, add_special_tokens=self._adds)
             added_at_end = alone.special_tokens_mask[::-1].index(0)
@@ -394,7 +403,18 @@ class CaptionTokenizer:
                     "position divides the two. End it with a special token or a line break, or "
                     "store that token too (crop_start template-1)."
                 )
-        return before, after, first
+            # Text is first split at added tokens. Other tokens may change with the caption: a line
+            # break and the caption's own line break are one.
+            added = self._backend.get_added_tokens_decoder()
+            constant = alone.ids[:first]
+            while constant and not _splits_text(added.get(constant[-1])):
+                constant.pop()
+        return before, after, first, constant
+
+
+def _splits_text(token: Any) -> bool:
+    """Whether an added token is found in every text, whatever stands beside it."""
+    return token is not None and not token.normalized and not token.single_word
 
 
 def _num_common(rows: Sequence[Sequence[int]]) -> int:

@@ -169,6 +169,7 @@ class _OutputSpec:
 class _PromptSpec:
     """What an encoder with a prompt template has in its spec; see `StoredTensor`."""
 
+    template_stored: Count = 0
     padding_side: Literal["right", "left"] = "right"
 
 
@@ -184,6 +185,8 @@ class StoredTensor:
     dtype: StoredDType
     positions: Positions | None = None
     """See `EncoderOutput`."""
+    template_stored: int = 0
+    """Vectors of a prompt template's tokens that are stored with each caption's own."""
     padding_side: Literal["right", "left"] = "right"
     """Where the pads are, if they are stored."""
 
@@ -222,6 +225,7 @@ def stored_tensors(spec: Mapping[str, Any]) -> tuple[StoredTensor, ...]:
                 each.width,
                 output.dtype,
                 each.positions,
+                prompt.template_stored,
                 prompt.padding_side,
             )
     if not tensors:

@@ -535,8 +535,8 @@ def _with_mask(tensor: StoredTensor, values: torch.Tensor, tokens: int) -> dict[
     if tensor.per_caption:
         return {name: values}
     real = len(values)
-    if tensor.positions != "real":
-        real = min(tokens, real)
+    if tensor.positions != "real":  # a template's tokens that were kept are not in `tokens`
+        real = min(tokens + tensor.template_stored, real)
     mask = torch.arange(len(values)) < real
     if tensor.padding_side == "left":
         mask = mask.flip(0)

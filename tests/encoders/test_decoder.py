@@ -23,7 +23,7 @@ from embed_precompute.encoders.device import check_numbers, difference
 from embed_precompute.encoders.encoder import build
 from embed_precompute.encoders.families.decoder import ChatOptions, Message, ProjectOptions
 from embed_precompute.encoders.loading import Source
-from embed_precompute.encoders.readout import Projection, Readout
+from embed_precompute.encoders.readout import Projection
 from embed_precompute.encoders.weights import stored_weights
 from embed_precompute.errors import InputError
 from embed_precompute.train.dataset import EmbeddingDataset
@@ -345,6 +345,10 @@ def test_lengths_count_from_the_crop_on(qwen2: Path) -> None:
         ({"prefix": "shared", "buckets": (9,)}, "prefix is shared: buckets are given"),
         ({"prefix": "shared", "crop_start": 0}, "prefix is shared: no position before the caption"),
         ({"prefix": "shared", "keep_first": 1}, "prefix is shared: keep_first is 1"),
+        (
+            {"prefix": "shared", "template": "Describe:\n{text}<|end|>"},
+            "prefix is shared: no special token stands before the caption",
+        ),
     ],
 )
 def test_settings_that_cannot_be(qwen2: Path, fields: dict[str, Any], words: str) -> None:
@@ -441,21 +445,11 @@ def test_a_stage_behind_packed_captions(
         assert_packed_is_hf(case, qwen2, ["", *corpus[:20]], project=project, combine=combine)
 
 
-def test_a_row_in_bfloat16_is_the_same_at_any_place() -> None:
-    """In a stream whose length is odd, too, where some rows are computed by themselves."""
-    torch.manual_seed(3)
-    weight = torch.randn(8, 2 * 64, dtype=torch.bfloat16) / 11
-    readout = Readout((0, 1), projection=Projection(weight, None, "rms"))
-    outputs = [torch.randn(101, 64, dtype=torch.bfloat16) for _ in range(2)]
-    found = readout.of_packed(outputs, [])
-    order = torch.arange(101).roll(7)
-    assert torch.equal(readout.of_packed([each[order] for each in outputs], []), found[order])
-
-
 def test_a_shared_prefix(qwen2: Path, corpus: list[str]) -> None:
     """The streams hold the captions alone; the numbers differ by rounding, and in the
     fingerprint."""
-    case = Case("shared", "decoder", write_decoder, {"template": CHAT, **PACKED})
+    chat = "<|user|>Describe the video:<|end|>{text}<|end|>"
+    case = Case("shared", "decoder", write_decoder, {"template": chat, **PACKED})
     computed, shared = (built(case, qwen2, prefix=prefix) for prefix in ("compute", "shared"))
     assert shared.resolved.spec() != computed.resolved.spec()
     texts = ["", "x", *corpus[:20], "long " * 99, "x"]
@@ -474,6 +468,21 @@ def test_a_shared_prefix(qwen2: Path, corpus: list[str]) -> None:
         assert torch.equal(encode(shared, [texts[row]])[""][0], found[row])
     assert torch.equal(found[1], found[-1])
     check_numbers(shared)
+
+
+def test_what_a_caption_changes_is_not_shared(corpus: list[str], tmp_path: Path) -> None:
+    """A line break of the template and the caption's own, or the template's next one, are one."""
+    folder = write_decoder(tmp_path, ["a\n\nb\n\n\nc"] * 200 + corpus)
+    options = {"template": "<|user|>Q<|end|>\n{text}\nA:", "layers": [2], **PACKED}
+    case = Case("merged", "decoder", write_decoder, options)
+    computed, shared = (built(case, folder, prefix=prefix) for prefix in ("compute", "shared"))
+    tokenizer, texts = shared.resolved.opened.tokenizer, ["", "\nfoo", "\n", "\n\n a", "a fox"]
+    kinds = {tuple(ids[: tokenizer.first].tolist()) for ids in tokenizer.encode(texts).ids}
+    assert len(kinds) > 1
+    assert len(tokenizer.constant) == tokenizer.first - 1
+    for ours, wanted in zip(encode(shared, texts)[""], encode(computed, texts)[""], strict=True):
+        assert ours.shape == wanted.shape
+        assert float((ours - wanted).abs().max() / wanted.abs().max()) <= 3e-6
 
 
 def test_streamed_weights_give_the_same_bits(
@@ -595,10 +604,46 @@ def test_a_model_that_this_transformers_lacks(
         resolved(folder)
 
 
+def test_keys_that_a_model_does_not_read(folder_of: Any, tmp_path: Path) -> None:
+    """Windows and scales of other models; and windows that a key seems to take away."""
+    nested = {"rope_theta": 500.0, "rope_type": "default"}
+    full = ["full_attention"] * 3
+    for number, (model_type, changes) in enumerate(
+        (
+            ("llama", {"sliding_window": 4, "query_pre_attn_scalar": 99, "layer_types": full}),
+            ("mistral", {"sliding_window": 6, "use_sliding_window": False}),
+            ("mistral", {"sliding_window": 6, "max_window_layers": 2}),
+            *([] if OLD else [("gemma3_text", {"rope_parameters": nested})]),
+        )
+    ):
+        folder = copied(folder_of(model_type), tmp_path / str(number), **changes)
+        case = Case("stray", "decoder", write_decoder, {"layers": [2], "max_length": 48})
+        whole = [built(case, folder, implementation=each) for each in BOTH]
+        whole.append(built(case, folder, attention_mask="padding", implementation="hf"))
+        texts = ["a red fox", "a b " * 99]
+        expected = [reference_of(whole[0].resolved)(text, None)[""] for text in texts]
+        for encoder in whole:
+            for found, wanted in zip(encode(encoder, texts)[""], expected, strict=True):
+                assert float((found - wanted).abs().max() / wanted.abs().max()) <= 3e-6, changes
+    qwen2 = {"sliding_window": 6, "use_sliding_window": False, "layer_types": None}
+    folder = copied(folder_of("qwen2"), tmp_path / "qwen2", **qwen2)
+    if OLD:
+        with pytest.raises(InputError, match="this release of transformers gives every layer"):
+            resolved(folder)
+    else:
+        resolved(folder)
+    folder = copied(folder_of("gemma2"), tmp_path / "gemma2", sliding_window=None)
+    with pytest.raises(InputError, match="has sliding_window null: expected a number of tokens"):
+        resolved(folder)
+
+
 def test_a_model_that_is_not_causal(folder_of: Any, tmp_path: Path) -> None:
+    folder = copied(folder_of("qwen2"), tmp_path / "qwen2", is_causal=False)
+    with pytest.raises(InputError, match=r"is not causal \(config.json has is_causal false\)"):
+        resolved(folder)
     config = json.loads((folder_of("gemma3") / "config.json").read_bytes())
     text = {**config["text_config"], "use_bidirectional_attention": True}
-    with pytest.raises(InputError, match=r"is not causal \(use_bidirectional_attention\)"):
+    with pytest.raises(InputError, match=r"is not causal .* use_bidirectional_attention true\)"):
         resolved(copied(folder_of("gemma3"), tmp_path / "gemma", text_config=text))
 
 
@@ -691,6 +736,19 @@ def test_plan_shows_the_prompt_and_what_is_taken(folder_of: Any, tmp_path: Path)
     assert "layer -1, no norm; hidden_states[-1] of transformers has the final norm" in said
     code, said, _ = call("plan", str(tmp_path / "job.yaml"), "--encoders.enc.norm", "final")
     assert "layer -1, its final norm\n" in said
+
+
+def test_a_mask_where_a_template_closes_up(corpus: list[str], tmp_path: Path) -> None:
+    """With nothing, or a line break, between them the template's two line breaks are one token."""
+    folder = write_decoder(tmp_path, ["a\n\nb\n\n\nc"] * 200 + corpus)
+    fields = {"template": "Q:\n{text}\nA:", "crop_start": 0, "max_length": 40}
+    tokenizer = resolved(folder, keep="all", attention_mask="padding", **fields).opened.tokenizer
+    captions = tokenizer.encode(["", "\n", ".", "a red fox"])
+    assert len({*captions.num_ids}) > 2
+    assert [n + tokenizer.template_stored for n in captions.tokens] == captions.num_ids
+    # Where no mask is counted from them, they are the caption's own.
+    own = len(tokenizer._backend.encode("a red fox").ids)
+    assert resolved(folder, **fields).opened.tokenizer.encode(["", "a red fox"]).tokens == [0, own]
 
 
 # --- chats ----------------------------------------------------------------------------------------
@@ -790,25 +848,45 @@ def test_a_projection(
         ({"path": "absent"}, r"project.path is 'absent': there is no such folder, and the hub"),
         ({"weight": "text.wight"}, "has no tensor 'text.wight': did you mean text.weight?"),
         ({"weight": "wide"}, r"has wide of shape \[20, 65\]: expected \[stored width, 64\], for 1"),
-        (
-            {"weight": "both.weight"},
-            "has both.bias beside both.weight. Set bias both.bias, or bias",
-        ),
         ({"bias": "wide"}, r"project.bias: .* has wide of shape \[20, 65\]: expected \[20\]"),
+        ({"weight": "of.weight"}, r"project.bias is null, and .* has of.bias beside of.weight"),
     ],
 )
 def test_projections_that_cannot_be(
     fields: dict[str, str], words: str, qwen2: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "project.safetensors"
-    tensors = {"text.weight": torch.zeros(20, 64), "wide": torch.zeros(20, 65)}
-    tensors |= {"both.weight": torch.ones(20, 64), "both.bias": torch.zeros(20)}
-    save_file(tensors, path)
-    given = {"path": str(path), "weight": "both.weight", "bias": "none"}
-    assert resolved(qwen2, project=ProjectOptions(**given)).outputs[0].width == 20
+    held = {"text.weight": torch.zeros(20, 64), "wide": torch.zeros(20, 65)}
+    save_file({**held, "of.weight": torch.ones(20, 64), "of.bias": torch.ones(20)}, path)
     fields = {"path": str(path), "weight": "text.weight", **fields}
     with pytest.raises(InputError, match=words):
         resolved(qwen2, project=ProjectOptions(**fields))  # type: ignore[arg-type]
+
+
+def test_a_projection_without_the_bias_beside_it_or_a_shared_range(
+    qwen2: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "project.safetensors"
+    save_file({"of.weight": torch.ones(20, 64), "of.bias": torch.ones(20)}, path)
+    left_out = ProjectOptions(path=str(path), weight="of.weight", bias="none", before="ltx2_range")
+    encoder = resolved(qwen2, project=left_out)
+    assert [*encoder.family.extra_weights(encoder.options, encoder.opened.checkpoint)] == [
+        "project.weight"
+    ]
+    with pytest.raises(InputError, match=r"shared: project\.before is ltx2_range"):
+        resolved(qwen2, project=left_out, prefix="shared")
+
+
+def test_a_token_before_a_projection_does_not_know_its_place_in_bfloat16() -> None:
+    """torch's own rsqrt rounds the last few numbers of a tensor otherwise."""
+    torch.manual_seed(0)
+    projection = Projection(torch.zeros(8, 64 * 3), None, "rms")
+    states = (3 * torch.randn(1, 101, 64, 3)).bfloat16()
+    real = torch.ones(1, 101, dtype=torch.bool)
+    together = projection.prepared(states, real)
+    for first in range(0, 95, 7):
+        some = slice(first, first + 5)
+        assert torch.equal(projection.prepared(states[:, some], real[:, some]), together[:, some])
 
 
 def test_a_head_alone_is_named(tmp_path: Path, corpus: list[str]) -> None:

@@ -192,6 +192,17 @@ def test_many_batches_may_pass_a_layer_before_the_next() -> None:
 
 
 @with_compiler
+def test_a_process_may_have_many_compiled_encoders() -> None:
+    """torch's own limit is 8 variants of a function, and then it is an error."""
+    gate = torch.nn.functional.silu
+    for rows in range(2, 14):
+        inner, other = torch.randn(2, rows, 8)
+        expected = gate(inner) * other
+        stream.Kernels(inner.device, compiled=True).activate(inner, "silu", other)
+        assert torch.allclose(inner, expected, atol=1e-6)
+
+
+@with_compiler
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
 def test_compiled_norms_and_gates(name: str) -> None:
     model, captions = model_of(name), captions_of(LENGTHS[::3])

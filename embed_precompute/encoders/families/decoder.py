@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,8 +47,9 @@ FUSED_ROPES = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions that do not depend on a caption's length."""
 PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|language_model\.|model\.)")
 """What stands before a text tower's names, in checkpoints of different releases."""
+WITHOUT_WINDOWS = ("llama", "qwen3_vl", "qwen3_vl_text")
+"""Models that have no sliding window, whatever their config.json says."""
 WEIGHT, BIAS = "project.weight", "project.bias"
-NO_BIAS = "none"
 MARK = "\x02caption\x02"
 CHANGED_BY_CHATS = (" a ", "a\n", "", "{x} </think> b")
 """Captions that some chat template trims or rewrites."""
@@ -96,8 +98,8 @@ class ProjectOptions:
     weight: str
     """Name of the matrix, [stored width, width before]."""
     bias: str | None = None
-    """Name of the bias, [stored width]. none: it is left out, though the file has one beside the
-    weight; with null that is refused."""
+    """Name of the bias, [stored width]. none: there is none. null: the same, and refused where the
+    matrix's file has a bias beside it."""
     before: Literal["none", "ltx2_range", "rms"] = "none"
     """What the vectors go through before the matrix. ltx2_range: LTX-2's, each layer less its mean
     over the caption, divided by its range, times 8. rms: LTX-2.3's, each layer divided by its root
@@ -155,8 +157,8 @@ class DecoderOptions(EncoderConfig):
     stream_tokens: int = 4096
     """Only for fused: tokens in one forward of packed captions."""
     prefix: Literal["compute", "shared"] = "compute"
-    """Only for fused. shared: what the layers make of the template before the caption is computed
-    once, not for every caption; it changes the last bits."""
+    """Only for fused. shared: what the layers make of the template before the caption, up to its
+    last special token, is computed once, not for every caption; it changes the last bits."""
     implementation: Literal["auto", "hf", "fused"] = "auto"
     """hf: transformers, the reference. fused: our own layers. auto: fused if it can run this model
     with these options, else hf."""
@@ -246,7 +248,6 @@ class Decoder(Family[DecoderOptions]):
             # As transformers' apply_chat_template: the template writes the special tokens out.
             adds_special_tokens=options.chat is None,
             pads_left=options.padding_side == "left",
-            every_position=options.keep == "all",
         )
 
     def check(self, opened: OpenEncoder[DecoderOptions]) -> None:
@@ -257,11 +258,14 @@ class Decoder(Family[DecoderOptions]):
                 f"{where}.pretrained: {folder} holds a text tower of model_type "
                 f"{config.model_type!r}: expected {', '.join(self.models)}."
             )
-        if getattr(config, "use_bidirectional_attention", None):
-            raise InputError(
-                f"{where}.pretrained: the model in {folder} is not causal "
-                "(use_bidirectional_attention), and the kind decoder is for causal models."
-            )
+        for key, causal in (("use_bidirectional_attention", False), ("is_causal", True)):
+            value = getattr(config, key, None)
+            if value not in (None, causal):
+                raise InputError(
+                    f"{where}.pretrained: the model in {folder} is not causal (config.json has "
+                    f"{key} {str(value).lower()}), and the kind decoder is for causal models."
+                )
+        _check_windows(opened)
         for layer in options.layers:
             if not -layers - 1 <= layer <= layers:
                 raise InputError(
@@ -327,6 +331,12 @@ class Decoder(Family[DecoderOptions]):
             why_not = f"keep_first is {options.keep_first}, so positions of it are stored."
         elif tokenizer.first == 0:
             why_not = "no position before the caption is left out, so there is nothing to share."
+        elif not tokenizer.constant:
+            why_not = "no special token stands before the caption, so captions may change all ids."
+        elif options.project is not None and options.project.before == "ltx2_range":
+            why_not = (
+                "project.before is ltx2_range, whose range is over the template's positions, too."
+            )
         if options.prefix == "shared" and why_not is not None:
             raise InputError(f"{where}.prefix is shared: {why_not} Set prefix compute.")
         if implementation == "fused":
@@ -357,6 +367,7 @@ class Decoder(Family[DecoderOptions]):
             "crop_start": tokenizer.first,
             "keep_first": options.keep_first,
             "crop_end": options.crop_end,
+            "template_stored": tokenizer.template_stored,
             "layers": list(layer_numbers(options, opened.checkpoint)),
             "norm": options.norm,
             "combine": options.combine,
@@ -421,11 +432,11 @@ class Decoder(Family[DecoderOptions]):
         project = options.project
         if project is None:
             return {}
-        names = {WEIGHT: project.weight, BIAS: project.bias}
+        names = {WEIGHT: project.weight, BIAS: project.bias if project.bias != "none" else None}
         return {
             canonical: (_file_of(checkpoint.where, project.path, name), name)
             for canonical, name in names.items()
-            if name not in (None, NO_BIAS)
+            if name is not None
         }
 
     def adapt(
@@ -457,7 +468,9 @@ class Decoder(Family[DecoderOptions]):
         from embed_precompute.encoders.readout import causal_masks, real_positions, taken
 
         real = real_positions(input_ids, lengths, pads_left=options.padding_side == "left")
-        mask = causal_masks(model, real) if options.attention_mask == "padding" else None
+        windows = sliding_windows(model.config)
+        masked = options.attention_mask == "padding"
+        mask = causal_masks(model, real, windows) if masked else None
         readout, last = model.readout, len(model.layers)
         with taken(model, [layer for layer in readout.layers if layer != last]) as states:
             # The model ends after the last layer that is taken, and has no norm if none is wanted.
@@ -466,9 +479,7 @@ class Decoder(Family[DecoderOptions]):
         return {"": readout([states[layer] for layer in readout.layers], real)}
 
     def shared_prefix(self, options: DecoderOptions, tokenizer: CaptionTokenizer) -> list[int]:
-        shared = tokenizer.first if options.prefix == "shared" else 0
-        ids: list[int] = tokenizer.empty.ids[0][:shared].tolist()
-        return ids
+        return tokenizer.constant if options.prefix == "shared" else []
 
     def fused_layers(
         self,
@@ -590,9 +601,11 @@ def _rotary(config: Any) -> dict[str, Any]:
     return _plain_rotary(rope)
 
 
-def _plain_rotary(rope: dict[str, Any]) -> dict[str, Any]:
+def _plain_rotary(rope: Mapping[str, Any]) -> dict[str, Any]:
     if "full_attention" in rope:
-        return {name: _plain_rotary(each) for name, each in rope.items()}
+        # What stands beside the kinds of layers is not read.
+        kinds = {name: each for name, each in rope.items() if isinstance(each, Mapping)}
+        return {name: _plain_rotary(each) for name, each in kinds.items()}
     ignored = ("type", "mrope_section", "mrope_interleaved")  # the first was rope_type's name
     rope = {key: value for key, value in rope.items() if key not in ignored}
     kind = rope.get("rope_type")
@@ -600,7 +613,9 @@ def _plain_rotary(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sliding_layers(config: Any) -> list[bool]:
-    """Which layers have a sliding window."""
+    """Which layers have a sliding window, if there is one."""
+    if config.model_type == "mistral":  # its code reads neither key below
+        return [True] * config.num_hidden_layers
     if types := getattr(config, "layer_types", None):
         return [each == "sliding_attention" for each in types]
     layers = range(config.num_hidden_layers)
@@ -639,12 +654,6 @@ def _file_of(where: str, path: str, name: str) -> Path:
     )
 
 
-def _has(where: str, path: str, name: str) -> bool:
-    with contextlib.suppress(InputError):
-        return bool(_file_of(where, path, name))
-    return False
-
-
 def _matrix_shape(where: str, project: ProjectOptions) -> tuple[int, ...]:
     return _shape_of(_file_of(where, project.path, project.weight), project.weight)
 
@@ -654,6 +663,13 @@ def _shape_of(file: Path, name: str) -> tuple[int, ...]:
 
     with safe_open(file, "np") as opened:
         return tuple(opened.get_slice(name).get_shape())
+
+
+def _names_in(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, "np") as opened:
+        return list(opened.keys())
 
 
 def _check_projection(opened: OpenEncoder[DecoderOptions], project: ProjectOptions) -> None:
@@ -667,13 +683,15 @@ def _check_projection(opened: OpenEncoder[DecoderOptions], project: ProjectOptio
             f"[stored width, {width}], for {number} {'layers' if number > 1 else 'layer'} of the "
             "model."
         )
-    beside = project.weight.removesuffix("weight") + "bias"
-    if project.bias is None and _has(opened.checkpoint.where, project.path, beside):
-        raise InputError(
-            f"{where}.bias is not given, and {project.path} has {beside} beside {project.weight}. "
-            f"Set bias {beside}, or bias {NO_BIAS} if it is to be left out."
-        )
-    if project.bias not in (None, NO_BIAS):
+    if project.bias is None:
+        file = _file_of(opened.checkpoint.where, project.path, project.weight)
+        beside = f"{project.weight.removesuffix('.weight')}.bias"
+        if beside in _names_in(file):
+            raise InputError(
+                f"{where}.bias is null, and {file} has {beside} beside {project.weight}. Name it, "
+                "or give none to leave it out."
+            )
+    elif project.bias != "none":
         file = _file_of(opened.checkpoint.where, project.path, project.bias)
         if (found := _shape_of(file, project.bias)) != shape[:1]:
             raise InputError(
@@ -711,5 +729,32 @@ def sliding_windows(config: Any) -> list[int | None]:
 
 def _window(config: Any) -> int | None:
     """The sliding window of the layers that have one."""
-    window: int | None = getattr(config, "sliding_window", None)
-    return window if getattr(config, "use_sliding_window", True) else None
+    kind = config.model_type
+    if kind in WITHOUT_WINDOWS or (kind.startswith("qwen") and not config.use_sliding_window):
+        return None
+    window: int | None = config.sliding_window
+    return window
+
+
+def _check_windows(opened: OpenEncoder[DecoderOptions]) -> None:
+    """Raise InputError if Gemma's sliding window is missing, or transformers here misreads it."""
+    config, file = opened.checkpoint.text_config, opened.checkpoint.folder / "config.json"
+    if config.model_type.startswith("gemma") and config.sliding_window is None:
+        raise InputError(
+            f"{opened.where}.pretrained: {file} has sliding_window null: expected a number of "
+            "tokens, as this model's layers need one."
+        )
+    window = getattr(config, "sliding_window", None)
+    if (
+        find_spec("transformers.masking_utils") is None  # before 4.53
+        and config.model_type.startswith("qwen")
+        and window is not None
+        and window < opened.tokenizer.longest
+        and not all(sliding_windows(config))
+    ):
+        raise InputError(
+            f"{opened.where}.pretrained: {file} has sliding_window {window}, not for all layers, "
+            f"and a caption may have {opened.tokenizer.longest} tokens with its template; this "
+            "release of transformers gives every layer the window. Install transformers 4.53 or "
+            "newer, or lower max_length."
+        )

@@ -81,9 +81,10 @@ class DecoderLayers(FusedLayers[DecoderState]):
         self._kernels = Kernels(table.device, compiled=compiled)
         self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
-        self._scale = (getattr(config, "query_pre_attn_scalar", None) or self._head_dim) ** -0.5
         self._eps: float = config.rms_norm_eps
         self._is_gemma = config.model_type.startswith("gemma")
+        # Gemma alone reads the setting; others' config.json may hold it nevertheless.
+        self._scale = (config.query_pre_attn_scalar if self._is_gemma else self._head_dim) ** -0.5
         self._activation: str = config.hidden_activation if self._is_gemma else config.hidden_act
         # Gemma 3 has the setting too, and its model does not use it.
         capped = config.model_type == "gemma2"

@@ -28,6 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from embed_precompute.encoders.tokenizer import TokenBatch
 
+MOST_VARIANTS = 256
+"""Shapes and dtypes that one function is compiled for in a process."""
 ATTENTION_TOKENS = 2048
 """At most this many keys of equally long captions are in one call, to fit in the cache."""
 KERNEL_ROWS = 256
@@ -331,6 +333,8 @@ def _parts(num_rows: int, size: int) -> Iterator[slice]:
 
 @functools.cache
 def _compiled(kernel: Callable[..., None]) -> Callable[..., None]:
+    # Each encoder of a process has its own shapes, and torch gives up at 8 variants of a function.
+    torch._dynamo.config.cache_size_limit = MOST_VARIANTS
     # Never for varying shapes: which of its variants ran would then depend on a batch's captions.
     return torch.compile(kernel, fullgraph=True, dynamic=False)
 
