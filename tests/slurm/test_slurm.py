@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from jobs import PACKAGE_ROOT, dataset_bytes, edit, expect, write_captions, write_job
-
 from slurm.cluster import Cluster, missing, wait_for
 
 SCRIPTS = sorted((PACKAGE_ROOT / "scripts" / "slurm").glob("*.sbatch"))
