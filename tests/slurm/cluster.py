@@ -136,8 +136,10 @@ class Cluster:
                 return value
         return ""
 
-    def crash(self, node: str) -> None:
-        """SIGKILL for all that runs on a node: slurmd, its steps and their processes."""
+    def crash(self, node: str) -> int:
+        """SIGKILL for all that runs on a node: slurmd, its steps and their processes, which are
+        counted."""
+        killed = 0
         mine = {f"SLURM_CONF={self.env['SLURM_CONF']}".encode(), f"SLURMD_NODENAME={node}".encode()}
         end(int((self.folder / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
         for process in Path("/proc").glob("[0-9]*"):
@@ -147,8 +149,10 @@ class Cluster:
                     if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
                         end(parent, signal.SIGKILL)
                     end(int(process.name), signal.SIGKILL)
+                    killed += 1
             except OSError:
                 continue
+        return killed
 
 
 def missing() -> list[str]:

@@ -200,13 +200,15 @@ def test_a_job_goes_on_after_its_time_limit(
 
 
 def test_a_killed_node_holds_nobody_up(place: Workplace, long: None) -> None:
+    place.pace(1.0)
     job = place.submit("tasks", *TASKS)
     place.wait_for_units(2)
     last = place.cluster.say("scontrol", "show", "hostnames", place.cluster.about(job, "NodeList"))
     node = last.split()[-1]
-    place.cluster.crash(node)
+    assert place.cluster.crash(node) > 0
     place.wait_for_state(job, "COMPLETED", "FAILED", "NODE_FAIL")
     assert place.cluster.about(job, "JobState") == "COMPLETED", place.said()
+    assert "Node failure" in place.said()
     place.assert_undisturbed()
     place.cluster.start_node(node)
 
