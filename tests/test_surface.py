@@ -36,6 +36,8 @@ COMMANDS = {
     "fetch": {"--output", *CONFIG_OPTIONS},
     "bench": {*("--captions", "--json", "--rounds", "--variants"), *CONFIG_OPTIONS},
     "presets": set(),
+    "init": {"--output"},
+    "doctor": {"--all", "--json"},
     "status": {"--json"},
     "verify": {"--level", "--sample", "--seed", "--device", "--workers"},
     "repair": {"--failed"},
@@ -163,10 +165,7 @@ def test_a_file_in_the_place_of_a_dataset_is_a_mistake(name: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (
-            "pln x",
-            "there is no command 'pln': did you mean plan? Expected run or plan",
-        ),
+        ("pln x", "there is no command 'pln': did you mean plan? See embed-precompute --help."),
         ("run x --limt 5", "there is no option --limt: did you mean --limit?"),
         ("run x --limit abc", "argument --limit: 'abc' is not a whole number of 1 or more"),
         ("plan x --sample -1", "argument --sample: '-1' is not a whole number of 0 or more"),

@@ -27,7 +27,13 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import xxhash
 
-from embed_precompute.captions.text_tables import DELIMITERS, TextIndex, TextRows, index_text
+from embed_precompute.captions.text_tables import (
+    DELIMITERS,
+    TextIndex,
+    TextRows,
+    first_types,
+    index_text,
+)
 from embed_precompute.errors import ConflictError, InputError, one_line
 
 log = logging.getLogger(__name__)
@@ -324,6 +330,21 @@ def read_footers(
 
     with ThreadPoolExecutor(min(FOOTER_THREADS, len(sources)), "footer") as pool:
         return list(pool.map(read, sources))
+
+
+def columns_of(source: Source) -> dict[str, Any]:
+    """Arrow type of each column of a file: by parquet's footer, or by the first rows of another
+    format. Raises InputError as a run does."""
+    if source.format == "parquet":
+        schema = _read_footer(source, content_xxh3="")[2]
+        return dict(zip(schema.names, schema.types, strict=True))
+    try:
+        with source.filesystem.open_input_file(source.location) as file:
+            return first_types(file, str(source), DELIMITERS[source.format])
+    except InputError:
+        raise
+    except Exception as error:  # as in `_remote_search`
+        raise InputError(f"{source} cannot be read: {one_line(error)}.") from error
 
 
 def _read_text(source: Source) -> CaptionFile:

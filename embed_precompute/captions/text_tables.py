@@ -31,6 +31,7 @@ from embed_precompute.errors import ConflictError, InputError, one_line
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 """By ending; None: a JSON object in each line."""
 GROUP_BYTES = 1 << 20
+FIRST_ROWS = 10_000
 MAX_FIELD_CHARS = 4 << 20
 """A longer field of CSV is a quote that is never closed."""
 NO_NUMBER = frozenset(
@@ -161,6 +162,16 @@ def index_text(file: Any, name: str, delimiter: str | None) -> TextIndex:
         offsets=np.array(offsets, np.int64),
         digests=np.array(digests, np.uint64),
     )
+
+
+def first_types(file: Any, name: str, delimiter: str | None) -> dict[str, Any]:
+    """Arrow type of each column of an open file, by its first rows; `name` as in `index_text`."""
+    with io.TextIOWrapper(file, "latin-1", newline="") as text:
+        rows = _rows(iter(_Lines(text, name)), delimiter, name)
+        names = [] if delimiter is None else _header(next(rows, []), name)
+        columns = _Columns(names, delimiter)
+        columns.add(list(itertools.islice(rows, FIRST_ROWS)), 0)
+    return columns.types
 
 
 def as_one_table(indexes: Sequence[TextIndex], strings: Collection[str]) -> list[TextIndex]:

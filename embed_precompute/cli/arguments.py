@@ -44,7 +44,8 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; argparse would put ten lines of usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"embed-precompute: error: {message}. See {self.prog} --help.\n")
+        end = "" if message.endswith("?") else "."
+        self.exit(EXIT_USAGE, f"embed-precompute: error: {message}{end} See {self.prog} --help.\n")
 
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -53,7 +54,7 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = command_parser()
     (commands,) = (a.choices for a in parser._actions if isinstance(a.choices, dict))
     if words and not words[0].startswith("-") and words[0] not in commands:
-        meant = GO_ON if words[0] == "resume" else nearest_of(words[0], commands)[:-1]
+        meant = GO_ON if words[0] == "resume" else nearest_of(words[0], commands).removesuffix(".")
         parser.error(f"there is no command {words[0]!r}: {meant}")
     own = commands.get(words[0], parser) if words else parser
     options = [name for name in own._option_string_actions if name.startswith("--")]
@@ -68,7 +69,7 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         elif not option.startswith("-"):
             hint = f": for one sample give --id {option}" if arguments.command == "info" else ""
             own.error(f"unexpected argument {option!r}{hint}")
-        meant = GO_ON if option == "--resume" else nearest_of(option, options)[:-1]
+        meant = GO_ON if option == "--resume" else nearest_of(option, options).removesuffix(".")
         if hasattr(arguments, "config") and (keys := _keys_named(option[2:])):
             meant = f"it is a key of the CONFIG, {' or '.join(keys)}; --help-config lists all"
         own.error(f"there is no option {option}: {meant}")
@@ -135,6 +136,7 @@ def command_parser() -> argparse.ArgumentParser:
         "name", nargs="?", metavar="NAME", help="one of them: its facts, its source and its file"
     )
 
+    _add_init_and_doctor(commands)
     status = _folder_command(commands, "status", "what is done, left and failed")
     status.add_argument("--json", action="store_true", help="as one line of JSON")
 
@@ -156,6 +158,39 @@ def command_parser() -> argparse.ArgumentParser:
     )
     _add_export(commands)
     return parser
+
+
+def _add_init_and_doctor(commands: Any) -> None:
+    text = "write a preset's configuration for a caption table"
+    init = commands.add_parser("init", help=text, description=f"{text.capitalize()}.")
+    init.add_argument("preset", metavar="PRESET", help="its name; `presets` lists them")
+    init.add_argument(
+        "captions", metavar="CAPTIONS", help="a file, a folder, a glob or a URI, as captions.path"
+    )
+    init.add_argument(
+        "--output", type=Path, metavar="FILE", help="a new file (default: PRESET.yaml)"
+    )
+
+    text = "whether this machine and an output folder can do what a run asks"
+    doctor = commands.add_parser(
+        "doctor",
+        help=text,
+        description=f"{text.capitalize()}. Each line is ok, warn or fail; a fail ends with exit 2.",
+    )
+    doctor.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=Path("."),
+        metavar="DIR",
+        help="where the dataset is to be; small files are written there and removed (default: the "
+        "current folder)",
+    )
+    form = doctor.add_mutually_exclusive_group()
+    form.add_argument(
+        "--json", action="store_true", help="as one line of JSON, with what --all adds"
+    )
+    form.add_argument("--all", action="store_true", help="torch's own report on the system too")
 
 
 def _add_bench(commands: Any) -> None:

@@ -8,6 +8,7 @@ Costs: `--help` and parsing import neither torch nor transformers.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import json
@@ -32,6 +33,7 @@ from embed_precompute.errors import (
     EXIT_INCOMPLETE,
     EXIT_INTERRUPTED,
     EXIT_IO,
+    EXIT_USAGE,
     EXIT_VERIFICATION,
     EmbedPrecomputeError,
     InterruptedRunError,
@@ -324,6 +326,35 @@ def _presets(arguments: Any) -> int:
     return EXIT_COMPLETE
 
 
+def _init(arguments: Any) -> int:
+    from embed_precompute.config.starter import write_starter
+
+    for line in write_starter(arguments.preset, arguments.captions, arguments.output):
+        print(line)
+    return EXIT_COMPLETE
+
+
+def _doctor(arguments: Any) -> int:
+    from tqdm import tqdm
+
+    from embed_precompute.audit.doctor import collected_environment, examine
+
+    findings = []
+    for finding in examine(arguments.folder):
+        findings.append(finding)
+        if not arguments.json:
+            tqdm.write(finding.line())  # above the bar, if there is one
+            sys.stdout.flush()
+    failed = sum(finding.level == "fail" for finding in findings)
+    if arguments.json:
+        plain = [dataclasses.asdict(finding) for finding in findings]
+        report = {"usable": not failed, "findings": plain, "environment": collected_environment()}
+        print(json.dumps(report, ensure_ascii=False))
+    elif arguments.all:
+        print(f"\n{collected_environment()}")
+    return EXIT_USAGE if failed else EXIT_COMPLETE
+
+
 def _status(arguments: Any) -> int:
     from embed_precompute.audit.info import read_status
 
@@ -438,6 +469,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "plan": _plan,
     "fetch": _fetch,
     "presets": _presets,
+    "init": _init,
+    "doctor": _doctor,
     "status": _status,
     "bench": _bench,
     "verify": _verify,

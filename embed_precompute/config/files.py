@@ -102,7 +102,10 @@ def preset_path(name: str) -> Path:
     """The preset of that name. Raises InputError naming the nearest."""
     known = {path.stem: path for path in preset_paths()}
     if name not in known:
-        raise InputError(f"there is no preset {name!r}: {nearest_of(name, known)}")
+        raise InputError(
+            f"there is no preset {name!r}: {nearest_of(name, known)} For a file of your own: "
+            "`embed-precompute plan FILE`."
+        )
     return known[name]
 
 

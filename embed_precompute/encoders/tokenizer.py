@@ -59,6 +59,8 @@ PROBES = (
 
 BYTES = "ByT5Tokenizer"
 """transformers has no fast one of it; `ByteTokenizer` gives its ids. It has no vocabulary file."""
+SPECIAL = re.compile(r"<\|[^<>|\s]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
+"""What special tokens of chat models look like."""
 VOCABULARIES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "merges.txt")
 """Files that hold a vocabulary. The first is a fast tokenizer; others are converted to one."""
 WHAT_IS_NEEDED = (
@@ -282,6 +284,12 @@ class CaptionTokenizer:
         """How many positions of the template are stored with a caption that is not cut off."""
         return self._num_before + self._num_after - self.first + self.keep_first
 
+    @property
+    def unknown_marks(self) -> list[str]:
+        """What looks like a special token in the template and is none of this tokenizer's."""
+        marks = SPECIAL.findall(f"{self.template.before} {self.template.after}")
+        return [mark for mark in marks if self._backend.token_to_id(mark) is None]
+
     def encode(self, texts: Sequence[str]) -> Tokenized:
         """Clean and tokenise captions; safe to call from several threads."""
         return self.encode_prepared([self.prepare(text) for text in texts])
@@ -369,8 +377,8 @@ class CaptionTokenizer:
             if template.crop_start not in ("template", count) and template.last_kept is None:
                 raise InputError(
                     f"{where}: crop_start is {template.crop_start}, and with this tokenizer the "
-                    f"template has {count} tokens before the caption. Give that number, 0 or "
-                    "template."
+                    f"template has {count} tokens before the caption. Give that number or "
+                    "template; 0 stores the template, too."
                 )
             first = count - (template.last_kept or 0)
             if first < 0:

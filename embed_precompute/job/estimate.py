@@ -310,6 +310,7 @@ def _encoder_lines(encoder: ResolvedEncoder, figures: Figures, dtype: str) -> li
         + ", ".join(f"p{percent} {length}" for percent, length in shares)
         + f", max {longest}; <unk> {100 * sums.unknown / max(1, tokens):.3f} %",
         *emptied,
+        *_prompt_lines(encoder),
         *(f"{'':<10} {line}" for line in _histogram(sums, encoder.options.max_length)),
         f"{'WARNING' if suspicious else '':<10} tokenizer {tokenizer}",
         f"{'':<10} stored: {', '.join(stored)}; forwards of {shapes}; implementation "
@@ -317,6 +318,25 @@ def _encoder_lines(encoder: ResolvedEncoder, figures: Figures, dtype: str) -> li
         f"{'':<10} {_size(size)} a caption{source}",
         *([heavy] if size > HEAVY_BYTES else []),
     ]
+
+
+def _prompt_lines(encoder: ResolvedEncoder) -> list[str]:
+    """The prompt around captions, if there is one, and what of the model is taken."""
+    tokenizer, lines = encoder.opened.tokenizer, []
+    template, cropped = tokenizer.template, tokenizer.first - tokenizer.keep_first
+    if template.before or template.after:
+        lines.append(f"{'':<10} prompt {template.format_string!r}")
+        lines.append(
+            f"{'':<10} of its tokens {cropped} before the caption are not stored, "
+            f"{tokenizer.template_stored} are"
+        )
+    if unknown := tokenizer.unknown_marks:
+        lines.append(
+            f"{'WARNING':<10} {', '.join(unknown)}: no special token of this tokenizer, so the "
+            "model reads it letter by letter"
+        )
+    taken = encoder.options.taken
+    return [*lines, *([f"{'':<10} {taken}"] if taken else [])]
 
 
 def _histogram(sums: TokenFigures, max_length: int) -> list[str]:

@@ -50,7 +50,7 @@ def test_a_source_is_where_the_preset_says(name: str) -> None:
         if (repository, release) != ("huggingface/diffusers", f"v{diffusers.__version__}"):
             pytest.skip(f"{repository}@{release} is not installed")
         text = (root / path.removeprefix("src/")).read_text(encoding="utf-8")
-        assert re.match(r" *def \w*(encode|prompt)\w*\(", text.splitlines()[int(line) - 1])
+        assert re.match(r" *def \w*(encode|prompt|text)\w*\(", text.splitlines()[int(line) - 1])
 
 
 def test_templates_are_the_sources_own() -> None:

@@ -620,6 +620,24 @@ def test_a_trainer_knows_the_pads_that_are_stored(
     assert code == 0, said
 
 
+def test_plan_shows_the_prompt_and_what_is_taken(folder_of: Any, tmp_path: Path) -> None:
+    encoder = {"kind": "decoder", "pretrained": str(folder_of("llama")), "dtype": "float32"}
+    encoder["template"] = "<|user|>Describe:\n{text}<|end|><|im_end|>\n"
+    captions = str(write_captions(tmp_path / "captions.parquet", ["a red fox"]))
+    config = {"captions": {"path": captions}, "encoders": {"enc": encoder}}
+    config |= {"output": {"path": str(tmp_path / "out")}, "runtime": {"device": "cpu"}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(config))
+    code, said, _ = call("plan", str(tmp_path / "job.yaml"))
+    assert code == 0, said
+    tokenizer = resolved(folder_of("llama"), template=encoder["template"]).opened.tokenizer
+    assert f"prompt {encoder['template']!r}" in said
+    assert f"of its tokens {tokenizer.first} before the caption are not stored" in said
+    assert "WARNING    <|im_end|>: no special token of this tokenizer" in said
+    assert "layer -1, no norm; hidden_states[-1] of transformers has the final norm" in said
+    code, said, _ = call("plan", str(tmp_path / "job.yaml"), "--encoders.enc.norm", "final")
+    assert "layer -1, its final norm\n" in said
+
+
 # --- chats ----------------------------------------------------------------------------------------
 
 

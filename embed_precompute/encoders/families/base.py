@@ -115,6 +115,11 @@ class EncoderConfig:
         """A column of the caption table whose values the family's decision depends on."""
         return None
 
+    @property
+    def taken(self) -> str:
+        """What of the model is taken, in words, where options choose it; `plan` shows it."""
+        return ""
+
     def spec(self) -> dict[str, Any]:
         """The family's own options that change bytes, as JSON; its part of the fingerprint."""
         return {}

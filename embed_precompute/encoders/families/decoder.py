@@ -187,6 +187,13 @@ class DecoderOptions(EncoderConfig):
         self.require_buckets(self.buckets)
         self.prompt()
 
+    @property
+    def taken(self) -> str:
+        layers = f"layer {self.layers[0]}" if len(self.layers) == 1 else f"layers {self.layers}"
+        last = "its final norm" if self.norm == "final" else "no norm"
+        hint = "; hidden_states[-1] of transformers has the final norm"
+        return f"{layers}, {last}{hint * (self.layers[-1] == -1 and self.norm == 'none')}"
+
     def prompt(self) -> Template:
         """The template in its parts. Raises InputError."""
         return Template.parse(self.template, self.crop_start, self.crop_end, self.keep_first)
