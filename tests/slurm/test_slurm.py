@@ -185,13 +185,15 @@ def test_a_preempted_torchrun_goes_on(
     place.assert_completed(job, restarts=1)
 
 
-@pytest.mark.parametrize(("name", "options"), [("tasks", TASKS), ("nodes", TORCHRUN)])
+@pytest.mark.parametrize(
+    ("name", "options", "unit_s"), [("tasks", TASKS, 1.0), ("nodes", TORCHRUN, 2.0)]
+)
 def test_a_job_goes_on_after_its_time_limit(
-    name: str, options: Sequence[str], place: Workplace, long: None
+    name: str, options: Sequence[str], unit_s: float, place: Workplace, long: None
 ) -> None:
     """Slurm's shortest limit is a minute; USR1 may come up to a minute early, too."""
     edit(place.config, "runtime", grace_s=10.0)
-    place.pace(2.0)
+    place.pace(unit_s)
     job = place.submit(name, *options, "--time=1", "--signal=B:USR1@35")
     place.wait_for_state(job, "COMPLETED", "FAILED", "TIMEOUT")
     assert place.cluster.about(job, "JobState") == "COMPLETED", place.said()
