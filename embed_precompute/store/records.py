@@ -137,7 +137,7 @@ def read_document(path: Path, declared: type[D]) -> D:
 # --- what is stored -------------------------------------------------------------------------------
 
 Per = Literal["token", "caption"]
-Positions = Literal["all", "real", "real+1"]
+Positions = Literal["real", "real+1", "all"]
 StoredDType = Literal["bfloat16", "float16", "float32"]
 _EncoderName = Annotated[str, ENCODER_NAME]
 

@@ -132,7 +132,7 @@ class Output:
     suffix: str
     per: Literal["token", "caption"]
     width: int
-    positions: Literal["all", "real", "real+1"] | None
+    positions: Literal["real", "real+1", "all"] | None
     """For an output per token: "all" stores every position of the padded length, "real" only the
     caption's span of real tokens, "real+1" also the first pad. For an output per caption: None."""
 
