@@ -27,7 +27,6 @@ import numpy as np
 import torch
 
 from embed_precompute.documents import differing_fields
-from embed_precompute.encoders.families.base import DType
 from embed_precompute.errors import (
     ConflictError,
     InputError,
@@ -50,6 +49,7 @@ from embed_precompute.store.commit import (
 from embed_precompute.store.index import DatasetIndex
 from embed_precompute.store.records import (
     FORMAT_VERSION,
+    StoredDType,
     document_bytes,
     read_json,
     require_folder,
@@ -105,7 +105,7 @@ class OpenSoraOptions:
     """The tensor that gives text_clip."""
     pad_masked: PadMasked = "refuse"
     """How a dataset that stores real positions only is brought to one length."""
-    trainer_dtype: DType = "bfloat16"
+    trainer_dtype: StoredDType = "bfloat16"
     """dtype of the null embeddings, which the trainer does not cast."""
     table_only: bool = False
     """Nulls and table, no tensor files: what `embed_precompute.opensora.dataset` needs."""
