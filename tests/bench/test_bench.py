@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from handmade import words_as_tokens
-from jobs import call, write_captions, write_job
+from jobs import call, clean_environment, write_captions, write_job
 
 import bench_table
 import decoders
@@ -237,3 +238,14 @@ def test_a_whole_job_next_to_its_encoders_alone(
     rows = capsys.readouterr().out.splitlines()
     (row,) = (line for line in rows if line.startswith("| 1 |"))
     assert all(float(cell) > 0 for cell in row.strip("| ").split("|"))
+
+
+def test_a_simulated_device(tmp_path: Path, tiny_t5: Path) -> None:
+    """The script replaces parts of a job: a change of those must not go unseen."""
+    captions = write_captions(tmp_path / "captions.parquet", ["a red fox", "two dogs"])
+    job = write_job(tmp_path, captions, tiny_t5, None)
+    script = Path(bench_table.__file__).parent / "simulated_device.py"
+    command = [sys.executable, str(script), str(job), "--rounds", "1", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\| [\d,]+ \| .* \| median$", done.stdout, re.M)
