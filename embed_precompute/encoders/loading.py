@@ -44,6 +44,7 @@ ALIGNMENT = 64
 """A weight begins at a multiple of this in memory. Where it lies decides how a product is summed,
 and so the last bits: copies of a checkpoint have their weights at different places in their files,
 and have to give equal embeddings."""
+PIECE_BYTES = 1 << 16
 TORCH_DTYPES = {code: getattr(torch, name) for name, code in CODES.items()}
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -136,12 +137,24 @@ def fill(pairs: Iterable[tuple[torch.Tensor | None, StoredWeight]]) -> None:
 
 
 def _fill(tensor: torch.Tensor | None, weight: StoredWeight) -> None:
-    held = None if tensor is None else tensor.reshape(-1).view(torch.uint8).numpy()
-    start = 0
+    if tensor is None:
+        _into_page_cache(weight)
+        return
+    held, start = tensor.reshape(-1).view(torch.uint8).numpy(), 0
     for block in weight.blocks():
-        if held is not None:
-            held[start : start + len(block)] = block
+        held[start : start + len(block)] = block
         start += len(block)
+
+
+def _into_page_cache(weight: StoredWeight) -> None:
+    """Read a weight's bytes and keep none. In small pieces: large ones, freed by many threads, stay
+    with the process, for the C library's heaps do not give them back."""
+    assert weight.offset is not None, "it is mapped"
+    piece, left = memoryview(bytearray(PIECE_BYTES)), weight.num_bytes
+    with open(weight.path, "rb", buffering=0) as file:
+        file.seek(weight.offset)
+        while left > 0 and (count := file.readinto(piece[: min(left, PIECE_BYTES)])):
+            left -= count
 
 
 def load_model(

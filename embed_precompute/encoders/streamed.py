@@ -13,6 +13,7 @@ nearly all that a layer has.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from collections.abc import Mapping, Sequence
@@ -133,6 +134,7 @@ class StreamedWeights:
         for linear, values in buffer.values.items():
             _give(linear, values)
         self._present = number, buffer
+        _give_back()
         following = (number + 1) % len(self._layers)
         self._coming = following, self._begin(following)
 
@@ -183,6 +185,14 @@ class StreamedWeights:
                 buffer.held.copy_(buffer.host, non_blocking=True)
                 buffer.arrived = self._copies.record_event()
         return buffer
+
+
+def _give_back() -> None:
+    """Return free memory to the system, where the C library can (glibc): the temporary tensors of a
+    forward leave gaps that it would keep, more with every layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
