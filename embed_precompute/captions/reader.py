@@ -325,48 +325,36 @@ class CaptionReader:
         self,
         sample_id: str,
         row: int,
-        caption: str | Problem | None,
+        text: str | Problem | None,
         row_values: Sequence[Any],
         column: str,
     ) -> Sample:
-        text = self._text(sample_id, row, caption, row_values, column)
+        """The sample of a caption as it is read: normalised, and in its recipe."""
+        if text is None:
+            text = Problem(Status.NULL_TEXT, f"column {column!r} is {self._missing}")
+        if isinstance(text, str) and self._normalize is not None:
+            text = self._normalize(text)
+        if text == "":
+            self._note("empty captions", self._place(row, sample_id))
+            if self._config.on_bad_text == "fail":
+                text = Problem(Status.INVALID_TEXT, f"column {column!r} is empty")
+        if isinstance(text, str):
+            text = self._recipe.render(text, row_values)
+        if isinstance(text, str) and len(text) > MAX_CAPTION_CHARS:
+            long = f"the caption has {len(text)} characters, more than {MAX_CAPTION_CHARS}"
+            text = Problem(Status.INVALID_TEXT, long)
         if isinstance(text, Problem):
             return Sample(sample_id, row, None, text.status, text.error)
         return Sample(sample_id, row, text)
 
-    def _text(
-        self,
-        sample_id: str,
-        row: int,
-        caption: str | Problem | None,
-        row_values: Sequence[Any],
-        column: str,
-    ) -> str | Problem:
-        if caption is None:
-            return Problem(Status.NULL_TEXT, f"column {column!r} is {self._missing}")
-        if isinstance(caption, Problem):
-            return caption
-        if self._normalize is not None:
-            caption = self._normalize(caption)
-        if not caption:
-            self._note("empty captions", self._place(row, sample_id))
-            if self._config.on_bad_text == "fail":
-                return Problem(Status.INVALID_TEXT, f"column {column!r} is empty")
-        text = self._recipe.render(caption, row_values)
-        if isinstance(text, str) and len(text) > MAX_CAPTION_CHARS:
-            long = f"the caption has {len(text)} characters, more than {MAX_CAPTION_CHARS}"
-            return Problem(Status.INVALID_TEXT, long)
-        return text
-
     def _fields(self, first: int, batch: Any) -> Iterator[tuple[str, Sequence[Any]]]:
         """The id of each row, and the values that its recipe wants."""
-        return zip(self._ids(first, batch), self._recipe_rows(first, batch), strict=True)
-
-    def _ids(self, first: int, batch: Any) -> list[str]:
         column = self._config.id_column
         if column is None:
-            return list(map(str, range(first, first + len(batch))))
-        return ids_of(batch.column(column), column, self._map, first)
+            ids = list(map(str, range(first, first + len(batch))))
+        else:
+            ids = ids_of(batch.column(column), column, self._map, first)
+        return zip(ids, self._recipe_rows(first, batch), strict=True)
 
     def _recipe_rows(self, first: int, batch: Any) -> Sequence[Sequence[Any]]:
         for name in self._recipe.columns:

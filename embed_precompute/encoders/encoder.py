@@ -421,7 +421,7 @@ def is_streamed(resolved: ResolvedEncoder, device: str, weights: WeightsMode) ->
     remedy = "Set runtime.weights auto, which streams what can be and does not fit, or resident"
     if decision.implementation != "fused":
         reason = f"the implementation is {decision.implementation}, and only fused has its layers"
-    elif decision.compiled and device.startswith("cuda"):
+    elif decision.compiled and resolved.family.one_graph and device.startswith("cuda"):
         reason = "compile is true, which makes one graph of all layers on a GPU"
         remedy += ", or compile false with a new output.path"
     if weights == "stream" and reason is not None:

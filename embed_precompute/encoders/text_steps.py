@@ -1,7 +1,7 @@
 """What one encoder does with a text before its template and its tokenizer: cleaning, in steps.
 
 Guarantees: the steps are pure functions. With them a text becomes what the pipelines of these
-models make of it, character for character; docs/encoders.md names the steps of each.
+models make of it, character for character; docs/texts.md names the steps of each.
 Costs: `ftfy` takes some ten microseconds of a caption, `clean_caption` about half a millisecond.
 
 Follows, at diffusers 0.42.1 (Apache-2.0): `_clean_caption` of pixart_alpha/pipeline_pixart_alpha.py

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from embed_precompute.encoders import resolve
 from embed_precompute.encoders.device import check_numbers, difference
-from embed_precompute.encoders.encoder import build
+from embed_precompute.encoders.encoder import build, is_streamed
 from embed_precompute.encoders.families.decoder import ChatOptions, Message, ProjectOptions
 from embed_precompute.encoders.loading import Source
 from embed_precompute.encoders.readout import Projection
@@ -749,6 +749,13 @@ def test_a_mask_where_a_template_closes_up(corpus: list[str], tmp_path: Path) ->
     # Where no mask is counted from them, they are the caption's own.
     own = len(tokenizer._backend.encode("a red fox").ids)
     assert resolved(folder, **fields).opened.tokenizer.encode(["", "a red fox"]).tokens == [0, own]
+
+
+def test_compiled_layers_of_a_decoder_can_be_streamed(qwen2: Path) -> None:
+    """On a GPU, too: unlike T5's and CLIP's they are not one graph."""
+    encoder = resolved(qwen2, compile=True, buckets=None, stream_tokens=4096)
+    assert encoder.decision.implementation == "fused"
+    assert is_streamed(encoder, "cuda:0", "stream")
 
 
 # --- chats ----------------------------------------------------------------------------------------

@@ -116,6 +116,11 @@ class EncoderConfig:
         return None
 
     @property
+    def stored_pads(self) -> int:
+        """How many pads after a caption are stored with its tokens."""
+        return 0
+
+    @property
     def taken(self) -> str:
         """What of the model is taken, in words, where options choose it; `plan` shows it."""
         return ""
@@ -243,6 +248,8 @@ class Family(abc.ABC, Generic[Options]):
     implementations: ClassVar[tuple[str, ...]] = ("hf",)
     special_tokens: ClassVar[tuple[str, ...]] = ("eos_token", "pad_token")
     """Special tokens that the tokenizer must have; pad_token among them if pads can be attended."""
+    one_graph: ClassVar[bool] = False
+    """Compiled on a GPU, the fused layers are one graph: no layer runs by itself."""
     batch_setting: ClassVar[str] = "batch_tokens"
     """The option that says how large a forward is; errors name it."""
 
@@ -257,6 +264,7 @@ class Family(abc.ABC, Generic[Options]):
             self.special_tokens,
             text_steps=options.text_steps,
             empty=options.empty,
+            stored_pads=options.stored_pads,
         )
 
     def check(self, opened: OpenEncoder[Options]) -> None:

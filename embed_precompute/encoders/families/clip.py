@@ -101,6 +101,7 @@ class ClipOptions(EncoderConfig):
 class Clip(Family[ClipOptions]):
     options = ClipOptions
     models = MappingProxyType({"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"})
+    one_graph = True
     implementations = ("hf", "fused")
     checkpoint_prefix = "text_model."
     encoder_prefixes = ("embeddings.", "encoder.", "final_layer_norm.", "text_projection.")

@@ -110,6 +110,10 @@ class T5Options(EncoderConfig):
         return self.keep or ("all" if self.attention_mask == "none" else "real")
 
     @property
+    def stored_pads(self) -> int:
+        return int(self.kept == "real+1")
+
+    @property
     def is_padded(self) -> bool:
         """Every caption runs at the one padded length: its pads are attended, or all are stored."""
         return self.attention_mask == "none" or self.kept == "all"
@@ -145,6 +149,7 @@ class T5(Family[T5Options]):
     models = MappingProxyType(
         {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
     )
+    one_graph = True
     implementations = ("hf", "fused", "shardformer")
     encoder_prefixes = ("encoder.",)
     second_names = MappingProxyType({"shared.weight": "encoder.embed_tokens.weight"})
@@ -152,18 +157,6 @@ class T5(Family[T5Options]):
         *("num_layers", "num_heads", "d_kv", "layer_norm_epsilon", "dense_act_fn", "is_gated_act"),
         *("relative_attention_num_buckets", "relative_attention_max_distance"),
     )
-
-    def open_tokenizer(self, where: str, folder: Path, options: T5Options) -> CaptionTokenizer:
-        pads = int(options.kept == "real+1")
-        return CaptionTokenizer(
-            where,
-            folder,
-            options.max_length,
-            self.special_tokens,
-            text_steps=options.text_steps,
-            empty=options.empty,
-            stored_pads=pads,
-        )
 
     def outputs(self, options: T5Options, checkpoint: Checkpoint | None) -> tuple[Output, ...]:
         width = self.sizes(checkpoint).width if checkpoint else options.width or 0
