@@ -155,7 +155,7 @@ def bench_encoder(
         dtype=encoder.options.dtype,
         num_captions=len(captions),
         num_tokens=sum(lengths),
-        flops=useful_flops(encoder, lengths),
+        flops=encoder.family.sizes(encoder.opened.checkpoint).flops(lengths),
         gemm_flops=gemm,
         num_compared=len(exact),
         measured=[measured for _, measured in ready],
@@ -299,15 +299,6 @@ def _seconds(contestant: Contestant) -> float:
         contestant.encoder.encode(batch)
         total += share * (time.perf_counter() - started)
     return total
-
-
-def useful_flops(encoder: ResolvedEncoder, lengths: Sequence[int]) -> float:
-    """Of the layers over captions of these lengths: two for each weight of a linear and token, and
-    four L^2 for each channel of the attention (half of them masked where it is causal)."""
-    sizes = encoder.family.sizes(encoder.opened.checkpoint)
-    squares = sum(length * length for length in lengths)
-    of_linears = 2 * sizes.linear_weights * sum(lengths)
-    return float(sizes.layers * (of_linears + 4 * squares * sizes.inner))
 
 
 def gemm_flops_of(encoder: ResolvedEncoder, device: str) -> float:

@@ -69,12 +69,11 @@ class ResolvedEncoder:
         assert length is not None, "all positions are stored where there is one padded length"
         return [length - tokenizer.first + tokenizer.keep_first] * len(captions)
 
-    def work(self, captions: Tokenized) -> float:
-        """About how many multiplications these captions take; to compare encoders."""
+    def flops(self, captions: Tokenized) -> float:
+        """Of the layers over these captions, see `Sizes.flops`. Pads count where every caption is
+        padded to one length, and ids that are computed once for all captions do not."""
         sizes, length = self.family.sizes(self.opened.checkpoint), self.decision.padded_length
-        own = sum(self.unshared(captions).num_ids)
-        tokens = own if length is None else length * len(captions)
-        return float(tokens * sizes.layers * sizes.linear_weights)
+        return sizes.flops([length or own for own in self.unshared(captions).num_ids])
 
     def batches(self, captions: Tokenized, *, null: bool = False) -> Iterator[TokenBatch]:
         """The token batches that hold `captions`; `null`: those of the null embedding."""

@@ -326,7 +326,7 @@ class Stages:
             yield from self._forwards_of(unit)
 
     def _forwards_of(self, unit: Unit) -> Iterator[tuple[_Forward, PendingOutput]]:
-        work = {each.name: each.work(unit.tokens[each.name]) for each in self._prepared.encoders}
+        work = {each.name: each.flops(unit.tokens[each.name]) for each in self._prepared.encoders}
         total = sum(work.values()) or 1.0  # a unit may have nothing to encode
         shares = {name: each / total for name, each in work.items()}
         steps = self._steps(unit, shares)

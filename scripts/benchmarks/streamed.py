@@ -35,7 +35,7 @@ import xxhash
 sys.path.insert(0, str(Path(__file__).parent.parent))  # scripts/
 
 from demo_tokenizers import t5_tokenizer
-from embed_precompute.bench.measure import gemm_flops_of, useful_flops
+from embed_precompute.bench.measure import gemm_flops_of
 from embed_precompute.encoders import encoder as encoder_module
 from embed_precompute.encoders.encoder import build
 from embed_precompute.encoders.families import FAMILIES
@@ -234,7 +234,7 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
                 for each in values:
                     digest.update(each.contiguous().view(torch.uint8).numpy().data)
         seconds = time.perf_counter() - began
-    rate = useful_flops(encoder, captions.num_ids) / seconds
+    rate = encoder.flops(captions) / seconds
     return {
         "tokens_per_s": sum(captions.num_ids) / seconds,
         "of_gemm": rate / gemm_flops_of(encoder, arguments.device),

@@ -28,7 +28,6 @@ from embed_precompute.bench.measure import (
     Measured,
     filled_shares,
     topped_up,
-    useful_flops,
 )
 from embed_precompute.config.files import load_config
 from embed_precompute.encoders.device import compiler
@@ -118,9 +117,11 @@ def test_flops_by_hand(tiny_t5: Path, tiny_clip: Path) -> None:
     t5 = resolve(open_encoder("t5", T5Options(pretrained=str(tiny_t5))))
     clip = resolve(open_encoder("clip", ClipOptions(pretrained=str(tiny_clip))))
     linears = 4 * 64 * 64 + 3 * 64 * 128
-    assert useful_flops(t5, [5, 7]) == 2 * (2 * linears * 12 + 4 * (25 + 49) * 64)
+    sizes = t5.family.sizes(t5.opened.checkpoint)
+    assert sizes.flops([5, 7]) == 2 * (2 * linears * 12 + 4 * (25 + 49) * 64)
     linears = 4 * 64 * 64 + 2 * 64 * 256
-    assert useful_flops(clip, [5]) == 2 * (2 * linears * 5 + 4 * 25 * 64)
+    sizes = clip.family.sizes(clip.opened.checkpoint)
+    assert sizes.flops([5]) == 2 * (2 * linears * 5 + 4 * 25 * 64)
 
 
 def test_ratios_are_medians_of_rounds() -> None:

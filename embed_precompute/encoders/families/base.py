@@ -7,7 +7,7 @@ and never looks at a kind. docs/encoders.md says how to write one.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -177,6 +177,14 @@ class Sizes:
     """Number of weights in the matrices of one layer."""
     vocabulary: int
     """Number of rows of the embedding table."""
+
+    def flops(self, lengths: Sequence[int]) -> float:
+        """Multiplications and additions of the layers over captions of these lengths: two for each
+        weight of a linear and token, and four L^2 for each channel of the attention (half of them
+        masked where it is causal)."""
+        squares = sum(length * length for length in lengths)
+        of_linears = 2 * self.linear_weights * sum(lengths)
+        return float(self.layers * (of_linears + 4 * squares * self.inner))
 
 
 @dataclass(frozen=True)
