@@ -449,6 +449,7 @@ class Stages:
             stored=unit.num_stored,
             copied={name: len(rows) for name, rows in unit.copies.rows.items()},
             damaged=unit.copies.num_damaged,
+            failed=sum(row in unit.failures for row in unit.stored_row),
             tokens={name: sum(each.tokens) for name, each in unit.tokens.items()},
             flops={
                 each.name: each.flops(unit.to_encode(each.name)[1])
