@@ -98,7 +98,7 @@ class Work:
         while not self._end.wait(pause):
             elapsed = time.monotonic() - self._began
             if terminal:
-                bar = bar or self._bar(elapsed)
+                bar = self._bar(elapsed) if bar is None else bar
                 bar.n = min(self._done(), self._total) if self._total else 0
                 bar.refresh()
             if elapsed >= due:
@@ -121,6 +121,7 @@ class Work:
             smoothing=0,
             leave=False,
             dynamic_ncols=True,
+            delay=1e-9,  # else it is drawn here, before it knows when the work began
         )
         bar.start_t = time.time() - elapsed
         return bar

@@ -99,10 +99,15 @@ def test_a_terminal_has_a_bar_and_the_log_file_the_line(
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(steps_module, "BAR_EVERY_S", 0.001)
     with Work("loading", 100) as work:
         work.add(25)
         ear.wait_for("loading: 25 of 100")
     assert "loading:  25%" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    with Work("opening"):
+        ear.wait_for("opening: ")
+        ear.wait_for("opening: ")
+    assert "opening [00:00]" in sys.stderr.getvalue()  # type: ignore[attr-defined]
     monkeypatch.setattr(steps_module.stderr, "speaks", False)
     monkeypatch.setattr(sys, "stderr", Terminal())
     with Work("loading", 100):

@@ -143,7 +143,7 @@ class Effort:
         tokens, flops = self.sums.tokens[name], self.sums.flops[name]
         if not (tokens and self.wall_seconds):
             return ""
-        speed = f"; {flops / self.wall_seconds / 1e12:,.2f} TFLOP/s" if flops else ""
+        speed = f", {flops / self.wall_seconds / 1e12:,.3g} TFLOP/s" if flops else ""
         return f"; {tokens / self.wall_seconds:,.0f} tokens/s{speed}"
 
 
