@@ -1,11 +1,10 @@
 """Long work: how far it is, and worker processes for it.
 
-`Work` shows a bar on a terminal, elsewhere a line after ten seconds and then one a minute. Log
-files have the lines in either case. A thread shows them, so what is in the middle of one long call
-is not silent either.
+`Work` shows a bar on a terminal. Elsewhere it says a line when nothing was said for ten seconds,
+then one a minute. Log files have the lines in either case. A thread says them, so what is in the
+middle of one long call is not silent either.
 
-Costs: a thread for each work, which sleeps. Nothing is shown of what takes less than a second or,
-without a terminal, less than ten.
+Costs: a thread for each work, which sleeps. Nothing is shown of what takes less than a second.
 """
 
 from __future__ import annotations
@@ -33,9 +32,12 @@ BYTES = "B"
 
 
 class _Stderr:
-    """Whether this process shows its work on stderr: of a job's ranks one does."""
+    """What this process has said on stderr."""
 
     speaks = True
+    """Whether it shows its work there: of a job's ranks one does."""
+    said_at = time.monotonic()
+    """When the last line came. Silence begins there, not where a work begins."""
 
 
 stderr = _Stderr()
@@ -86,15 +88,15 @@ class Work:
             shown = f"{done / size:,.1f}"
             of = f" of {total / size:,.1f} {name}" if total else f" {name}"
         time_left = f"{duration(elapsed)} so far"
-        if 0 < done < total:
+        if total / 100 <= done < total and done:
             time_left = f"{duration(elapsed / done * (total - done))} left"
         far = f"{shown}{of}, " if done or total else ""
         return f"{self._what}: {far}{time_left}"
 
     def _watch(self) -> None:
         terminal = on_terminal()
-        bar, due = None, LINE_AFTER_S
-        pause = min(BAR_AFTER_S, due) if terminal else due
+        bar, due = None, max(BAR_AFTER_S, stderr.said_at + LINE_AFTER_S - self._began)
+        pause = BAR_AFTER_S if terminal else due
         while not self._end.wait(pause):
             elapsed = time.monotonic() - self._began
             if terminal:

@@ -6,6 +6,7 @@ import io
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Ear(logging.Handler):
 @pytest.fixture
 def ear(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ear]:
     """Lines come at once, in place of after ten seconds and every minute."""
+    monkeypatch.setattr(steps_module, "BAR_AFTER_S", 0.001)
     monkeypatch.setattr(steps_module, "LINE_AFTER_S", 0.001)
     monkeypatch.setattr(steps_module, "LINE_EVERY_S", 0.001)
     heard = Ear()
@@ -83,6 +85,20 @@ def test_one_long_call_is_not_silent(ear: Ear) -> None:
     for number in steps(range(2), 2, "counting", " steps"):
         ear.wait_for(f"counting: {number} of 2 steps, ")
     assert ear.lines[-1].startswith("counting: done in ")
+
+
+def test_silence_begins_where_the_last_line_was_said(
+    ear: Ear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three works of nine seconds each would else be silent for half a minute."""
+    monkeypatch.setattr(steps_module, "LINE_AFTER_S", 1000.0)
+    monkeypatch.setattr(steps_module.stderr, "said_at", time.monotonic() - 1001.0)
+    with Work("opening"):
+        ear.wait_for("opening: ")
+    monkeypatch.setattr(steps_module.stderr, "said_at", time.monotonic())
+    with Work("reading"):
+        pass
+    assert not any("reading" in line for line in ear.lines)
 
 
 def test_a_short_one_says_nothing(caplog: pytest.LogCaptureFixture) -> None:

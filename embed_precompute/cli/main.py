@@ -173,6 +173,7 @@ class _Console(logging.StreamHandler[Any]):
             return
         if record.levelno < logging.WARNING and not stderr.speaks:
             return
+        stderr.said_at = time.monotonic()
         if "tqdm" not in sys.modules:
             super().emit(record)
             return

@@ -142,7 +142,10 @@ class Progress:
 
     def _watch(self) -> None:
         began = listed = time.monotonic()
-        list_after, due = LIST_EVERY_S, began + min(steps.LINE_AFTER_S, self._interval_s)
+        # As a Work: the first line ends a silence that may have begun before.
+        silent = max(0.0, began - steps.stderr.said_at)
+        due = began + min(max(0.0, steps.LINE_AFTER_S - silent), self._interval_s)
+        list_after = LIST_EVERY_S
         bar = tqdm(
             desc="encoding",
             total=self._plan.num_samples,

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from jobs import edit, expect, write_captions, write_job
 
+from embed_precompute import steps
 from embed_precompute.distributed import DistContext
 from embed_precompute.job import progress as progress_module
 from embed_precompute.job.progress import Progress
@@ -68,6 +69,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     found = SimpleNamespace(now=0.0)
     fake = SimpleNamespace(monotonic=lambda: found.now, time=time.time)
     monkeypatch.setattr(progress_module, "time", fake)
+    monkeypatch.setattr(steps.stderr, "said_at", 0.0)
     return found
 
 
