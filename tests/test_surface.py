@@ -83,7 +83,7 @@ SECTIONS = {
     "spatial_compression_ratio patch_size",
     config.OutputConfig: "path samples_per_shard dtype codec",
     config.RuntimeConfig: "device weights self_check max_failed_samples on_environment_change "
-    "plan_timeout_s prefetch_units write_queue_mb progress_interval_s grace_s",
+    "plan_timeout_s prefetch_units write_queue_mb progress_interval_s tracker grace_s",
     config.Config: " ".join(SECTION_NAMES),
 }
 EXIT_CODES = {

@@ -17,7 +17,7 @@ from embed_precompute.documents import flatten
 from embed_precompute.job.metrics import read_effort
 from embed_precompute.samples import Status, count_failed
 from embed_precompute.steps import counted
-from embed_precompute.store.index import read_manifest
+from embed_precompute.store.index import EnvironmentCount, read_manifest
 from embed_precompute.store.plan import Plan, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
@@ -187,11 +187,16 @@ def dataset_lines(root: Path) -> list[str]:
     cost = "not known: logs/ has no metrics" if effort is None else effort.line()
     lines.append(f"time         {cost}")
     for made in manifest.environments if manifest is not None else ():
-        found, names = made.environment, ("device", "torch", "transformers")
-        what = ", ".join(f"{name} {found[name]}" for name in names if name in found)
-        lines.append(f"environment  {what} ({counted(made.units, 'unit')})")
+        lines.append(f"environment  {environment_words(made)}")
     lines.append(f"identity     fingerprint {plan.fingerprint[:16]}, plan {plan.plan_id[:16]}")
     return lines
+
+
+def environment_words(made: EnvironmentCount) -> str:
+    """Where units were made."""
+    found, names = made.environment, ("device", "torch", "transformers")
+    what = ", ".join(f"{name} {found[name]}" for name in names if name in found)
+    return f"{what} ({counted(made.units, 'unit')})"
 
 
 def _recipe_words(captions: Any) -> str:

@@ -45,7 +45,7 @@ from embed_precompute.captions.recipes import (
 )
 from embed_precompute.captions.text_tables import as_one_table, type_alone
 from embed_precompute.errors import ConflictError, InputError
-from embed_precompute.steps import steps
+from embed_precompute.steps import Work, steps
 
 SCAN_ROWS = 16384
 SUSPECTS = 1 << 16
@@ -132,7 +132,8 @@ class CaptionTable:
                     )
         if row_map.num_rows == 0:
             raise _no_rows(config, len(found))
-        bound = recipe.bind(RECIPE, types, lambda column: _holds_null(row_map, column))
+        with Work("looking for nulls in a column of the recipe"):
+            bound = recipe.bind(RECIPE, types, lambda column: _holds_null(row_map, column))
         config = replace(config, id_column=first.id_column)
         is_list = types[config.text_columns[0]] == STRINGS
         return cls(config, row_map, bound, is_list, integers)
@@ -195,7 +196,8 @@ class CaptionTable:
                 break
         cursor.close()
         if ids is not None:
-            ids.finish()
+            with Work("comparing ids"):
+                ids.finish()
         return Scan(num_rows, num_samples, last_row_samples, counts)
 
     def _count(self, batch: Any, left: int | None) -> tuple[int, int, int | None]:

@@ -33,6 +33,7 @@ from embed_precompute.encoders.text_steps import require_packages
 from embed_precompute.encoders.tokenizer import TokenBatch, Tokenized, make_batches, pack
 from embed_precompute.encoders.weights import weights_digest
 from embed_precompute.errors import InputError
+from embed_precompute.steps import Work
 
 
 @dataclass(frozen=True)
@@ -143,26 +144,27 @@ def open_encoder(
     """
     family, where = FAMILIES[options.kind], f"encoders.{name}"
     require_packages(where, options.text_steps)
-    checkpoint = open_checkpoint(
-        f"{where}.pretrained",
-        options.pretrained,
-        options.revision,
-        options.kind,
-        family.models,
-        dtype=options.dtype,
-        need="weights" if with_weights else "config",
-    )
-    require_release(checkpoint, family.releases)
-    tokenizer_where, folder = f"{where}.pretrained", checkpoint.folder
-    if options.tokenizer is not None:
-        tokenizer_where = f"{where}.tokenizer"
-        ids = (options.pretrained, options.tokenizer)
-        same = len({split_hub_id(each)[0] for each in ids}) == 1
-        revision = options.revision if same else None
-        folder = locate(tokenizer_where, options.tokenizer, revision, "tokenizer")
-    # First: the tokenizer reads config.json too, and its error would not blame a bad config.json.
-    rows = family.sizes(checkpoint).vocabulary
-    tokenizer = family.open_tokenizer(tokenizer_where, folder, options)
+    with Work(f"{where}: opening checkpoint and tokenizer"):
+        checkpoint = open_checkpoint(
+            f"{where}.pretrained",
+            options.pretrained,
+            options.revision,
+            options.kind,
+            family.models,
+            dtype=options.dtype,
+            need="weights" if with_weights else "config",
+        )
+        require_release(checkpoint, family.releases)
+        tokenizer_where, folder = f"{where}.pretrained", checkpoint.folder
+        if options.tokenizer is not None:
+            tokenizer_where = f"{where}.tokenizer"
+            ids = (options.pretrained, options.tokenizer)
+            same = len({split_hub_id(each)[0] for each in ids}) == 1
+            revision = options.revision if same else None
+            folder = locate(tokenizer_where, options.tokenizer, revision, "tokenizer")
+        # First: the tokenizer reads config.json too, and would not blame a bad one.
+        rows = family.sizes(checkpoint).vocabulary
+        tokenizer = family.open_tokenizer(tokenizer_where, folder, options)
     if tokenizer.max_id >= rows:
         raise InputError(
             f"{tokenizer_where}: the tokenizer has ids up to {tokenizer.max_id}, but the model in "

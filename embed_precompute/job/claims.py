@@ -22,6 +22,7 @@ from embed_precompute.distributed import DistContext
 from embed_precompute.documents import differing_fields
 from embed_precompute.errors import ConflictError
 from embed_precompute.job.reuse import COPIED_FROM
+from embed_precompute.steps import Work
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import (
     NULL_UNIT,
@@ -50,9 +51,10 @@ class Committed:
 
     def refresh(self) -> None:
         """Lists the records again: for many units this is cheaper than a `stat` of each."""
-        units = committed_units(self._root) & self._all
-        if record_path(self._root, NULL_UNIT).exists():
-            units.add(NULL_UNIT)
+        with Work("listing what is committed"):
+            units = committed_units(self._root) & self._all
+            if record_path(self._root, NULL_UNIT).exists():
+                units.add(NULL_UNIT)
         self._units = units  # in one assignment: another thread reads it
 
     @property

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class UnitLog:
     def __init__(self, root: Path, rank: int, device: str) -> None:
         """`device`: cpu or cuda."""
         self._path = root / "logs" / f"metrics-{rank:05d}.jsonl"
-        self._device = device
+        self._device, self._host = device, socket.gethostname()
         self._written_at = time.monotonic()
 
     def add(
@@ -37,7 +38,9 @@ class UnitLog:
         stored: int,
         copied: Mapping[str, int],
         damaged: int,
+        failed: int,
         tokens: Mapping[str, int],
+        flops: Mapping[str, float],
         shard_bytes: int,
     ) -> None:
         """Appends a line for a unit. Its `seconds` are those since this rank's last unit, or since
@@ -50,10 +53,13 @@ class UnitLog:
             "stored": stored,
             "copied": dict(copied),
             "damaged": damaged,
+            "failed": failed,
             "tokens": dict(tokens),
+            "flops": dict(flops),
             "shard_bytes": shard_bytes,
             "seconds": round(self._written_at - before, 4),
             "device": self._device,
+            "host": self._host,
         }
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,18 +69,63 @@ class UnitLog:
             log.warning("%s: not written: %s", self._path, error.strerror)
 
 
+class UnitLines:
+    """The lines of every rank's file, also as they grow."""
+
+    def __init__(self, root: Path) -> None:
+        self._folder = root / "logs"
+        self._read: dict[Path, int] = {}
+        """File -> how many of its bytes were read."""
+
+    def new(self) -> Iterator[Any]:
+        """Yields what every line holds that was not yielded before."""
+        for path in sorted(self._folder.glob("metrics-*.jsonl")):
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break  # it is being written, or a crash cut it off
+                    self._read[path] = file.tell()
+                    with contextlib.suppress(ValueError):
+                        yield json.loads(line)
+
+
+@dataclass
+class UnitSums:
+    """What lines of metrics add up to; the null embedding is left out."""
+
+    samples: int = 0
+    shard_bytes: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)
+    flops: Counter[str] = field(default_factory=Counter)
+    failed: dict[int, int] = field(default_factory=dict)
+    """Unit -> failed samples, as the last line says that was read of it."""
+
+    def add(self, line: Any) -> None:
+        """A line, as `UnitLines` yields it; one of another version may lack some keys."""
+        with contextlib.suppress(LookupError, TypeError, AttributeError):
+            if line["unit"] < 0:
+                return
+            self.samples += line["samples"]
+            self.tokens.update(line["tokens"])
+            self.shard_bytes += line["shard_bytes"]
+            self.flops.update(line["flops"])
+            self.failed.pop(line["unit"], None)
+            if line["failed"]:
+                self.failed[line["unit"]] = line["failed"]
+
+
 @dataclass(frozen=True)
 class Effort:
     """What all ranks of all runs together did, by the lines of their files."""
 
-    samples: int
-    """Samples that were encoded; more than the dataset has if ranks encoded a unit twice."""
     ranks: int
     """How many ranks wrote a unit."""
     seconds: Mapping[str, float]
     """Device -> the ranks' time at work with it, added up."""
     wall_seconds: float
     """Time in which at least one rank was at work."""
+    sums: UnitSums
 
     def line(self) -> str:
         """For a person."""
@@ -82,22 +133,31 @@ class Effort:
             f"{seconds / 3600:,.3f} {'GPU' if device == 'cuda' else 'CPU process'} hours"
             for device, seconds in sorted(self.seconds.items())
         )
-        rate = f", {self.samples / self.wall_seconds:,.1f} captions/s" if self.wall_seconds else ""
+        captions = self.sums.samples / self.wall_seconds if self.wall_seconds else 0.0
+        rate = f", {captions:,.1f} captions/s" if captions else ""
         ranks = "1 process" if self.ranks == 1 else f"{self.ranks:,} ranks"
         return f"encoded in {duration(self.wall_seconds)} by {ranks}, {hours}{rate}"
+
+    def encoder_words(self, name: str) -> str:
+        """How fast an encoder was, beside all others; "" if nobody knows."""
+        tokens, flops = self.sums.tokens[name], self.sums.flops[name]
+        if not (tokens and self.wall_seconds):
+            return ""
+        speed = f", {flops / self.wall_seconds / 1e12:,.3g} TFLOP/s" if flops else ""
+        return f"; {tokens / self.wall_seconds:,.0f} tokens/s{speed}"
 
 
 def read_effort(root: Path) -> Effort | None:
     """What the files in logs/ say; None if there are none."""
     seconds: Counter[str] = Counter()
     spans: list[tuple[float, float]] = []
-    samples = 0
-    for line in _lines(root):
+    sums = UnitSums()
+    for line in UnitLines(root).new():
         with contextlib.suppress(LookupError, TypeError):
             span = (line["time"] - line["seconds"], line["time"])
             seconds[line["device"]] += line["seconds"]
-            samples += line["samples"] if line["unit"] >= 0 else 0
             spans.append(span)
+            sums.add(line)
     if not spans:
         return None
     wall_seconds, until = 0.0, 0.0
@@ -105,7 +165,7 @@ def read_effort(root: Path) -> Effort | None:
         wall_seconds += max(0.0, end - max(begin, until))
         until = max(until, end)
     ranks = len(list((root / "logs").glob("metrics-*.jsonl")))
-    return Effort(samples, ranks, dict(seconds), wall_seconds)
+    return Effort(ranks, dict(seconds), wall_seconds, sums)
 
 
 def read_copies(root: Path) -> dict[str, int]:
@@ -115,7 +175,7 @@ def read_copies(root: Path) -> dict[str, int]:
     """
     counts: Counter[str] = Counter()
     damaged = 0
-    for line in _lines(root):
+    for line in UnitLines(root).new():
         with contextlib.suppress(LookupError, TypeError, AttributeError):
             for name in line["tokens"] if line["unit"] >= 0 else ():
                 copied = line["copied"].get(name, 0)
@@ -123,12 +183,3 @@ def read_copies(root: Path) -> dict[str, int]:
                 counts[f"{name} encoded"] += line["stored"] - copied
             damaged += line["damaged"]
     return {**counts, **({"damaged, so encoded": damaged} if damaged else {})}
-
-
-def _lines(root: Path) -> Iterator[Any]:
-    """Yields what every line of every rank holds."""
-    for path in sorted((root / "logs").glob("metrics-*.jsonl")):
-        with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
-            for text in file:
-                with contextlib.suppress(ValueError):  # a crash cut it off
-                    yield json.loads(text)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from embed_precompute.captions.table import CaptionTable
 from embed_precompute.config.schema import Config
 from embed_precompute.distributed import DistContext
 from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, resolve
-from embed_precompute.errors import InputError, StorageError, refuse_file
+from embed_precompute.errors import InputError, StorageError, found_by_every_rank, refuse_file
 from embed_precompute.job.estimate import (
     FILES_PER_UNIT,
     SampledCaptions,
@@ -41,6 +40,7 @@ from embed_precompute.store.plan import (
     Inputs,
     Plan,
     auto_samples_per_shard,
+    await_plan,
     check_same,
     match_files,
     publish_plan,
@@ -49,7 +49,6 @@ from embed_precompute.store.plan import (
 )
 
 log = logging.getLogger(__name__)
-PLAN_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,7 @@ class Prepared:
     """Finished datasets whose embeddings are copied."""
 
 
+@found_by_every_rank()
 def prepare(
     config: Config,
     limit: int | None = None,
@@ -117,7 +117,7 @@ def prepare(
     inputs = _inputs(table, limit)
     stored = stored_plan(root) if with_weights else None
     if not dist.is_main:
-        stored = _wait_for_plan(root, inputs, config.runtime.plan_timeout_s, extend=extend)
+        stored = await_plan(root, inputs, config.runtime.plan_timeout_s, extend=extend)
     matched, added = match_files(stored.inputs.files if stored else (), inputs.files)
     table = table.in_order([*(index for index in matched if index is not None), *added])
     is_extended = extend and stored is not None and len(added) > 0 and None not in matched
@@ -231,17 +231,6 @@ def _spec(
         "encoders": {encoder.name: encoder.spec() for encoder in encoders},
         "output": {"dtype": config.output.dtype, "codec": config.output.codec},
     }
-
-
-def _wait_for_plan(root: Path, inputs: Inputs, timeout_s: float, *, extend: bool) -> Plan | None:
-    """The stored plan, when there is one and, with `extend`, when it has all files."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        plan = stored_plan(root)
-        is_due = plan is None or (extend and match_files(plan.inputs.files, inputs.files)[1])
-        if not is_due or time.monotonic() >= deadline:
-            return plan
-        time.sleep(PLAN_POLL_S)
 
 
 def _inputs(table: CaptionTable, limit: int | None) -> Inputs:
