@@ -4,17 +4,19 @@ Guarantees: correctness rests on the unit records alone. A rank ends only when e
 record, whatever torchrun's store answers and even if the store is gone. A unit that two ranks
 compute is published once. A run refuses an output folder whose units belong to another plan.
 Costs: two listings of the shard folders, one at the start and one before the sweep (a rank's last
-pass over all units); per unit a `stat` and a round trip to torchrun's store. There is no collective
-and no lock, and no times are compared. scripts/benchmarks/claims_simulation.py gives figures.
+pass over all units), which ranks with a store share; per unit a `stat` and a round trip to that
+store. There is no collective and no lock, and no times are compared.
+scripts/benchmarks/claims_simulation.py gives figures.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -42,6 +44,7 @@ rarely work in the same block."""
 POLLS = 16
 """How often a rank that waits in the sweep looks at what is left, in the time of a unit."""
 MORE_HELPERS = 4
+RANKS_PER_LIST = 64
 MOST_LOOKS = 4096
 """More units than this are listed again, and not looked at one by one."""
 
@@ -192,7 +195,7 @@ class Claims:
         except RuntimeError:
             self._store = None  # the store is gone: the sweep does the rest
         self.swept = True
-        left, helpers = self._list(claimed), 1
+        left, helpers = (yield from self._list(claimed)), 1
         while len(left):
             is_helper = self._distance(left) < helpers
             for unit in left[is_helper].tolist():
@@ -210,14 +213,37 @@ class Claims:
                 yield None
             helpers *= MORE_HELPERS
             if len(left) > MOST_LOOKS:
-                left = self._list(claimed)
+                left = yield from self._list(claimed)
 
-    def _list(self, claimed: set[int]) -> np.ndarray:
+    def _list(self, claimed: set[int]) -> Generator[None, None, np.ndarray]:
         """The units without a record, as a listing has them, and without those of this rank. Each
         rank has its own order: ranks that may take the same units then rarely do."""
-        left = np.array(list(set(self._list_left()) - claimed), np.int64)
+        try:
+            units = yield from self._list_together()
+        except RuntimeError:
+            self._store, units = None, self._list_left()
+        left = np.array(list(set(units) - claimed), np.int64)
         np.random.default_rng().shuffle(left)
         return left
+
+    def _list_together(self) -> Generator[None, None, Iterable[int]]:
+        """The units without a record. One in `RANKS_PER_LIST` ranks lists them and puts them into
+        the store; the others wait for that, for a unit's time at most. A listing may be old: then
+        it has units that are committed now, and never lacks one that is not."""
+        if self._store is None:
+            return self._list_left()
+        prefix = self._prefix_of_rendezvous(self._store)
+        turn = self._store.add(f"{prefix}/lists", 1) - 1
+        key = f"{prefix}/list/{turn // RANKS_PER_LIST}"
+        if turn % RANKS_PER_LIST == 0:
+            units = [*self._list_left()]
+            self._store.compare_set(key, "", json.dumps(units))
+            return units
+        for _ in range(POLLS):
+            if listed := self._store.compare_set(key, "", "").decode():
+                return [int(unit) for unit in json.loads(listed)]
+            yield None
+        return self._list_left()
 
     def _distance(self, units: np.ndarray) -> np.ndarray:
         """How many ranks come before this one to sweep each of `units`. The first is told by middle

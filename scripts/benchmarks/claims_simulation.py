@@ -147,7 +147,9 @@ class Store:
 
     def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
         self._call()
-        return self._texts.setdefault(key, "seed").encode()
+        if self._texts.get(key, "") == expected:
+            self._texts[key] = desired
+        return self._texts[key].encode()
 
     def _call(self) -> None:
         self.calls[int(self._job.now)] += 1

@@ -34,7 +34,10 @@ class Counters:
         return self.values[key]
 
     def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
-        return self.texts.setdefault(key, desired).encode()
+        found = self.texts.get(key, "")
+        if found == expected:
+            self.texts[key] = found = desired
+        return found.encode()
 
 
 def ranks_of(
@@ -125,6 +128,33 @@ def test_not_all_ranks_sweep_the_unit_of_a_dead_rank() -> None:
     assert takers == [1 + 1, 4 - 1, 16 - 4, 64 - 16, 256 - 64]
     done.add(3)
     assert {next(rank, END) for rank in waiting} == {END}
+
+
+@pytest.mark.parametrize("lister_dies", [False, True])
+def test_ranks_with_a_store_share_a_listing(lister_dies: bool) -> None:
+    """One of them lists the records; if it dies over that, the others wait a while and list."""
+    done, listings, taken = {NULL_UNIT, *range(9)}, 0, 0
+    store = Counters()
+
+    def list_left() -> list[int]:
+        nonlocal listings
+        listings += 1
+        return [9]
+
+    dists = [DistContext(rank, 50, run_id="j") for rank in range(50)]
+    ranks = [iter(Claims(dist, "p", 10, done.__contains__, store, list_left)) for dist in dists]
+    assert next(ranks.pop(0)) == 9  # and dies
+    if lister_dies:
+        assert store.add(f"{claims_prefix(store)}/lists", 1) == 1
+    for _ in range(3 * claims.POLLS):
+        taken += sum(next(rank, END) == 9 for rank in ranks)
+    assert taken >= 1
+    assert listings == (49 if lister_dies else 1)
+
+
+def claims_prefix(store: Counters) -> str:
+    """The keys of the ranks' rendezvous."""
+    return next(key for key in store.values if key.endswith("/next")).removesuffix("/next")
 
 
 def test_ranks_share_what_a_dead_rank_left() -> None:
