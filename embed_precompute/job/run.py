@@ -101,7 +101,7 @@ def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
         check_sampled_captions(prepared, committed.left())
         write_provenance(prepared, current)
     store = connect_store(dist)
-    claims = Claims(dist, plan.plan_id, plan.num_units, committed, store, committed.refresh)
+    claims = Claims(dist, plan.plan_id, plan.num_units, committed, store, committed.list_left)
     result = RunResult(root, None, was_complete=committed.everything())
     stop.kept = committed.units > 0
     started = time.monotonic()

@@ -34,7 +34,7 @@ from embed_precompute.encoders.encoder import (
     TextEncoder,
 )
 from embed_precompute.errors import IncompleteError
-from embed_precompute.job.claims import Claims, Committed
+from embed_precompute.job.claims import POLLS, Claims, Committed
 from embed_precompute.job.metrics import UnitLog
 from embed_precompute.job.prepare import Prepared
 from embed_precompute.job.signals import StopRequest
@@ -262,13 +262,24 @@ class Stages:
         plan = self._plan
         reader = self._prepared.table.reader(plan.num_rows, plan.last_row_samples)
         for number in self._claims:
+            if number is None:
+                self._rest(self._unit_s / POLLS)
             if self._stop.is_set():
                 break
+            if number is None:
+                continue
             unit = read_unit(plan, number, reader, self._prepared.encoders, self._prepared.reuse)
             unit.swept = self._claims.swept
             if not self._units.put(unit):
                 return
         self._units.put(None)
+
+    def _rest(self, seconds: float) -> None:
+        """Waits while peers compute what is left, at least `POLL_S`; a stop ends the wait."""
+        end = time.monotonic() + seconds
+        while not self._halted.wait(POLL_S) and not self._stop.is_set():
+            if time.monotonic() >= end:
+                return
 
     def _encode(self) -> None:
         for forward, pending in overlapped(self._forwards()):
