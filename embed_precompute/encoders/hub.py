@@ -84,7 +84,7 @@ def download(
     `where`: the configuration's key that names it. Raises InputError: no such repository, revision
     or folder, no access, no network; StorageError: too little space.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
     repo_id, folder = split_hub_id(hub_id)
     prefix = f"{folder}/" if folder else ""
@@ -108,10 +108,14 @@ def download(
         home = Path(constants.HF_HUB_CACHE)
         place = home / f"models--{repo_id.replace('/', '--')}"
         here = place / "snapshots" / str(info.sha) / folder
-        missing = sum(sizes[name] for name in names if not (here / name).exists())
-        _require_space(home, missing)
-        with _shown(place / "blobs", repo_id, missing):
-            if names:
+        missing = [name for name in names if not (here / name).exists()]
+        size = sum(sizes[name] for name in missing)
+        _require_space(home, size)
+        with _shown(place / "blobs", repo_id, size):
+            # One by one, in this thread: a Ctrl-C would wait for all threads of snapshot_download.
+            for name in missing:
+                hf_hub_download(repo_id, prefix + name, revision=info.sha)
+            if names:  # all is there; this notes which commit the branch has
                 patterns = [glob.escape(prefix + name) for name in names]
                 path = snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
                 here = Path(path, folder)

@@ -277,7 +277,7 @@ def test_a_download_that_failed_goes_on_with_what_is_missing(
     hub: Hub, tmp_path: Path, tiny_t5: Path
 ) -> None:
     hub.add("owner/tiny", published(tiny_t5, tmp_path / "repo", files=3))
-    damaged, job = "model-00002-of-00003.safetensors", job_of(tmp_path)
+    damaged, job = "model-00003-of-00003.safetensors", job_of(tmp_path)
     hub.too_long.add(damaged)
     said = expect(2, "fetch", job)
     assert damaged in said
