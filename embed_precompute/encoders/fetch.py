@@ -1,11 +1,13 @@
 """`fetch`: encoders of a configuration as safetensors, in the dtype that is computed in.
 
-Guarantees: a copy has the encoder's weights alone, config and tokenizer, and the digest of what it
-was made from, so the same fingerprint. It has been loaded once, as `run` loads it. It appears whole
-or not at all: it is written under another name and renamed. `run` and `plan` with the same
-pretrained, revision, kind and dtype find the copy and ask no hub.
-Costs: reads the checkpoint once. The memory is a few blocks for each thread; the pages of a pickle
-are mapped from its file. A pickle of before torch 1.6 cannot be mapped: it is loaded whole.
+Guarantees: a copy has the encoder's weights alone, of a decoder only the layers that are run, with
+config, tokenizer, and the digest of what it was made from, so the same fingerprint. It has been
+loaded once, as `run` loads it. It appears whole or not at all: it is written under another name and
+renamed. `run` and `plan` with the same pretrained, revision, kind, dtype and layers find the copy.
+They ask no hub.
+Costs: reads the checkpoint twice, once for the sha256 of its files. The memory is a few blocks for
+each thread; the pages of a pickle are mapped from its file. A pickle of before torch 1.6 cannot be
+mapped: it is loaded whole.
 
 This is the only module that reads pickles, and only weights: `weights_only=True` runs no code.
 """
@@ -23,20 +25,25 @@ import secrets
 import shutil
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embed_precompute.documents import canonical_json
+from embed_precompute.encoders import hub
 from embed_precompute.encoders.checkpoint import (
     ORIGIN,
     SMALL_FILES,
     WEIGHTS,
     Checkpoint,
+    Origin,
     fetched_folder,
     find_fetched,
+    is_copy_of,
+    is_variant,
+    locate,
     open_checkpoint,
     origin_of,
     read_origin,
@@ -56,39 +63,61 @@ from embed_precompute.encoders.weights import (
     target_code,
 )
 from embed_precompute.errors import InputError, StorageError, one_line, refuse_file
+from embed_precompute.steps import steps
+
+if TYPE_CHECKING:
+    import torch
 
 ALIGNMENT = 64
 """A weight begins at a multiple of this in the file, so that it can stay mapped (see `loading`)."""
 TEMPORARY = ".fetch-"
-MB = 1e6
+SYNC_BYTES = 16 << 20
+"""A weight as large as this is synced when it is written: nobody waits long at the end, and what
+waits to be written stays small."""
+READ_MIB = 4
+MIB, MB = 1 << 20, 1e6
 
 
 def fetch(encoders: Mapping[str, EncoderConfig], output: Path | None = None) -> Iterator[str]:
     """Convert each encoder's checkpoint, and yield lines about it as it goes.
 
-    The copy of encoder NAME goes to `output`/NAME, or where `run` and `plan` look for it. Raises
+    The copy of encoder NAME goes to `output`/NAME, or where `run` and `plan` look for it. What the
+    encoder takes from elsewhere (tokenizer, projection) comes into the hub's cache. Raises
     InputError: no such checkpoint, damaged or not the encoder's; StorageError: too little space.
     """
     if output is not None:
         refuse_file(output, "--output")
     for name, options in sorted(encoders.items()):
-        origin = origin_of(options.pretrained, options.revision, options.kind, options.dtype)
+        kind, dtype = options.kind, options.dtype
+        origin = origin_of(options.pretrained, options.revision, kind, dtype, options.part)
         target = fetched_folder(origin) if output is None else output / name
+        found = read_origin(target)
+        if target.exists() and (found is None or not is_copy_of(found, origin)):
+            what = f"{options.pretrained} in {options.dtype}"
+            what += f", {options.part}" if options.part else ""
+            raise InputError(f"{target} exists, and is no copy of {what}. Choose another folder.")
+        for key, path in options.other_files.items():
+            if not Path(path).expanduser().exists():
+                locate(f"encoders.{name}.{key}", path, None, "tensors", online=True)
+        # Before gigabytes come: all that is wrong with names, kinds, options and tokenizer.
+        open_encoder(name, options, with_weights=False)
         if find_fetched(origin, target) is not None:
             yield f"{name}: already there: {target}"
-            continue
-        found = read_origin(target)
-        if target.exists() and (found is None or not found.items() >= origin.items()):
-            raise InputError(
-                f"{target} exists, and is no copy of {options.pretrained} in {options.dtype}. "
-                "Choose another folder."
+            commit = (found or {}).get("commit")
+        else:
+            commit = yield from _fetch(name, options, origin, target)
+        if newest := hub.moved_to(options.pretrained, options.revision, commit):
+            yield (
+                f"{name}: {origin['revision']} of {options.pretrained} has moved on the hub: this "
+                f"copy is of commit {commit}, and stays. For the newest set "
+                f"encoders.{name}.revision to {newest} and run fetch again."
             )
-        yield from _fetch(name, options, origin, target)
 
 
 def _fetch(
-    name: str, options: EncoderConfig, origin: dict[str, str], target: Path
-) -> Iterator[str]:
+    name: str, options: EncoderConfig, origin: Origin, target: Path
+) -> Generator[str, None, str | None]:
+    """Returns the commit that the copy is of, if it is the hub's."""
     family, where = FAMILIES[options.kind], f"encoders.{name}"
     checkpoint = open_checkpoint(
         f"{where}.pretrained",
@@ -97,13 +126,20 @@ def _fetch(
         options.kind,
         family.models,
         need="convertible",
+        online=True,
     )
-    state = state_of(checkpoint.folder)
-    weights = list(_weights(checkpoint, family, options.dtype))
+    source, commit = checkpoint.folder, hub.commit_of(checkpoint.folder)
+    state = state_of(source)
+    weights = list(_weights(checkpoint, family, options))
     # A checkpoint may hold a weight under both of its names; one is written.
     written = list({weight.canonical: weight for weight in reversed(weights)}.values())
     size = sum(weight.target_bytes for weight in written)
-    yield f"{name}: converting {checkpoint.folder}: {size / MB:,.1f} MB in {options.dtype}"
+    at = f" (commit {commit})" if commit else ""
+    part = f", {options.part}" if options.part else ""
+    yield f"{name}: converting {source}{at}: {size / MB:,.1f} MB in {options.dtype}{part}"
+    first = checkpoint.files[0].name
+    if is_variant(first):
+        yield f"{name}: {source} has no other weights than the variant {first}: rounded already"
     with _temporary_folder(target) as folder:
         free = shutil.disk_usage(folder).free
         if free < size:
@@ -111,18 +147,19 @@ def _fetch(
                 f"{target.parent}: the copy needs {size:,} bytes, {free:,} are free. Free some "
                 "space, or choose another place with --output (or EMBED_PRECOMPUTE_HOME)."
             )
-        hashed = _write(folder / WEIGHTS, weights, written)
+        hashed = _write(name, folder / WEIGHTS, weights, written)
         digest_of_values(checkpoint, family, weights, hashed)  # raises if two names disagree
-        small = [path for pattern in SMALL_FILES for path in checkpoint.folder.glob(pattern)]
-        small = [path for path in small if not path.name.endswith((".index.json", ORIGIN))]
+        small = [path for pattern in SMALL_FILES for path in source.glob(pattern)]
+        small = [path for path in small if ".index." not in path.name and path.name != ORIGIN]
         for path in small:
             shutil.copyfile(path, folder / path.name)
-        copy = _check(name, options, folder, checkpoint.folder)
-        if state_of(checkpoint.folder) != state:
-            raise InputError(f"{checkpoint.folder} changed while it was read. Run fetch again.")
-        sources = {path.name: _sha256(path) for path in sorted({*checkpoint.files, *small})}
-        *_, commit = (None, *re.findall("/snapshots/([^/]+)", str(checkpoint.folder)))
-        document = {**origin, "commit": commit, "state": state, "sha256": sources}
+        copy = _check(name, options, folder, source)
+        sources = _sha256(name, sorted({*checkpoint.files, *small}))
+        if state_of(source) != state:
+            raise InputError(f"{source} changed while it was read. Run fetch again.")
+        document: dict[str, Any] = {**origin, "commit": commit, "state": state, "sha256": sources}
+        if options.part is not None:
+            document["layers"] = family.layers_run(options, checkpoint)
         (folder / ORIGIN).write_bytes(canonical_json(document) + b"\n")
         _publish(folder, target)
     # The ranks of a job need not all hash what was hashed just now.
@@ -130,6 +167,7 @@ def _fetch(
     kept = stored_weights(copy, family, options, options.dtype)
     remember(target / WEIGHTS, kept, hashed)
     yield f"{name}: {len(written)} weights: {target}"
+    return commit
 
 
 def _check(name: str, options: EncoderConfig, folder: Path, source: Path) -> Checkpoint:
@@ -150,10 +188,14 @@ def _check(name: str, options: EncoderConfig, folder: Path, source: Path) -> Che
 # --- the weights ----------------------------------------------------------------------------------
 
 
-def _weights(checkpoint: Checkpoint, family: Family[Any], dtype: str) -> Iterator[StoredWeight]:
-    """All weights of the encoder, from safetensors or from pickles."""
+def _weights(
+    checkpoint: Checkpoint, family: Family[Any], options: EncoderConfig
+) -> Iterator[StoredWeight]:
+    """The weights of the encoder, from safetensors or from pickles: those of its part, or all,
+    whatever is run of them: configurations share the copy."""
+    needed, dtype = options if options.part is not None else None, options.dtype
     if all(path.suffix == ".safetensors" for path in checkpoint.files):
-        yield from stored_weights(checkpoint, family, None, dtype)
+        yield from stored_weights(checkpoint, family, needed, dtype)
         return
     import torch
 
@@ -163,19 +205,32 @@ def _weights(checkpoint: Checkpoint, family: Family[Any], dtype: str) -> Iterato
             canonical = family.canonical_name(name)
             if canonical is None:
                 continue
+            if needed is not None and family.is_other_part(needed, checkpoint, name):
+                continue
             if tensor.dtype not in codes:
                 raise InputError(
                     f"{checkpoint.where}: {path} has {name} in {tensor.dtype}: expected weights in "
                     f"{', '.join(CODES)}."
                 )
             code, shape = codes[tensor.dtype], tuple(tensor.shape)
-            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-            target, read = target_code(family, name, code, dtype), functools.partial(_slice, flat)
+            target = target_code(family, name, code, dtype)
+            read = functools.partial(_slice, tensor.detach())
             yield StoredWeight(path, name, canonical, code, target, shape, tensor.nbytes, read)
 
 
-def _slice(array: Array, start: int, count: int) -> Array:
-    return array[start : start + count]
+def _slice(tensor: torch.Tensor, start: int, count: int) -> Array:
+    """Bytes of a tensor, in its own order. One that was saved transposed is copied row by row: a
+    whole copy would not fit into the memory that is promised."""
+    import torch
+
+    first, end = (place // tensor.element_size() for place in (start, start + count))
+    if not tensor.is_contiguous():
+        row = tensor[0].numel()
+        top = first // row
+        tensor = tensor[top : -(-end // row)].contiguous()
+        first, end = first - top * row, end - top * row
+    block: Array = tensor.reshape(-1)[first:end].view(torch.uint8).numpy()
+    return block
 
 
 def _unpickled(where: str, path: Path) -> dict[str, Any]:
@@ -199,7 +254,10 @@ def _unpickled(where: str, path: Path) -> dict[str, Any]:
 
 
 def _write(
-    path: Path, weights: Sequence[StoredWeight], written: Sequence[StoredWeight]
+    encoder: str,
+    path: Path,
+    weights: Sequence[StoredWeight],
+    written: Sequence[StoredWeight],
 ) -> dict[str, str]:
     """Write `written` as safetensors; name -> sha256 of the values of each of `weights`."""
     # safetensors has no gaps: what ends in the middle of 64 bytes comes last.
@@ -224,6 +282,8 @@ def _write(
             if begin is not None:
                 _write_at(file.fileno(), block, first + begin)
                 begin += len(block)
+        if begin is not None and weight.target_bytes >= SYNC_BYTES:
+            os.fdatasync(file.fileno())
         return digest.hexdigest()
 
     with path.open("wb") as file:
@@ -231,7 +291,8 @@ def _write(
         file.truncate(first + end)
         file.flush()
         with ThreadPoolExecutor(num_threads()) as pool:
-            hashes = list(pool.map(convert, weights))
+            made = pool.map(convert, weights)
+            hashes = list(steps(made, len(weights), f"{encoder}: converting", " weights"))
     return {weight.name: each for weight, each in zip(weights, hashes, strict=True)}
 
 
@@ -242,15 +303,32 @@ def _write_at(handle: int, block: Array, offset: int) -> None:
         left, offset = left[count:], offset + count
 
 
-def _sha256(path: Path) -> str:
-    real = path.resolve()
-    if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
-        return real.name  # the hub's cache names a large file by its sha256
-    digest = hashlib.sha256()
-    with real.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def _sha256(encoder: str, paths: Sequence[Path]) -> dict[str, str]:
+    """File name -> sha256. Raises InputError: the hub's cache has a file that was damaged."""
+    digests = {path.name: hashlib.sha256() for path in paths}
+
+    def blocks() -> Iterator[int]:
+        for path in paths:
+            with path.open("rb") as file:
+                while block := file.read(READ_MIB * MIB):
+                    digests[path.name].update(block)
+                    yield len(block)
+
+    def mib(size: int) -> int:
+        return -(-size // MIB)
+
+    total = sum(mib(path.stat().st_size) for path in paths)
+    for _ in steps(blocks(), total, f"{encoder}: sha256 of the source", " MiB", mib):
+        pass
+    for path in paths:
+        blob, found = path.resolve(), digests[path.name].hexdigest()
+        # The hub's cache names a large file by its sha256, and does not look whether it has it.
+        if re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != found:
+            raise InputError(
+                f"{path} is damaged: its sha256 is {found}, and the hub's {blob.name}. Remove "
+                f"{blob}, and run fetch again."
+            )
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 # --- publishing -----------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from typing import Any
 from embed_precompute.documents import to_plain
 from embed_precompute.encoders.checkpoint import (
     Checkpoint,
+    Need,
     locate,
     open_checkpoint,
-    split_hub_id,
 )
 from embed_precompute.encoders.families import FAMILIES
 from embed_precompute.encoders.families.base import (
@@ -29,6 +29,7 @@ from embed_precompute.encoders.families.base import (
     OpenEncoder,
     Output,
 )
+from embed_precompute.encoders.hub import split_hub_id
 from embed_precompute.encoders.text_steps import require_packages
 from embed_precompute.encoders.tokenizer import TokenBatch, Tokenized, make_batches, pack
 from embed_precompute.encoders.weights import weights_digest
@@ -139,11 +140,12 @@ def open_encoder(
 ) -> OpenEncoder[Any]:
     """Find checkpoint and tokenizer, and check that they belong together.
 
-    Without weights the encoder can be asked for everything but its digest. Raises InputError naming
-    the field of `encoders.<name>`.
+    Without weights the encoder can be asked for everything but its digest, and what is missing of
+    config and tokenizer is downloaded. Raises InputError naming the field of `encoders.<name>`.
     """
     family, where = FAMILIES[options.kind], f"encoders.{name}"
     require_packages(where, options.text_steps)
+    without: Need = "config" if options.tokenizer is None else "config.json"
     with Work(f"{where}: opening checkpoint and tokenizer"):
         checkpoint = open_checkpoint(
             f"{where}.pretrained",
@@ -152,7 +154,9 @@ def open_encoder(
             options.kind,
             family.models,
             dtype=options.dtype,
-            need="weights" if with_weights else "config",
+            part=options.part,
+            need="weights" if with_weights else without,
+            online=not with_weights,
         )
         require_release(checkpoint, family.releases)
         tokenizer_where, folder = f"{where}.pretrained", checkpoint.folder
@@ -160,8 +164,13 @@ def open_encoder(
             tokenizer_where = f"{where}.tokenizer"
             ids = (options.pretrained, options.tokenizer)
             same = len({split_hub_id(each)[0] for each in ids}) == 1
-            revision = options.revision if same else None
-            folder = locate(tokenizer_where, options.tokenizer, revision, "tokenizer")
+            folder = locate(
+                tokenizer_where,
+                options.tokenizer,
+                options.revision if same else None,
+                "tokenizer",
+                online=not with_weights,
+            )
         # First: the tokenizer reads config.json too, and would not blame a bad one.
         rows = family.sizes(checkpoint).vocabulary
         tokenizer = family.open_tokenizer(tokenizer_where, folder, options)

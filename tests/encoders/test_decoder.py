@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import cache, partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from embed_precompute.encoders import resolve
 from embed_precompute.encoders.device import check_numbers, difference
 from embed_precompute.encoders.encoder import build, is_streamed
 from embed_precompute.encoders.families.decoder import ChatOptions, Message, ProjectOptions
+from embed_precompute.encoders.fetch import fetch
 from embed_precompute.encoders.loading import Source
 from embed_precompute.encoders.readout import Projection
 from embed_precompute.encoders.weights import stored_weights
@@ -515,6 +517,39 @@ def test_layers_after_the_hidden_state_are_not_loaded(qwen2: Path, dtype: str) -
     assert encode(encoder, ["a red fox"])[""][0].isfinite().all()
 
 
+def test_a_copy_has_no_layer_above_the_highest_that_is_run(
+    qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only an encoder that runs no other takes it."""
+    monkeypatch.setenv("EMBED_PRECOMPUTE_HOME", str(tmp_path / "home"))
+    for layers, held in {(-3,): 1, (-2, 0): 2, (2,): 2, (-1,): 3}.items():
+        fields = {"template": CHAT, "layers": layers}
+        case = Case("cut", "decoder", write_decoder, fields)
+        source = resolved_of("decoder", qwen2, **fields)
+        assert source.opened.checkpoint.folder == qwen2
+        expected = encode(built(case, qwen2), ["a red fox"])[""]
+        spec = source.spec()
+        said = list(fetch({"enc": source.options}))
+        assert ("layers up to" in said[0]) == (held < 3)
+        encoder = built(case, qwen2)
+        folder = encoder.resolved.opened.checkpoint.folder
+        assert folder.parent == tmp_path / "home" / "checkpoints"
+        names = load_file(folder / "model.safetensors")
+        assert {name for name in names if "layers." in name} == {
+            name
+            for name in load_file(qwen2 / "model.safetensors")
+            if re.search(rf"layers\.[0-{held - 1}]\.", name)
+        }
+        assert encoder.resolved.spec() == spec
+        assert torch.equal(encode(encoder, ["a red fox"])[""][0], expected[0])
+        reference = reference_of(encoder.resolved)("a red fox", None)[""]
+        assert difference(expected[0], reference, exact=True) is None
+        if held < 3:
+            words = rf"with the first {held} layers of .* 3 are needed"
+            with pytest.raises(InputError, match=words):
+                resolved_of("decoder", folder, template=CHAT, layers=(-1,))
+
+
 # --- checkpoints with more than a text tower ------------------------------------------------------
 
 TEXT_ALONE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -852,7 +887,7 @@ def test_a_projection(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"path": "absent"}, r"project.path is 'absent': there is no such folder, and the hub"),
+        ({"path": "absent"}, r"project.path is 'absent': there is no such folder, and nothing of"),
         ({"weight": "text.wight"}, "has no tensor 'text.wight': did you mean text.weight?"),
         ({"weight": "wide"}, r"has wide of shape \[20, 65\]: expected \[stored width, 64\], for 1"),
         ({"bias": "wide"}, r"project.bias: .* has wide of shape \[20, 65\]: expected \[20\]"),
