@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ class UnitLog:
     def __init__(self, root: Path, rank: int, device: str) -> None:
         """`device`: cpu or cuda."""
         self._path = root / "logs" / f"metrics-{rank:05d}.jsonl"
-        self._device = device
+        self._device, self._host = device, socket.gethostname()
         self._written_at = time.monotonic()
 
     def add(
@@ -38,6 +39,7 @@ class UnitLog:
         copied: Mapping[str, int],
         damaged: int,
         tokens: Mapping[str, int],
+        flops: Mapping[str, float],
         shard_bytes: int,
     ) -> None:
         """Appends a line for a unit. Its `seconds` are those since this rank's last unit, or since
@@ -51,9 +53,11 @@ class UnitLog:
             "copied": dict(copied),
             "damaged": damaged,
             "tokens": dict(tokens),
+            "flops": dict(flops),
             "shard_bytes": shard_bytes,
             "seconds": round(self._written_at - before, 4),
             "device": self._device,
+            "host": self._host,
         }
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -362,11 +362,9 @@ class Stages:
                     suffix: [copies[row][suffix] for row in some] for suffix in copies[some[0]]
                 }
                 yield name, np.array(some), functools.partial(PendingOutput, outputs)
-            left = np.array([row for row in range(unit.num_stored) if row not in copies])
-            captions = unit.tokens[name]
-            if copies:
-                captions = captions.select(left.tolist())
-            if len(left):
+            rows, captions = unit.to_encode(name)
+            if rows:
+                left = np.array(rows)
                 before = self.load_seconds
                 encoder = self._encoder(name)
                 unit.began += self.load_seconds - before  # no other unit will wait for that
@@ -452,6 +450,10 @@ class Stages:
             copied={name: len(rows) for name, rows in unit.copies.rows.items()},
             damaged=unit.copies.num_damaged,
             tokens={name: sum(each.tokens) for name, each in unit.tokens.items()},
+            flops={
+                each.name: each.flops(unit.to_encode(each.name)[1])
+                for each in self._prepared.encoders
+            },
             shard_bytes=record.files.shard.bytes,
         )
 

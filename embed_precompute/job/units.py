@@ -55,6 +55,13 @@ class Unit:
     def is_null(self) -> bool:
         return self.number == NULL_UNIT
 
+    def to_encode(self, encoder: str) -> tuple[list[int], Tokenized]:
+        """The stored rows that this encoder has to encode, for nobody has them, and their
+        captions."""
+        copied, captions = self.copies.rows.get(encoder, {}), self.tokens[encoder]
+        rows = [row for row in range(self.num_stored) if row not in copied]
+        return rows, captions.select(rows) if copied else captions
+
 
 def read_unit(
     plan: Plan,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import socket
 import sys
 import time
 from pathlib import Path
@@ -108,6 +110,29 @@ def _prepared(job: Path) -> Any:
     from embed_precompute.job.prepare import prepare
 
     return prepare(load_config(job))
+
+
+def test_a_line_for_each_unit(job: Path, tmp_path: Path) -> None:
+    """Operations count what was encoded: equal texts once, copied ones not at all."""
+    write_captions(tmp_path / "captions.parquet", [*TEXTS[:10], *TEXTS[:10], "one more"])
+    expect(0, "run", job)
+    null, unit = _unit_lines(tmp_path / "out")
+    assert (null["unit"], null["samples"], unit["unit"], unit["samples"]) == (-1, 1, 0, 21)
+    assert null["host"] == unit["host"] == socket.gethostname()
+    prepared = _prepared(job)
+    texts = [*TEXTS[:10], "one more"]
+    assert unit["flops"] == {
+        each.name: each.flops(each.opened.tokenizer.encode(texts)) for each in prepared.encoders
+    }
+    assert 0 < null["flops"]["clip"] < unit["flops"]["clip"]
+    new = tmp_path / "new"
+    expect(0, "run", job, "--output.path", new, "--reuse", tmp_path / "out")
+    assert [line["flops"] for line in _unit_lines(new)] == [{"clip": 0.0, "t5": 0.0}] * 2
+
+
+def _unit_lines(root: Path) -> list[dict[str, Any]]:
+    lines = (root / "logs" / "metrics-00000.jsonl").read_text().splitlines()
+    return sorted(map(json.loads, lines), key=lambda line: int(line["unit"]))
 
 
 def test_the_log_file_has_the_ending(
