@@ -18,6 +18,7 @@ import shlex
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -219,12 +220,23 @@ def _run(config: Config, arguments: Any) -> int:
     )
     if result.manifest is None:
         return EXIT_COMPLETE  # a peer finalises, and says so
+    _write_card(result.root)
     for line in _summary(result.root, result.manifest, result):
         log.info("%s", line, extra=FILE_ONLY)
         # Without torchrun's store every rank finalises.
         if dist.is_main or dist.store_host is not None:
             print(line)
     return _exit_code(result.manifest)
+
+
+def _write_card(root: Path) -> None:
+    """README.md of a finished dataset, which is complete without it."""
+    from embed_precompute.audit.card import write_card
+
+    try:
+        write_card(root)
+    except StorageError as error:
+        log.warning("README.md is not written: %s", error)
 
 
 def _summary(root: Path, manifest: Manifest, run: RunResult | None = None) -> list[str]:
@@ -371,7 +383,7 @@ def _status(arguments: Any) -> int:
 
 def _verify(arguments: Any) -> int:
     from embed_precompute.audit.shares import check_shares
-    from embed_precompute.audit.verify import verify
+    from embed_precompute.audit.verify import note_result, verify
     from embed_precompute.store.plan import read_plan
 
     dist = DistContext.detect()
@@ -386,6 +398,7 @@ def _verify(arguments: Any) -> int:
         if arguments.level != "quick":
             share(plan)  # without a plan, too: rank 0 may have one, and then waits for all
         return EXIT_COMPLETE
+    began = time.monotonic()
     report = verify(
         arguments.folder,
         arguments.level,
@@ -394,6 +407,7 @@ def _verify(arguments: Any) -> int:
         device=arguments.device,
         share=share,
     )
+    note_result(report, time.monotonic() - began)
     for problem in report.problems:
         print(problem)
     print(report.summary())
@@ -415,6 +429,7 @@ def _finalize(arguments: Any) -> int:
     from embed_precompute.store.manifest import finalize
 
     done = finalize(arguments.folder)
+    _write_card(arguments.folder)
     for line in _summary(arguments.folder, done.manifest):
         print(line)
     if done.removed_files:
@@ -442,6 +457,14 @@ def _info(arguments: Any) -> int:
         if arguments.all:
             lines += all_lines(folder)
     for line in lines:
+        print(line)
+    return EXIT_COMPLETE
+
+
+def _report(arguments: Any) -> int:
+    from embed_precompute.audit.report import write_report
+
+    for line in write_report(arguments.folder, arguments.output):
         print(line)
     return EXIT_COMPLETE
 
@@ -477,6 +500,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "repair": _repair,
     "finalize": _finalize,
     "info": _info,
+    "report": _report,
     "export": _export,
 }
 """By name; a command that takes a CONFIG gets it before the arguments."""
