@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from embed_precompute.errors import VerificationError
@@ -43,6 +46,10 @@ EXAMPLES = 5
 NORM_ROWS, NORM_UNITS, NORM_VECTORS = 20_000, 1_000, 8
 BUCKETS = 120
 """Parts of the input rows that the norms are shown by."""
+
+MOST_TOKENS = 1 << 24
+"""A number above it is damage."""
+_LABELS = pa.array([status.label for status in sorted(Status)])
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -128,6 +135,7 @@ def gather(root: Path, plan: Plan) -> Facts:
         records += record_path(root, unit).stat().st_size
         try:
             columns = _columns(root, plan, record, index)
+            _check(columns, record, root)
         except VerificationError as error:
             facts.unread.append(str(error))
             continue
@@ -168,13 +176,12 @@ def _columns(root: Path, plan: Plan, record: UnitRecord, index: DatasetIndex | N
         part = slice(first, first + count)
         tokens = {name: index.tokens[name][part] for name in encoders}
         return _Unit(index.status[part], index.index[part], tokens)
-    numbers = {status.label: status for status in Status}
     statuses, places = [], []
     counts: dict[str, list[Array]] = {name: [] for name in encoders}
     path = record.rows_path(root)
     for batch in iter_batches(path, plan.tensors, text=False, num_rows=record.num_samples):
-        labels = batch.column("status").to_pylist()
-        statuses.append(np.array([numbers.get(label, -1) for label in labels], np.int64))
+        numbers = pc.index_in(batch.column("status"), _LABELS).fill_null(-1)
+        statuses.append(numbers.to_numpy(zero_copy_only=False))
         places.append(batch.column("index").fill_null(-1).to_numpy(zero_copy_only=False))
         for name, pieces in counts.items():
             column = batch.column(f"{name}_tokens").fill_null(0)
@@ -182,6 +189,21 @@ def _columns(root: Path, plan: Plan, record: UnitRecord, index: DatasetIndex | N
     nothing = np.zeros(0, np.int64)
     tokens = {name: np.concatenate([nothing, *pieces]) for name, pieces in counts.items()}
     return _Unit(np.concatenate([nothing, *statuses]), np.concatenate([nothing, *places]), tokens)
+
+
+def _check(columns: _Unit, record: UnitRecord, root: Path) -> None:
+    """Raises VerificationError unless the columns can be those of the unit: the index is not read
+    against its digest here."""
+    limits = [(columns.status, len(Status)), (columns.index, record.num_stored)]
+    limits += [(tokens, MOST_TOKENS) for tokens in columns.tokens.values()]
+    for values, most in limits:
+        least = -1 if values is columns.index else 0
+        inside = (values >= least) & (values < most)
+        if len(values) != record.num_samples or not inside.all():
+            raise VerificationError(
+                f"{root}: the samples of unit {record.unit} are not those of its record. "
+                f"`embed-precompute verify {root}` says which file is damaged."
+            )
 
 
 def _sample_norms(
@@ -206,8 +228,13 @@ def _sample_norms(
             for tensor in plan.tensors:
                 tokens = int(columns.tokens[tensor.encoder][position])
                 norm = _norm(tensor, shard.row(tensor.name, int(columns.index[position])), tokens)
-                if norm is not None:
-                    facts.norms[tensor.name].add(bucket, norm)
+                if norm is None:
+                    continue
+                if not math.isfinite(norm):
+                    raise VerificationError(
+                        f"{path} is damaged: a row of text_{tensor.name} holds inf or nan."
+                    )
+                facts.norms[tensor.name].add(bucket, norm)
             facts.num_norms += 1
     except VerificationError as error:
         facts.unread.append(str(error))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from embed_precompute.encoders.peaks import peak_flops
 from embed_precompute.job.metrics import Effort
 from embed_precompute.samples import Status
 from embed_precompute.steps import counted, duration
+from embed_precompute.store.rows import StoredSample
 
 LISTED = 10
 """Lines of a table of files, units or gaps."""
@@ -103,7 +104,7 @@ def _head(data: Dataset) -> Iterator[str]:
     ok = totals.status[Status.OK.label]
     tiles = {
         "samples": f"{totals.samples:,}",
-        "with an embedding": f"{100 * ok / max(1, totals.samples):.4g} %",
+        "with an embedding": _percent(ok, totals.samples),
         "stored embeddings": f"{totals.stored:,}",
         "bytes": size_words(sum(data.facts.bytes.values())),
     }
@@ -127,12 +128,10 @@ def _what(data: Dataset) -> Iterator[str]:
         "may be read together."
     )
     inputs = plan.inputs
-    column = (
-        inputs.text_column if isinstance(inputs.text_column, str) else ", ".join(inputs.text_column)
-    )
+    columns = [inputs.text_column] if isinstance(inputs.text_column, str) else inputs.text_column
     facts = [
         ("captions", f"{counted(len(inputs.files), 'file')}, {plan.num_rows:,} input rows"),
-        ("text column", _esc(column)),
+        ("text column", _esc(", ".join(columns))),
         ("id column", _esc(inputs.id_column or "none: the number of the row")),
         ("recipe", _esc(recipe_words(plan.spec.get("captions")))),
     ]
@@ -196,12 +195,14 @@ def _statuses(data: Dataset) -> Iterator[str]:
             found = [
                 (
                     f"<bdi>{_esc(_shown(each.sample_id))}</bdi>",
-                    _esc(plan.place(each.row).rpartition(" (row ")[0]),
-                    _esc(_shown(each.error)) if each.error else _text(each.text),
+                    _esc(plan.place(each.row).removesuffix(f" (row {each.row} of the dataset)")),
+                    _outcome(each),
                 )
                 for each in samples
             ]
-            yield _table(("id", "place", "text" if label == "ok" else "why"), found, kind="texts")
+            yield _table(
+                ("id", "place", "text" if label == "ok" else "why, and text"), found, kind="texts"
+            )
 
 
 def _tokens(data: Dataset) -> Iterator[str]:
@@ -347,7 +348,10 @@ def _speed(data: Dataset) -> Iterator[str]:
     yield _table(("#unit", "#rank", "host", "#seconds", "#captions/s"), slowest)
 
 
-def _over_time(line: Timeline, rows: dict[int, Row], what: str, words: Any) -> Iterator[str]:
+def _over_time(
+    line: Timeline, rows: dict[int, Row], what: str, words: Callable[[float], str]
+) -> Iterator[str]:
+    """A plot of what each rank did over time; `words` puts a value into words."""
     found = sorted(v for row in rows.values() for v in row if v is not None)
     most = found[int(0.98 * (len(found) - 1))] if found else 0.0  # one odd unit must not set it
     above = ", 2 % of the time above it" if found and found[-1] > most else ""
@@ -369,9 +373,9 @@ def _over_time(line: Timeline, rows: dict[int, Row], what: str, words: Any) -> I
         columns = ([v for v in column if v is not None] for column in zip(*part, strict=True))
         shades.append([sum(column) / len(part) if column else None for column in columns])
     most = max((v for row in shades for v in row if v is not None), default=0.0)
-    together = f", {each} neighbours to a row" if each > 1 else ""
+    together = f"{each} neighbours to a row" if each > 1 else "a row each"
     yield _figure(
-        f"<b>{what}</b> of {len(ranks):,} ranks{together}; darkest: {words(most)}; {begun}",
+        f"<b>{what}</b> of {len(ranks):,} ranks, {together}; darkest: {words(most)}; {begun}",
         plots.heat(names, shades, x, most=most, label=f"{what} by rank and time"),
     )
 
@@ -413,7 +417,7 @@ def _repeated(data: Dataset) -> Iterator[str]:
     )
     if facts.repeated:
         rows = [
-            (f"{n:,}", f"<bdi>{_esc(_shown(each.sample_id))}</bdi>", _text(each.text))
+            (f"{n:,}", f"<bdi>{_esc(_shown(each.sample_id))}</bdi>", _text(each.text or ""))
             for n, each in facts.repeated
         ]
         yield _table(("#samples of a unit", "one of them", "text"), rows, kind="texts")
@@ -499,10 +503,14 @@ def _shown(value: object, most: int = TEXT_CHARACTERS) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
 
 
-def _text(text: str | None) -> str:
+def _outcome(sample: StoredSample) -> str:
+    """Why it has no embedding, and its text."""
+    parts = [] if sample.error is None else [_esc(_shown(sample.error))]
+    return "<br>".join(parts if sample.text is None else [*parts, _text(sample.text)])
+
+
+def _text(text: str) -> str:
     """A caption: its direction is its own and leaves the page's alone."""
-    if text is None:
-        return "none"
     return f'<bdi dir="auto">{_esc(_shown(text))}</bdi>' if text else "(empty)"
 
 
@@ -595,10 +603,11 @@ th{font-weight:600;color:var(--dim)}
 .facts td:first-child{color:var(--dim);width:10rem}
 .bars td:last-child{width:45%;padding-right:0;vertical-align:middle}
 .bars svg{display:block}
-.texts td{overflow-wrap:anywhere}
-.texts td:not(:last-child){min-width:7rem;max-width:16rem}
+.texts td:last-child{overflow-wrap:anywhere}
+.texts td:not(:last-child){min-width:9.5rem;max-width:16rem}
 @media (max-width:640px){.texts tr,.texts td{display:block;text-align:left}
-.texts tr:first-child{display:none}.texts td{border:0;padding:0;max-width:none!important}
+.texts tr:first-child{display:none}.texts td{border:0;padding:0;max-width:none!important;
+overflow-wrap:anywhere}
 .texts tr{border-bottom:1px solid var(--rule);padding:.3rem 0}.facts td:first-child{width:6.5rem}
 td,th{padding-right:.7rem}.bars td:last-child{width:22%}}
 code{font-size:.92em;overflow-wrap:anywhere}

@@ -252,6 +252,20 @@ def test_a_lost_shard_costs_its_norms_only(tmp_path: Path) -> None:
     assert "text_t5" in page.sections["Bytes"]
 
 
+def test_damage_is_named(tmp_path: Path) -> None:
+    """In the index, which is not compared with its digest, and in vectors."""
+    write_dataset(tmp_path, [f"caption {i}" for i in range(9)])
+    path = paths_of(tmp_path, 2).shard
+    payload = path.read_bytes()
+    path.write_bytes(payload[:-2] + b"\xff\x7f")  # nan
+    damaged = tmp_path / "index" / "tokens_t5.npy"
+    payload = damaged.read_bytes()
+    damaged.write_bytes(payload[:128] + b"\xff\xff\xff\xff" + payload[132:])
+    words = report(tmp_path).sections[""]
+    assert "the samples of unit 0 are not those of its record" in words
+    assert f"{path} is damaged: a row of text_t5 holds inf or nan" in words
+
+
 def test_units_of_another_environment_are_marked(tmp_path: Path) -> None:
     plan = make_plan(12, 3)
     write_plan(tmp_path, plan)
