@@ -123,16 +123,16 @@ def gather(root: Path, plan: Plan) -> Facts:
     sampled = set(units[:: -(-len(units) // NORM_UNITS) or 1])
     wanted: dict[str, list[tuple[int, int]]] = {status.label: [] for status in Status}
     repeated: list[tuple[int, int, int]] = []
-    shards = rows = records = 0
+    sizes: Counter[str] = Counter()
     for unit in steps(units, len(units), "reading", " units"):
         record = read_record(root, unit)
         facts.totals.add(record)
         if record.environment not in facts.environments:
             facts.environments.append(record.environment)
         facts.made_in[unit] = facts.environments.index(record.environment)
-        shards += record.files.shard.bytes
-        rows += record.files.rows.bytes
-        records += record_path(root, unit).stat().st_size
+        sizes["shards"] += record.files.shard.bytes
+        sizes["rows"] += record.files.rows.bytes
+        sizes["records"] += record_path(root, unit).stat().st_size
         try:
             columns = _columns(root, plan, record, index)
             _check(columns, record, root)
@@ -149,18 +149,19 @@ def gather(root: Path, plan: Plan) -> Facts:
             counts = np.bincount(values[ok])
             facts.tokens[name].update({int(n): int(counts[n]) for n in np.flatnonzero(counts)})
         sharing = np.bincount(columns.index[ok])
-        sizes = np.bincount(sharing)
-        facts.sharing.update({int(n): int(sizes[n]) for n in np.flatnonzero(sizes) if n})
+        times = np.bincount(sharing)
+        facts.sharing.update({int(n): int(times[n]) for n in np.flatnonzero(times) if n})
         for row in np.argsort(-sharing, kind="stable")[:EXAMPLES]:
             if sharing[row] > 1:
                 first = int(np.argmax(columns.index == row))
                 repeated.append((int(sharing[row]), -unit, -first))
         repeated = heapq.nlargest(EXAMPLES, repeated)
         if unit in sampled:
-            each = -(-NORM_ROWS // len(sampled))
-            _sample_norms(root, plan, record, columns, ok, each, facts)
+            each = min(len(ok), -(-NORM_ROWS // len(sampled)))
+            drawn = sorted(random.Random(unit).sample(ok.tolist(), each))
+            _sample_norms(root, plan, record, columns, places=drawn, facts=facts)
     _find_elsewhere(plan, facts)
-    _measure(root, plan, manifest, facts, shards, rows, records)
+    _measure(root, plan, manifest, facts, sizes)
     for label, places in wanted.items():
         facts.examples[label] = [s for s in _samples(root, plan, places, facts.unread) if s]
     texts = _samples(root, plan, [(-unit, -at) for _, unit, at in repeated], facts.unread)
@@ -197,7 +198,8 @@ def _check(columns: _Unit, record: UnitRecord, root: Path) -> None:
     limits = [(columns.status, len(Status)), (columns.index, record.num_stored)]
     limits += [(tokens, MOST_TOKENS) for tokens in columns.tokens.values()]
     for values, most in limits:
-        least = -1 if values is columns.index else 0
+        # A sample without an embedding has stored row -1.
+        least = -(columns.status != Status.OK).astype(np.int8) if values is columns.index else 0
         inside = (values >= least) & (values < most)
         if len(values) != record.num_samples or not inside.all():
             raise VerificationError(
@@ -211,18 +213,15 @@ def _sample_norms(
     plan: Plan,
     record: UnitRecord,
     columns: _Unit,
-    ok: Array,
-    wanted: int,
+    *,
+    places: Sequence[int],
     facts: Facts,
 ) -> None:
-    chosen = ok
-    if wanted < len(ok):
-        drawn = random.Random(record.unit).sample(range(len(ok)), wanted)
-        chosen = ok[np.sort(np.array(drawn, np.int64))]
+    """Adds the norms of the samples at these places of a unit."""
     try:
         path = record.shard_path(root)
         shard = ShardReader(path, plan.fingerprint, record.unit, plan.tensors)
-        for position in chosen.tolist():
+        for position in places:
             row = record.first_row + position * record.num_rows // record.num_samples
             bucket = row * BUCKETS // plan.num_rows
             for tensor in plan.tensors:
@@ -271,20 +270,18 @@ def _measure(
     plan: Plan,
     manifest: Manifest | None,
     facts: Facts,
-    shards: int,
-    rows: int,
-    records: int,
+    made: Mapping[str, int],
 ) -> None:
-    """Bytes by what takes them."""
-    rest = shards
+    """Bytes by what takes them. `made`: those of the units' shards, rows parts and records."""
+    rest = made["shards"]
     for tensor in plan.tensors:
         size = facts.totals.vectors[tensor.name] * tensor.width
         size *= TORCH_DTYPES[tensor.dtype].itemsize
         facts.bytes[f"text_{tensor.name}"] = size
         rest -= size
     facts.bytes["offsets, checksums and headers of shards"] = rest
-    facts.bytes["rows parts (ids, statuses, encoded texts)"] = rows
-    facts.bytes["records"] = records
+    facts.bytes["rows parts (ids, statuses, encoded texts)"] = made["rows"]
+    facts.bytes["records"] = made["records"]
     if manifest is None:
         return
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}

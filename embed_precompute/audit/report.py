@@ -17,7 +17,7 @@ from embed_precompute.audit.info import read_status
 from embed_precompute.audit.page import Dataset, page_of, size_words
 from embed_precompute.audit.timeline import read_timeline
 from embed_precompute.audit.verify import RESULT
-from embed_precompute.errors import refuse_file
+from embed_precompute.errors import refuse_file, require
 from embed_precompute.job.metrics import read_effort
 from embed_precompute.store.commit import replace_bytes
 
@@ -45,8 +45,11 @@ def write_report(root: Path, output: Path | None = None) -> list[str]:
     """Writes the page and the card into `root`, or the page alone to `output`. Returns what was
     written, for a person. Raises StorageError where that cannot be written."""
     root = Path(root)
-    path, page = output or root / PAGE, report_page(root)
-    refuse_file(path.parent, "--output")
+    path = output or root / PAGE
+    require(not path.is_dir(), f"{path} is a folder. Give a file, such as {path / PAGE}.")
+    if output is not None:
+        refuse_file(path.parent, "--output")
+    page = report_page(root)
     replace_bytes(path, page)
     lines = [f"written: {path} ({size_words(len(page))})"]
     if output is not None:

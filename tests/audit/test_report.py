@@ -155,6 +155,8 @@ def test_output_leaves_the_dataset_alone(root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     said = expect(2, "report", root, "--output", tmp_path / "file" / "page.html")
     assert f"{tmp_path / 'file'} is not a folder" in said
+    said = expect(2, "report", root, "--output", tmp_path)
+    assert f"{tmp_path} is a folder. Give a file, such as {tmp_path / 'report.html'}." in said
 
 
 def test_texts_are_shown_and_do_nothing(tmp_path: Path) -> None:
@@ -261,8 +263,12 @@ def test_damage_is_named(tmp_path: Path) -> None:
     damaged = tmp_path / "index" / "tokens_t5.npy"
     payload = damaged.read_bytes()
     damaged.write_bytes(payload[:128] + b"\xff\xff\xff\xff" + payload[132:])
+    damaged = tmp_path / "index" / "index.npy"
+    payload = damaged.read_bytes()
+    damaged.write_bytes(payload[:-24] + b"\xff\xff\xff\xff" + payload[-20:])
     words = report(tmp_path).sections[""]
-    assert "the samples of unit 0 are not those of its record" in words
+    for unit in (0, 1):
+        assert f"the samples of unit {unit} are not those of its record" in words
     assert f"{path} is damaged: a row of text_t5 holds inf or nan" in words
 
 
