@@ -108,14 +108,15 @@ def _head(data: Dataset) -> Iterator[str]:
         "stored embeddings": f"{totals.stored:,}",
         "bytes": size_words(sum(data.facts.bytes.values())),
     }
-    effort = data.effort
-    if effort is not None and effort.wall_seconds:
-        tiles["captions/s, all ranks"] = plots.compact(effort.samples / effort.wall_seconds)
+    effort, line = data.effort, data.timeline
+    if effort is not None and line is not None and effort.wall_seconds:
+        samples = sum(work.samples for work in line.work)
+        tiles["captions/s, all ranks"] = plots.compact(samples / effort.wall_seconds)
         for device, seconds in sorted(effort.seconds.items()):
             hours = "GPU hours" if device == "cuda" else "CPU process hours"
             tiles[hours] = plots.compact(seconds / 3600)
-    if data.timeline is not None:
-        tiles["last unit written, UTC"] = _clock(data.timeline.end)[:16]
+    if line is not None:
+        tiles["last unit written, UTC"] = _clock(line.end)[:16]
     yield '<div class="tiles">'
     yield from (f"<div><b>{value}</b><span>{what}</span></div>" for what, value in tiles.items())
     yield "</div>"

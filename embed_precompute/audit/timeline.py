@@ -8,15 +8,15 @@ Costs: an object for each line, which is one for each unit; no time of samples i
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-
-from embed_precompute.job.metrics import unit_lines
 
 COLUMNS = 160
 """Pieces that the time of a run is cut into."""
@@ -104,7 +104,7 @@ def _spread(edges: np.ndarray, times: np.ndarray, amounts: Sequence[float]) -> n
 def read_timeline(root: Path) -> Timeline | None:
     """By the files in logs/; None if no line says when and what."""
     work = []
-    for rank, line in unit_lines(root):
+    for rank, line in _lines(root):
         with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
             end, seconds, unit = float(line["time"]), float(line["seconds"]), int(line["unit"])
             flops = line.get("flops")
@@ -116,3 +116,14 @@ def read_timeline(root: Path) -> Timeline | None:
                 work.append(Work(rank, unit, end - seconds, end, samples, host, flops))
     work.sort(key=lambda each: (each.rank, each.end))
     return Timeline(work) if work else None
+
+
+def _lines(root: Path) -> Iterator[tuple[int, Any]]:
+    """Yields (rank, what a line holds) for every line of every rank."""
+    for path in sorted((root / "logs").glob("metrics-*.jsonl")):
+        rank = path.stem.partition("-")[2]
+        if rank.isdecimal():
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                for text in file:
+                    with contextlib.suppress(ValueError):  # a crash cut it off
+                        yield int(rank), json.loads(text)

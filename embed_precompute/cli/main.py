@@ -229,16 +229,6 @@ def _run(config: Config, arguments: Any) -> int:
     return _exit_code(result.manifest)
 
 
-def _write_card(root: Path) -> None:
-    """README.md of a finished dataset, which is complete without it."""
-    from embed_precompute.audit.card import write_card
-
-    try:
-        write_card(root)
-    except StorageError as error:
-        log.warning("README.md is not written: %s", error)
-
-
 def _summary(root: Path, manifest: Manifest, run: RunResult | None = None) -> list[str]:
     """What all ranks of all runs made, and last what failed; `run`: the one that ends now."""
     from embed_precompute.audit.info import failure_line
@@ -459,6 +449,16 @@ def _info(arguments: Any) -> int:
     for line in lines:
         print(line)
     return EXIT_COMPLETE
+
+
+def _write_card(root: Path) -> None:
+    """README.md of a finished dataset, which is complete without it."""
+    from embed_precompute.audit.card import write_card
+
+    try:
+        write_card(root)
+    except StorageError as error:
+        log.warning("README.md is not written: %s", error)
 
 
 def _report(arguments: Any) -> int:

@@ -96,7 +96,7 @@ def read_effort(root: Path) -> Effort | None:
     seconds: Counter[str] = Counter()
     spans: list[tuple[float, float]] = []
     samples = 0
-    for _, line in unit_lines(root):
+    for line in _lines(root):
         with contextlib.suppress(LookupError, TypeError):
             span = (line["time"] - line["seconds"], line["time"])
             seconds[line["device"]] += line["seconds"]
@@ -119,7 +119,7 @@ def read_copies(root: Path) -> dict[str, int]:
     """
     counts: Counter[str] = Counter()
     damaged = 0
-    for _, line in unit_lines(root):
+    for line in _lines(root):
         with contextlib.suppress(LookupError, TypeError, AttributeError):
             for name in line["tokens"] if line["unit"] >= 0 else ():
                 copied = line["copied"].get(name, 0)
@@ -129,13 +129,10 @@ def read_copies(root: Path) -> dict[str, int]:
     return {**counts, **({"damaged, so encoded": damaged} if damaged else {})}
 
 
-def unit_lines(root: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (rank, what a line holds) for every line of every rank."""
+def _lines(root: Path) -> Iterator[Any]:
+    """Yields what every line of every rank holds."""
     for path in sorted((root / "logs").glob("metrics-*.jsonl")):
-        rank = path.stem.partition("-")[2]
-        if not rank.isdecimal():
-            continue
         with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
             for text in file:
                 with contextlib.suppress(ValueError):  # a crash cut it off
-                    yield int(rank), json.loads(text)
+                    yield json.loads(text)
