@@ -419,7 +419,6 @@ def _finalize(arguments: Any) -> int:
     from embed_precompute.store.manifest import finalize
 
     done = finalize(arguments.folder)
-    _write_card(arguments.folder)
     for line in _summary(arguments.folder, done.manifest):
         print(line)
     if done.removed_files:
@@ -427,6 +426,7 @@ def _finalize(arguments: Any) -> int:
             f"  removed {counted(done.removed_files, 'file')} ({done.removed_bytes:,} bytes) that "
             "no record names"
         )
+    _write_card(arguments.folder)
     return _exit_code(done.manifest)
 
 
