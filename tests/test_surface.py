@@ -43,6 +43,7 @@ COMMANDS = {
     "repair": {"--failed"},
     "finalize": set(),
     "info": {"--all", "--id", "--similar", "--top"},
+    "report": {"--output"},
     "export": {
         *("--captions", "--clip", "--format", "--limit", "--pad-masked", "--t5", "--table-only"),
         *("--trainer-dtype", "--workers"),
@@ -152,7 +153,9 @@ def test_help_and_listings_bring_no_heavy_library(code: str, heavy: str) -> None
     assert out.splitlines()[-1] == "set()"
 
 
-@pytest.mark.parametrize("name", ["status", "verify", "repair", "finalize", "info", "export"])
+@pytest.mark.parametrize(
+    "name", ["status", "verify", "repair", "finalize", "info", "report", "export"]
+)
 def test_a_file_in_the_place_of_a_dataset_is_a_mistake(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     more = [str(tmp_path / "out"), "--format", "opensora"] if name == "export" else []

@@ -162,10 +162,10 @@ def dataset_lines(root: Path) -> list[str]:
         *status.lines(),
         f"captions     {files}, {plan.num_rows:,} rows, text column "
         f"{inputs.text_column!r}, id column {inputs.id_column!r}{limit}{extended}",
-        f"recipe       {_recipe_words(plan.spec.get('captions'))}",
+        f"recipe       {recipe_words(plan.spec.get('captions'))}",
     ]
     for name, encoder in sorted(plan.spec["encoders"].items()):
-        lines.append(f"{name:<12} {_encoder_words(name, encoder, plan)}")
+        lines.append(f"{name:<12} {encoder_words(name, encoder, plan)}")
         if manifest is not None and name in manifest.counts.encoders:
             sums = manifest.counts.encoders[name]
             lines.append(f"{'':<12} {_token_words(status.root, name, sums, plan)}")
@@ -199,7 +199,7 @@ def environment_words(made: EnvironmentCount) -> str:
     return f"{what} ({counted(made.units, 'unit')})"
 
 
-def _recipe_words(captions: Any) -> str:
+def recipe_words(captions: Any) -> str:
     """What becomes of a caption before it is tokenised; the specification itself if it is not as
     this version writes it."""
     try:
@@ -216,7 +216,7 @@ def _recipe_words(captions: Any) -> str:
     return f"{line}; normalised by {normalize}" if normalize else line
 
 
-def _encoder_words(name: str, encoder: dict[str, Any], plan: Plan) -> str:
+def encoder_words(name: str, encoder: dict[str, Any], plan: Plan) -> str:
     """One encoder and its tensors."""
     tensors = "; ".join(
         f"text_{tensor.name} [{'' if tensor.per_caption else 'L, '}{tensor.width}] {tensor.dtype}"

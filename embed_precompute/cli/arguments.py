@@ -156,6 +156,14 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="captions per encoder that --similar lists (default: %(default)s)",
     )
+    report = _folder_command(commands, "report", "a page about a dataset, and its card README.md")
+    report.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write the page there, and nothing in DIR (default: DIR/report.html and "
+        "DIR/README.md)",
+    )
     _add_export(commands)
     return parser
 

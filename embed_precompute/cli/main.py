@@ -265,6 +265,7 @@ def _run(config: Config, arguments: Any) -> int:
     )
     if result.finalized is None:
         return EXIT_COMPLETE  # a peer finalises, and says so
+    _write_card(result.root)
     for line in _summary(result.root, result.finalized, result):
         log.info("%s", line, extra=FILE_ONLY)
         # Without torchrun's store every rank finalises.
@@ -428,7 +429,7 @@ def _status(arguments: Any) -> int:
 
 def _verify(arguments: Any) -> int:
     from embed_precompute.audit.shares import check_shares
-    from embed_precompute.audit.verify import verify
+    from embed_precompute.audit.verify import note_result, verify
     from embed_precompute.store.plan import read_plan
 
     dist = DistContext.detect()
@@ -443,6 +444,7 @@ def _verify(arguments: Any) -> int:
         if arguments.level != "quick":
             share(plan)  # without a plan, too: rank 0 may have one, and then waits for all
         return EXIT_COMPLETE
+    began = time.monotonic()
     report = verify(
         arguments.folder,
         arguments.level,
@@ -451,6 +453,7 @@ def _verify(arguments: Any) -> int:
         device=arguments.device,
         share=share,
     )
+    note_result(report, time.monotonic() - began)
     for problem in report.problems:
         print(problem)
     print(report.summary())
@@ -479,6 +482,7 @@ def _finalize(arguments: Any) -> int:
             f"  removed {counted(done.removed_files, 'file')} ({done.removed_bytes:,} bytes) that "
             "no record names"
         )
+    _write_card(arguments.folder)
     return _exit_code(done.manifest)
 
 
@@ -499,6 +503,24 @@ def _info(arguments: Any) -> int:
         if arguments.all:
             lines += all_lines(folder)
     for line in lines:
+        print(line)
+    return EXIT_COMPLETE
+
+
+def _write_card(root: Path) -> None:
+    """README.md of a finished dataset, which is complete without it."""
+    from embed_precompute.audit.card import write_card
+
+    try:
+        write_card(root)
+    except StorageError as error:
+        log.warning("README.md is not written: %s", error)
+
+
+def _report(arguments: Any) -> int:
+    from embed_precompute.audit.report import write_report
+
+    for line in write_report(arguments.folder, arguments.output):
         print(line)
     return EXIT_COMPLETE
 
@@ -534,6 +556,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "repair": _repair,
     "finalize": _finalize,
     "info": _info,
+    "report": _report,
     "export": _export,
 }
 """By name; a command that takes a CONFIG gets it before the arguments."""

@@ -247,11 +247,15 @@ class Progress:
 def write_provenance(prepared: Prepared, environment: dict[str, str]) -> None:
     """Writes config.yaml and run.json, which are for people: no digest covers them."""
     reused = map(str, prepared.reuse.folders) if prepared.reuse else ()
-    facts = {
+    start = {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "world_size": prepared.dist.world_size,
         "launched_by": prepared.dist.source,
+    }
+    facts = {
+        **start,
+        "runs": [*_runs_before(prepared.root), start],
         "python": sys.version.split()[0],
         "environment": environment,
         "reuse": list(dict.fromkeys([*reused_before(prepared.root), *reused])),
@@ -266,6 +270,13 @@ def write_provenance(prepared: Prepared, environment: dict[str, str]) -> None:
         replace_bytes(prepared.root / "run.json", payload)
     except StorageError as error:  # for people only: no reason to stop
         log.warning("provenance is not written: %s", error)
+
+
+def _runs_before(root: Path) -> list[object]:
+    """The starts of the runs so far, by run.json."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # for people only
+        return list(json.loads((root / "run.json").read_bytes())["runs"])
+    return []
 
 
 def reused_before(root: Path) -> list[str]:

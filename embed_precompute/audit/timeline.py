@@ -1,0 +1,129 @@
+"""When which rank was at work, by the lines of metrics in logs/.
+
+Guarantees: a line that a crash cut off, or that an older release wrote without some key, is left
+out where that key is needed, and only there.
+Costs: an object for each line, which is one for each unit; no time of samples is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COLUMNS = 160
+"""Pieces that the time of a run is cut into."""
+LEAST_GAP_S = 5.0
+"""A shorter gap between two units of a rank is no rest."""
+
+Row = list[float | None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank did from one commit to the next."""
+
+    rank: int
+    unit: int
+    begin: float
+    end: float
+    samples: int
+    host: str
+    flops: Mapping[str, float] | None = field(hash=False)
+    """Operations by encoder; None in the lines of older releases."""
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Rest:
+    """A time in which a rank wrote nothing while the job, or another run of it, went on."""
+
+    rank: int
+    begin: float
+    end: float
+
+
+class Timeline:
+    """All that the ranks of all runs did. `work` is sorted by rank and time, and not empty."""
+
+    def __init__(self, work: Sequence[Work]) -> None:
+        self.work = work
+        self.begin, self.end = min(w.begin for w in work), max(w.end for w in work)
+        self.by_rank: dict[int, list[Work]] = defaultdict(list)
+        for each in work:
+            self.by_rank[each.rank].append(each)
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.begin
+
+    def rates(self, amount: Callable[[Work], float]) -> dict[int, Row]:
+        """For each rank and each of COLUMNS pieces of the time, `amount` a second, which is spread
+        evenly over the seconds of its unit; None where the rank is at rest."""
+        edges = np.linspace(self.begin, self.end, COLUMNS + 1)
+        width = (self.seconds / COLUMNS) or 1.0
+        rows: dict[int, Row] = {}
+        for rank, mine in self.by_rank.items():
+            # Two jobs on one output may share a rank's file: their times overlap.
+            times = np.maximum.accumulate([t for w in mine for t in (w.begin, w.end)])
+            busy = _spread(edges, times, [w.seconds for w in mine])
+            done = _spread(edges, times, [amount(w) for w in mine]) / width
+            at_work = busy > 0.02 * width
+            rows[rank] = [float(d) if b else None for d, b in zip(done, at_work, strict=True)]
+        return rows
+
+    def rests(self) -> list[Rest]:
+        """Every gap of LEAST_GAP_S or more of each rank, the longest first; at the end, too."""
+        found = []
+        for rank, mine in self.by_rank.items():
+            until = self.begin
+            for begin, end in [*((w.begin, w.end) for w in mine), (self.end, self.end)]:
+                if begin - until >= LEAST_GAP_S:
+                    found.append(Rest(rank, until, begin))
+                until = max(until, end)
+        return sorted(found, key=lambda rest: (rest.begin - rest.end, rest.rank, rest.begin))
+
+
+def _spread(edges: np.ndarray, times: np.ndarray, amounts: Sequence[float]) -> np.ndarray:
+    """How much falls between neighbouring `edges`; `times` has two entries for each amount."""
+    before = np.concatenate(([0.0], np.cumsum(amounts)))
+    grown = np.column_stack((before[:-1], before[1:])).reshape(-1)
+    return np.diff(np.interp(edges, times, grown, left=0.0))
+
+
+def read_timeline(root: Path) -> Timeline | None:
+    """By the files in logs/; None if no line says when and what."""
+    work = []
+    for rank, line in _lines(root):
+        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
+            end, seconds, unit = float(line["time"]), float(line["seconds"]), int(line["unit"])
+            flops = line.get("flops")
+            if flops is not None:
+                flops = {str(name): float(value) for name, value in flops.items()}
+            samples = int(line["samples"]) if unit >= 0 else 0
+            if math.isfinite(end) and 0 <= seconds < math.inf:
+                host = str(line.get("host", ""))
+                work.append(Work(rank, unit, end - seconds, end, samples, host, flops))
+    work.sort(key=lambda each: (each.rank, each.end))
+    return Timeline(work) if work else None
+
+
+def _lines(root: Path) -> Iterator[tuple[int, Any]]:
+    """Yields (rank, what a line holds) for every line of every rank."""
+    for path in sorted((root / "logs").glob("metrics-*.jsonl")):
+        rank = path.stem.partition("-")[2]
+        if rank.isdecimal():
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                for text in file:
+                    with contextlib.suppress(ValueError):  # a crash cut it off
+                        yield int(rank), json.loads(text)
