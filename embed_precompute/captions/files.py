@@ -314,18 +314,24 @@ def _listed(search: _Search, location: str) -> tuple[list[str], list[str]]:
 
 
 def read_footers(
-    sources: Sequence[Source], examine: Callable[[CaptionFile, pa.Schema], T]
+    sources: Sequence[Source],
+    examine: Callable[[CaptionFile, pa.Schema], T],
+    *,
+    digest: bool = True,
 ) -> list[T]:
     """`examine(file, schema)` of every file, in order; of several bad files the first is raised.
 
-    In the schema text is plain `string`, never a dictionary.
+    In the schema text is plain `string`, never a dictionary. Without `digest` nothing but the
+    footer of a parquet file is read, and the file's `content_xxh3` is empty.
     """
 
     def read(source: Source) -> T:
         if source.format != "parquet":
             file = _read_text(source)
             return examine(file, file.text.schema)  # type: ignore[union-attr]
-        file, _, schema = _read_footer(source)  # no metadata is kept: a wide file's is large
+        file, _, schema = _read_footer(
+            source, None if digest else ""
+        )  # no metadata is kept: a wide file's is large
         return examine(file, schema)
 
     with ThreadPoolExecutor(min(FOOTER_THREADS, len(sources)), "footer") as pool:
