@@ -117,8 +117,10 @@ def price_of(
         flops[encoder.name] = units.own_flops[encoder.name] if is_whole else sums.flops * per_sample
         for name, output in encoder.tensors().items():
             vectors = units.own[name] if is_whole else sums.vectors[name] * per_sample
-            size = vectors * units.tensors[name] / max(1, units.own[name])
-            saved += max(0.0, vectors * output.width * DTYPE_BYTES[dtype] - size)
+            unmerged = vectors * output.width * DTYPE_BYTES[dtype]
+            own = units.own[name]
+            size = vectors * units.tensors[name] / own if own else unmerged
+            saved += max(0.0, unmerged - size)
             tensors[f"text_{name}"] = size
     share = figures.samples / plan.num_samples
     errors = (_error(figures.runs, share), _error(units.ratios, units.units / plan.num_units))
@@ -308,7 +310,9 @@ def _output_lines(price: Price, left: Collection[int]) -> list[str]:
     made = "all of them made in memory"
     if price.measured_units < plan.num_units:
         within = (
-            f"within {100 * price.error:.2g} %" if price.error < 1 else "too few to say how far"
+            f"within {100 * max(price.error, 0.001):.2g} %"
+            if price.error < 1
+            else "too few to say how far"
         )
         made = f"{price.measured_units:,} shards made in memory, {within}"
     lines = [
