@@ -25,12 +25,8 @@ CONFIG_OPTIONS = {"--help-config", "--print_config", "--print-config"}
 COMMANDS = {
     "run": {"--extend", "--limit", "--reuse", *CONFIG_OPTIONS},
     "plan": {
-        "--extend",
-        "--limit",
-        "--no-weights",
-        "--reuse",
-        "--sample",
-        "--write",
+        *("--calibrate", "--epochs", "--extend", "--gpu", "--limit", "--no-weights", "--ranks"),
+        *("--rate", "--reuse", "--sample", "--share", "--training-flops", "--write"),
         *CONFIG_OPTIONS,
     },
     "fetch": {"--output", *CONFIG_OPTIONS},

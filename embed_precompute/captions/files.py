@@ -316,11 +316,15 @@ def _listed(search: _Search, location: str) -> tuple[list[str], list[str]]:
 
 
 def read_footers(
-    sources: Sequence[Source], examine: Callable[[CaptionFile, pa.Schema], T]
+    sources: Sequence[Source],
+    examine: Callable[[CaptionFile, pa.Schema], T],
+    *,
+    digest: bool = True,
 ) -> list[T]:
     """`examine(file, schema)` of every file, in order; of several bad files the first is raised.
 
-    In the schema text is plain `string`, never a dictionary.
+    In the schema text is plain `string`, never a dictionary. Without `digest` nothing but the
+    footer of a parquet file is read, and the file's `content_xxh3` is empty.
     """
 
     def read(source: Source) -> T:
@@ -328,7 +332,7 @@ def read_footers(
             file = _read_text(source, work.add)
             return examine(file, file.text.schema)  # type: ignore[union-attr]
         # No metadata is kept: a wide file's is large.
-        file, _, schema = _read_footer(source, more=work.add)
+        file, _, schema = _read_footer(source, None if digest else "", work.add)
         return examine(file, schema)
 
     with (

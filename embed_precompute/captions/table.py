@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from embed_precompute.captions.files import (
     find_files,
     open_rows,
     read_footers,
+    refuse_output_inside,
 )
 from embed_precompute.captions.reader import (
     READ_ROWS,
@@ -90,11 +92,22 @@ class CaptionTable:
         self.num_rows = row_map.num_rows
 
     @classmethod
-    def open(cls, config: CaptionsConfig, integer_columns: Sequence[str] = ()) -> CaptionTable:
+    def open(
+        cls,
+        config: CaptionsConfig,
+        integer_columns: Sequence[str] = (),
+        output: Path | None = None,
+        *,
+        digest: bool = True,
+    ) -> CaptionTable:
         """Find the files and check them; `integer_columns` are the encoders' added_tokens.
 
-        The table's own `config` names the id column that `auto` stands for.
+        The table's own `config` names the id column that `auto` stands for. `output`: the folder of
+        the dataset, which must not lie among the captions. `digest` as in `read_footers`: a plan
+        needs it.
         """
+        if output is not None:
+            refuse_output_inside(config.path, output)
         recipe = as_one(config.recipe)
         integers = tuple(dict.fromkeys(integer_columns))
 
@@ -105,7 +118,7 @@ class CaptionTable:
 
         sources = find_files(config.path)
         if sources[0].format == "parquet":
-            found = read_footers(sources, examine)
+            found = read_footers(sources, examine, digest=digest)
         else:  # the types of a column are known when all files are
             files = read_footers(sources, lambda file, schema: (file, schema.names))
             if not any(names for _, names in files):
@@ -137,6 +150,12 @@ class CaptionTable:
         config = replace(config, id_column=first.id_column)
         is_list = types[config.text_columns[0]] == STRINGS
         return cls(config, row_map, bound, is_list, integers)
+
+    @classmethod
+    def glance(cls, config: CaptionsConfig) -> CaptionTable | None:
+        """The table by the footers of its files alone; None where it is not parquet."""
+        is_parquet = find_files(config.path)[0].format == "parquet"
+        return cls.open(config, digest=False) if is_parquet else None
 
     def in_order(self, order: Sequence[int]) -> CaptionTable:
         """This table with its files in another order, or some of them only; `order` holds their

@@ -38,6 +38,7 @@ from embed_precompute.errors import (
     EXIT_USAGE,
     EXIT_VERIFICATION,
     EmbedPrecomputeError,
+    InputError,
     InterruptedRunError,
     StorageError,
     found_by_every_rank,
@@ -319,9 +320,34 @@ def _exit_code(manifest: Manifest) -> int:
 
 
 def _plan(config: Config, arguments: Any) -> int:
-    from embed_precompute.job.estimate import estimate_lines
-    from embed_precompute.job.prepare import prepare, publish
+    from embed_precompute.job import price
+    from embed_precompute.job.claims import Committed
+    from embed_precompute.job.estimate import caption_lines
+    from embed_precompute.job.prepare import prepare, publish, quick_plan
 
+    if arguments.epochs is not None and arguments.training_flops is None:
+        raise InputError("--epochs is given without --training-flops, the cost of a step: add it.")
+    if arguments.calibrate and arguments.no_weights:
+        raise InputError("--calibrate and --no-weights exclude each other: it runs the models.")
+    speed = None
+    if arguments.rate is not None:
+        speed = price.speed_of_rate(arguments.rate)
+    elif not arguments.calibrate:
+        dtypes = {name: options.dtype for name, options in config.encoders.items()}
+        speed = price.speed_of_gpu(dtypes, arguments.gpu, arguments.share)
+    training, dtype = None, config.output.dtype
+    if arguments.training_flops is not None:
+        training = price.Training(arguments.training_flops, arguments.epochs)
+    show = functools.partial(price.price_lines, ranks=arguments.ranks, training=training)
+    if arguments.limit is None and (quick := quick_plan(config)) is not None:
+        sampled, plan = quick
+        few = counted(sampled.figures.samples, "caption")
+        print(f"A first answer, from {few} at the beginnings of row groups:")
+        about = price.price_of(sampled, plan, dtype, num_samples=1)
+        root = Path(os.path.expanduser(config.output.path))
+        for line in [*price.head_lines(plan), *show(about, None, root, speed)]:
+            print(line)
+        print("\nThe answer from the whole table, when every file and id is checked:", flush=True)
     prepared = prepare(
         config,
         arguments.limit,
@@ -329,19 +355,25 @@ def _plan(config: Config, arguments: Any) -> int:
         reuse=arguments.reuse,
         with_weights=not arguments.no_weights,
     )
-    report = estimate_lines(
-        prepared.sampled,
-        prepared.plan,
-        prepared.root,
-        config.output.dtype,
-        arguments.sample or None,
-        reuse=prepared.reuse,
-    )
-    for line in report:
+    plan, sampled, root = prepared.plan, prepared.sampled, prepared.root
+    figures = sampled.measured(arguments.sample or None, prepared.reuse)
+    for line in [
+        price.names_line(plan, has_weights=not arguments.no_weights),
+        *price.head_lines(plan),
+        *caption_lines(sampled, figures, plan, dtype, prepared.reuse),
+    ]:
+        print(line)
+    if arguments.calibrate:
+        from embed_precompute.job.calibrate import calibrate
+
+        speed = calibrate(config, sampled)
+    # Without weights nothing says that the units there are its own.
+    left = None if arguments.no_weights else Committed(root, plan).left()
+    for line in show(price.price_of(sampled, plan, dtype, figures), left, root, speed):
         print(line)
     if arguments.write:
         published = publish(prepared)
-        print(f"written: {prepared.root / published.plan.file_name}")
+        print(f"written: {root / published.plan.file_name}")
     return EXIT_COMPLETE
 
 

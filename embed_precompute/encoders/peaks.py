@@ -1,12 +1,15 @@
 """Peak rates of GPUs, as their makers state them: dense, without sparsity.
 
-A peak is a yardstick and no forecast: matrix products reach half to four fifths of it.
+A peak is a yardstick and no forecast: a matrix product reaches a part of it, a whole model less.
 """
 
 from __future__ import annotations
 
 import re
 
+SHARE_OF_PEAK = 0.4
+"""The share that a forecast assumes, of which nothing is measured: Llama 3 405B was trained at 0.38
+to 0.43 of the bfloat16 peak of H100 (arXiv 2407.21783, table 4)."""
 # Tera-operations per second: bfloat16, float16, float32. Half precision is that of the tensor
 # cores, accumulating in float32; a maker who states a rate with 2:4 sparsity gets half of it here.
 # float32 is that of the ordinary cores, which is what runs where TF32 is not asked for. 0: the GPU

@@ -71,10 +71,12 @@ class ResolvedEncoder:
         assert length is not None, "all positions are stored where there is one padded length"
         return [length - tokenizer.first + tokenizer.keep_first] * len(captions)
 
-    def flops(self, captions: Tokenized) -> float:
+    def flops(self, captions: Tokenized, *, pads: bool = True) -> float:
         """Of the layers over these captions, see `Sizes.flops`. Pads count where every caption is
-        padded to one length, and ids that are computed once for all captions do not."""
-        sizes, length = self.family.sizes(self.opened.checkpoint), self.decision.padded_length
+        padded to one length, but without `pads` they do not, and ids that are computed once for all
+        captions do not."""
+        sizes = self.family.sizes(self.opened.checkpoint)
+        length = self.decision.padded_length if pads else None
         return sizes.flops([length or own for own in self.unshared(captions).num_ids])
 
     def batches(self, captions: Tokenized, *, null: bool = False) -> Iterator[TokenBatch]:

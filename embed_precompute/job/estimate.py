@@ -1,19 +1,21 @@
-"""What some of the captions tell about a job: tokens, bytes, duplicates; the report of `plan`.
+"""What some of the captions tell about a job: tokens, duplicates, operations.
 
-The shard size, the free space that is needed and the report are estimated from one reading of
-10,000 input rows that lie evenly over the table. In the report the numbers of rows, samples and
-shards are exact. Figures that need tokens come from those rows, or from all; the report says how
-many samples were read. Only the disk size is scaled up to the whole dataset. Nothing is written.
+The shard size, the price (`job/price`) and the report are estimated from one reading of 10,000
+input rows that lie evenly over the table. In the report the numbers of rows, samples and shards are
+exact. Figures that need tokens come from those rows, or from all; the report says how many samples
+were read. What depends on whole units (equal texts, rows parts) comes from some units that are made
+in memory as a run makes them, all but their vectors. Nothing is written.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -21,22 +23,22 @@ import xxhash
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.encoders.families.base import DTYPE_BYTES
 from embed_precompute.encoders.resolve import ResolvedEncoder
-from embed_precompute.job.claims import Committed
 from embed_precompute.job.reuse import Reuse
-from embed_precompute.samples import Status
-from embed_precompute.steps import counted, steps
-from embed_precompute.store.commit import UNLIMITED, free_space
+from embed_precompute.job.units import Unit, make_unit, null_unit
+from embed_precompute.samples import Sample, Status
+from embed_precompute.steps import steps
 from embed_precompute.store.plan import Plan
+from embed_precompute.store.rows import rows_part_bytes, table_bytes
+from embed_precompute.store.shards import shard_bytes
 
-SAMPLED_ROWS = 10_000
+SAMPLED_ROWS, QUICK_ROWS = 10_000, 2_000
+MADE_SAMPLES, LEAST_UNITS = 20_000, 2
+"""About so many samples are made into units in memory; at least so many units."""
 RUNS = 100
 PIECE_ROWS = 10_000
 PERCENTS = (5, 50, 95, 99)
 MAX_BARS, BAR_CHARACTERS = 7, 30
 WIDTHS = [step * 10**power for power in range(9) for step in (1, 2, 5)]
-ROWS_BYTES_PER_SAMPLE = 60
-"""Estimated bytes of a sample in a rows part, compressed, without the text; measured once."""
-FILES_PER_UNIT = 3
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 300
 HEAVY_BYTES = 20e6
 """`plan` warns where an average caption takes more."""
@@ -59,6 +61,10 @@ class TokenFigures:
     """Number of stored vectors, by tensor."""
     whole_characters: int = 0
     """Characters of the captions that are not truncated."""
+    flops: float = 0.0
+    """Operations of the layers, see `ResolvedEncoder.flops`."""
+    real_flops: float = 0.0
+    """The same where no pad is run."""
 
     @property
     def tokens(self) -> int:
@@ -95,6 +101,8 @@ class Figures:
     """Captions that another dataset has, by encoder."""
     examples: list[str] = field(default_factory=list)
     """The first texts as they are encoded."""
+    runs: list[float] = field(default_factory=list)
+    """Bytes of embeddings per sample, in float32, of each run of rows."""
 
     @property
     def encoded(self) -> int:
@@ -109,6 +117,37 @@ class Figures:
         )
 
 
+@dataclass
+class UnitSums:
+    """Sums over units that were made in memory."""
+
+    units: int = 0
+    samples: int = 0
+    encoded: int = 0
+    """Samples that have an embedding."""
+    stored: int = 0
+    """Embeddings: equal texts of a unit share one."""
+    headers: int = 0
+    """Bytes before the tensors of a shard."""
+    rows_parts: int = 0
+    table: int = 0
+    """Bytes in manifest.parquet."""
+    ids: int = 0
+    """Bytes of all ids."""
+    null: int = 0
+    """Bytes of the null embedding's shard."""
+    tensors: Counter[str] = field(default_factory=Counter)
+    """Bytes in shards, by tensor, with its offsets and checksums."""
+    own: Counter[str] = field(default_factory=Counter)
+    """Vectors by tensor, if each sample had its own."""
+    flops: dict[str, float] = field(default_factory=dict)
+    """Operations of what is stored, by encoder."""
+    own_flops: dict[str, float] = field(default_factory=dict)
+    """Operations if each sample had its own."""
+    ratios: list[float] = field(default_factory=list)
+    """For each unit, its shard's tensors to what they would take if each sample had its own."""
+
+
 class SampledCaptions:
     """Captions from everywhere in a table, read and tokenised when they are first asked for."""
 
@@ -118,28 +157,101 @@ class SampledCaptions:
         encoders: Sequence[ResolvedEncoder],
         num_rows: int,
         last_row_samples: int | None,
+        runs: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """`num_rows` and `last_row_samples` are those of the scan, or of the stored plan."""
+        """`num_rows` and `last_row_samples` are those of the scan, or of the stored plan. `runs`:
+        (first row, rows) of the runs to look at, if not those of `sampled_runs`."""
+        self.runs = runs
         self._table, self.encoders = table, encoders
         self._num_rows, self._last_row_samples = num_rows, last_row_samples
+        self.spread = "evenly spread" if not runs else "at the beginnings of row groups"
+        self.kept: list[Sample] = []
+        """The samples of `figures`, in order."""
 
     @functools.cached_property
     def figures(self) -> Figures:
         """The figures of 10,000 input rows."""
-        return self.measure(SAMPLED_ROWS)
+        return self.measure(SAMPLED_ROWS, keep=True)
 
-    def measure(self, max_rows: int | None, reuse: Reuse | None = None) -> Figures:
+    def measured(self, max_rows: int | None, reuse: Reuse | None) -> Figures:
+        """`measure`, or `figures` where they are the same."""
+        if reuse is None and max_rows == SAMPLED_ROWS:
+            return self.figures
+        return self.measure(max_rows, reuse)
+
+    def units(self, plan: Plan, num_samples: int) -> Iterator[Unit]:
+        """Some units of the plan, evenly out of all, as a run reads and tokenises them: of about
+        `num_samples` samples. What was read for `figures` is not read again."""
+        wanted = max(LEAST_UNITS, -(-num_samples // plan.samples_per_shard))
+        count = min(plan.num_units, wanted)
+        numbers = [plan.num_units * (2 * i + 1) // (2 * count) for i in range(count)]
+        reader = self._table.reader(self._num_rows, self._last_row_samples)
+        has_all = len(self.kept) > 0 and plan.num_rows <= SAMPLED_ROWS
+        rows = [sample.row for sample in self.kept]
+        for number in steps(numbers, count, "making shards in memory", " shards"):
+            first, num_rows = plan.unit_rows(number)
+            if has_all:
+                begin, end = (bisect.bisect_left(rows, row) for row in (first, first + num_rows))
+                samples = self.kept[begin:end]
+            else:
+                samples = reader.read(first, num_rows)
+            yield make_unit(number, first, num_rows, samples, self.encoders)
+        reader.close()
+
+    def made_in_memory(self, plan: Plan, num_samples: int) -> UnitSums:
+        """Sums over `units`, whose rows parts are written and whose shards are laid out."""
+        sums, parts = UnitSums(), list[tuple[bytes, int]]()
+        null = null_unit(self.encoders)
+        totals = {name: sum(lengths) for name, lengths in null.lengths.items()}
+        sizes = shard_bytes(plan.fingerprint, null.number, plan.tensors, 1, totals)
+        sums.null = sum(sizes.values())
+        for unit in self.units(plan, num_samples):
+            totals = {name: sum(lengths) for name, lengths in unit.lengths.items()}
+            sizes = shard_bytes(
+                plan.fingerprint, unit.number, plan.tensors, unit.num_stored, totals
+            )
+            sums.headers += sizes.pop("")
+            sums.tensors.update(sizes)
+            rows = [row for row in unit.stored_row if row is not None]
+            own = {name: sum(each[row] for row in rows) for name, each in unit.lengths.items()}
+            sums.own.update(own)
+            own_sizes = shard_bytes(plan.fingerprint, unit.number, plan.tensors, len(rows), own)
+            sums.ratios.append(sum(sizes.values()) / max(1, sum(own_sizes.values())))
+            for encoder in self.encoders:
+                tokens = unit.tokens[encoder.name]
+                for total, captions in (
+                    (sums.flops, tokens),
+                    (sums.own_flops, tokens.select(rows)),
+                ):
+                    total[encoder.name] = total.get(encoder.name, 0.0) + encoder.flops(captions)
+            columns = unit.columns(range(unit.num_stored))
+            part = rows_part_bytes(unit.number, plan.tensors, columns)
+            parts.append((part, len(unit.samples)))
+            sums.rows_parts += len(part)
+            sums.ids += sum(len(each.encode()) for each in columns.sample_id)
+            sums.units += 1
+            sums.samples += len(unit.samples)
+            sums.encoded += len(rows)
+            sums.stored += unit.num_stored
+        sums.table = table_bytes(plan.tensors, iter(parts))
+        return sums
+
+    def measure(
+        self, max_rows: int | None, reuse: Reuse | None = None, *, keep: bool = False
+    ) -> Figures:
         """Returns the figures of `max_rows` input rows (None: of all).
 
-        `reuse`: the datasets whose captions are counted in `Figures.copied`.
+        `reuse`: the datasets whose captions are counted in `Figures.copied`. `keep`: the samples
+        are kept for `units`.
         """
         reader = self._table.reader(self._num_rows, self._last_row_samples)
         sums = {encoder.name: TokenFigures() for encoder in self.encoders}
         figures = Figures(noted=reader.noted, first_noted=reader.first_noted, encoders=sums)
         hashes: list[np.ndarray] = []
-        runs = list(sampled_runs(self._num_rows, max_rows))
+        runs = self.runs or list(sampled_runs(self._num_rows, max_rows))
         for first, rows in steps(runs, len(runs), "tokenising", " runs of rows"):
             samples = reader.read(first, rows)
+            self.kept += samples if keep else ()
             texts = [sample.text for sample in samples if sample.text is not None]
             figures.examples += texts[: EXAMPLES - len(figures.examples)]
             figures.samples += len(samples)
@@ -149,8 +261,11 @@ class SampledCaptions:
             hashes.append(np.array([xxhash.xxh3_64_intdigest(t) for t in encoded], np.uint64))
             if reuse is not None:
                 figures.copied.update(reuse.count(texts))
+            before = figures.embedding_bytes(self.encoders, "float32")
             for encoder in self.encoders:
                 _add(figures.encoders[encoder.name], encoder, texts)
+            added = figures.embedding_bytes(self.encoders, "float32") - before
+            figures.runs.append(added / max(1, len(samples)))
         reader.close()
         figures.distinct = len(np.unique(np.concatenate(hashes)))
         return figures
@@ -173,6 +288,19 @@ def sampled_runs(num_rows: int, max_rows: int | None) -> Iterator[tuple[int, int
         yield start + (end - start - rows) // 2, rows
 
 
+def first_of_row_groups(table: CaptionTable) -> list[tuple[int, int]]:
+    """(first row, rows) of 2,000 input rows in at most 100 runs, each at the beginning of a row
+    group, where nothing before it has to be decoded."""
+    files = table.row_map.files
+    firsts = np.cumsum([0, *(file.input.rows for file in files)])
+    bounds = [first + file.group_starts for first, file in zip(firsts, files, strict=False)]
+    groups = [pair for each in bounds for pair in itertools.pairwise(each.tolist())]
+    groups = [(start, end) for start, end in groups if end > start]
+    runs = min(RUNS, len(groups))
+    chosen = (groups[len(groups) * i // runs] for i in range(runs))
+    return [(start, min(QUICK_ROWS // runs, end - start)) for start, end in chosen]
+
+
 def _add(sums: TokenFigures, encoder: ResolvedEncoder, texts: list[str]) -> None:
     tokenizer = encoder.opened.tokenizer
     prepared = [tokenizer.prepare(text) for text in texts]
@@ -181,6 +309,8 @@ def _add(sums: TokenFigures, encoder: ResolvedEncoder, texts: list[str]) -> None
         (sums.cut if cut else sums.whole)[tokens] += 1
         sums.whole_characters += 0 if cut else len(text or "")
     sums.empty += prepared.count(tokenizer.for_empty)
+    sums.flops += encoder.flops(captions)
+    sums.real_flops += encoder.flops(captions, pads=False)
     sums.unknown += sum(captions.unknown)
     for tensor, output in encoder.tensors().items():
         sums.vectors[tensor] += sum(encoder.stored_lengths(output, captions, null=False))
@@ -216,45 +346,16 @@ def tokenizer_line(encoder: ResolvedEncoder, figures: Figures) -> tuple[str, boo
     return line, suspicious
 
 
-def estimate_lines(
-    sampled: SampledCaptions,
-    plan: Plan,
-    root: Path,
-    dtype: str,
-    max_rows: int | None,
-    *,
-    reuse: Reuse | None = None,
+def caption_lines(
+    sampled: SampledCaptions, figures: Figures, plan: Plan, dtype: str, reuse: Reuse | None = None
 ) -> list[str]:
-    """The report, line by line, from `max_rows` input rows (None: from all).
-
-    `reuse`: the datasets whose captions are counted.
-    """
-    if reuse is None and max_rows == SAMPLED_ROWS:
-        figures = sampled.figures
-    else:
-        figures = sampled.measure(max_rows, reuse)
-    names = f"plan {plan.plan_id[:16]}, fingerprint {plan.fingerprint[:16]}"
-    left = set(range(plan.num_units))
-    if all(spec["weights"] is not None for spec in plan.spec["encoders"].values()):
-        left = Committed(root, plan).left()
-    else:  # such a plan has no identity, so nothing says that the units there are its own
-        names = "plan without weights: its id and fingerprint follow when the weights are there"
-    lines = [
-        names,
-        f"input      {counted(len(plan.inputs.files), 'file')}, {counted(plan.num_rows, 'row')}, "
-        f"{counted(plan.num_samples, 'sample')}",
-    ]
-    if plan.extends:
-        before = plan.extends[-1]
-        lines.append(
-            f"{'':<10} {counted(len(plan.inputs.files) - before.num_files, 'file')} more, with "
-            f"{counted(plan.num_samples - before.num_samples, 'sample')}"
-        )
+    """What the report says of captions and encoders, line by line; `reuse`: the datasets whose
+    captions were counted."""
     all_of_them = figures.samples == plan.num_samples
-    basis = "all" if all_of_them else f"{figures.samples:,} evenly spread"
+    basis = "all" if all_of_them else f"{figures.samples:,} {sampled.spread}"
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(figures.status.items()))
     duplicates = figures.encoded - figures.distinct
-    lines.append(f"captions   of {basis} samples: {status}; {duplicates:,} repeat an earlier text")
+    lines = [f"captions   of {basis} samples: {status}; {duplicates:,} repeat an earlier text"]
     for what, count in sorted((figures.noted + figures.status).items()):
         if what in figures.first_noted:  # not ok
             lines.append(f"{'':<10} {what}: {count:,}, such as {figures.first_noted[what]}")
@@ -269,11 +370,7 @@ def estimate_lines(
             line = f"{copied:,} of {figures.encoded:,} captions ({100 * share:.2f} %) are copied"
             whole = f"; about {round(share * plan.num_samples):,} of all" * (not all_of_them)
             lines.append(f"{'reuse':<10} {encoder.name}: {line}{whole}")
-    embeddings = figures.embedding_bytes(sampled.encoders, dtype)
-    rows = figures.text_bytes + ROWS_BYTES_PER_SAMPLE * figures.samples
-    scale = plan.num_samples / max(1, figures.samples)
-    scale *= sum(plan.unit_rows(unit)[1] for unit in left) / plan.num_rows
-    return lines + _disk_lines(plan, root, len(left), scale * (rows + embeddings))
+    return lines
 
 
 def _encoder_lines(encoder: ResolvedEncoder, figures: Figures, dtype: str) -> list[str]:
@@ -294,8 +391,8 @@ def _encoder_lines(encoder: ResolvedEncoder, figures: Figures, dtype: str) -> li
         return [f"{encoder.name:<10} no caption to encode"]
     tokens, longest = sums.tokens, max(sums.whole + sums.cut)
     heavy = (
-        f"{'WARNING':<10} {_size(size)} a caption: more than a disk delivers to a training step. "
-        "Store what comes behind a matrix of the model (`project`), or fewer `layers`."
+        f"{'WARNING':<10} {binary_size(size)} a caption: more than a disk delivers to a training "
+        "step. Store what comes behind a matrix of the model (`project`), or fewer `layers`."
     )
     source = f"; as in {encoder.options.reference}" if encoder.options.reference else ""
     emptied = []
@@ -315,7 +412,7 @@ def _encoder_lines(encoder: ResolvedEncoder, figures: Figures, dtype: str) -> li
         f"{'WARNING' if suspicious else '':<10} tokenizer {tokenizer}",
         f"{'':<10} stored: {', '.join(stored)}; forwards of {shapes}; implementation "
         f"{decision.implementation}",
-        f"{'':<10} {_size(size)} a caption{source}",
+        f"{'':<10} {binary_size(size)} a caption{source}",
         *([heavy] if size > HEAVY_BYTES else []),
     ]
 
@@ -365,36 +462,10 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-def _disk_lines(plan: Plan, root: Path, units_left: int, total: float) -> list[str]:
-    """What the units that are not committed need, `total` bytes, and what is free."""
-    free_bytes, free_files = free_space(root)
-    free = _size(free_bytes) if free_bytes < UNLIMITED else "an unknown amount"
-    files = units_left * FILES_PER_UNIT + 4
-    shards = f"{counted(plan.num_units, 'shard')} of up to {plan.samples_per_shard:,} samples"
-    done, rest = plan.num_units - units_left, ""
-    if done:
-        shards += f"; {done:,} of {plan.num_units:,} shards are there already"
-        rest = " for the rest"
-    if not units_left:
-        return [f"output     {shards}", f"disk       nothing is lacking, {free} free at {root}"]
-    lines = [
-        f"output     {shards}, about {files:,} files{rest}",
-        f"disk       about {_size(total)}{rest} (equal texts in a shard are stored once, which can "
-        f"only make it less), {free} free at {root}",
-    ]
-    if files > free_files:
-        lines.append(f"WARNING    {files:,} files are needed, {free_files:,} are free")
-    if total > free_bytes:
-        lines.append(
-            f"WARNING    {_size(total - free_bytes)} are lacking: the run would stop with exit 74 "
-            "and go on when there is space"
-        )
-    return lines
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1024
-    return f"{count:,.2f} TiB"
+def binary_size(count: float) -> str:
+    """Such as 12 bytes, 4.00 MiB, 1,015 GiB: three digits or more."""
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    while abs(count) >= 1024 and len(units) > 1:
+        count, units = count / 1024, units[1:]
+    digits = 0 if units[0] == "bytes" or abs(count) >= 100 else 1 if abs(count) >= 10 else 2
+    return f"{count:,.{digits}f} {units[0]}"

@@ -98,7 +98,7 @@ def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
         words = " ".join(f"--reuse {folder}" for folder in before)
         log.info("begun with %s; without it the rest is encoded", words)
     if dist.is_main and not committed.everything():
-        check_sampled_captions(prepared, committed.left())
+        check_sampled_captions(prepared, committed.left(), device_name(device))
         write_provenance(prepared, current)
     store = connect_store(dist)
     claims = Claims(dist, plan.plan_id, plan.num_units, committed, store, committed.list_left)

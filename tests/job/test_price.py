@@ -1,0 +1,185 @@
+"""What `plan` says a dataset takes, against what a run of it takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from jobs import call, edit, expect, write_captions, write_job
+
+from embed_precompute.captions.reader import RowCursor
+from embed_precompute.config.files import load_config
+from embed_precompute.job import calibrate, estimate, prepare, price
+from embed_precompute.job.prepare import prepare as prepared_of
+from embed_precompute.store.manifest import MANIFEST
+
+UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def sizes(said: str) -> dict[str, float]:
+    """The table of bytes in a report of `plan`."""
+    rows = re.findall(r"^ {11}(\w[\w ,]*?) {2,}([\d.,]+) (\w+)", said, re.MULTILINE)
+    return {name: float(number.replace(",", "")) * UNITS[unit] for name, number, unit in rows}
+
+
+def hours(said: str) -> float:
+    return float(said.partition(" GPU hours")[0].rpartition(" ")[2].replace(",", ""))
+
+
+@pytest.fixture
+def job(tiny_t5: Path, tiny_clip: Path, tmp_path: Path, corpus: list[str]) -> Path:
+    """300 captions, nearly all of them twice in a row, an empty one and a null."""
+    texts = [text for text in corpus for _ in (0, 1)][:298]
+    captions = write_captions(tmp_path / "captions.parquet", [*texts, "", None])
+    return write_job(tmp_path, captions, tiny_t5, tiny_clip, samples_per_shard=40)
+
+
+@pytest.mark.parametrize("case", ["padded", "masked", "umt5"])
+def test_the_bytes_are_those_on_disk(case: str, job: Path, tmp_path: Path, tiny_umt5: Path) -> None:
+    """All of them within 1 %, and each tensor's."""
+    if case != "padded":
+        edit(job, "encoders.t5", attention_mask="padding", max_length=60)
+    if case == "umt5":
+        edit(job, "encoders.t5", pretrained=str(tiny_umt5), keep="real+1")
+        edit(job, "output", dtype="bfloat16")
+    said = expect(0, "plan", job)
+    promised = sizes(said)
+    log = expect(0, "run", job)
+    files = [
+        path
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file() and path.parent.name != "logs"
+    ]
+    found = {path: path.stat().st_size for path in files}
+    assert promised["in all"] == pytest.approx(sum(found.values()), rel=0.01)
+    assert f", {len(files)} files; bytes by all of them made in memory" in said
+    (needed,) = re.findall(r"disk +about ([\d,.]+ \w+), .* free at", said)
+    assert f"price: {needed} in {len(files)} files to write" in log
+    parts = sum(size for path, size in found.items() if path.name.endswith(".rows.parquet"))
+    assert promised["rows parts"] == pytest.approx(parts, rel=0.01)
+    shards = sum(size for path, size in found.items() if path.name.startswith("shard-"))
+    of_shards = promised["text_t5"] + promised["text_clip"] + promised["records, headers"]
+    assert of_shards == pytest.approx(shards - parts, rel=0.01)
+    null = sum(size for path, size in found.items() if path.name.startswith("null"))
+    assert promised["null embedding"] == pytest.approx(null, rel=0.15)
+    assert (tmp_path / "out" / MANIFEST).exists()
+
+
+def test_the_bytes_of_a_sample_are_within_the_stated_error(job: Path) -> None:
+    """Some of many small shards, in a table whose texts become longer."""
+    texts = [f"{i // 3} " + "ship " * (i // 200) for i in range(6000)]
+    write_captions(job.parent / "captions.parquet", texts, row_group_size=500)
+    edit(job, "encoders.t5", attention_mask="padding", max_length=40)
+    config = load_config(str(job), [])
+    ready = prepared_of(config)
+    exact = price.price_of(ready.sampled, ready.plan, "float32")
+    figures = ready.sampled.measure(600)
+    sampled = price.price_of(ready.sampled, ready.plan, "float32", figures, num_samples=400)
+    assert (exact.error, exact.measured_units, sampled.measured_units) == (0, 150, 10)
+    assert 0 < sampled.error < 0.1
+    assert abs(sampled.total / exact.total - 1) < sampled.error
+    assert sampled.saved / exact.saved == pytest.approx(1, abs=0.1)
+    assert sampled.flops["t5"] / exact.flops["t5"] == pytest.approx(1, abs=0.05)
+
+
+def test_hours_follow_from_a_rate_a_peak_or_this_device(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = expect(0, "plan", job, "--rate", "100", "--ranks", "4")
+    assert "at 100 captions/s of one GPU, as --rate says" in said
+    (share,) = re.findall(r"saves .* \((\d+\.\d) %\)", said)  # equal texts are encoded once
+    assert 25 < float(share) < 55
+    assert hours(said) == pytest.approx(299 / 100 / 3600 / 2, rel=0.05)
+    assert f"{hours(said) / 4:.3g} hours at 4 ranks" in said
+
+    said = expect(
+        0, "plan", job, "--gpu", "A100", "--share", "0.5", "--encoders.t5.dtype", "bfloat16"
+    )
+    assert (
+        "at 50 % (assumed) of the peak of A100 (20 TFLOP/s in float32 and 312 TFLOP/s in b" in said
+    )
+    assert hours(said) < hours(expect(0, "plan", job, "--gpu", "A100", "--share", "0.5"))
+    mistake = expect(2, "plan", job, "--gpu", "Abacus")
+    assert "--gpu Abacus: its peak in float32 is not known. Known are H100, " in mistake
+    assert "encoded as" not in mistake  # nothing was read before
+
+    monkeypatch.setattr(calibrate, "SECONDS", 0.01)
+    said = expect(0, "plan", job, "--calibrate")
+    assert re.search(r"as measured on this .*: clip \d.*FLOP/s \(\d+ captions? in \d", said)
+    assert hours(said) > 0
+    assert "--calibrate and --no-weights" in expect(2, "plan", job, "--calibrate", "--no-weights")
+
+
+def test_advice_is_given_where_it_applies(job: Path) -> None:
+    words = ("plan", job, "--encoders.t5.max_length", "512")
+    said = expect(0, *words)
+    assert re.search(r"t5: real tokens alone \(attention_mask padding\) would take \d+ % of", said)
+    assert re.search(r"t5: max_length \d+ would cut [\d.]+ % of the captions and take", said)
+    assert "output.dtype bfloat16 instead of float32 saves" in said
+    assert "not for" not in said
+    preset = ("--encoders.t5.reference", "their/trainer@1 file.py:2")
+    assert "it is another embedding: not for their/trainer\n" in expect(0, *words, *preset)
+    masked = ("--encoders.t5.attention_mask", "padding", "--output.dtype", "bfloat16")
+    assert "\nadvice" not in expect(0, *words, *masked)
+
+
+def test_storing_is_compared_with_encoding_in_the_loop(job: Path) -> None:
+    said = expect(0, "plan", job)
+    assert "training " not in said
+    flops = float(re.findall(r"encoding +([\d.]+) MFLOP a caption", said)[0]) * 1e6
+    step = ("plan", job, "--training-flops", f"{10 * flops:.0f}", "--ranks", "2")
+    said = expect(0, *step, "--epochs", "4")
+    assert "encoding in the loop adds 10 % to it" in said
+    assert "storing saves " in said
+    assert "don't store" not in said
+    assert "GPU hours in the loop for each epoch" in expect(0, *step)
+    said = expect(0, *step, "--epochs", "0.25")
+    assert "don't store: over 0.25 epochs that saves no GPU hour" in said
+    cheap = expect(0, "plan", job, "--training-flops", f"{1000 * flops:.0f}", "--epochs", "4")
+    assert "don't store: encoders below 1 % of a step hardly pay for" in cheap
+    assert "--epochs is given without --training-flops" in expect(2, "plan", job, "--epochs", "2")
+
+
+def test_a_large_table_has_a_first_answer_from_footers(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No id is looked at, no file digested, no row before a run decoded."""
+    monkeypatch.setattr(prepare, "QUICK_FROM_ROWS", 1000)
+    monkeypatch.setattr(estimate, "QUICK_ROWS", 400)
+    rows = {"id": ["same"] * 2000, "text": [f"scene {i}" for i in range(2000)]}
+    (tmp_path / "table").mkdir()
+    for name in ("a", "b"):
+        pq.write_table(pa.table(rows), tmp_path / "table" / f"{name}.parquet", row_group_size=100)
+    starts: list[int] = []
+    original = RowCursor._open_group
+
+    def open_group(self: RowCursor, row: int) -> None:
+        starts.append(row)
+        original(self, row)
+
+    monkeypatch.setattr(RowCursor, "_open_group", open_group)
+    edit(job, "captions", path=str(tmp_path / "table"))
+    code, said, mistake = call("plan", str(job))
+    assert code == 2
+    assert "repeats id 'same'" in mistake
+    assert said.startswith("A first answer, from 400 captions at the beginnings of row groups:\n")
+    assert "input      2 files, 4,000 rows, 4,000 samples" in said
+    assert "text_t5" in said
+    assert said.rstrip().endswith("when every file and id is checked:")
+    assert starts[:40] == list(range(0, 4000, 100))
+    found, plan = prepare.quick_plan(load_config(str(job), [])) or pytest.fail("no first answer")
+    assert {file.content_xxh3 for file in plan.inputs.files} == {""}
+    assert found.figures.samples == 400
+
+    lists = {"text": [["a", "b", "c"]] * 3000}
+    for name in ("a", "b"):
+        pq.write_table(pa.table(lists), tmp_path / "table" / f"{name}.parquet")
+    edit(job, "captions", id_column=None)
+    _, plan = prepare.quick_plan(load_config(str(job), [])) or pytest.fail("no first answer")
+    assert (plan.num_rows, plan.num_samples) == (6000, 18_000)
+    (tmp_path / "t.csv").write_text("id,text\n" + "".join(f"{i},x\n" for i in range(2000)))
+    edit(job, "captions", path=str(tmp_path / "t.csv"))
+    assert prepare.quick_plan(load_config(str(job), [])) is None  # it would have to be parsed
