@@ -54,7 +54,7 @@ def configured(root: Path) -> dict[str, Mapping[str, Any]]:
     """What config.yaml says of each encoder; nothing where it says nothing. It is for people, and
     may be another release's."""
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
-        encoders = yaml.safe_load((root / "config.yaml").read_bytes())["encoders"]
+        encoders = dict(yaml.safe_load((root / "config.yaml").read_bytes())["encoders"])
         return {name: each for name, each in encoders.items() if isinstance(each, dict)}
     return {}
 

@@ -430,11 +430,12 @@ def _verification(data: Dataset) -> Iterator[str]:
         yield "<p>Never verified: <code>embed-precompute verify DIR</code> reads every byte.</p>"
         return
     problems, when = found.get("problems"), found.get("time")
+    number = counted(problems, "problem") if isinstance(problems, int) else "not noted"
     yield _note("What the last verify said. Units that were written later are not in it.")
     yield _table(
         (),
         [
-            ("outcome", "no problems" if problems == 0 else f"<b>{_esc(problems)} problems</b>"),
+            ("outcome", "no problems" if problems == 0 else f"<b>{number}</b>"),
             ("level", _esc(found.get("level"))),
             ("dataset then", "complete" if found.get("complete") is True else "not complete"),
             ("when", _esc(when)),
