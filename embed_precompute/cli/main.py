@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import importlib
 import json
 import logging
 import os
@@ -110,6 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.print_config:
                 print(to_yaml(config), end="")
                 return EXIT_COMPLETE
+        if command in (_plan, _fetch, _bench, _verify, _repair, _finalize, _export):
+            with Work("importing torch"):  # seconds; from a shared file system, minutes
+                importlib.import_module("torch")
+        if hasattr(arguments, "config"):
             return command(config, arguments)
         return command(arguments)
     except EmbedPrecomputeError as error:
@@ -252,7 +257,6 @@ def _run(config: Config, arguments: Any) -> int:
     # logs/rank-NNNNN.log has everything: log lines, errors with tracebacks, the summary.
     to_file = _LogFile(dist, Path(os.path.expanduser(config.output.path)))
     logging.getLogger("embed_precompute").addHandler(to_file)
-    # These imports take seconds; from a shared file system, minutes.
     with stop_on_signals(config.runtime.grace_s), Work("importing torch and transformers"):
         from embed_precompute.job.run import run
         from embed_precompute.job.tracker import check_tracker

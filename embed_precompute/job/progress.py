@@ -232,6 +232,9 @@ class Progress:
         try:
             found = {unit for unit in committed_units(self._root) if unit < plan.num_units}
             self._free = float(free_space(self._root)[0])
+            for line in self._lines.new():
+                self._of_all_runs.add(line)
+                self._of_this_run.add(line)
         except (OSError, EmbedPrecomputeError) as error:
             log.debug("progress not read: %s", error)
             return
@@ -239,9 +242,6 @@ class Progress:
         for unit in found & self._at_hand.keys():
             del self._at_hand[unit]
         self._seen, self._committed = found, rows * plan.num_samples // max(1, plan.num_rows)
-        for line in self._lines.new():
-            self._of_all_runs.add(line)
-            self._of_this_run.add(line)
 
 
 def write_provenance(prepared: Prepared, environment: dict[str, str]) -> None:
