@@ -19,6 +19,8 @@ from typing import Any
 from embed_precompute.steps import duration
 
 log = logging.getLogger(__name__)
+LEAST_TFLOPS = 0.001
+"""Less is not mentioned."""
 
 
 class UnitLog:
@@ -140,11 +142,11 @@ class Effort:
 
     def encoder_words(self, name: str) -> str:
         """How fast an encoder was, beside all others; "" if nobody knows."""
-        tokens, flops = self.sums.tokens[name], self.sums.flops[name]
-        if not (tokens and self.wall_seconds):
+        if not (self.sums.tokens[name] and self.wall_seconds):
             return ""
-        speed = f", {flops / self.wall_seconds / 1e12:,.3g} TFLOP/s" if flops else ""
-        return f"; {tokens / self.wall_seconds:,.0f} tokens/s{speed}"
+        tflops = self.sums.flops[name] / self.wall_seconds / 1e12
+        speed = f", {tflops:,.3g} TFLOP/s" if tflops >= LEAST_TFLOPS else ""
+        return f"; {self.sums.tokens[name] / self.wall_seconds:,.0f} tokens/s{speed}"
 
 
 def read_effort(root: Path) -> Effort | None:

@@ -22,7 +22,9 @@ from embed_precompute.job import progress as progress_module
 from embed_precompute.job.progress import Progress
 from embed_precompute.job.stages import Stages
 from embed_precompute.job.tracker import Tracker
+from embed_precompute.steps import size
 from embed_precompute.store.commit import UNLIMITED
+from embed_precompute.store.manifest import finalize
 
 TEXTS = [f"scene {i} of a film" for i in range(30)]
 
@@ -236,6 +238,34 @@ def test_the_log_file_has_the_ending(
     before = log.read_text()
     expect(3, "run", job, "--encoders.t5.max_length", "20")
     assert "differs in\n  encoders.t5.max_length: 24 -> 20\n" in log.read_text()[len(before) :]
+
+
+def test_the_summary_is_to_be_pasted(job: Path, tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    expect(0, "run", job)
+    facts = json.loads((root / "run.json").read_text())
+    (root / "run.json").write_text(json.dumps({**facts, "runs": [{}, {}]}))
+    metrics = root / "logs" / "metrics-00000.jsonl"
+    unit = _unit_lines(root)[-1]
+    unit |= {"time": 1000.0, "seconds": 10.0, "flops": {"t5": 2e13, "clip": 1e6}}
+    metrics.write_text(json.dumps(unit) + "\n")
+    said = expect(0, "finalize", root)
+    stored = [
+        path for path in root.rglob("*") if path.suffix in (".safetensors", ".parquet", ".npy")
+    ]
+    assert finalize(root).num_bytes >= sum(path.stat().st_size for path in stored)
+    assert len(said.splitlines()) < 15
+    tokens = unit["tokens"]["t5"]
+    for part in (
+        f"{root}: complete, 30 samples of 30 rows in 1 shard, fingerprint ",
+        f"30 distinct embeddings stored, {size(finalize(root).num_bytes)} on disk\n",
+        f"  t5: {tokens:,} tokens, 0 captions truncated; {tokens / 10:,.0f} tokens/s, 2 TFLOP/s\n",
+        f"  clip: {unit['tokens']['clip']:,} tokens, ",
+        "  encoded in 10.0 s by 1 process, 0.003 CPU process hours, 3.0 captions/s, 2 runs\n",
+        "  made with device ",
+        f"  check it: embed-precompute verify {root}\n",
+    ):
+        assert part in said
 
 
 def test_a_log_file_tells_runs_apart(job: Path, tmp_path: Path) -> None:
