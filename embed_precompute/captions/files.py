@@ -329,9 +329,8 @@ def read_footers(
         if source.format != "parquet":
             file = _read_text(source)
             return examine(file, file.text.schema)  # type: ignore[union-attr]
-        file, _, schema = _read_footer(
-            source, None if digest else ""
-        )  # no metadata is kept: a wide file's is large
+        # No metadata is kept: a wide file's is large.
+        file, _, schema = _read_footer(source, None if digest else "")
         return examine(file, schema)
 
     with ThreadPoolExecutor(min(FOOTER_THREADS, len(sources)), "footer") as pool:
