@@ -90,7 +90,6 @@ class Figures:
 
     samples: int = 0
     status: Counter[str] = field(default_factory=Counter)
-    text_bytes: int = 0
     distinct: int = 0
     noted: Counter[str] = field(default_factory=Counter)
     """Counts of unusual input: empty captions, rows where a column of the recipe is null."""
@@ -125,8 +124,6 @@ class UnitSums:
     samples: int = 0
     encoded: int = 0
     """Samples that have an embedding."""
-    stored: int = 0
-    """Embeddings: equal texts of a unit share one."""
     headers: int = 0
     """Bytes before the tensors of a shard."""
     rows_parts: int = 0
@@ -232,7 +229,6 @@ class SampledCaptions:
             sums.units += 1
             sums.samples += len(unit.samples)
             sums.encoded += len(rows)
-            sums.stored += unit.num_stored
         sums.table = table_bytes(plan.tensors, iter(parts))
         return sums
 
@@ -257,7 +253,6 @@ class SampledCaptions:
             figures.samples += len(samples)
             figures.status.update(sample.status.label for sample in samples)
             encoded = [text.encode() for text in texts]
-            figures.text_bytes += sum(map(len, encoded))
             hashes.append(np.array([xxhash.xxh3_64_intdigest(t) for t in encoded], np.uint64))
             if reuse is not None:
                 figures.copied.update(reuse.count(texts))

@@ -49,6 +49,8 @@ class Price:
     encoders: tuple[ResolvedEncoder, ...]
     figures: Figures
     dtype: str
+    encoded: float
+    """Samples that have an embedding."""
     unit_bytes: dict[str, float]
     """What the units take: of shards by tensor, of rows parts, of records."""
     final_bytes: dict[str, float]
@@ -90,11 +92,6 @@ class Price:
         vectors = sum(self.unit_bytes[f"text_{tensor.name}"] for tensor in self.plan.tensors)
         return (vectors + self.saved) / max(1, self.encoded)
 
-    @property
-    def encoded(self) -> float:
-        """Samples that have an embedding."""
-        return self.figures.encoded * self.plan.num_samples / max(1, self.figures.samples)
-
 
 def price_of(
     sampled: SampledCaptions,
@@ -122,6 +119,7 @@ def price_of(
             size = vectors * units.tensors[name] / own if own else unmerged
             saved += max(0.0, unmerged - size)
             tensors[f"text_{name}"] = size
+    encoded = float(units.encoded) if is_whole else figures.encoded * per_sample
     share = figures.samples / plan.num_samples
     errors = (_error(figures.runs, share), _error(units.ratios, units.units / plan.num_units))
     per_record = RECORD_BYTES_PER_TENSOR * len(plan.tensors)
@@ -129,7 +127,7 @@ def price_of(
     index = index_bytes(
         plan.tensors,
         samples=plan.num_samples,
-        ok=round(figures.encoded * per_sample),
+        ok=round(encoded),
         units=plan.num_units,
         id_bytes=round(units.ids * scale),
     )
@@ -140,6 +138,7 @@ def price_of(
         encoders=tuple(sampled.encoders),
         figures=figures,
         dtype=dtype,
+        encoded=encoded,
         unit_bytes={
             **tensors,
             "rows parts": units.rows_parts * scale,
