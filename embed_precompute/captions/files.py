@@ -336,7 +336,7 @@ def read_footers(
         return examine(file, schema)
 
     with (
-        Work("reading caption files", _sizes(sources), BYTES) as work,
+        Work("reading caption files", _sizes(sources) if digest else 0, BYTES) as work,
         ThreadPoolExecutor(min(FOOTER_THREADS, len(sources)), "footer") as pool,
     ):
         return list(pool.map(read, sources))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -28,6 +28,7 @@ from embed_precompute.encoders.families.base import (
     Family,
     OpenEncoder,
     Output,
+    Sizes,
 )
 from embed_precompute.encoders.hub import split_hub_id
 from embed_precompute.encoders.text_steps import require_packages
@@ -75,9 +76,15 @@ class ResolvedEncoder:
         """Of the layers over these captions, see `Sizes.flops`. Pads count where every caption is
         padded to one length, but without `pads` they do not, and ids that are computed once for all
         captions do not."""
-        sizes = self.family.sizes(self.opened.checkpoint)
         length = self.decision.padded_length if pads else None
-        return sizes.flops([length or own for own in self.unshared(captions).num_ids])
+        return self.sizes.flops([length or own for own in self.unshared(captions).num_ids])
+
+    @property
+    def sizes(self) -> Sizes:
+        """Those of the model, with the layers that are run."""
+        checkpoint = self.opened.checkpoint
+        layers = self.family.layers_run(self.options, checkpoint)
+        return replace(self.family.sizes(checkpoint), layers=layers)
 
     def batches(self, captions: Tokenized, *, null: bool = False) -> Iterator[TokenBatch]:
         """The token batches that hold `captions`; `null`: those of the null embedding."""

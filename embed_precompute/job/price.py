@@ -390,9 +390,8 @@ def _training_lines(price: Price, speed: Speed, ranks: int, training: Training) 
     share = flops / price.encoded / training.flops
     in_loop, stored = speed.seconds(price, price.own_flops), speed.seconds(price, price.flops)
     weights = sum(
-        sizes.layers * sizes.linear_weights * DTYPE_BYTES[encoder.options.dtype]
+        encoder.sizes.layers * encoder.sizes.linear_weights * DTYPE_BYTES[encoder.options.dtype]
         for encoder in price.encoders
-        for sizes in [encoder.family.sizes(encoder.opened.checkpoint)]
     )
     yield (
         f"training   a step of {flop_count(training.flops)} a sample (--training-flops): encoding "
@@ -468,8 +467,7 @@ def _advice_on_length(encoder: ResolvedEncoder, price: Price) -> Iterator[str]:
     if shorter > WORTH * options.max_length:
         return
     cut = sum(n for tokens, n in (sums.whole + sums.cut).items() if tokens > shorter) / captions
-    sizes = encoder.family.sizes(encoder.opened.checkpoint)
-    part = sizes.flops([shorter]) / sizes.flops([length])
+    part = encoder.sizes.flops([shorter]) / encoder.sizes.flops([length])
     yield (
         f"{encoder.name}: max_length {shorter} would cut {100 * cut:.2g} % of the captions and "
         f"take {100 * shorter / length:.2g} % of {binary_size(size)} and {100 * part:.2g} % of the "

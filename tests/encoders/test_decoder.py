@@ -598,6 +598,8 @@ def test_a_tower_is_the_same_by_every_releases_names(
     """Only the text tower is read, and of it only the layers that are run."""
     whole = folder_of("gemma3")
     plain = resolved(whole, layers=(1,))
+    captions = plain.opened.tokenizer.encode(["a red fox"])
+    assert 3 * plain.flops(captions) == resolved(whole).flops(captions)  # one of three layers
     source = Source(plain.opened.checkpoint, plain.family, plain.options)
     tensors = {each.canonical: each for each in source.weights(torch.float32)}
     assert {name.split(".")[0] for name in tensors} == {"layers", "embed_tokens", "norm"}
