@@ -72,10 +72,10 @@ class Price:
 
     @property
     def final_files(self) -> int:
-        """The files that are written once: null, plans, manifest, index, and provenance; logs are
-        not counted."""
+        """The files that are written once: null, plans, manifest, index, provenance and card; logs
+        are not counted."""
         arrays = len(index_dtypes(tensor_entries(self.plan.tensors)))
-        return 2 + 1 + len(self.plan.extends) + 2 + arrays + 2
+        return 2 + 1 + len(self.plan.extends) + 2 + arrays + 3
 
     def needed(self, left: Collection[int]) -> tuple[float, int]:
         """(bytes, files) that are still to be written when these units have no record."""

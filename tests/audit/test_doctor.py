@@ -27,7 +27,7 @@ ATTEMPTS = ("write anywhere", "exclusive create", "hard link", "rename", "fsync"
 def examined(folder: Path) -> tuple[int, dict[str, str]]:
     """The exit code, and each line by what it is about."""
     code, out, said = call("doctor", str(folder))
-    assert said == ""
+    assert "error" not in said  # how far it is may stand there
     return code, {line[6:].split(": ")[0]: line for line in out.splitlines()}
 
 
