@@ -14,14 +14,11 @@ import glob
 import os
 import re
 import shutil
-import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from embed_precompute.errors import InputError, StorageError, one_line
-from embed_precompute.steps import LINE_EVERY_S
-from embed_precompute.steps import log as progress
+from embed_precompute.steps import BYTES, Work
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
 """owner/name, or owner/name/folder: a folder of a pipeline's repository, such as text_encoder."""
@@ -29,7 +26,6 @@ COMMIT = re.compile("[0-9a-f]{40}")
 ASK_S = 10.0
 """How long the hub may take to say which commit a branch is at."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-MB, GB = 1e6, 1e9
 
 
 def split_hub_id(hub_id: str) -> tuple[str, str]:
@@ -177,36 +173,23 @@ def _require_space(home: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def _shown(blobs: Path, repo_id: str, total: int) -> Iterator[None]:
-    """Shows how much of `total` bytes has come: at a terminal by the client's own bars, elsewhere
-    by a line now and then. Of what is small nothing is shown."""
+    """Shows how much of `total` bytes has come, in place of the client's own bars, a file each."""
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
-    if are_progress_bars_disabled() or (total >= MB and sys.stderr and sys.stderr.isatty()):
-        yield
-        return
-
     def size() -> int:
         with contextlib.suppress(OSError):
             return sum(each.stat().st_size for each in os.scandir(blobs))
         return 0
 
-    def watch() -> None:
-        progress.info("downloading %.2f GB of %s", total / GB, repo_id)
-        while not ended.wait(LINE_EVERY_S):
-            arrived = size() - before
-            progress.info("downloading %s: %.2f of %.2f GB", repo_id, arrived / GB, total / GB)
-
-    before, ended = size(), threading.Event()
-    thread = threading.Thread(target=watch, daemon=True)
+    before, disabled = size(), are_progress_bars_disabled()
     disable_progress_bars()
-    if total >= MB:
-        thread.start()
     try:
-        yield
+        with Work(f"downloading {repo_id}", total, BYTES, lambda: size() - before):
+            yield
     finally:
-        ended.set()
-        enable_progress_bars()
+        if not disabled:
+            enable_progress_bars()
