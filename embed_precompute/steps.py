@@ -153,12 +153,13 @@ def worker_processes(number: int) -> ProcessPoolExecutor:
     )
 
 
-def size(num_bytes: float) -> str:
-    """Such as 512 B, 1.5 MB, 2.0 GB, 4.2 TB."""
-    if num_bytes < 1e6:
-        return f"{num_bytes:,.0f} B"
-    power = 1e12 if num_bytes >= 1e12 else 1e9 if num_bytes >= 1e9 else 1e6
-    return f"{num_bytes / power:,.1f} { {1e12: 'TB', 1e9: 'GB', 1e6: 'MB'}[power] }"
+def byte_size(num_bytes: float) -> str:
+    """Such as 12 bytes, 4.00 MiB, 1,015 GiB: three digits or more."""
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    while abs(num_bytes) >= 1024 and len(units) > 1:
+        num_bytes, units = num_bytes / 1024, units[1:]
+    digits = 0 if units[0] == "bytes" or abs(num_bytes) >= 100 else 1 if abs(num_bytes) >= 10 else 2
+    return f"{num_bytes:,.{digits}f} {units[0]}"
 
 
 def counted(number: int, noun: str) -> str:

@@ -22,7 +22,7 @@ from embed_precompute.audit.timeline import LEAST_GAP_S, Row, Timeline, Work
 from embed_precompute.encoders.peaks import peak_flops
 from embed_precompute.job.metrics import Effort
 from embed_precompute.samples import Status
-from embed_precompute.steps import counted, duration
+from embed_precompute.steps import byte_size, counted, duration
 from embed_precompute.store.rows import StoredSample
 
 LISTED = 10
@@ -106,7 +106,7 @@ def _head(data: Dataset) -> Iterator[str]:
         "samples": f"{totals.samples:,}",
         "with an embedding": _percent(ok, totals.samples),
         "stored embeddings": f"{totals.stored:,}",
-        "bytes": size_words(sum(data.facts.bytes.values())),
+        "bytes": byte_size(sum(data.facts.bytes.values())),
     }
     effort, line = data.effort, data.timeline
     if effort is not None and line is not None and effort.wall_seconds:
@@ -172,7 +172,7 @@ def _what(data: Dataset) -> Iterator[str]:
         (
             _esc(each.path),
             f"{each.rows:,}",
-            size_words(each.bytes),
+            byte_size(each.bytes),
             f"<code>{each.content_xxh3}</code>",
         )
         for each in inputs.files
@@ -288,11 +288,11 @@ def _bytes(data: Dataset) -> Iterator[str]:
     sizes, samples = data.facts.bytes, max(1, data.facts.totals.samples)
     total, longest = sum(sizes.values()), max(1, *sizes.values())
     yield _note(
-        f"{size_words(total)} in all, {size_words(total / samples)} a sample. The longest bar is "
+        f"{byte_size(total)} in all, {byte_size(total / samples)} a sample. The longest bar is "
         "what to save: another mask, another max_length or another dtype."
     )
     rows = [
-        (_esc(what), size_words(n), size_words(n / samples), plots.share_bar(n / longest))
+        (_esc(what), byte_size(n), byte_size(n / samples), plots.share_bar(n / longest))
         for what, n in sizes.items()
     ]
     yield _table(("what", "#bytes", "#a sample", ""), rows, kind="bars")
@@ -439,7 +439,7 @@ def _verification(data: Dataset) -> Iterator[str]:
             ("level", _esc(found.get("level"))),
             ("dataset then", "complete" if found.get("complete") is True else "not complete"),
             ("when", _esc(when)),
-            ("read", size_words(n) if isinstance(n := found.get("bytes"), int) else "not noted"),
+            ("read", byte_size(n) if isinstance(n := found.get("bytes"), int) else "not noted"),
             ("took", duration(s) if isinstance(s := found.get("seconds"), float) else "not noted"),
         ],
     )
@@ -514,10 +514,6 @@ def _outcome(sample: StoredSample) -> str:
 def _text(text: str) -> str:
     """A caption: its direction is its own and leaves the page's alone."""
     return f'<bdi dir="auto">{_esc(_shown(text))}</bdi>' if text else "(empty)"
-
-
-def size_words(number: float) -> str:
-    return f"{plots.compact(number)}{'' if number >= 999.5 else ' '}B"
 
 
 def _percent(part: float, whole: float) -> str:

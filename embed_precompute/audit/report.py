@@ -14,11 +14,12 @@ from typing import Any
 from embed_precompute.audit.card import CARD, configured, write_card
 from embed_precompute.audit.facts import gather
 from embed_precompute.audit.info import read_status
-from embed_precompute.audit.page import Dataset, page_of, size_words
+from embed_precompute.audit.page import Dataset, page_of
 from embed_precompute.audit.timeline import read_timeline
 from embed_precompute.audit.verify import RESULT
 from embed_precompute.errors import refuse_file, require
 from embed_precompute.job.metrics import read_effort
+from embed_precompute.steps import byte_size
 from embed_precompute.store.commit import replace_bytes
 
 PAGE = "report.html"
@@ -51,7 +52,7 @@ def write_report(root: Path, output: Path | None = None) -> list[str]:
         refuse_file(path.parent, "--output")
     page = report_page(root)
     replace_bytes(path, page)
-    lines = [f"written: {path} ({size_words(len(page))})"]
+    lines = [f"written: {path} ({byte_size(len(page))})"]
     if output is not None:
         return lines
     try:

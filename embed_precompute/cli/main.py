@@ -45,7 +45,7 @@ from embed_precompute.errors import (
     found_by_every_rank,
 )
 from embed_precompute.samples import count_failed
-from embed_precompute.steps import FILE_ONLY, Work, counted, size, stderr
+from embed_precompute.steps import FILE_ONLY, Work, byte_size, counted, stderr
 
 log = logging.getLogger(__name__)
 
@@ -296,7 +296,7 @@ def _summary(root: Path, finalized: Finalized, run: RunResult | None = None) -> 
     status = ", ".join(f"{name} {n:,}" for name, n in counts.status.items() if n)
     lines.append(
         f"  status: {status}; {counts.stored:,} distinct embeddings stored, "
-        f"{size(finalized.num_bytes)} on disk"
+        f"{byte_size(finalized.num_bytes)} on disk"
     )
     lines += [f"  {what}: {n:,}" for what, n in sorted(counts.noted.items())]
     for name, sums in counts.encoders.items():

@@ -26,7 +26,7 @@ from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.job.reuse import Reuse
 from embed_precompute.job.units import Unit, make_unit, null_unit
 from embed_precompute.samples import Sample, Status
-from embed_precompute.steps import steps
+from embed_precompute.steps import byte_size, steps
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.rows import rows_part_bytes, table_bytes
 from embed_precompute.store.shards import shard_bytes
@@ -386,7 +386,7 @@ def _encoder_lines(encoder: ResolvedEncoder, figures: Figures, dtype: str) -> li
         return [f"{encoder.name:<10} no caption to encode"]
     tokens, longest = sums.tokens, max(sums.whole + sums.cut)
     heavy = (
-        f"{'WARNING':<10} {binary_size(size)} a caption: more than a disk delivers to a training "
+        f"{'WARNING':<10} {byte_size(size)} a caption: more than a disk delivers to a training "
         "step. Store what comes behind a matrix of the model (`project`), or fewer `layers`."
     )
     source = f"; as in {encoder.options.reference}" if encoder.options.reference else ""
@@ -407,7 +407,7 @@ def _encoder_lines(encoder: ResolvedEncoder, figures: Figures, dtype: str) -> li
         f"{'WARNING' if suspicious else '':<10} tokenizer {tokenizer}",
         f"{'':<10} stored: {', '.join(stored)}; forwards of {shapes}; implementation "
         f"{decision.implementation}",
-        f"{'':<10} {binary_size(size)} a caption{source}",
+        f"{'':<10} {byte_size(size)} a caption{source}",
         *([heavy] if size > HEAVY_BYTES else []),
     ]
 
@@ -455,12 +455,3 @@ def _bar(share: float) -> str:
     """A bar of `share` of the full width, in eighths of a character; empty for 0 alone."""
     eighths = math.ceil(share * BAR_CHARACTERS * 8)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-
-
-def binary_size(count: float) -> str:
-    """Such as 12 bytes, 4.00 MiB, 1,015 GiB: three digits or more."""
-    units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"]
-    while abs(count) >= 1024 and len(units) > 1:
-        count, units = count / 1024, units[1:]
-    digits = 0 if units[0] == "bytes" or abs(count) >= 100 else 1 if abs(count) >= 10 else 2
-    return f"{count:,.{digits}f} {units[0]}"

@@ -19,8 +19,8 @@ from embed_precompute.encoders.families.base import DTYPE_BYTES
 from embed_precompute.encoders.peaks import SHARE_OF_PEAK, known_gpus, peak_flops
 from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.errors import InputError
-from embed_precompute.job.estimate import MADE_SAMPLES, Figures, SampledCaptions, binary_size
-from embed_precompute.steps import counted
+from embed_precompute.job.estimate import MADE_SAMPLES, Figures, SampledCaptions
+from embed_precompute.steps import byte_size, counted
 from embed_precompute.store.commit import UNLIMITED, free_space
 from embed_precompute.store.index import index_bytes, index_dtypes, tensor_entries
 from embed_precompute.store.plan import Plan
@@ -287,7 +287,7 @@ def price_lines(
 def run_line(price: Price, left: Collection[int], root: Path, speed: Speed | None) -> str:
     """The price in one line; `speed` None: this device's peak is not known."""
     needed, files = price.needed(left)
-    line = f"price: {binary_size(needed)} in {files:,} files to write, {_free(root)} free"
+    line = f"price: {byte_size(needed)} in {files:,} files to write, {_free(root)} free"
     share = sum(price.plan.unit_rows(unit)[1] for unit in left) / price.plan.num_rows
     flops = {name: count * share for name, count in price.flops.items()}
     line += f"; {flop_count(sum(flops.values()))} to compute"
@@ -320,13 +320,13 @@ def _output_lines(price: Price, left: Collection[int]) -> list[str]:
     ]
     per_million = MILLION / plan.num_samples
     for name, size in {**price.unit_bytes, **price.final_bytes, "in all": price.total}.items():
-        scaled = f"{binary_size(size * per_million):>22}" if name != "null embedding" else ""
-        lines.append(f"{'':<10} {name:<20} {binary_size(size):>14} {scaled}".rstrip())
+        scaled = f"{byte_size(size * per_million):>22}" if name != "null embedding" else ""
+        lines.append(f"{'':<10} {name:<20} {byte_size(size):>14} {scaled}".rstrip())
     repeated = price.saved / max(1.0, price.saved + sum(price.unit_bytes.values()))
     if repeated >= 0.0005:
         lines.append(
             f"{'':<10} equal texts of a shard are stored once, which saves "
-            f"{binary_size(price.saved)} ({100 * repeated:.1f} %); those of several shards are not"
+            f"{byte_size(price.saved)} ({100 * repeated:.1f} %); those of several shards are not"
         )
     return lines
 
@@ -339,12 +339,12 @@ def _disk_lines(price: Price, left: Collection[int], root: Path) -> list[str]:
     (needed, files), rest = price.needed(left), ""
     if len(left) < price.plan.num_units:
         rest = " for the rest"
-    lines = [f"disk       about {binary_size(needed)}{rest}, {_free(root)} free at {root}"]
+    lines = [f"disk       about {byte_size(needed)}{rest}, {_free(root)} free at {root}"]
     if files > free_files:
         lines.append(f"WARNING    {files:,} files are needed, {free_files:,} are free")
     if needed > free_bytes:
         lines.append(
-            f"WARNING    {binary_size(needed - free_bytes)} are lacking: the run would stop with "
+            f"WARNING    {byte_size(needed - free_bytes)} are lacking: the run would stop with "
             "exit 74 and go on when there is space"
         )
     return lines
@@ -353,7 +353,7 @@ def _disk_lines(price: Price, left: Collection[int], root: Path) -> list[str]:
 def _free(root: Path) -> str:
     """Bytes and files."""
     free_bytes, free_files = free_space(root)
-    free = binary_size(free_bytes) if free_bytes < UNLIMITED else "an unknown amount"
+    free = byte_size(free_bytes) if free_bytes < UNLIMITED else "an unknown amount"
     return free + (f" and {free_files:,} files" if free_files < UNLIMITED else "")
 
 
@@ -395,13 +395,13 @@ def _training_lines(price: Price, speed: Speed, ranks: int, training: Training) 
     )
     yield (
         f"training   a step of {flop_count(training.flops)} a sample (--training-flops): encoding "
-        f"in the loop adds {100 * share:.2g} % to it, and {binary_size(weights)} of weights to "
+        f"in the loop adds {100 * share:.2g} % to it, and {byte_size(weights)} of weights to "
         "each GPU"
     )
     # The GPU trains at the rate at which it encodes: in operations per second.
     samples_per_s = flops / in_loop / training.flops
     yield (
-        f"{'':<10} stored, a step reads {binary_size(price.per_caption)} a sample: "
+        f"{'':<10} stored, a step reads {byte_size(price.per_caption)} a sample: "
         f"{_rate(price.per_caption * samples_per_s * ranks)} at {counted(ranks, 'rank')}, if "
         f"training too computes {flop_count(flops / in_loop)}/s on a GPU"
     )
@@ -414,14 +414,14 @@ def _training_lines(price: Price, speed: Speed, ranks: int, training: Training) 
     else:
         yield (
             f"{'':<10} {_hours(in_loop * epochs)} GPU hours in the loop over {epochs:g} epochs, "
-            f"{_hours(stored)} once and stored in {binary_size(price.total)}"
+            f"{_hours(stored)} once and stored in {byte_size(price.total)}"
         )
     if epochs is not None and epochs * in_loop <= stored:
         yield f"{'':<10} don't store: over {epochs:g} epochs that saves no GPU hour"
     elif share < SMALL_SHARE:
         yield (
             f"{'':<10} don't store: encoders below {100 * SMALL_SHARE:g} % of a step hardly pay "
-            f"for {binary_size(price.total)}"
+            f"for {byte_size(price.total)}"
         )
     elif epochs is not None:
         saved = (epochs * in_loop - stored) / 3600
@@ -439,7 +439,7 @@ def _advice(price: Price) -> Iterator[str]:
         half = sum(price.unit_bytes[f"text_{tensor.name}"] for tensor in price.plan.tensors) / 2
         computed = [e.name for e in price.encoders if e.options.dtype != "float32"]
         why = f"; {', '.join(computed)} computes in half precision anyway" if computed else ""
-        yield f"output.dtype bfloat16 instead of float32 saves {binary_size(half)}{why}"
+        yield f"output.dtype bfloat16 instead of float32 saves {byte_size(half)}{why}"
 
 
 def _advice_on_length(encoder: ResolvedEncoder, price: Price) -> Iterator[str]:
@@ -459,7 +459,7 @@ def _advice_on_length(encoder: ResolvedEncoder, price: Price) -> Iterator[str]:
     setting = "attention_mask padding" if attended else "keep real"
     yield (
         f"{encoder.name}: real tokens alone ({setting}) would take "
-        f"{100 * sums.tokens / (captions * length):.2g} % of {binary_size(size)} and "
+        f"{100 * sums.tokens / (captions * length):.2g} % of {byte_size(size)} and "
         f"{100 * sums.real_flops / sums.flops:.2g} % of the operations. But {change}{others}"
     )
     (longest,) = sums.percentiles(CUT_PERCENT)
@@ -470,7 +470,7 @@ def _advice_on_length(encoder: ResolvedEncoder, price: Price) -> Iterator[str]:
     part = encoder.sizes.flops([shorter]) / encoder.sizes.flops([length])
     yield (
         f"{encoder.name}: max_length {shorter} would cut {100 * cut:.2g} % of the captions and "
-        f"take {100 * shorter / length:.2g} % of {binary_size(size)} and {100 * part:.2g} % of the "
+        f"take {100 * shorter / length:.2g} % of {byte_size(size)} and {100 * part:.2g} % of the "
         f"operations. But {change}{others}"
     )
 

@@ -26,7 +26,7 @@ from embed_precompute.errors import EmbedPrecomputeError, StorageError
 from embed_precompute.job.metrics import UnitLines, UnitSums, read_copies
 from embed_precompute.job.prepare import Prepared
 from embed_precompute.job.tracker import Tracker
-from embed_precompute.steps import duration, on_terminal, size
+from embed_precompute.steps import byte_size, duration, on_terminal
 from embed_precompute.store.commit import UNLIMITED, free_space, replace_bytes
 from embed_precompute.store.records import committed_units
 
@@ -184,7 +184,7 @@ class Progress:
             log.warning(
                 "%s: what is left needs about %s, and %s are free. The run will stop with exit 74 "
                 "when they are used up, and go on from there when there is space.",
-                *(self._root, size(figures["bytes_left"]), size(figures["free_bytes"])),
+                *(self._root, byte_size(figures["bytes_left"]), byte_size(figures["free_bytes"])),
             )
 
     def _figures(self, now: float) -> dict[str, float]:
@@ -222,7 +222,7 @@ class Progress:
         words = [f"{int(figures['units']):,} of {self._plan.num_units:,} units"]
         words += [f"{rate:,.1f} captions/s{ranks}"] if rate else ["no rate yet"]
         words += [f"{duration(figures['eta_s'])} left"] if "eta_s" in figures else []
-        words += [f"{size(free)} free"] if free < UNLIMITED else []
+        words += [f"{byte_size(free)} free"] if free < UNLIMITED else []
         return words + ([f"{steps.counted(int(failed), 'sample')} failed"] if failed else [])
 
     def _look(self) -> None:

@@ -22,7 +22,7 @@ from embed_precompute.job import progress as progress_module
 from embed_precompute.job.progress import Progress
 from embed_precompute.job.stages import Stages
 from embed_precompute.job.tracker import Tracker
-from embed_precompute.steps import size
+from embed_precompute.steps import byte_size
 from embed_precompute.store.commit import UNLIMITED
 from embed_precompute.store.manifest import finalize
 
@@ -100,14 +100,14 @@ def test_a_bar_on_a_terminal_and_the_line_in_the_log_file(
     job: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(progress_module, "free_space", lambda root: (51_200_000_000, 1))
+    monkeypatch.setattr(progress_module, "free_space", lambda root: (50 << 30, 1))
     caplog.set_level("INFO")
     progress = Progress(_prepared(job))
     moments = [(n, lambda n=n: progress.encoded(0, n)) for n in (0.5, 6.5, 12.5)]
     watched(progress, clock, moments, monkeypatch)
     last = sys.stderr.getvalue().split("\r")[-1]  # type: ignore[attr-defined]
     assert last.startswith("encoding:  40%|")
-    ends = "0 of 1 units, 1.0 captions/s, 17.5 s left, 51.2 GB free"
+    ends = "0 of 1 units, 1.0 captions/s, 17.5 s left, 50.0 GiB free"
     assert "12/30 captions [" in last
     assert last.rstrip().endswith(f", {ends}]")
     (line,) = caplog.records
@@ -258,7 +258,7 @@ def test_the_summary_is_to_be_pasted(job: Path, tmp_path: Path) -> None:
     tokens = unit["tokens"]["t5"]
     for part in (
         f"{root}: complete, 30 samples of 30 rows in 1 shard, fingerprint ",
-        f"30 distinct embeddings stored, {size(finalize(root).num_bytes)} on disk\n",
+        f"30 distinct embeddings stored, {byte_size(finalize(root).num_bytes)} on disk\n",
         f"  t5: {tokens:,} tokens, 0 captions truncated; {tokens / 10:,.0f} tokens/s, 2 TFLOP/s\n",
         f"  clip: {unit['tokens']['clip']:,} tokens, ",
         "  encoded in 10.0 s by 1 process, 0.003 CPU process hours, 3.0 captions/s, 2 runs\n",
