@@ -333,12 +333,14 @@ def _plan(config: Config, arguments: Any) -> int:
         raise InputError("--epochs is given without --training-flops, the cost of a step: add it.")
     if arguments.calibrate and arguments.no_weights:
         raise InputError("--calibrate and --no-weights exclude each other: it runs the models.")
-    speed = None
+    speed, on_cpus = None, config.runtime.device == "cpu"
     if arguments.rate is not None:
-        speed = price.speed_of_rate(arguments.rate)
+        speed = price.speed_of_rate(arguments.rate, price.CPU if on_cpus else price.GPU)
+    elif on_cpus and arguments.gpu is None and not arguments.calibrate:
+        speed = price.speed_of_a_cpu()
     elif not arguments.calibrate:
         dtypes = {name: options.dtype for name, options in config.encoders.items()}
-        speed = price.speed_of_gpu(dtypes, arguments.gpu, arguments.share)
+        speed = price.speed_of_gpu(dtypes, arguments.gpu or "H100", arguments.share)
     training, dtype = None, config.output.dtype
     if arguments.training_flops is not None:
         training = price.Training(arguments.training_flops, arguments.epochs)

@@ -230,7 +230,7 @@ def test_what_cannot_be_an_extension(job: Path, captions: Path, out: Path) -> No
     expect(0, "run", job)
     write_file(captions, "a.parquet", 11, 20)
     said = expect(2, "run", job, "--extend")
-    assert "a.parquet, row 0 (the first is row 0): column 'id' repeats id 's11'" in said
+    assert "a.parquet, row 0 (rows count from 0): column 'id' repeats id 's11'" in said
     write_file(captions, "a.parquet", 12, 20)
     words = ("--encoders.clip.max_length", "60")
     assert "max_length: 77 -> 60" in expect(3, "run", job, "--extend", *words)
