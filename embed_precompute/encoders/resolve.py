@@ -230,6 +230,6 @@ def resolve(
             raise InputError(
                 f"{opened.where}.width is {stated}, and {opened.checkpoint.folder} makes vectors "
                 f"of {output.width}: it is another model than the preset's. Choose its checkpoint, "
-                "or correct the width if another is meant."
+                "or set the width to null if another is meant."
             )
     return ResolvedEncoder(opened, family, outputs, decision)
