@@ -8,6 +8,7 @@ Costs: an object for each line, which is one for each unit; no time of samples i
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from collections import defaultdict
@@ -46,7 +47,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Rest:
-    """A time in which a rank wrote nothing while the job, or another run of it, went on."""
+    """A time in which a rank wrote nothing while another was at work."""
 
     rank: int
     begin: float
@@ -82,12 +83,25 @@ class Timeline:
             rows[rank] = [float(d) if b else None for d, b in zip(done, at_work, strict=True)]
         return rows
 
+    @functools.cached_property
+    def pauses(self) -> list[tuple[float, float]]:
+        """(begin, end) of each time of LEAST_GAP_S or more in which no rank was at work: no job
+        ran, for a rank's unit counts from the one before or from the rank's start."""
+        found, until = [], self.begin
+        for begin, end in sorted((w.begin, w.end) for w in self.work):
+            if begin - until >= LEAST_GAP_S:
+                found.append((until, begin))
+            until = max(until, end)
+        return found
+
     def rests(self) -> list[Rest]:
-        """Every gap of LEAST_GAP_S or more of each rank, the longest first; at the end, too."""
+        """Every gap of LEAST_GAP_S or more of each rank, the longest first; at the end, too.
+        Pauses are left out."""
         found = []
         for rank, mine in self.by_rank.items():
+            spans = [*((w.begin, w.end) for w in mine), *self.pauses, (self.end, self.end)]
             until = self.begin
-            for begin, end in [*((w.begin, w.end) for w in mine), (self.end, self.end)]:
+            for begin, end in sorted(spans):
                 if begin - until >= LEAST_GAP_S:
                     found.append(Rest(rank, until, begin))
                 until = max(until, end)
