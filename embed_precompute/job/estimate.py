@@ -42,6 +42,8 @@ WIDTHS = [step * 10**power for power in range(9) for step in (1, 2, 5)]
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 300
 HEAVY_BYTES = 20e6
 """`plan` warns where an average caption takes more."""
+MANY_UNKNOWN = 0.01
+"""Share of captions with an unknown token from which on `plan` and `run` warn."""
 FEW_CHARACTERS = 2.0
 """With fewer characters per token than this, a tokenizer is probably another model's."""
 
@@ -55,6 +57,8 @@ class TokenFigures:
     cut: Counter[int] = field(default_factory=Counter)
     """Truncated captions, by the number of tokens that is left."""
     unknown: int = 0
+    with_unknown: int = 0
+    """Captions with an unknown token."""
     empty: int = 0
     """Captions that are empty after the encoder's text steps."""
     vectors: Counter[str] = field(default_factory=Counter)
@@ -248,7 +252,8 @@ class SampledCaptions:
         for first, rows in steps(runs, len(runs), "tokenising", " runs of rows"):
             samples = reader.read(first, rows)
             self.kept += samples if keep else ()
-            texts = [sample.text for sample in samples if sample.text is not None]
+            valid = [sample for sample in samples if sample.text is not None]
+            texts = [sample.text for sample in valid if sample.text is not None]
             figures.examples += texts[: EXAMPLES - len(figures.examples)]
             figures.samples += len(samples)
             figures.status.update(sample.status.label for sample in samples)
@@ -258,7 +263,8 @@ class SampledCaptions:
                 figures.copied.update(reuse.count(texts))
             before = figures.embedding_bytes(self.encoders, "float32")
             for encoder in self.encoders:
-                _add(figures.encoders[encoder.name], encoder, texts)
+                unknown = _add(figures.encoders[encoder.name], encoder, texts)
+                reader.note_unknown(encoder.name, valid, unknown)
             added = figures.embedding_bytes(self.encoders, "float32") - before
             figures.runs.append(added / max(1, len(samples)))
         reader.close()
@@ -296,7 +302,8 @@ def first_of_row_groups(table: CaptionTable) -> list[tuple[int, int]]:
     return [(start, min(QUICK_ROWS // runs, end - start)) for start, end in chosen]
 
 
-def _add(sums: TokenFigures, encoder: ResolvedEncoder, texts: list[str]) -> None:
+def _add(sums: TokenFigures, encoder: ResolvedEncoder, texts: list[str]) -> list[int]:
+    """Returns the number of unknown tokens of each text."""
     tokenizer = encoder.opened.tokenizer
     prepared = [tokenizer.prepare(text) for text in texts]
     captions = tokenizer.encode_prepared(prepared)
@@ -307,8 +314,10 @@ def _add(sums: TokenFigures, encoder: ResolvedEncoder, texts: list[str]) -> None
     sums.flops += encoder.flops(captions)
     sums.real_flops += encoder.flops(captions, pads=False)
     sums.unknown += sum(captions.unknown)
+    sums.with_unknown += len(captions) - captions.unknown.count(0)
     for tensor, output in encoder.tensors().items():
         sums.vectors[tensor] += sum(encoder.stored_lengths(output, captions, null=False))
+    return captions.unknown
 
 
 def example_lines(figures: Figures, encoders: Sequence[ResolvedEncoder]) -> list[str]:
@@ -328,8 +337,9 @@ def example_lines(figures: Figures, encoders: Sequence[ResolvedEncoder]) -> list
 
 
 def tokenizer_line(encoder: ResolvedEncoder, figures: Figures) -> tuple[str, bool]:
-    """The report's line on the tokenizer, and whether the tokenizer seems to be another model's."""
-    ratio = figures.encoders[encoder.name].characters_per_token
+    """The report's line on the tokenizer, and whether it seems not to fit the captions."""
+    sums = figures.encoders[encoder.name]
+    ratio = sums.characters_per_token
     known = f"{ratio:.1f} characters per token" if ratio < math.inf else "all captions are cut"
     line = f"{encoder.opened.tokenizer.name}, {known}"
     suspicious = ratio < FEW_CHARACTERS and not encoder.opened.tokenizer.by_bytes
@@ -337,6 +347,14 @@ def tokenizer_line(encoder: ResolvedEncoder, figures: Figures) -> tuple[str, boo
         line += (
             ": fewer than 2, so it may be another model's tokenizer. Only captions in Chinese, "
             "Japanese or Korean have so few"
+        )
+    share = sums.with_unknown / max(1, figures.encoded)
+    if share > MANY_UNKNOWN:
+        suspicious = True
+        line += (
+            f"; {100 * share:.1f} % of the captions have words that it does not know, such as "
+            "those of another script. Each becomes <unk>: captions that differ in these alone get "
+            "equal embeddings. Translate them, or leave them out"
         )
     return line, suspicious
 

@@ -48,7 +48,7 @@ def banner(prepared: Prepared, device: str, units_committed: int) -> list[str]:
     encoders = "; ".join(
         f"{each.name}: {each.options.dtype}, {each.decision.implementation}"
         f"{', compiled' if each.decision.compiled else ''}, weights "
-        f"{plan.spec['encoders'][each.name]['weights'][:8]}"
+        f"{str(plan.spec['encoders'][each.name]['weights'])[:8]}"
         for each in prepared.encoders
     )
     return [

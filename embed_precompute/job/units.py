@@ -112,6 +112,11 @@ def read_unit(
         unit = make_unit(number, first_row, num_rows, samples, encoders)
         if unit.samples is not samples:
             reader.check(unit.samples)
+        rows = [row for row in unit.stored_row if row is not None]
+        encoded = [sample for sample in unit.samples if sample.text is not None]
+        for name, captions in unit.tokens.items():
+            if any(captions.unknown):
+                reader.note_unknown(name, encoded, [captions.unknown[row] for row in rows])
     unit.noted = dict(reader.noted - before)
     for what in sorted(reader.first_noted.keys() - named):  # later ones are counted only
         log.info("%s: the first of the %s that this rank reads", reader.first_noted[what], what)
