@@ -213,7 +213,7 @@ def open_encoders(
 ) -> list[OpenEncoder[Any]]:
     """All of them, by name. The InputError names each that cannot be opened."""
     opened, mistakes = list[OpenEncoder[Any]](), dict[str, InputError]()
-    for name, options in sorted(encoders.items()):
+    for name, options in encoders.items():
         try:
             opened.append(open_encoder(name, options, with_weights=with_weights))
         except InputError as error:
@@ -222,7 +222,7 @@ def open_encoders(
         first, *others = mistakes
         also = f"{', '.join([first, *others])} cannot be opened. The first: " if others else ""
         raise InputError(f"{also}{mistakes[first]}") from mistakes[first]
-    return opened
+    return sorted(opened, key=lambda each: each.name)
 
 
 def require_release(checkpoint: Checkpoint, releases: Mapping[str, str]) -> None:
