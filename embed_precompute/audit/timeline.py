@@ -8,15 +8,14 @@ Costs: an object for each line, which is one for each unit; no time of samples i
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from embed_precompute.job.metrics import UnitLines, span_of
 
 COLUMNS = 160
 """Pieces that the time of a run is cut into."""
@@ -68,8 +67,9 @@ class Timeline:
         return self.end - self.begin
 
     def rates(self, amount: Callable[[Work], float]) -> dict[int, Row]:
-        """For each rank and each of COLUMNS pieces of the time, `amount` a second, which is spread
-        evenly over the seconds of its unit; None where the rank is at rest."""
+        """For each rank and each of COLUMNS pieces of the time, `amount` a second of the piece's
+        part in which the rank was at work; None where it is at rest. A unit's amount is spread
+        evenly over its seconds."""
         edges = np.linspace(self.begin, self.end, COLUMNS + 1)
         width = (self.seconds / COLUMNS) or 1.0
         rows: dict[int, Row] = {}
@@ -77,9 +77,11 @@ class Timeline:
             # Two jobs on one output may share a rank's file: their times overlap.
             times = np.maximum.accumulate([t for w in mine for t in (w.begin, w.end)])
             busy = _spread(edges, times, [w.seconds for w in mine])
-            done = _spread(edges, times, [amount(w) for w in mine]) / width
-            at_work = busy > 0.02 * width
-            rows[rank] = [float(d) if b else None for d, b in zip(done, at_work, strict=True)]
+            done = _spread(edges, times, [amount(w) for w in mine])
+            rows[rank] = [
+                float(d / min(b, width)) if b > 0.02 * width else None
+                for d, b in zip(done, busy, strict=True)
+            ]
         return rows
 
     def rests(self) -> list[Rest]:
@@ -104,26 +106,13 @@ def _spread(edges: np.ndarray, times: np.ndarray, amounts: Sequence[float]) -> n
 def read_timeline(root: Path) -> Timeline | None:
     """By the files in logs/; None if no line says when and what."""
     work = []
-    for rank, line in _lines(root):
+    for rank, line in UnitLines(root).new():
         with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
-            end, seconds, unit = float(line["time"]), float(line["seconds"]), int(line["unit"])
-            flops = line.get("flops")
+            begin, end = span_of(line)
+            unit, flops = int(line["unit"]), line.get("flops")
             if flops is not None:
-                flops = {str(name): float(value) for name, value in flops.items()}
+                flops = {str(name): value + 0.0 for name, value in flops.items()}
             samples = int(line["samples"]) if unit >= 0 else 0
-            if math.isfinite(end) and 0 <= seconds < math.inf:
-                host = str(line.get("host", ""))
-                work.append(Work(rank, unit, end - seconds, end, samples, host, flops))
+            work.append(Work(rank, unit, begin, end, samples, str(line.get("host", "")), flops))
     work.sort(key=lambda each: (each.rank, each.end))
     return Timeline(work) if work else None
-
-
-def _lines(root: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (rank, what a line holds) for every line of every rank."""
-    for path in sorted((root / "logs").glob("metrics-*.jsonl")):
-        rank = path.stem.partition("-")[2]
-        if rank.isdecimal():
-            with contextlib.suppress(OSError), path.open("rb") as file:
-                for text in file:
-                    with contextlib.suppress(ValueError):  # a crash cut it off
-                        yield int(rank), json.loads(text)
