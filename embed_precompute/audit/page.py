@@ -20,11 +20,16 @@ from embed_precompute.audit.facts import BUCKETS, NORM_VECTORS, Facts
 from embed_precompute.audit.info import DatasetStatus, encoder_words, recipe_words
 from embed_precompute.audit.timeline import LEAST_GAP_S, Row, Timeline, Work
 from embed_precompute.encoders.peaks import peak_flops
-from embed_precompute.job.metrics import Effort
+from embed_precompute.job.metrics import MOST, Effort
 from embed_precompute.samples import Status
 from embed_precompute.steps import byte_size, counted, duration
 from embed_precompute.store.rows import StoredSample
 
+BEGIN = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<meta name="generator" content="embed-precompute report">'
+)
+"""How every page begins: a file that does not is somebody else's."""
 LISTED = 10
 """Lines of a table of files, units or gaps."""
 TEXT_CHARACTERS = 160
@@ -75,7 +80,7 @@ def page_of(data: Dataset) -> bytes:
         )
     )
     page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"{BEGIN}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{name}: embeddings</title><style>{STYLE}</style></head><body><main>"
         f"<h1>{name}</h1>{''.join(_head(data))}{sections}<footer>embed_precompute {__version__}, "
@@ -353,7 +358,7 @@ def _over_time(
     line: Timeline, rows: dict[int, Row], what: str, words: Callable[[float], str]
 ) -> Iterator[str]:
     """A plot of what each rank did over time; `words` puts a value into words."""
-    found = sorted(v for row in rows.values() for v in row if v is not None)
+    found = sorted(v for row in rows.values() for v in row if v)
     most = found[int(0.98 * (len(found) - 1))] if found else 0.0  # one odd unit must not set it
     above = ", 2 % of the time above it" if found and found[-1] > most else ""
     x = plots.time_axis(line.seconds)
@@ -430,7 +435,7 @@ def _verification(data: Dataset) -> Iterator[str]:
         yield "<p>Never verified: <code>embed-precompute verify DIR</code> reads every byte.</p>"
         return
     problems, when = found.get("problems"), found.get("time")
-    number = counted(problems, "problem") if isinstance(problems, int) else "not noted"
+    number = _noted(problems, lambda number: counted(int(number), "problem"))
     yield _note("What the last verify said. Units that were written later are not in it.")
     yield _table(
         (),
@@ -439,8 +444,8 @@ def _verification(data: Dataset) -> Iterator[str]:
             ("level", _esc(found.get("level"))),
             ("dataset then", "complete" if found.get("complete") is True else "not complete"),
             ("when", _esc(when)),
-            ("read", byte_size(n) if isinstance(n := found.get("bytes"), int) else "not noted"),
-            ("took", duration(s) if isinstance(s := found.get("seconds"), float) else "not noted"),
+            ("read", _noted(found.get("bytes"), byte_size)),
+            ("took", _noted(found.get("seconds"), duration)),
         ],
     )
     if data.timeline is not None and isinstance(when, str) and when < _stamp(data.timeline.end):
@@ -519,6 +524,11 @@ def _text(text: str) -> str:
 def _percent(part: float, whole: float) -> str:
     words = f"{100 * part / whole:.4g}" if whole else "0"
     return "over 99.99 %" if words == "100" and part < whole else f"{words} %"
+
+
+def _noted(value: object, words: Callable[[float], str]) -> str:
+    """A figure of a file for people, where anything may stand."""
+    return words(value) if isinstance(value, int | float) and 0 <= value < MOST else "not noted"
 
 
 def _clock(seconds: float) -> str:

@@ -159,6 +159,25 @@ def test_output_leaves_the_dataset_alone(root: Path, tmp_path: Path) -> None:
     assert f"{tmp_path} is a folder. Give a file, such as {tmp_path / 'report.html'}." in said
 
 
+def test_only_its_own_page_is_overwritten(root: Path, tmp_path: Path) -> None:
+    own, empty, link = root / "report.html", tmp_path / "empty.html", tmp_path / "link.html"
+    own.write_text("<!doctype html><p>mine")
+    link.symlink_to(tmp_path / "nothing")
+    before = dataset_bytes(root)
+    for words in ((), ("--output", root / "plan.json"), ("--output", link)):
+        said = expect(2, "report", root, *words)
+        assert f"{words[-1] if words else own} is there, and is no page of a report" in said
+    assert own.read_text() == "<!doctype html><p>mine"
+    assert link.is_symlink()
+    assert dataset_bytes(root) == before
+    empty.touch()
+    expect(0, "report", root, "--output", empty)
+    expect(0, "report", root, "--output", empty)
+    own.unlink()
+    expect(0, "report", root)
+    assert own.read_bytes() == empty.read_bytes()
+
+
 def test_texts_are_shown_and_do_nothing(tmp_path: Path) -> None:
     root = tmp_path / "<b>out"
     texts = [*NASTY.values(), None]
@@ -330,6 +349,26 @@ def test_rates_and_rests(tmp_path: Path) -> None:
     ]
 
 
+def test_the_rate_is_that_of_the_time_at_work(tmp_path: Path) -> None:
+    """Three days in a queue between two runs: a piece of the time holds both work and rest."""
+    days = 3 * 86400
+    write_metrics(
+        tmp_path,
+        [line(start + 10 * n, 10, n, samples=100) for start in (0, days) for n in range(1, 61)],
+    )
+    (rates,) = timeline(tmp_path).rates(lambda work: work.samples).values()
+    found = [rate for rate in rates if rate is not None]
+    assert found == pytest.approx([10.0] * len(found))
+    assert 2 <= len(found) < 6
+
+
+def test_a_height_of_lanes_where_most_of_the_time_nothing_is_done(root: Path) -> None:
+    write_metrics(root, [line(300, 300, -1), line(301, 1, 0)])
+    words = report(root).sections["Speed of the ranks"]
+    assert "full height is 0" not in words
+    assert "full height is 5" in words
+
+
 def test_lines_of_other_releases_and_torn_lines(tmp_path: Path) -> None:
     write_metrics(tmp_path, [line(10, 10), {"unit": 3}, line(20, 10, 1, flops={"t5": "many"})])
     path = tmp_path / "logs" / "metrics-00000.jsonl"
@@ -381,6 +420,13 @@ def test_verify_says_what_it_found(root: Path) -> None:
     assert noted["first"][0].startswith(str(path))
     assert set(noted) == {*("time", "level", "complete", "problems", "first", "bytes", "seconds")}
     assert "1 problem " in report(root).sections["Verification"]
+    path = root / "logs" / "verify.json"
+    for odd in ("NaN", "Infinity", "1" + 400 * "0", '"x"'):
+        path.write_text(f'{{"problems": 2, "seconds": {odd}, "bytes": {odd}}}')
+        words = report(root).sections["Verification"]
+        assert words.count("not noted") == 2
+        assert "2 problems" in words
+    path.write_text(json.dumps(noted))
     late = line(5e9, 1)  # after the check
     write_metrics(root, [late])
     assert "verify again" in report(root).sections["Verification"]
@@ -406,11 +452,32 @@ def test_the_card_is_written_by_run_finalize_and_report(root: Path) -> None:
     (root / "README.md").write_bytes(written.replace(b"n<1K", b"n<2K"))
     expect(0, "finalize", root)
     assert (root / "README.md").read_bytes() == written
-    own = written.replace(b"# made by", b"# by")
-    (root / "README.md").write_bytes(own)
-    assert "left as it is" in expect(0, "report", root)
-    assert (root / "README.md").read_bytes() == own
+    for own in (
+        written.replace(b"# made by", b"# by"),
+        b"# mine\n\n# made by embed-precompute, and then by me",
+    ):
+        (root / "README.md").write_bytes(own)
+        assert "left as it is" in expect(0, "report", root)
+        assert (root / "README.md").read_bytes() == own
     assert "not ours" not in expect(0, "verify", root)
+    (root / "README.md").unlink()
+    (root / "README.md").symlink_to(root / "nothing")
+    assert "left as it is" in expect(0, "report", root)
+    assert (root / "README.md").is_symlink()
+
+
+@pytest.mark.parametrize("owner", ["program", "person"])
+def test_a_repair_that_opens_units_removes_our_card(owner: str, root: Path) -> None:
+    """Its counts are those of the dataset before."""
+    path = root / "README.md"
+    if owner == "person":
+        path.write_text("# mine")
+    written = path.read_bytes()
+    expect(0, "repair", root)
+    assert path.read_bytes() == written
+    paths_of(root, 1).shard.unlink()
+    expect(5, "repair", root)
+    assert path.exists() is (owner == "person")
 
 
 def test_the_hub_understands_the_card(root: Path) -> None:
