@@ -17,6 +17,7 @@ import yaml
 
 from embed_precompute import __version__
 from embed_precompute.audit.info import encoder_words, recipe_words
+from embed_precompute.encoders.hub import HUB_ID
 from embed_precompute.samples import Status
 from embed_precompute.steps import counted
 from embed_precompute.store.commit import remove_file, replace_bytes
@@ -68,10 +69,28 @@ def configured(root: Path) -> dict[str, Mapping[str, Any]]:
     return {}
 
 
+def model_words(given: Mapping[str, Any]) -> list[str]:
+    """A hub id as config.yaml has it, and its revision; of a folder the name alone, for where it
+    lay says nothing to others. Nothing if it is not named."""
+    if not given.get("pretrained"):
+        return []
+    name = str(given["pretrained"])
+    if HUB_ID.fullmatch(name) is None:
+        return [f"folder {Path(name).name}"]
+    return [name, *([str(given["revision"])] if given.get("revision") else [])]
+
+
+def percent(part: float, whole: float) -> str:
+    """Such as 4.213 %; 100 % is all of it."""
+    words = f"{100 * part / whole:.4g}" if whole else "0"
+    return "over 99.99 %" if words == "100" and part < whole else f"{words} %"
+
+
 def card_text(root: Path) -> str:
     """The card of the finished dataset in `root`."""
     manifest, plan, names = read_manifest(root), finished_plan(root), configured(root)
     counts, encoders = manifest.counts, manifest.spec["encoders"]
+    ok = counts.status[Status.OK.label]
     types = sorted({str(each.get("model_type", "")).lower() for each in encoders.values()})
     front = {
         "pretty_name": f"Text embeddings by {', '.join(sorted(encoders))}",
@@ -95,12 +114,13 @@ def card_text(root: Path) -> str:
     }
     for name, spec in sorted(encoders.items()):
         given = names.get(name, {})
-        model = [_code(given[key]) for key in ("pretrained", "revision") if given.get(key)]
+        model = [_code(each) for each in model_words(given)]
         facts[f"encoder {name}"] = " ".join([*model, _code(encoder_words(name, spec, plan))])
         if given.get("reference"):
-            facts[f"{name} is as in"] = _code(given["reference"])
+            facts[f"{name} settings as in"] = _code(given["reference"])
         sums = counts.encoders[name]
-        facts[f"{name} tokens"] = f"{sums.tokens:,}; {sums.truncated:,} captions truncated"
+        truncated = f"{sums.truncated:,} captions truncated ({percent(sums.truncated, ok)})"
+        facts[f"{name} tokens"] = f"{sums.tokens:,}; {truncated}"
     for what, count in sorted(counts.noted.items()):
         facts[_code(what)] = f"{count:,}"
     for made in manifest.environments:

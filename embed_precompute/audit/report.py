@@ -29,7 +29,7 @@ PAGE = "report.html"
 
 def report_page(root: Path) -> bytes:
     """The page about the dataset in `root`, finished or not. Raises InputError if there is none."""
-    status = read_status(root)
+    status, run = read_status(root), _read_json(root / "run.json")
     return page_of(
         Dataset(
             root.resolve().name,
@@ -37,9 +37,9 @@ def report_page(root: Path) -> bytes:
             gather(root, status.plan),
             configured(root),
             read_effort(root),
-            read_timeline(root),
+            read_timeline(root, run),
             _read_json(root / RESULT),
-            _read_json(root / "run.json"),
+            run,
         )
     )
 

@@ -7,11 +7,15 @@ Costs: an object for each line, which is one for each unit; no time of samples i
 
 from __future__ import annotations
 
+import calendar
 import contextlib
+import functools
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +49,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Rest:
-    """A time in which a rank wrote nothing while the job, or another run of it, went on."""
+    """A time in which a rank wrote nothing while another was at work."""
 
     rank: int
     begin: float
@@ -53,10 +57,12 @@ class Rest:
 
 
 class Timeline:
-    """All that the ranks of all runs did. `work` is sorted by rank and time, and not empty."""
+    """All that the ranks of all runs did."""
 
-    def __init__(self, work: Sequence[Work]) -> None:
-        self.work = work
+    def __init__(self, work: Sequence[Work], starts: Sequence[tuple[float, int]] = ()) -> None:
+        """`work` is sorted by rank and time, and not empty. `starts`: when each run began, and with
+        how many ranks, in order."""
+        self.work, self._starts = work, starts
         self.begin, self.end = min(w.begin for w in work), max(w.end for w in work)
         self.by_rank: dict[int, list[Work]] = defaultdict(list)
         for each in work:
@@ -84,16 +90,39 @@ class Timeline:
             ]
         return rows
 
+    @functools.cached_property
+    def pauses(self) -> list[tuple[float, float]]:
+        """(begin, end) of each time of LEAST_GAP_S or more in which no rank was at work: no job
+        ran, for a rank's unit counts from the one before or from the rank's start."""
+        found, until = [], self.begin
+        for begin, end in sorted((w.begin, w.end) for w in self.work):
+            if begin - until >= LEAST_GAP_S:
+                found.append((until, begin))
+            until = max(until, end)
+        return found
+
     def rests(self) -> list[Rest]:
-        """Every gap of LEAST_GAP_S or more of each rank, the longest first; at the end, too."""
+        """Every gap of LEAST_GAP_S or more of each rank, the longest first; at the end, too.
+        Pauses are left out, and runs that did not have the rank."""
         found = []
         for rank, mine in self.by_rank.items():
+            away = [*self.pauses, *self._runs_without(rank), (self.end, self.end)]
+            spans = [*((w.begin, w.end) for w in mine), *away]
             until = self.begin
-            for begin, end in [*((w.begin, w.end) for w in mine), (self.end, self.end)]:
+            for begin, end in sorted(spans):
                 if begin - until >= LEAST_GAP_S:
                     found.append(Rest(rank, until, begin))
                 until = max(until, end)
         return sorted(found, key=lambda rest: (rest.begin - rest.end, rest.rank, rest.begin))
+
+    def _runs_without(self, rank: int) -> list[tuple[float, float]]:
+        """(begin, end) of the runs that had fewer ranks; one ends where the next begins."""
+        ends = [*(begin for begin, _ in self._starts[1:]), self.end]
+        return [
+            (begin, end)
+            for (begin, world_size), end in zip(self._starts, ends, strict=False)
+            if world_size <= rank and begin < end
+        ]
 
 
 def _spread(edges: np.ndarray, times: np.ndarray, amounts: Sequence[float]) -> np.ndarray:
@@ -103,8 +132,9 @@ def _spread(edges: np.ndarray, times: np.ndarray, amounts: Sequence[float]) -> n
     return np.diff(np.interp(edges, times, grown, left=0.0))
 
 
-def read_timeline(root: Path) -> Timeline | None:
-    """By the files in logs/; None if no line says when and what."""
+def read_timeline(root: Path, run: Mapping[str, Any] | None = None) -> Timeline | None:
+    """By the files in logs/, and the starts in `run`, which run.json holds; None if no line says
+    when and what."""
     work = []
     for rank, line in UnitLines(root).new():
         with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
@@ -115,4 +145,14 @@ def read_timeline(root: Path) -> Timeline | None:
             samples = int(line["samples"]) if unit >= 0 else 0
             work.append(Work(rank, unit, begin, end, samples, str(line.get("host", "")), flops))
     work.sort(key=lambda each: (each.rank, each.end))
-    return Timeline(work) if work else None
+    return Timeline(work, _starts((run or {}).get("runs"))) if work else None
+
+
+def _starts(runs: Any) -> list[tuple[float, int]]:
+    """(when, with how many ranks) of each run of run.json, where anything may stand."""
+    found = []
+    for each in runs if isinstance(runs, list) else ():
+        with contextlib.suppress(LookupError, TypeError, ValueError):
+            began = calendar.timegm(time.strptime(each["started"], "%Y-%m-%dT%H:%M:%SZ"))
+            found.append((float(began), int(each["world_size"])))
+    return sorted(found)
