@@ -68,7 +68,8 @@ def test_kubernetes_has_a_rule_for_every_exit_code() -> None:
             assert code not in actions, "the first rule holds"
             actions[code] = rule["action"]
     assert actions.keys() == CODES - {errors.EXIT_COMPLETE}
-    again = {errors.EXIT_INCOMPLETE, errors.EXIT_IO}
+    # A GPU that broke is EXIT_BUG, a node without one EXIT_USAGE: other nodes are sound.
+    again = {errors.EXIT_INCOMPLETE, errors.EXIT_IO, errors.EXIT_BUG, errors.EXIT_USAGE}
     assert {code for code, action in actions.items() if action == "Count"} == again
     assert {code for code, action in actions.items() if action == "Ignore"} == {
         errors.EXIT_INTERRUPTED

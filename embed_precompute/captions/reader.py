@@ -64,7 +64,7 @@ class RowMap:
     def place(self, row: int) -> str:
         """How messages name a row."""
         index, local = self.locate(row)
-        return f"{self.files[index].source}, row {local} (the first is row 0)"
+        return f"{self.files[index].source}, row {local} (rows count from 0)"
 
 
 class RowCursor:

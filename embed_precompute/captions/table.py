@@ -354,7 +354,7 @@ def _types(file: CaptionFile, schema: pa.Schema, needs: Sequence[RequiredColumn]
         if odd is not None:
             row, value = odd
             raise InputError(
-                f"{file.source}, row {row} (the first is row 0): column {need.name!r} "
+                f"{file.source}, row {row} (rows count from 0): column {need.name!r} "
                 f"({need.setting}) holds {value!r:.80}: expected {expected} in all rows. Correct "
                 f"the value, or name another column in {need.setting}.{need.advice}"
             )

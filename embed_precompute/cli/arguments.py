@@ -178,7 +178,8 @@ def _add_price(plan: Any) -> None:
         "--rate",
         type=_amount,
         metavar="N",
-        help="captions/s of one GPU, as `bench` or an earlier run says",
+        help="captions/s of one GPU (runtime.device cpu: of one process), as `bench` or an earlier "
+        "run says",
     )
     speed.add_argument(
         "--calibrate",
@@ -187,9 +188,9 @@ def _add_price(plan: Any) -> None:
     )
     speed.add_argument(
         "--gpu",
-        default="H100",
         metavar="NAME",
-        help="where neither is given, the GPU whose peak is taken (default: %(default)s)",
+        help="where neither is given, the GPU whose peak is taken (default: H100; with "
+        "runtime.device cpu none)",
     )
     plan.add_argument(
         "--share",
@@ -203,7 +204,7 @@ def _add_price(plan: Any) -> None:
         type=_positive,
         default=8,
         metavar="N",
-        help="processes, each with a GPU, that write at a time (default: %(default)s)",
+        help="processes, each with a GPU or on CPUs, that write at a time (default: %(default)s)",
     )
     plan.add_argument(
         "--training-flops",

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 MOST_ENVIRONMENTS = 3
 """As many are named in a summary."""
 BEGINNING = 60
-"""Characters of a message that local rank 0 says in full."""
+"""Characters of a message that local rank 0 says in full; a word is said to its end."""
 MOST_WAITING = 1000
 """Lines that are kept for a log file that cannot be made yet."""
 IO_ERRORS = frozenset(
@@ -160,8 +160,9 @@ def _say(message: str, dist: DistContext, *, trace: bool = False, is_shared: boo
     it may be theirs alone after all.
     """
     shown = message
-    if is_shared and dist.local_rank > 0 and len(message) > BEGINNING:
-        shown = f"{message[:BEGINNING]}..."
+    end = message.find(" ", BEGINNING)
+    if is_shared and dist.local_rank > 0 and end > 0:
+        shown = f"{message[:end]} ..."
     whose = "" if dist.is_main else f"{_rank(dist)} "
     print(f"embed-precompute: {whose}{shown}", file=sys.stderr)
     log.error("%s", message, exc_info=trace, extra=FILE_ONLY)
@@ -333,12 +334,14 @@ def _plan(config: Config, arguments: Any) -> int:
         raise InputError("--epochs is given without --training-flops, the cost of a step: add it.")
     if arguments.calibrate and arguments.no_weights:
         raise InputError("--calibrate and --no-weights exclude each other: it runs the models.")
-    speed = None
+    speed, on_cpus = None, config.runtime.device == "cpu"
     if arguments.rate is not None:
-        speed = price.speed_of_rate(arguments.rate)
+        speed = price.speed_of_rate(arguments.rate, price.CPU if on_cpus else price.GPU)
+    elif on_cpus and arguments.gpu is None and not arguments.calibrate:
+        speed = price.speed_of_a_cpu()
     elif not arguments.calibrate:
         dtypes = {name: options.dtype for name, options in config.encoders.items()}
-        speed = price.speed_of_gpu(dtypes, arguments.gpu, arguments.share)
+        speed = price.speed_of_gpu(dtypes, arguments.gpu or "H100", arguments.share)
     training, dtype = None, config.output.dtype
     if arguments.training_flops is not None:
         training = price.Training(arguments.training_flops, arguments.epochs)

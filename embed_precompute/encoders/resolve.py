@@ -196,7 +196,7 @@ def open_encoder(
             raise InputError(
                 f"{where}.width is {options.width}, and {checkpoint.folder} makes vectors of "
                 f"{output.width}: it is another model than the preset's. Choose its checkpoint, or "
-                "correct the width (null: any) if another is meant."
+                "set the width to null if another is meant."
             )
     for output in outputs if options.empty == "nothing" else ():
         if output.positions in (None, "all"):

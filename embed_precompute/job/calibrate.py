@@ -24,7 +24,7 @@ from embed_precompute.encoders.peaks import peak_flops
 from embed_precompute.encoders.tokenizer import TokenBatch
 from embed_precompute.errors import InputError
 from embed_precompute.job.estimate import SampledCaptions
-from embed_precompute.job.price import Speed, flop_count
+from embed_precompute.job.price import CPU, GPU, Speed, flop_count
 from embed_precompute.steps import counted, steps
 
 SECONDS = 5.0
@@ -59,7 +59,8 @@ def calibrate(config: Config, sampled: SampledCaptions) -> Speed:
             f"({counted(len(rows), 'caption')} in {seconds:.1f} s)"
         )
         del encoder  # before the next one is loaded
-    return Speed(f"as measured on this {device_name(device)}: {'; '.join(said)}", rates)
+    basis = f"as measured on this {device_name(device)}: {'; '.join(said)}"
+    return Speed(basis, rates, process=GPU if device.startswith("cuda") else CPU)
 
 
 def _encode(encoder: TextEncoder, batches: Iterator[TokenBatch], end: float) -> list[int]:

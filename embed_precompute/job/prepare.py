@@ -214,8 +214,9 @@ def check_sampled_captions(prepared: Prepared, units_left: Collection[int], devi
     if not units_left:
         return
     plan, root, figures = prepared.plan, prepared.root, prepared.sampled.figures
-    for line in example_lines(figures, prepared.encoders):
-        log.info("%s", line)
+    if len(units_left) == plan.num_units:  # a run that goes on said so at its beginning
+        for line in example_lines(figures, prepared.encoders):
+            log.info("%s", line)
     for encoder in prepared.encoders:
         line, suspicious = tokenizer_line(encoder, figures)
         (log.warning if suspicious else log.info)("%s: tokenizer %s", encoder.opened.where, line)

@@ -31,6 +31,9 @@ RECORD_BYTES, NULL_RECORD_BYTES, RECORD_BYTES_PER_TENSOR = 1000, 600, 70
 OTHER_BYTES, OTHER_BYTES_PER_FILE = 8000, 230
 """plan.json, manifest.json, config.yaml and run.json; plan.json names each caption file."""
 MILLION, TERA = 1e6, 1e12
+GPU, CPU = "GPU", "CPU process"
+SHORT = 60
+"""Seconds of a run; a shorter one has no write rate worth saying."""
 SMALL_SHARE = 0.01
 """Of a training step: encoders that cost less are not worth storing."""
 CUT_PERCENT, LENGTH_STEP, WORTH = 99, 16, 0.8
@@ -176,7 +179,7 @@ def _error(values: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast one GPU encodes, and how that is known."""
+    """How fast one process encodes, and how that is known; nothing is known without a rate."""
 
     basis: str
     """What the figure assumes, for people."""
@@ -184,20 +187,36 @@ class Speed:
     """By encoder."""
     captions_per_s: float | None = None
     """Of all encoders together; then `flops_per_s` is not used."""
+    process: str = GPU
+    """What hours are said of: a GPU with a process of its own, or a `CPU process`."""
+
+    @property
+    def is_known(self) -> bool:
+        return bool(self.flops_per_s) or self.captions_per_s is not None
 
     def seconds(self, price: Price, flops: Mapping[str, float]) -> float:
-        """Seconds of one GPU for these operations of the price."""
+        """Seconds of one process for these operations of the price."""
         if self.captions_per_s is not None:
             whole = sum(price.own_flops.values()) or 1.0
             return sum(flops.values()) / whole * price.encoded / self.captions_per_s
         return sum(count / self.flops_per_s[name] for name, count in flops.items())
 
 
-def speed_of_rate(captions_per_s: float) -> Speed:
+def speed_of_rate(captions_per_s: float, process: str = GPU) -> Speed:
     """As the person says."""
     return Speed(
-        f"at {captions_per_s:,.5g} captions/s of one GPU, as --rate says",
+        f"at {captions_per_s:,.5g} captions/s of one {process}, as --rate says",
         captions_per_s=captions_per_s,
+        process=process,
+    )
+
+
+def speed_of_a_cpu() -> Speed:
+    """Not known: CPUs differ too much for an assumption."""
+    return Speed(
+        "no hours are assumed of a CPU (runtime.device): give --calibrate, --rate N (captions/s "
+        "of one process), or --gpu NAME for those of a GPU",
+        process=CPU,
     )
 
 
@@ -271,16 +290,19 @@ def price_lines(
     training: Training | None = None,
 ) -> list[str]:
     """The report of `plan` on the output, line by line; `left`: the units without a record, None:
-    all. Without `speed` nothing is said of hours."""
+    all. Without `speed` nothing is said of encoding, nor where nothing is left."""
     left = range(price.plan.num_units) if left is None else left
     lines = [*_output_lines(price, left), *_disk_lines(price, left, root)]
-    if not sum(price.own_flops.values()):  # no caption has anything to encode
+    if not left or not sum(price.own_flops.values()):  # no caption has anything to encode
         return lines
     if speed is not None:
         lines += _speed_lines(price, left, speed, ranks)
     lines += [f"{'advice':<10} {line}" for line in _advice(price)]
     if training is not None and speed is not None:
-        lines += _training_lines(price, speed, ranks, training)
+        if speed.is_known:
+            lines += _training_lines(price, speed, ranks, training)
+        else:
+            lines.append("training   not compared: there are no hours, see encoding")
     return lines
 
 
@@ -292,7 +314,7 @@ def run_line(price: Price, left: Collection[int], root: Path, speed: Speed | Non
     flops = {name: count * share for name, count in price.flops.items()}
     line += f"; {flop_count(sum(flops.values()))} to compute"
     if speed is not None:
-        line += f", {_hours(speed.seconds(price, flops))} GPU hours {speed.basis}"
+        line += f", {_hours(speed.seconds(price, flops))} {speed.process} hours {speed.basis}"
     return line
 
 
@@ -366,21 +388,54 @@ def _speed_lines(price: Price, left: Collection[int], speed: Speed, ranks: int) 
         "without what fills up a batch"
     )
     yield f"{'':<10} {speed.basis}"
-    if not (seconds := speed.seconds(price, price.flops)):
+    seconds = speed.seconds(price, price.flops) if speed.is_known else 0.0
+    if seconds:
+        yield from _time_lines(price, left, seconds, speed.process, ranks)
+    elif speed.is_known:
         yield f"{'':<10} nothing is encoded: all of it is copied"
-        return
+    if len(left) < ranks:
+        yield f"{'':<10} {_idle_ranks(price.plan, left, ranks)}"
+
+
+def _time_lines(
+    price: Price, left: Collection[int], seconds: float, process: str, ranks: int
+) -> Iterator[str]:
+    """What is left, of the `seconds` of one process for all; a unit is made by one rank."""
     share = sum(price.plan.unit_rows(unit)[1] for unit in left) / price.plan.num_rows
+    whole = f" for the rest ({_hours(seconds)} for all)" if share < 1 else ""
     per_million = _hours(seconds * MILLION / price.plan.num_samples)
-    rest = "" if share == 1 or not share else f"; {_hours(seconds * share)} for the rest"
+    most = -(-len(left) // ranks)  # units of one rank
+    wall = seconds * share * most / len(left)
+    working = min(ranks, len(left))
+    at = counted(ranks, "rank") if working == ranks else f"{working:,} of {counted(ranks, 'rank')}"
+    lasts = f"{_hours(wall)} hours" if wall >= SHORT else "less than a minute"
     yield (
-        f"{'':<10} {_hours(seconds)} GPU hours, {per_million} per million captions{rest}; "
-        f"{_hours(seconds / ranks)} hours at {counted(ranks, 'rank')} (--ranks), loading left out"
+        f"{'':<10} {_hours(seconds * share)} {process} hours{whole}, {per_million} per million "
+        f"captions; {lasts} at {at} (--ranks), loading left out"
     )
-    rate = sum(price.unit_bytes.values()) / seconds * ranks
-    files = FILES_PER_UNIT * price.plan.num_units / seconds * ranks
+    if wall < SHORT:
+        return
+    rate = sum(price.unit_bytes.values()) / seconds * working
+    files = FILES_PER_UNIT * price.plan.num_units / seconds * working
     yield (
-        f"{'':<10} the output must take {_rate(rate)} and {_figure(files)} files/s at "
-        f"{counted(ranks, 'rank')}, or the encoders wait"
+        f"{'':<10} the output must take {_rate(rate)} and {_figure(files)} files/s at {at}, or "
+        "the encoders wait"
+    )
+
+
+def _idle_ranks(plan: Plan, left: Collection[int], ranks: int) -> str:
+    """That ranks get no unit, and a shard size that has one for each, unless units are made already
+    or rows with lists cannot be split further."""
+    said = (
+        f"{counted(len(left), 'shard')} for {counted(ranks, 'rank')}: {ranks - len(left):,} would "
+        "have no work"
+    )
+    smaller = plan.num_samples // ranks
+    if len(left) < plan.num_units or min(plan.num_rows, smaller * ranks) < ranks:
+        return f"{said}; {counted(len(left), 'rank')} will do"
+    return (
+        f"{said}. output.samples_per_shard {smaller:,} (not {plan.samples_per_shard:,}) has one "
+        "for each"
     )
 
 
@@ -396,28 +451,28 @@ def _training_lines(price: Price, speed: Speed, ranks: int, training: Training) 
     yield (
         f"training   a step of {flop_count(training.flops)} a sample (--training-flops): encoding "
         f"in the loop adds {100 * share:.2g} % to it, and {byte_size(weights)} of weights to "
-        "each GPU"
+        f"each {speed.process}"
     )
     # The GPU trains at the rate at which it encodes: in operations per second.
     samples_per_s = flops / in_loop / training.flops
     yield (
         f"{'':<10} stored, a step reads {byte_size(price.per_caption)} a sample: "
         f"{_rate(price.per_caption * samples_per_s * ranks)} at {counted(ranks, 'rank')}, if "
-        f"training too computes {flop_count(flops / in_loop)}/s on a GPU"
+        f"training too computes {flop_count(flops / in_loop)}/s on a {speed.process}"
     )
     epochs = training.epochs
     if epochs is None:
         yield (
-            f"{'':<10} {_hours(in_loop)} GPU hours in the loop for each epoch, {_hours(stored)} "
-            "once and stored (--epochs N compares them)"
+            f"{'':<10} {_hours(in_loop)} {speed.process} hours in the loop for each epoch, "
+            f"{_hours(stored)} once and stored (--epochs N compares them)"
         )
     else:
         yield (
-            f"{'':<10} {_hours(in_loop * epochs)} GPU hours in the loop over {epochs:g} epochs, "
-            f"{_hours(stored)} once and stored in {byte_size(price.total)}"
+            f"{'':<10} {_hours(in_loop * epochs)} {speed.process} hours in the loop over "
+            f"{epochs:g} epochs, {_hours(stored)} once and stored in {byte_size(price.total)}"
         )
     if epochs is not None and epochs * in_loop <= stored:
-        yield f"{'':<10} don't store: over {epochs:g} epochs that saves no GPU hour"
+        yield f"{'':<10} don't store: over {epochs:g} epochs that saves no {speed.process} hour"
     elif share < SMALL_SHARE:
         yield (
             f"{'':<10} don't store: encoders below {100 * SMALL_SHARE:g} % of a step hardly pay "
@@ -426,7 +481,7 @@ def _training_lines(price: Price, speed: Speed, ranks: int, training: Training) 
     elif epochs is not None:
         saved = (epochs * in_loop - stored) / 3600
         yield (
-            f"{'':<10} storing saves {_figure(saved)} GPU hours, "
+            f"{'':<10} storing saves {_figure(saved)} {speed.process} hours, "
             f"{_figure(saved / (price.total / 2**40))} for each TiB"
         )
 

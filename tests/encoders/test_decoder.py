@@ -754,7 +754,7 @@ def test_captions_that_merge_with_the_template(tmp_path: Path) -> None:
     write_captions(captions, ["x", "\n"])
     code, log = run("fail", captions={"on_bad_text": "fail"}, **cropped)
     assert code == 2
-    assert "row 1 (the first is row 0): " + words in log
+    assert "row 1 (rows count from 0): " + words in log
 
 
 def test_plan_shows_the_prompt_and_what_is_taken(folder_of: Any, tmp_path: Path) -> None:

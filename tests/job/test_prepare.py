@@ -90,7 +90,7 @@ def test_plan_counts_what_is_left(
     assert "lacking:" not in said
     paths_of(tmp_path / "out", 1).record.unlink()
     said = expect(0, "plan", job)
-    assert "1 of 2 shards are there already, 23 files for the rest" in said  # and what comes last
+    assert "1 of 2 shards are there already, 24 files for the rest" in said  # and what comes last
     assert 0.6 * disk(whole) < disk(said) < 0.8 * disk(whole)
     assert "WARNING    23 files are needed, 0 are free" in said
     assert "already" not in expect(0, "plan", job, "--no-weights")
@@ -237,7 +237,7 @@ def test_all_encoders_that_are_missing_are_named(job: Path) -> None:
     """In the order of the configuration."""
     encoders = "{t5: {kind: t5, pretrained: /no/t5}, clip: {kind: clip, pretrained: /no/clip}}"
     said = expect(2, "plan", job, "--no-weights", "--encoders", encoders)
-    named = "t5, clip cannot be opened. The first: encoders.t5.pretrained is '/no/t5': there is no"
+    named = "clip, t5 cannot be opened. The first: encoders.clip.pretrained is '/no/clip': there is no"
     assert named in said
 
 

@@ -25,8 +25,19 @@ def sizes(said: str) -> dict[str, float]:
     return {name: float(number.replace(",", "")) * UNITS[unit] for name, number, unit in rows}
 
 
-def hours(said: str) -> float:
-    return float(said.partition(" GPU hours")[0].rpartition(" ")[2].replace(",", ""))
+def hours(said: str, of: str = "GPU") -> float:
+    return float(said.partition(f" {of} hours")[0].rpartition(" ")[2].replace(",", ""))
+
+
+def write_rate(said: str) -> float:
+    """Files a second."""
+    (rate,) = re.findall(r"must take .* and ([\d.]+) files/s at ", said)
+    return float(rate)
+
+
+def files_per_s(rank_hours: float) -> float:
+    """Of one rank that makes the 8 units of the job."""
+    return 3 * 8 / rank_hours / 3600
 
 
 @pytest.fixture
@@ -88,12 +99,18 @@ def test_the_bytes_of_a_sample_are_within_the_stated_error(job: Path) -> None:
 def test_hours_follow_from_a_rate_a_peak_or_this_device(
     job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = expect(0, "plan", job, "--rate", "100", "--ranks", "4")
-    assert "at 100 captions/s of one GPU, as --rate says" in said
+    rate = ("--rate", "0.1", "--ranks")
+    said = expect(0, "plan", job, *rate, "4", "--runtime.device", "auto")
+    assert "at 0.1 captions/s of one GPU, as --rate says" in said
     (share,) = re.findall(r"saves .* \((\d+\.\d) %\)", said)  # equal texts are encoded once
     assert 25 < float(share) < 55
-    assert hours(said) == pytest.approx(299 / 100 / 3600 / 2, rel=0.05)
-    assert f"{hours(said) / 4:.3g} hours at 4 ranks" in said
+    whole = hours(said)
+    assert whole == pytest.approx(299 / 0.1 / 3600 / 2, rel=0.05)
+    (wall,) = re.findall(r"; ([\d.]+) hours at 4 ranks \(--ranks\)", said)
+    assert float(wall) == pytest.approx(whole / 4, rel=0.01)
+    assert write_rate(said) == pytest.approx(4 * files_per_s(whole), rel=0.02)
+    said = expect(0, "plan", job, *rate, "7", "--runtime.device", "auto")
+    assert f"; {wall} hours at 7 ranks" in said  # 8 shards: one rank makes two
 
     said = expect(
         0, "plan", job, "--gpu", "A100", "--share", "0.5", "--encoders.t5.dtype", "bfloat16"
@@ -109,8 +126,60 @@ def test_hours_follow_from_a_rate_a_peak_or_this_device(
     monkeypatch.setattr(calibrate, "SECONDS", 0.01)
     said = expect(0, "plan", job, "--calibrate")
     assert re.search(r"as measured on this .*: clip \d.*FLOP/s \(\d+ captions? in \d", said)
-    assert hours(said) > 0
+    assert hours(said, "CPU process") > 0
     assert "--calibrate and --no-weights" in expect(2, "plan", job, "--calibrate", "--no-weights")
+
+
+def test_no_hours_of_a_gpu_for_a_job_on_cpus(job: Path) -> None:
+    said = expect(0, "plan", job)
+    assert "encoding " in said
+    assert "no hours are assumed of a CPU (runtime.device): give --calibrate, --rate N" in said
+    for word in ("hours,", "H100", "must take"):
+        assert word not in said
+    step = ("plan", job, "--training-flops", "1e9")
+    assert "training   not compared: there are no hours, see encoding" in expect(0, *step)
+    said = expect(0, *step, "--rate", "0.1")
+    assert "at 0.1 captions/s of one CPU process, as --rate says" in said
+    assert hours(said, "CPU process") > 0
+    assert "GPU" not in said
+    assert hours(expect(0, "plan", job, "--gpu", "H100")) > 0
+
+
+def test_ranks_without_a_shard_are_not_counted(job: Path) -> None:
+    rate = ("plan", job, "--rate", "0.1", "--runtime.device", "auto", "--ranks")
+    said = expect(0, *rate, "16")
+    (wall,) = re.findall(r"; ([\d.]+) hours at 8 of 16 ranks \(--ranks\)", said)
+    assert float(wall) == pytest.approx(hours(said) / 8, rel=0.01)
+    assert write_rate(said) == pytest.approx(8 * files_per_s(hours(said)), rel=0.02)
+    hint = "8 shards for 16 ranks: 8 would have no work. output.samples_per_shard 18 (not 40) has"
+    assert hint in said
+    assert "no work" in expect(0, "plan", job, "--ranks", "16")  # whether hours are known or not
+    said = expect(0, *rate, "16", "--output.samples_per_shard", "18")
+    assert "hours at 16 ranks" in said
+    assert "no work" not in said
+    said = expect(0, "plan", job, "--rate", "100")
+    assert "; less than a minute at 8 ranks (--ranks), loading left out" in said
+    assert "must take" not in said  # a mean over seconds says nothing
+
+
+def test_what_is_left_of_a_begun_dataset_is_priced(job: Path, tmp_path: Path) -> None:
+    whole = hours(expect(0, "plan", job, "--rate", "0.1"), "CPU process")
+    expect(0, "run", job)
+    words = ("plan", job, "--rate", "0.1", "--ranks", "4", "--training-flops", "1e9")
+    said = expect(0, *words)
+    assert "; 8 of 8 shards are there already\n" in said
+    assert said.splitlines()[-1].startswith("disk       nothing is lacking")
+    for record in sorted(tmp_path.glob("out/**/*.json")):
+        if re.search(r"shard-0*[01]\.", record.name):
+            record.unlink()
+    (tmp_path / "out" / MANIFEST).unlink()
+    said = expect(0, *words)
+    assert "; 6 of 8 shards are there already, " in said
+    rest = hours(said, "CPU process")
+    assert rest == pytest.approx(whole * 80 / 300, rel=0.05)
+    assert f" for the rest ({whole:.3g} for all), " in said
+    assert " hours at 2 of 4 ranks (--ranks)" in said
+    assert "2 shards for 4 ranks: 2 would have no work; 2 ranks will do\n" in said
 
 
 def test_advice_is_given_where_it_applies(job: Path) -> None:
@@ -130,7 +199,8 @@ def test_storing_is_compared_with_encoding_in_the_loop(job: Path) -> None:
     said = expect(0, "plan", job)
     assert "training " not in said
     flops = float(re.findall(r"encoding +([\d.]+) MFLOP a caption", said)[0]) * 1e6
-    step = ("plan", job, "--training-flops", f"{10 * flops:.0f}", "--ranks", "2")
+    gpu = ("--gpu", "H100")
+    step = ("plan", job, "--training-flops", f"{10 * flops:.0f}", "--ranks", "2", *gpu)
     said = expect(0, *step, "--epochs", "4")
     assert "encoding in the loop adds 10 % to it" in said
     assert "storing saves " in said
@@ -138,7 +208,8 @@ def test_storing_is_compared_with_encoding_in_the_loop(job: Path) -> None:
     assert "GPU hours in the loop for each epoch" in expect(0, *step)
     said = expect(0, *step, "--epochs", "0.25")
     assert "don't store: over 0.25 epochs that saves no GPU hour" in said
-    cheap = expect(0, "plan", job, "--training-flops", f"{1000 * flops:.0f}", "--epochs", "4")
+    step = ("plan", job, "--training-flops", f"{1000 * flops:.0f}", *gpu)
+    cheap = expect(0, *step, "--epochs", "4")
     assert "don't store: encoders below 1 % of a step hardly pay for" in cheap
     assert "--epochs is given without --training-flops" in expect(2, "plan", job, "--epochs", "2")
 
