@@ -7,6 +7,7 @@ A README.md that a person wrote is left alone. No caption stands in it.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from embed_precompute.audit.info import encoder_words, recipe_words
 from embed_precompute.encoders.hub import HUB_ID
 from embed_precompute.samples import Status
 from embed_precompute.steps import counted
-from embed_precompute.store.commit import replace_bytes
+from embed_precompute.store.commit import remove_file, replace_bytes
 from embed_precompute.store.index import read_manifest
 from embed_precompute.store.manifest import finished_plan
 
@@ -39,16 +40,24 @@ def write_card(root: Path) -> bool:
     Raises FileNotFoundError while the dataset is not finalised.
     """
     path = root / CARD
-    try:
-        with path.open("rb") as file:
-            if MARK.encode() not in file.read(200):
-                return False
-    except FileNotFoundError:
-        pass
-    except OSError:  # a folder, or it may not be read
+    if os.path.lexists(path) and not _is_ours(path):
         return False
     replace_bytes(path, card_text(root).encode(errors="backslashreplace"))
     return True
+
+
+def remove_card(root: Path) -> None:
+    """Removes the card if it is ours: its dataset is no longer finished."""
+    if _is_ours(root / CARD):
+        remove_file(root / CARD)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.readline(200) == b"---\n" and file.readline(200).startswith(MARK.encode())
+    except OSError:  # it is not there, or a folder, or it may not be read
+        return False
 
 
 def configured(root: Path) -> dict[str, Mapping[str, Any]]:

@@ -22,11 +22,16 @@ from embed_precompute.audit.facts import BUCKETS, NORM_VECTORS, Facts
 from embed_precompute.audit.info import DatasetStatus, encoder_words, recipe_words
 from embed_precompute.audit.timeline import LEAST_GAP_S, Row, Timeline, Work
 from embed_precompute.encoders.peaks import peak_flops
-from embed_precompute.job.metrics import Effort
+from embed_precompute.job.metrics import MOST, Effort
 from embed_precompute.samples import Status
 from embed_precompute.steps import byte_size, counted, duration
 from embed_precompute.store.rows import StoredSample
 
+BEGIN = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<meta name="generator" content="embed-precompute report">'
+)
+"""How every page begins: a file that does not is somebody else's."""
 LISTED = 10
 """Lines of a table of files, units or gaps."""
 TEXT_CHARACTERS = 160
@@ -77,7 +82,7 @@ def page_of(data: Dataset) -> bytes:
         )
     )
     page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"{BEGIN}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style></head><body><main>"
         f"<h1>{title}</h1>{_summary(data)}{''.join(_head(data))}{sections}"
@@ -395,15 +400,16 @@ def _speed(data: Dataset) -> Iterator[str]:
     rests = line.rests()
     yield "<h3>Idle gaps</h3>"
     paused = sum(end - begin for begin, end in line.pauses)
-    idle, whole = sum(r.end - r.begin for r in rests), line.seconds - paused
+    idle = sum(rest.end - rest.begin for rest in rests)
+    whole = idle + sum(work.seconds for work in line.work)
     if line.pauses:
         yield (
             f"<p>Between runs nothing was at work: {counted(len(line.pauses), 'time')}, "
             f"{duration(paused)} together. That is no idleness and not counted here.</p>"
         )
     yield _note(
-        f"While the job ran, ranks wrote nothing for {percent(idle, whole * len(line.by_rank))} of "
-        f"their time ({duration(whole)}, {counted(len(line.by_rank), 'rank')}). Gaps under "
+        f"While runs had them, ranks wrote nothing for {percent(idle, whole)} of their time "
+        f"({duration(whole)} of {counted(len(line.by_rank), 'rank')} together). Gaps under "
         f"{LEAST_GAP_S:g} s do not count."
     )
     found = [
@@ -430,7 +436,7 @@ def _over_time(
     line: Timeline, rows: dict[int, Row], what: str, words: Callable[[float], str]
 ) -> Iterator[str]:
     """A plot of what each rank did over time; `words` puts a value into words."""
-    found = sorted(v for row in rows.values() for v in row if v is not None)
+    found = sorted(v for row in rows.values() for v in row if v)
     most = found[int(0.98 * (len(found) - 1))] if found else 0.0  # one odd unit must not set it
     above = ", 2 % of the time above it" if found and found[-1] > most else ""
     x = plots.time_axis(line.seconds)
@@ -508,7 +514,7 @@ def _verification(data: Dataset) -> Iterator[str]:
         yield "<p>Never verified: <code>embed-precompute verify DIR</code> reads every byte.</p>"
         return
     problems, when = found.get("problems"), found.get("time")
-    number = counted(problems, "problem") if isinstance(problems, int) else "not noted"
+    number = _noted(problems, lambda number: counted(int(number), "problem"))
     yield _note("What the last verify said. Units that were written later are not in it.")
     yield _table(
         (),
@@ -517,8 +523,8 @@ def _verification(data: Dataset) -> Iterator[str]:
             ("level", _esc(found.get("level"))),
             ("dataset then", "complete" if found.get("complete") is True else "not complete"),
             ("when", _esc(when)),
-            ("read", byte_size(n) if isinstance(n := found.get("bytes"), int) else "not noted"),
-            ("took", duration(s) if isinstance(s := found.get("seconds"), float) else "not noted"),
+            ("read", _noted(found.get("bytes"), byte_size)),
+            ("took", _noted(found.get("seconds"), duration)),
         ],
     )
     if _is_newer(data):
@@ -592,6 +598,11 @@ def _outcome(sample: StoredSample) -> str:
 def _text(text: str) -> str:
     """A caption: its direction is its own and leaves the page's alone."""
     return f'<bdi dir="auto">{_esc(_shown(text))}</bdi>' if text else "(empty)"
+
+
+def _noted(value: object, words: Callable[[float], str]) -> str:
+    """A figure of a file for people, where anything may stand."""
+    return words(value) if isinstance(value, int | float) and 0 <= value < MOST else "not noted"
 
 
 def _clock(seconds: float) -> str:

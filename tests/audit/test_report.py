@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -163,6 +164,25 @@ def test_output_leaves_the_dataset_alone(root: Path, tmp_path: Path) -> None:
     assert f"{tmp_path / 'file'} is not a folder" in said
     said = expect(2, "report", root, "--output", tmp_path)
     assert f"{tmp_path} is a folder. Give a file, such as {tmp_path / 'report.html'}." in said
+
+
+def test_only_its_own_page_is_overwritten(root: Path, tmp_path: Path) -> None:
+    own, empty, link = root / "report.html", tmp_path / "empty.html", tmp_path / "link.html"
+    own.write_text("<!doctype html><p>mine")
+    link.symlink_to(tmp_path / "nothing")
+    before = dataset_bytes(root)
+    for words in ((), ("--output", root / "plan.json"), ("--output", link)):
+        said = expect(2, "report", root, *words)
+        assert f"{words[-1] if words else own} is there, and is no page of a report" in said
+    assert own.read_text() == "<!doctype html><p>mine"
+    assert link.is_symlink()
+    assert dataset_bytes(root) == before
+    empty.touch()
+    expect(0, "report", root, "--output", empty)
+    expect(0, "report", root, "--output", empty)
+    own.unlink()
+    expect(0, "report", root)
+    assert own.read_bytes() == empty.read_bytes()
 
 
 def test_texts_are_shown_and_do_nothing(tmp_path: Path) -> None:
@@ -358,6 +378,26 @@ def test_rates_and_rests(tmp_path: Path) -> None:
     ]
 
 
+def test_the_rate_is_that_of_the_time_at_work(tmp_path: Path) -> None:
+    """Three days in a queue between two runs: a piece of the time holds both work and rest."""
+    days = 3 * 86400
+    write_metrics(
+        tmp_path,
+        [line(start + 10 * n, 10, n, samples=100) for start in (0, days) for n in range(1, 61)],
+    )
+    (rates,) = timeline(tmp_path).rates(lambda work: work.samples).values()
+    found = [rate for rate in rates if rate is not None]
+    assert found == pytest.approx([10.0] * len(found))
+    assert 2 <= len(found) < 6
+
+
+def test_a_height_of_lanes_where_most_of_the_time_nothing_is_done(root: Path) -> None:
+    write_metrics(root, [line(300, 300, -1), line(301, 1, 0)])
+    words = report(root).sections["Speed of the ranks"]
+    assert "full height is 0" not in words
+    assert "full height is 5" in words
+
+
 def test_the_time_between_runs_is_not_idle(tmp_path: Path) -> None:
     """Both ranks are preempted from 30 to 90; rank 1 rests before that, and at the end."""
     write_metrics(
@@ -374,7 +414,32 @@ def test_the_time_between_runs_is_not_idle(tmp_path: Path) -> None:
     write_units(tmp_path, ["a", "b"], 1)
     words = report(tmp_path).sections["Speed of the ranks"]
     assert "Between runs nothing was at work: 1 time, 1 min 0 s together" in words
-    assert "ranks wrote nothing for 16.67 % of their time (1 min 0 s, 2 ranks)" in words
+    assert "wrote nothing for 16.67 % of their time (2 min 0 s of 2 ranks together)" in words
+
+
+def test_a_rank_is_idle_in_runs_that_had_it(tmp_path: Path) -> None:
+    """Four ranks for a minute, rank 3 for half of it; then one rank for ten hours, then two."""
+    ranks = [[line(60, 60, n)] for n in range(3)] + [[line(30, 30, 3)]]
+    ranks[0] += [line(60 + 3600 * n, 3600, 3 + n) for n in range(1, 11)]
+    ranks[0] += [line(36160, 100, 14)]
+    ranks[1] += [line(36120, 60, 15)]
+    write_metrics(tmp_path, *ranks)
+    write_units(tmp_path, ["a", "b"], 1)
+    starts: list[Any] = [
+        {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(1e9 + at)), "world_size": size}
+        for at, size in ((0, 4), (60, 1), (36060, 2))
+    ]
+    (tmp_path / "run.json").write_text(json.dumps({"runs": [*starts, {"started": "soon"}, 3]}))
+    words = report(tmp_path).sections["Speed of the ranks"]
+    assert "wrote nothing for 0.1921 % of their time (10 h 7 min of 4 ranks together)" in words
+    found = read_timeline(tmp_path, {"runs": starts})
+    assert found is not None
+    assert [(r.rank, r.begin - 1e9, r.end - 1e9) for r in found.rests()] == [
+        (1, 36120, 36160),
+        (3, 30, 60),
+    ]
+    (tmp_path / "run.json").write_text('{"runs": 3}')
+    assert "wrote nothing for 74" in report(tmp_path).sections["Speed of the ranks"]
 
 
 def test_lines_of_other_releases_and_torn_lines(tmp_path: Path) -> None:
@@ -430,6 +495,14 @@ def test_verify_says_what_it_found(root: Path) -> None:
     assert noted["first"][0].startswith(str(path))
     assert set(noted) == {*("time", "level", "complete", "problems", "first", "bytes", "seconds")}
     assert "1 problem " in report(root).sections["Verification"]
+    path = root / "logs" / "verify.json"
+    for odd in ("NaN", "Infinity", "1" + 400 * "0", '"x"'):
+        path.write_text(f'{{"problems": 2, "seconds": {odd}, "bytes": {odd}}}')
+        words = report(root).sections["Verification"]
+        assert words.count("not noted") == 2
+        assert "2 problems" in words
+    path.write_text(json.dumps(noted))
+
     assert "did not end without problems" in report(root).sections[""]
     late = line(5e9, 1)  # after the check
     write_metrics(root, [late])
@@ -456,11 +529,32 @@ def test_the_card_is_written_by_run_finalize_and_report(root: Path) -> None:
     (root / "README.md").write_bytes(written.replace(b"n<1K", b"n<2K"))
     expect(0, "finalize", root)
     assert (root / "README.md").read_bytes() == written
-    own = written.replace(b"# made by", b"# by")
-    (root / "README.md").write_bytes(own)
-    assert "left as it is" in expect(0, "report", root)
-    assert (root / "README.md").read_bytes() == own
+    for own in (
+        written.replace(b"# made by", b"# by"),
+        b"# mine\n\n# made by embed-precompute, and then by me",
+    ):
+        (root / "README.md").write_bytes(own)
+        assert "left as it is" in expect(0, "report", root)
+        assert (root / "README.md").read_bytes() == own
     assert "not ours" not in expect(0, "verify", root)
+    (root / "README.md").unlink()
+    (root / "README.md").symlink_to(root / "nothing")
+    assert "left as it is" in expect(0, "report", root)
+    assert (root / "README.md").is_symlink()
+
+
+@pytest.mark.parametrize("owner", ["program", "person"])
+def test_a_repair_that_opens_units_removes_our_card(owner: str, root: Path) -> None:
+    """Its counts are those of the dataset before."""
+    path = root / "README.md"
+    if owner == "person":
+        path.write_text("# mine")
+    written = path.read_bytes()
+    expect(0, "repair", root)
+    assert path.read_bytes() == written
+    paths_of(root, 1).shard.unlink()
+    expect(5, "repair", root)
+    assert path.exists() is (owner == "person")
 
 
 def test_the_hub_understands_the_card(root: Path) -> None:
