@@ -440,7 +440,7 @@ def _idle_ranks(plan: Plan, left: Collection[int], ranks: int) -> str:
     )
     smaller = plan.num_samples // ranks
     if len(left) < plan.num_units or min(plan.num_rows, smaller * ranks) < ranks:
-        return said
+        return f"{said}; {counted(len(left), 'rank')} will do"
     return (
         f"{said}. output.samples_per_shard {smaller:,} (not {plan.samples_per_shard:,}) has one "
         "for each"

@@ -122,7 +122,7 @@ def test_an_extension_that_is_not_finished(job: Path, captions: Path, out: Path)
     write_file(captions, "a.parquet", 12, 20)
     said = expect(0, "plan", job, "--extend", "--write")
     assert "1 file more, with 8 samples" in said
-    assert "5 shards of up to 5 samples; 3 of 5 shards are there already, 27 files" in said
+    assert "5 shards of up to 5 samples; 3 of 5 shards are there already, 28 files" in said
     assert "for the rest" in said
     assert ids(out) == [f"s{i}" for i in range(12)]
     said = expect(5, "status", out)

@@ -214,7 +214,7 @@ def test_what_is_left_of_a_begun_dataset_is_priced(job: Path, tmp_path: Path) ->
     assert rest == pytest.approx(whole * 80 / 300, rel=0.05)
     assert f" for the rest ({whole:.3g} for all), " in said
     assert " hours at 2 of 4 ranks (--ranks)" in said
-    assert "2 shards for 4 ranks: 2 would have no work\n" in said
+    assert "2 shards for 4 ranks: 2 would have no work; 2 ranks will do\n" in said
 
 
 def test_advice_is_given_where_it_applies(job: Path) -> None:
