@@ -120,7 +120,7 @@ def command_parser() -> argparse.ArgumentParser:
         type=_count,
         default=10_000,
         metavar="N",
-        help="input rows that are tokenised for the figures, evenly out of the table; 0 = all "
+        help="input rows that are tokenised for the figures, from all over the table; 0 = all "
         "(default: %(default)s)",
     )
 

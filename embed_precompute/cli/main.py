@@ -346,7 +346,8 @@ def _plan(config: Config, arguments: Any) -> int:
     if arguments.training_flops is not None:
         training = price.Training(arguments.training_flops, arguments.epochs)
     show = functools.partial(price.price_lines, ranks=arguments.ranks, training=training)
-    if arguments.limit is None and (quick := quick_plan(config)) is not None:
+    whole = arguments.limit is None and not arguments.reuse
+    if whole and (quick := quick_plan(config)) is not None:
         sampled, plan = quick
         few = counted(sampled.figures.samples, "caption")
         print(f"A first answer, from {few} at the beginnings of row groups:")
@@ -363,7 +364,7 @@ def _plan(config: Config, arguments: Any) -> int:
         with_weights=not arguments.no_weights,
     )
     plan, sampled, root = prepared.plan, prepared.sampled, prepared.root
-    figures = sampled.measured(arguments.sample or None, prepared.reuse)
+    figures = sampled.measured(arguments.sample or None)
     for line in [
         price.names_line(plan, has_weights=not arguments.no_weights),
         *price.head_lines(plan),

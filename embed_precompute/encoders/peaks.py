@@ -6,6 +6,7 @@ A peak is a yardstick and no forecast: a matrix product reaches a part of it, a 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 SHARE_OF_PEAK = 0.4
 """The share that a forecast assumes, of which nothing is measured: Llama 3 405B was trained at 0.38
@@ -70,13 +71,22 @@ def peak_flops(device: str, dtype: str) -> float | None:
     `device`: its product name, as torch.cuda.get_device_name and nvidia-smi give it, or a short one
     such as `H100`. `dtype`: bfloat16, float16 or float32.
     """
-    words = re.findall(r"\w+", device.upper())
-    product = " ".join(word for word in words if not _SAYS_NOTHING.fullmatch(word))
+    product = _product(device)
     if product not in _TERA or dtype not in _DTYPES:
         return None
     return _TERA[product][_DTYPES.index(dtype)] * 1e12 or None
 
 
-def known_gpus() -> list[str]:
-    """The short names of all GPUs with a known peak."""
-    return list(_TERA)
+def is_known(device: str) -> bool:
+    """Whether the GPU has known peaks, in whatever dtypes."""
+    return _product(device) in _TERA
+
+
+def known_gpus(dtypes: Collection[str]) -> list[str]:
+    """The short names of all GPUs with a known peak in each of these dtypes."""
+    return [name for name in _TERA if all(peak_flops(name, dtype) for dtype in dtypes)]
+
+
+def _product(device: str) -> str:
+    words = re.findall(r"\w+", device.upper())
+    return " ".join(word for word in words if not _SAYS_NOTHING.fullmatch(word))

@@ -1,7 +1,7 @@
 """What some of the captions tell about a job: tokens, duplicates, operations.
 
 The shard size, the price (`job/price`) and the report are estimated from one reading of 10,000
-input rows that lie evenly over the table. In the report the numbers of rows, samples and shards are
+input rows from all over the table. In the report the numbers of rows, samples and shards are
 exact. Figures that need tokens come from those rows, or from all; the report says how many samples
 were read. What depends on whole units (equal texts, rows parts) comes from some units that are made
 in memory as a run makes them, all but their vectors. Nothing is written.
@@ -13,6 +13,7 @@ import bisect
 import functools
 import itertools
 import math
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ class TokenFigures:
     """Captions that are empty after the encoder's text steps."""
     vectors: Counter[str] = field(default_factory=Counter)
     """Number of stored vectors, by tensor."""
+    real: int = 0
+    """Vectors of a tensor that stores real tokens alone."""
     whole_characters: int = 0
     """Characters of the captions that are not truncated."""
     flops: float = 0.0
@@ -104,8 +107,8 @@ class Figures:
     """Captions that another dataset has, by encoder."""
     examples: list[str] = field(default_factory=list)
     """The first texts as they are encoded."""
-    runs: list[float] = field(default_factory=list)
-    """Bytes of embeddings per sample, in float32, of each run of rows."""
+    runs: list[tuple[float, float]] = field(default_factory=list)
+    """(bytes of embeddings in float32, samples) of each run of rows."""
 
     @property
     def encoded(self) -> int:
@@ -145,8 +148,8 @@ class UnitSums:
     """Operations of what is stored, by encoder."""
     own_flops: dict[str, float] = field(default_factory=dict)
     """Operations if each sample had its own."""
-    ratios: list[float] = field(default_factory=list)
-    """For each unit, its shard's tensors to what they would take if each sample had its own."""
+    merged: list[tuple[float, float]] = field(default_factory=list)
+    """(bytes of its shard's tensors, the same if each sample had its own) of each unit."""
 
 
 class SampledCaptions:
@@ -159,10 +162,12 @@ class SampledCaptions:
         num_rows: int,
         last_row_samples: int | None,
         runs: Sequence[tuple[int, int]] = (),
+        reuse: Reuse | None = None,
     ) -> None:
         """`num_rows` and `last_row_samples` are those of the scan, or of the stored plan. `runs`:
-        (first row, rows) of the runs to look at, if not those of `sampled_runs`."""
-        self.runs = runs
+        (first row, rows) of the runs to look at, if not those of `sampled_runs`. `reuse`: the
+        datasets whose captions are counted in `Figures.copied`."""
+        self.runs, self._reuse = runs, reuse
         self._table, self.encoders = table, encoders
         self._num_rows, self._last_row_samples = num_rows, last_row_samples
         self.spread = "evenly spread" if not runs else "at the beginnings of row groups"
@@ -174,18 +179,16 @@ class SampledCaptions:
         """The figures of 10,000 input rows."""
         return self.measure(SAMPLED_ROWS, keep=True)
 
-    def measured(self, max_rows: int | None, reuse: Reuse | None) -> Figures:
+    def measured(self, max_rows: int | None) -> Figures:
         """`measure`, or `figures` where they are the same."""
-        if reuse is None and max_rows == SAMPLED_ROWS:
-            return self.figures
-        return self.measure(max_rows, reuse)
+        return self.figures if max_rows == SAMPLED_ROWS else self.measure(max_rows)
 
     def units(self, plan: Plan, num_samples: int) -> Iterator[Unit]:
-        """Some units of the plan, evenly out of all, as a run reads and tokenises them: of about
-        `num_samples` samples. What was read for `figures` is not read again."""
+        """Some units, one of each of as many equal parts of the plan, as a run reads and tokenises
+        them: of about `num_samples` samples. What was read for `figures` is not read again."""
         wanted = max(LEAST_UNITS, -(-num_samples // plan.samples_per_shard))
         count = min(plan.num_units, wanted)
-        numbers = [plan.num_units * (2 * i + 1) // (2 * count) for i in range(count)]
+        numbers = one_of_each(plan.num_units, count)
         reader = self._table.reader(self._num_rows, self._last_row_samples)
         has_all = len(self.kept) > 0 and plan.num_rows <= SAMPLED_ROWS
         rows = [sample.row for sample in self.kept]
@@ -217,7 +220,8 @@ class SampledCaptions:
             own = {name: sum(each[row] for row in rows) for name, each in unit.lengths.items()}
             sums.own.update(own)
             own_sizes = shard_bytes(plan.fingerprint, unit.number, plan.tensors, len(rows), own)
-            sums.ratios.append(sum(sizes.values()) / max(1, sum(own_sizes.values())))
+            own_sizes.pop("")
+            sums.merged.append((sum(sizes.values()), sum(own_sizes.values())))
             for encoder in self.encoders:
                 tokens = unit.tokens[encoder.name]
                 for total, captions in (
@@ -236,14 +240,9 @@ class SampledCaptions:
         sums.table = table_bytes(plan.tensors, iter(parts))
         return sums
 
-    def measure(
-        self, max_rows: int | None, reuse: Reuse | None = None, *, keep: bool = False
-    ) -> Figures:
-        """Returns the figures of `max_rows` input rows (None: of all).
-
-        `reuse`: the datasets whose captions are counted in `Figures.copied`. `keep`: the samples
-        are kept for `units`.
-        """
+    def measure(self, max_rows: int | None, *, keep: bool = False) -> Figures:
+        """Returns the figures of `max_rows` input rows (None: of all). `keep`: the samples are kept
+        for `units`."""
         reader = self._table.reader(self._num_rows, self._last_row_samples)
         sums = {encoder.name: TokenFigures() for encoder in self.encoders}
         figures = Figures(noted=reader.noted, first_noted=reader.first_noted, encoders=sums)
@@ -259,14 +258,14 @@ class SampledCaptions:
             figures.status.update(sample.status.label for sample in samples)
             encoded = [text.encode() for text in texts]
             hashes.append(np.array([xxhash.xxh3_64_intdigest(t) for t in encoded], np.uint64))
-            if reuse is not None:
-                figures.copied.update(reuse.count(texts))
+            if self._reuse is not None:
+                figures.copied.update(self._reuse.count(texts))
             before = figures.embedding_bytes(self.encoders, "float32")
             for encoder in self.encoders:
                 unknown = _add(figures.encoders[encoder.name], encoder, texts)
                 reader.note_unknown(encoder.name, valid, unknown)
             added = figures.embedding_bytes(self.encoders, "float32") - before
-            figures.runs.append(added / max(1, len(samples)))
+            figures.runs.append((added, len(samples)))
         reader.close()
         figures.distinct = len(np.unique(np.concatenate(hashes)))
         return figures
@@ -275,18 +274,32 @@ class SampledCaptions:
 def sampled_runs(num_rows: int, max_rows: int | None) -> Iterator[tuple[int, int]]:
     """(first row, rows) of each run of input rows to look at, in ascending order.
 
-    100 runs, each in the middle of a hundredth of the table, so that a table that is sorted by
-    length or by source counts as it is. A run lies in one row group, or in two.
+    100 runs, each somewhere in a hundredth of the table: one that is sorted counts as it is, and so
+    does one that repeats itself, such as files that are each sorted by length. Every row is as
+    likely as another: a run that begins near the end of its hundredth goes on at the beginning of
+    it. Which rows they are depends on `num_rows` and `max_rows` alone.
     """
     if max_rows is None or max_rows >= num_rows:
         for first in range(0, num_rows, PIECE_ROWS):
             yield first, min(PIECE_ROWS, num_rows - first)
         return
     runs = min(RUNS, max_rows)
-    for i in range(runs):
+    firsts = one_of_each(num_rows, runs)
+    for i, first in enumerate(firsts):
         start, end = num_rows * i // runs, num_rows * (i + 1) // runs
         rows = min(end - start, max_rows * (i + 1) // runs - max_rows * i // runs)
-        yield start + (end - start - rows) // 2, rows
+        if over := max(0, first + rows - end):
+            yield start, over
+        yield first, rows - over
+
+
+def one_of_each(count: int, parts: int) -> list[int]:
+    """One number out of each of `parts` equal parts of range(count), the same at each call."""
+    chance = random.Random(count)
+    bounds = [count * i // parts for i in range(parts + 1)]
+    return [
+        start + int(chance.random() * (end - start)) for start, end in itertools.pairwise(bounds)
+    ]
 
 
 def first_of_row_groups(table: CaptionTable) -> list[tuple[int, int]]:
@@ -298,7 +311,7 @@ def first_of_row_groups(table: CaptionTable) -> list[tuple[int, int]]:
     groups = [pair for each in bounds for pair in itertools.pairwise(each.tolist())]
     groups = [(start, end) for start, end in groups if end > start]
     runs = min(RUNS, len(groups))
-    chosen = (groups[len(groups) * i // runs] for i in range(runs))
+    chosen = (groups[i] for i in one_of_each(len(groups), runs))
     return [(start, min(QUICK_ROWS // runs, end - start)) for start, end in chosen]
 
 
@@ -313,6 +326,7 @@ def _add(sums: TokenFigures, encoder: ResolvedEncoder, texts: list[str]) -> list
     sums.empty += prepared.count(tokenizer.for_empty)
     sums.flops += encoder.flops(captions)
     sums.real_flops += encoder.flops(captions, pads=False)
+    sums.real += sum(captions.stored)
     sums.unknown += sum(captions.unknown)
     sums.with_unknown += len(captions) - captions.unknown.count(0)
     for tensor, output in encoder.tensors().items():

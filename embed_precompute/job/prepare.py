@@ -129,7 +129,7 @@ def prepare(
     olds = Reuse(reuse, root, spec) if reuse else None
     if stored is None:
         assert scan is not None
-        sampled = SampledCaptions(table, encoders, scan.num_rows, scan.last_row_samples)
+        sampled = SampledCaptions(table, encoders, scan.num_rows, scan.last_row_samples, reuse=olds)
         plan = Plan.make(
             spec,
             inputs,
@@ -147,7 +147,7 @@ def prepare(
         plan = stored.extended([inputs.files[index] for index in added], scan.num_samples)
     elif extend and dist.is_main:
         log.info("%s: no caption file was added since its plan was made", root)
-    sampled = SampledCaptions(table, encoders, plan.num_rows, plan.last_row_samples)
+    sampled = SampledCaptions(table, encoders, plan.num_rows, plan.last_row_samples, reuse=olds)
     return Prepared(config, dist, root, table, encoders, plan, sampled, olds)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from embed_precompute.encoders.families.base import DTYPE_BYTES
-from embed_precompute.encoders.peaks import SHARE_OF_PEAK, known_gpus, peak_flops
+from embed_precompute.encoders.peaks import SHARE_OF_PEAK, is_known, known_gpus, peak_flops
 from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.errors import InputError
 from embed_precompute.job.estimate import MADE_SAMPLES, Figures, SampledCaptions
@@ -124,7 +124,7 @@ def price_of(
             tensors[f"text_{name}"] = size
     encoded = float(units.encoded) if is_whole else figures.encoded * per_sample
     share = figures.samples / plan.num_samples
-    errors = (_error(figures.runs, share), _error(units.ratios, units.units / plan.num_units))
+    errors = (_error(figures.runs, share), _error(units.merged, units.units / plan.num_units))
     per_record = RECORD_BYTES_PER_TENSOR * len(plan.tensors)
     record = RECORD_BYTES + per_record
     index = index_bytes(
@@ -160,18 +160,23 @@ def price_of(
         },
         own_flops=flops,
         measured_units=units.units,
-        error=0.0 if is_whole else math.hypot(*errors),
+        # The beginnings of row groups may be all alike, as in files that are sorted.
+        error=0.0 if is_whole else math.inf if sampled.runs else math.hypot(*errors),
     )
 
 
-def _error(values: Sequence[float], share: float) -> float:
-    """Two standard errors of a mean, relative to it; `values` are of places that lie evenly over
-    the table, so that neighbours are alike, and `share` of the table was looked at."""
-    if len(values) < 2 or share >= 1:
+def _error(places: Sequence[tuple[float, float]], share: float) -> float:
+    """Two standard errors of a ratio, relative to it: of the sum of the first numbers to that of
+    the second. `places` are one each, by chance, of equal parts of the table in order, of which
+    `share` was looked at. What differs between neighbours is taken for chance, so the error is
+    rather too large."""
+    count, size = len(places), sum(size for size, _ in places)
+    if count < 2 or share >= 1:
         return 0.0 if share >= 1 else math.inf
-    differences = sum((a - b) ** 2 for a, b in itertools.pairwise(values))
-    variance = differences / (2 * len(values) * (len(values) - 1)) * (1 - share)
-    return 2 * math.sqrt(variance) * len(values) / (sum(values) or 1.0)
+    ratio = size / (sum(of for _, of in places) or 1.0)
+    excess = [each - ratio * of for each, of in places]
+    squares = sum((a - b) ** 2 for a, b in itertools.pairwise(excess)) / 2
+    return 2 * math.sqrt(squares * count / (count - 1) * (1 - share)) / (size or 1.0)
 
 
 # --- speed ----------------------------------------------------------------------------------------
@@ -239,10 +244,13 @@ def speed_of_gpu(dtypes: Mapping[str, str], gpu: str, share: float) -> Speed:
     """`known_speed`. Raises InputError: its peak is not known."""
     speed = known_speed(dtypes, gpu, share)
     if speed is None:
+        lacking = " and ".join(
+            sorted({each for each in dtypes.values() if not peak_flops(gpu, each)})
+        )
+        why = f"it has no {lacking}" if is_known(gpu) else f"its peak in {lacking} is not known"
         raise InputError(
-            f"--gpu {gpu}: its peak in {' and '.join(sorted(set(dtypes.values())))} is not known. "
-            f"Known are {', '.join(known_gpus())}. Name one of these with the --share of its peak "
-            "that yours reaches, or give captions/s as --rate."
+            f"--gpu {gpu}: {why}. Known are {', '.join(known_gpus(dtypes.values()))}. Name one of "
+            "these with the --share of its peak that yours reaches, or give captions/s as --rate."
         )
     return speed
 
@@ -338,7 +346,7 @@ def _output_lines(price: Price, left: Collection[int]) -> list[str]:
         made = f"{price.measured_units:,} shards made in memory, {within}"
     lines = [
         f"output     {shards}, {files:,} files{rest}; bytes by {made}",
-        f"{'':<10} {'':<20} {'the dataset':>14} {'per million captions':>22}",
+        f"{'':<10} {'':<20} {'the dataset':>14} {'per million samples':>22}",
     ]
     per_million = MILLION / plan.num_samples
     for name, size in {**price.unit_bytes, **price.final_bytes, "in all": price.total}.items():
@@ -411,7 +419,7 @@ def _time_lines(
     lasts = f"{_hours(wall)} hours" if wall >= SHORT else "less than a minute"
     yield (
         f"{'':<10} {_hours(seconds * share)} {process} hours{whole}, {per_million} per million "
-        f"captions; {lasts} at {at} (--ranks), loading left out"
+        f"samples; {lasts} at {at} (--ranks), loading left out"
     )
     if wall < SHORT:
         return
@@ -512,21 +520,26 @@ def _advice_on_length(encoder: ResolvedEncoder, price: Price) -> Iterator[str]:
         else "the model then gets another thing at the pads"
     )
     setting = "attention_mask padding" if attended else "keep real"
+    positions = sums.vectors[stored[0]] / captions
     yield (
         f"{encoder.name}: real tokens alone ({setting}) would take "
-        f"{100 * sums.tokens / (captions * length):.2g} % of {byte_size(size)} and "
+        f"{100 * sums.real / (captions * positions):.2g} % of {byte_size(size)} and "
         f"{100 * sums.real_flops / sums.flops:.2g} % of the operations. But {change}{others}"
     )
+    # max_length counts the tokens that are stored: of the caption, and of a template behind it.
+    of_template = encoder.opened.tokenizer.template_stored
     (longest,) = sums.percentiles(CUT_PERCENT)
-    shorter = -(-longest // LENGTH_STEP) * LENGTH_STEP
+    shorter = -(-(longest + of_template) // LENGTH_STEP) * LENGTH_STEP
     if shorter > WORTH * options.max_length:
         return
-    cut = sum(n for tokens, n in (sums.whole + sums.cut).items() if tokens > shorter) / captions
-    part = encoder.sizes.flops([shorter]) / encoder.sizes.flops([length])
+    lengths = (sums.whole + sums.cut).items()
+    cut = sum(n for tokens, n in lengths if tokens + of_template > shorter) / captions
+    less = options.max_length - shorter
+    part = encoder.sizes.flops([length - less]) / encoder.sizes.flops([length])
     yield (
         f"{encoder.name}: max_length {shorter} would cut {100 * cut:.2g} % of the captions and "
-        f"take {100 * shorter / length:.2g} % of {byte_size(size)} and {100 * part:.2g} % of the "
-        f"operations. But {change}{others}"
+        f"take {100 * (1 - less / positions):.2g} % of {byte_size(size)} and {100 * part:.2g} % of "
+        f"the operations. But {change}{others}"
     )
 
 

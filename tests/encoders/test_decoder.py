@@ -775,6 +775,38 @@ def test_plan_shows_the_prompt_and_what_is_taken(folder_of: Any, tmp_path: Path)
     assert "layer -1, its final norm\n" in said
 
 
+def test_advice_on_length_counts_what_the_template_takes(folder_of: Any, tmp_path: Path) -> None:
+    """Whoever follows it finds the shares of bytes and operations that were said, and no cut."""
+    encoder = {"kind": "decoder", "pretrained": str(folder_of("qwen2")), "dtype": "float32"}
+    encoder["template"] = f"<|user|>{'Describe the video by its content. ' * 6}\n{{text}}<|end|>\n"
+    encoder |= {"crop_start": "template", "keep": "all", "max_length": 256, "batch_tokens": 4096}
+    captions = str(write_captions(tmp_path / "a.parquet", [f"a fox {i}" for i in range(40)]))
+    config = {"captions": {"path": captions}, "encoders": {"enc": encoder}}
+    config |= {"output": {"path": str(tmp_path / "out")}, "runtime": {"device": "cpu"}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(config))
+
+    def taken(*changes: str) -> tuple[float, float, str]:
+        code, said, _ = call("plan", str(tmp_path / "job.yaml"), *changes)
+        assert code == 0, said
+        ((size, unit),) = re.findall(r"\n +text_enc +([\d.]+) (\w+)", said)
+        (flops,) = re.findall(r"encoding +([\d.]+) MFLOP a caption", said)
+        return float(size) * {"KiB": 1, "MiB": 1024}[unit], float(flops), said
+
+    size, flops, said = taken()
+    (length,) = re.findall(r"enc: max_length (\d+) would cut 0 % of", said)
+    for what, *change in (
+        ("real tokens alone", "--encoders.enc.keep", "real"),
+        ("max_length", "--encoders.enc.max_length", length),
+    ):
+        ((bytes_said, flops_said),) = re.findall(
+            rf"enc: {what} .* take ([\d.]+) % of .* and ([\d.]+) % of the operations", said
+        )
+        smaller, fewer, then = taken(*change)
+        assert 100 * smaller / size == pytest.approx(float(bytes_said), rel=0.05)
+        assert 100 * fewer / flops == pytest.approx(float(flops_said), rel=0.05)
+        assert re.search(r"cut at \d+ +0 ", then)
+
+
 def test_a_mask_where_a_template_closes_up(corpus: list[str], tmp_path: Path) -> None:
     """With nothing, or a line break, between them the template's two line breaks are one token."""
     folder = write_decoder(tmp_path, ["a\n\nb\n\n\nc"] * 200 + corpus)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from embed_precompute.encoders.peaks import known_gpus, peak_flops
+from embed_precompute.encoders.peaks import is_known, known_gpus, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,10 @@ def test_what_is_not_known_has_no_peak(device: str, dtype: str) -> None:
 
 
 def test_every_short_name_is_its_own_key() -> None:
-    assert all(peak_flops(name, "float16") for name in known_gpus())
+    assert all(peak_flops(name, "float16") for name in known_gpus(["float16"]))
+
+
+def test_a_gpu_without_bfloat16_is_known_for_other_dtypes() -> None:
+    assert is_known("Tesla T4")
+    assert not is_known("Abacus")
+    assert {"T4", "V100"} <= {*known_gpus(["float16"])} - {*known_gpus(["float16", "bfloat16"])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 
@@ -96,6 +97,37 @@ def test_the_bytes_of_a_sample_are_within_the_stated_error(job: Path) -> None:
     assert sampled.flops["t5"] / exact.flops["t5"] == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize("case", ["sorted files", "a period", "nulls"])
+def test_the_stated_error_holds_in_tables_that_repeat_themselves(
+    case: str, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that are each sorted by length, long captions at one place of each hundredth of the
+    table, stretches without captions: what lies evenly may meet one kind of them alone."""
+    chance, rows = random.Random(3), 6000
+
+    def caption(words: int) -> str:
+        return " ".join(chance.choices(["ship", "sea", "red", "fox"], k=words))
+
+    if case == "sorted files":
+        files = ([1 + int(chance.expovariate(1 / 12)) for _ in range(60)] for _ in range(100))
+        texts = [caption(words) for file in files for words in sorted(file)]
+    elif case == "a period":
+        texts = [caption(60 if i % 60 < 10 else 2) for i in range(rows)]
+    else:
+        texts = [None if i // 100 % 3 == 1 else caption(10) for i in range(rows)]
+    write_captions(job.parent / "captions.parquet", texts, row_group_size=1000)
+    edit(job, "output", samples_per_shard=20)
+    edit(job, "encoders.t5", attention_mask="padding", max_length=128)
+    monkeypatch.setattr(estimate, "SAMPLED_ROWS", 1000)
+    ready = prepared_of(load_config(str(job), []))
+    sampled = price.price_of(ready.sampled, ready.plan, "float32", num_samples=2000)
+    whole = ready.sampled.measure(None)
+    exact = price.price_of(ready.sampled, ready.plan, "float32", whole, num_samples=rows)
+    assert (exact.error, sampled.figures.samples) == (0, 1000)
+    assert abs(sampled.total / exact.total - 1) < sampled.error < 0.35
+    assert abs(sampled.flops["t5"] / exact.flops["t5"] - 1) < 1.5 * sampled.error
+
+
 def test_hours_follow_from_a_rate_a_peak_or_this_device(
     job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +151,9 @@ def test_hours_follow_from_a_rate_a_peak_or_this_device(
         "at 50 % (assumed) of the peak of A100 (20 TFLOP/s in float32 and 312 TFLOP/s in b" in said
     )
     assert hours(said) < hours(expect(0, "plan", job, "--gpu", "A100", "--share", "0.5"))
+    mistake = expect(2, "plan", job, "--gpu", "T4", "--encoders.t5.dtype", "bfloat16")
+    assert re.search(r"--gpu T4: it has no bfloat16\. Known are H100, .*\. Name one", mistake)
+    assert not {"T4", "V100"} & set(re.findall(r"[\w ]+", mistake.partition("Known are")[2]))
     mistake = expect(2, "plan", job, "--gpu", "Abacus")
     assert "--gpu Abacus: its peak in float32 is not known. Known are H100, " in mistake
     assert "encoded as" not in mistake  # nothing was read before
@@ -193,6 +228,18 @@ def test_advice_is_given_where_it_applies(job: Path) -> None:
     assert "it is another embedding: not for their/trainer\n" in expect(0, *words, *preset)
     masked = ("--encoders.t5.attention_mask", "padding", "--output.dtype", "bfloat16")
     assert "\nadvice" not in expect(0, *words, *masked)
+
+
+def test_what_is_copied_costs_no_operations(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = expect(0, "run", job)
+    assert re.search(r"; \d[\d.]* [MG]FLOP to compute", log)
+    words = (job, "--output.path", tmp_path / "other", "--reuse", tmp_path / "out")
+    monkeypatch.setattr(prepare, "QUICK_FROM_ROWS", 1)
+    said = expect(0, "plan", *words)
+    assert "first answer" not in said  # it knows nothing of the copies
+    assert "; 0 MFLOP to compute" in expect(0, "run", *words)
 
 
 def test_storing_is_compared_with_encoding_in_the_loop(job: Path) -> None:
