@@ -346,8 +346,10 @@ def _plan(config: Config, arguments: Any) -> int:
     if arguments.training_flops is not None:
         training = price.Training(arguments.training_flops, arguments.epochs)
     show = functools.partial(price.price_lines, ranks=arguments.ranks, training=training)
-    whole = arguments.limit is None and not arguments.reuse
-    if whole and (quick := quick_plan(config)) is not None:
+    quick = None
+    if arguments.limit is None and not arguments.reuse:
+        quick = quick_plan(config, online=arguments.no_weights)
+    if quick is not None:
         sampled, plan = quick
         few = counted(sampled.figures.samples, "caption")
         print(f"A first answer, from {few} at the beginnings of row groups:")

@@ -153,7 +153,11 @@ def _next(path: Path) -> list[str]:
     """What to type now: first `fetch`, where a checkpoint is neither a folder nor fetched."""
     is_here = all(
         Path(each.pretrained).expanduser().is_dir()
-        or find_fetched(origin_of(each.pretrained, each.revision, each.kind, each.dtype, each.part))
+        or find_fetched(
+            origin_of(
+                *(each.pretrained, each.revision, each.kind, each.dtype, each.part, each.tokenizer)
+            )
+        )
         for each in load_config(path).encoders.values()
     )
     plan, fetch = (

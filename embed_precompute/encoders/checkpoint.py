@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -32,7 +33,9 @@ VARIANTS = ("bf16", "fp16")
 """The weights in another dtype may lie beside them (model.fp16.safetensors), or alone."""
 FETCH = "embed-precompute fetch CONFIG"
 ORIGIN = "fetched.json"
-"""In a folder that `fetch` made: what it was made from."""
+"""In a folder that `fetch` made: what it was made from, and what it wrote."""
+TOKENIZER = "tokenizer"
+"""The folder in a copy with the tokenizer of `tokenizer`, if that is a hub id."""
 
 Need = Literal["weights", "convertible", "config", "config.json", "tokenizer", "tensors"]
 """What is needed: safetensors; these or pickles, for `fetch`; config.json and tokenizer; one of the
@@ -98,21 +101,29 @@ def open_checkpoint(
     *,
     dtype: str | None = None,
     part: str | None = None,
+    tokenizer: str | None = None,
     need: Need = "weights",
     online: bool = False,
 ) -> Checkpoint:
     """The checkpoint in a folder or under a hub id; reads no weights.
 
-    `models`: model_type -> transformers class of the family `kind`. `dtype`, `part`: take the copy
-    that `fetch` made of this part in this dtype, if there is one. `online`: download what is needed
-    and not here. Raises InputError: nothing there, no config.json, another kind of model, no
-    weights of the form that is needed.
+    `models`: model_type -> transformers class of the family `kind`. `dtype`, `part`,
+    `tokenizer`: take the copy that `fetch` made of this part in this dtype with this tokenizer, if
+    there is one. `online`: download what is needed and not here. Raises InputError: nothing there,
+    no config.json, another kind of model, no weights of the form that is needed, a copy whose files
+    are not those that `fetch` wrote.
     """
     folder = None
     if need != "convertible" and dtype is not None:
-        folder = find_fetched(origin_of(pretrained, revision, kind, dtype, part))
+        origin = origin_of(pretrained, revision, kind, dtype, part, tokenizer)
+        folder, place = find_fetched(origin), fetched_folder(origin)
+        if place.is_dir() and read_origin(place) is None:  # not to take another commit unnoticed
+            raise not_as_written(where, place, f"{place / ORIGIN} cannot be read")
     if folder is None:
         folder = locate(where, pretrained, revision, need, online=online)
+    found = read_origin(folder)
+    if found is not None and (damage := damage_of(folder, found)):
+        raise not_as_written(where, folder, damage)
     config = _read_json(where, folder / "config.json")
     model_type = str(config.get("model_type"))
     if model_type not in models:
@@ -127,20 +138,34 @@ def open_checkpoint(
 Origin = dict[str, str | None]
 
 
+def is_hub_id(pretrained: str) -> bool:
+    """Whether this names a folder of the hub, and none here."""
+    here = Path(pretrained).expanduser().exists()
+    return not here and hub.HUB_ID.fullmatch(pretrained) is not None
+
+
 def origin_of(
-    pretrained: str, revision: str | None, kind: str, dtype: str, part: str | None
+    pretrained: str,
+    revision: str | None,
+    kind: str,
+    dtype: str,
+    part: str | None,
+    tokenizer: str | None,
 ) -> Origin:
-    """What names a copy that `fetch` makes: the checkpoint as it is configured, kind, dtype, and
-    the part of the encoder (`EncoderConfig.part`; None: all of it)."""
-    path = Path(pretrained).expanduser()
-    if path.is_dir() or hub.HUB_ID.fullmatch(pretrained) is None:
-        pretrained = str(path.resolve())
+    """What names a copy that `fetch` makes: the checkpoint as it is configured, kind, dtype, the
+    part of the encoder (`EncoderConfig.part`; None: all of it), and the tokenizer that is in the
+    copy too: one of the hub. A folder's stays where it is."""
+    if not is_hub_id(pretrained):
+        pretrained = str(Path(pretrained).expanduser().resolve())
+    if tokenizer is not None and not is_hub_id(tokenizer):
+        tokenizer = None
     return {
         "pretrained": pretrained,
         "revision": revision or "main",
         "kind": kind,
         "dtype": dtype,
         "part": part,
+        "tokenizer": tokenizer,
     }
 
 
@@ -155,17 +180,52 @@ def fetched_folder(origin: Origin) -> Path:
 def find_fetched(origin: Origin, folder: Path | None = None) -> Path | None:
     """The copy that `fetch` made of `origin`, in its own place or in `folder`; None: there is none.
 
-    A copy of a folder whose files have changed since is none, and so is one without its weights.
+    A copy of a folder whose files have changed since is none.
     """
     folder = folder or fetched_folder(origin)
     found, source = read_origin(folder), Path(str(origin["pretrained"]))
     if found is None or not is_copy_of(found, origin):
         return None
-    if not (folder / WEIGHTS).is_file():
-        return None
     if source.is_absolute() and source.is_dir() and found.get("state") != state_of(source):
         return None
     return folder
+
+
+def tokenizer_in(folder: Path, tokenizer: str) -> Path | None:
+    """The folder of this tokenizer in a copy; None: the checkpoint's folder does not hold it."""
+    folder = folder.expanduser()
+    held = (read_origin(folder) or {}).get("tokenizer") == tokenizer and is_hub_id(tokenizer)
+    return folder / TOKENIZER if held else None
+
+
+def damage_of(folder: Path, found: Mapping[str, Any]) -> str | None:
+    """Which file of a copy is not what `fetch` wrote; of the weights only the size is compared.
+
+    `found`: fetched.json, as read. None: all are as they were.
+    """
+    files = found.get("files")
+    if not isinstance(files, dict):
+        return f"{folder / ORIGIN} does not list its files"
+    for name, (size, sha256) in files.items():
+        path = folder / name
+        try:
+            same = path.stat().st_size == size
+            if same and sha256 is not None:
+                same = hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+        except FileNotFoundError:
+            return f"{path} is missing"
+        if not same:
+            return f"{path} is not what fetch wrote"
+    return None
+
+
+def not_as_written(where: str, folder: Path, damage: str) -> InputError:
+    """The error for a copy that is damaged."""
+    source = (read_origin(folder) or {}).get("pretrained", "a checkpoint")
+    again = f"Make it again: {FETCH}"
+    if folder.parent != cache_home() / "checkpoints":
+        again = f"Make it again, as it was made: fetch --output, of {source}."
+    return InputError(f"{where}: the copy of {source} in {folder} is damaged: {damage}. {again}")
 
 
 def is_copy_of(found: Mapping[str, Any], origin: Origin) -> bool:
@@ -228,6 +288,24 @@ def locate(
         f"{revision or 'main'} is on this machine. Check the name, or bring it here where there is "
         f"a network: {FETCH}"
     )
+
+
+def bring(where: str, hub_id: str, revision: str | None) -> Path:
+    """The folder in the hub's cache with all its small files, of one commit: that which the cache
+    has for a branch, or the newest.
+
+    The hub is asked what there is; files that are here are not sent again. Where it cannot be asked
+    what is here counts, unless its download has not ended. Raises InputError.
+    """
+    found = hub.cached(hub_id, revision)
+    commit = hub.commit_of(found) if found is not None else None
+    try:
+        return _download(where, hub_id, commit or revision, "config.json")
+    except InputError:
+        found = hub.cached(hub_id, revision)
+        if found is None:
+            raise
+        return found
 
 
 def _download(where: str, hub_id: str, revision: str | None, need: Need) -> Path:

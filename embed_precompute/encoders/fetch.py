@@ -1,10 +1,11 @@
 """`fetch`: encoders of a configuration as safetensors, in the dtype that is computed in.
 
 Guarantees: a copy has the encoder's weights alone, of a decoder only the layers that are run, with
-config, tokenizer, and the digest of what it was made from, so the same fingerprint. It has been
-loaded once, as `run` loads it. It appears whole or not at all: it is written under another name and
-renamed. `run` and `plan` with the same pretrained, revision, kind, dtype and layers find the copy.
-They ask no hub.
+config, tokenizer, and the digest of what it was made from, so the same fingerprint. All that is the
+hub's is of one commit of its repository. It has been loaded once, as `run` loads it. It appears
+whole or not at all: it is written under another name and renamed. `run` and `plan` with the same
+pretrained, revision, kind, dtype, layers and tokenizer find the copy. They ask no hub, and refuse a
+copy whose files or values are not those that were written; `fetch` replaces it.
 Costs: reads the checkpoint twice, once for the sha256 of its files. The memory is a few blocks for
 each thread; the pages of a pickle are mapped from its file. A pickle of before torch 1.6 cannot be
 mapped: it is loaded whole.
@@ -27,7 +28,7 @@ import struct
 import zipfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,18 +37,23 @@ from embed_precompute.encoders import hub
 from embed_precompute.encoders.checkpoint import (
     ORIGIN,
     SMALL_FILES,
+    TOKENIZER,
     WEIGHTS,
     Checkpoint,
     Origin,
+    bring,
+    damage_of,
     fetched_folder,
     find_fetched,
     is_copy_of,
+    is_hub_id,
     is_variant,
     locate,
     open_checkpoint,
     origin_of,
     read_origin,
     state_of,
+    tokenizer_in,
 )
 from embed_precompute.encoders.families import FAMILIES
 from embed_precompute.encoders.families.base import EncoderConfig, Family
@@ -56,6 +62,7 @@ from embed_precompute.encoders.weights import (
     CODES,
     Array,
     StoredWeight,
+    checkpoint_digest,
     digest_of_values,
     num_threads,
     remember,
@@ -81,32 +88,53 @@ MIB, MB = 1 << 20, 1e6
 def fetch(encoders: Mapping[str, EncoderConfig], output: Path | None = None) -> Iterator[str]:
     """Convert each encoder's checkpoint, and yield lines about it as it goes.
 
-    The copy of encoder NAME goes to `output`/NAME, or where `run` and `plan` look for it. What the
-    encoder takes from elsewhere (tokenizer, projection) comes into the hub's cache. Raises
-    InputError: no such checkpoint, damaged or not the encoder's; StorageError: too little space.
+    The copy of encoder NAME goes to `output`/NAME, or where `run` and `plan` look for it. A
+    projection comes into the hub's cache. Raises InputError: no such checkpoint, damaged or not the
+    encoder's; StorageError: too little space.
     """
     if output is not None:
         refuse_file(output, "--output")
-    # Before gigabytes come: all that is wrong with names, kinds, options, widths and tokenizers.
+    places = dict[str, tuple[Origin, Path]]()
     for name, options in sorted(encoders.items()):
         for key, path in options.other_files.items():
             if not Path(path).expanduser().exists():
                 locate(f"encoders.{name}.{key}", path, None, "tensors", online=True)
-    open_encoders(encoders, with_weights=False)
-    for name, options in sorted(encoders.items()):
         kind, dtype = options.kind, options.dtype
-        origin = origin_of(options.pretrained, options.revision, kind, dtype, options.part)
-        target = fetched_folder(origin) if output is None else output / name
-        found = read_origin(target)
-        if target.exists() and (found is None or not is_copy_of(found, origin)):
+        origin = origin_of(
+            *(options.pretrained, options.revision, kind, dtype, options.part, options.tokenizer)
+        )
+        places[name] = origin, fetched_folder(origin) if output is None else output / name
+    # Before gigabytes come: all that is wrong with names, kinds, options, widths and tokenizers.
+    smalls = {
+        name: _bring_small(name, options, {})
+        for name, options in encoders.items()
+        if find_fetched(*places[name]) is None
+    }
+    of_small = {name: small.options for name, small in smalls.items()}
+    open_encoders(of_small, with_weights=False, copies=False)
+    for name, (origin, target) in places.items():
+        options, found = encoders[name], read_origin(target)
+        damaged = output is None and found is None and target.is_dir()
+        if target.exists() and not damaged and (found is None or not is_copy_of(found, origin)):
             what = f"{options.pretrained} in {options.dtype}"
             what += f", {options.part}" if options.part else ""
+            what += f", with {origin['tokenizer']}" if origin["tokenizer"] else ""
             raise InputError(f"{target} exists, and is no copy of {what}. Choose another folder.")
-        if find_fetched(origin, target) is not None:
-            yield f"{name}: already there: {target}"
-            commit = (found or {}).get("commit")
+        if damaged:
+            yield f"{name}: making it again: {target / ORIGIN} cannot be read"
+        if name in smalls:
+            commit = yield from _fetch(name, options, origin, target, smalls[name])
         else:
-            commit = yield from _fetch(name, options, origin, target)
+            assert found is not None
+            if (damage := _damage(name, options, target, found)) is None:
+                open_encoder(name, replace(options, pretrained=str(target), revision=None))
+                yield f"{name}: already there: {target}"
+                commit = found["commit"]
+            else:
+                yield f"{name}: making it again: {damage}"
+                small = _bring_small(name, options, found)
+                open_encoder(name, small.options, with_weights=False, copies=False)
+                commit = yield from _fetch(name, options, origin, target, small)
         if newest := hub.moved_to(options.pretrained, options.revision, commit):
             yield (
                 f"{name}: {origin['revision']} of {options.pretrained} has moved on the hub: this "
@@ -115,15 +143,62 @@ def fetch(encoders: Mapping[str, EncoderConfig], output: Path | None = None) -> 
             )
 
 
+def _damage(
+    name: str, options: EncoderConfig, folder: Path, found: Mapping[str, Any]
+) -> str | None:
+    """What of a copy is not as it was written; None: nothing. Its values are hashed once."""
+    if damage := damage_of(folder, found):
+        return damage
+    family = FAMILIES[options.kind]
+    checkpoint = open_checkpoint(
+        f"encoders.{name}.pretrained", str(folder), None, options.kind, family.models
+    )
+    try:
+        checkpoint_digest(checkpoint, family, options)
+    except InputError:
+        return f"the values in {folder / WEIGHTS} are not those that fetch wrote"
+    return None
+
+
+@dataclass(frozen=True)
+class _Small:
+    """Config and tokenizer, which come before the weights."""
+
+    options: EncoderConfig
+    """With the folders in which they are."""
+    revision: str | None
+    """Where the weights are to be taken; of the hub, the commit."""
+    tokenizer: Path | None
+    """The folder of a tokenizer of the hub that the configuration names."""
+
+
+def _bring_small(name: str, options: EncoderConfig, earlier: Mapping[str, Any]) -> _Small:
+    """`earlier`: fetched.json of a copy that was damaged; all is of the same commits then."""
+    where, small = f"encoders.{name}", options
+    revision, tokenizer = options.revision, None
+    if is_hub_id(options.pretrained):
+        folder = bring(f"{where}.pretrained", options.pretrained, earlier.get("commit") or revision)
+        revision = hub.commit_of(folder)
+        small = replace(small, pretrained=str(folder), revision=None)
+    if options.tokenizer is not None and is_hub_id(options.tokenizer):
+        ids = (options.pretrained, options.tokenizer)
+        same = len({hub.split_hub_id(each)[0] for each in ids}) == 1
+        pinned = revision if same else earlier.get("tokenizer_commit")
+        tokenizer = tokenizer_in(Path(small.pretrained), options.tokenizer)  # of another copy
+        tokenizer = tokenizer or bring(f"{where}.tokenizer", options.tokenizer, pinned)
+        small = replace(small, tokenizer=str(tokenizer))
+    return _Small(small, revision, tokenizer)
+
+
 def _fetch(
-    name: str, options: EncoderConfig, origin: Origin, target: Path
+    name: str, options: EncoderConfig, origin: Origin, target: Path, small: _Small
 ) -> Generator[str, None, str | None]:
     """Returns the commit that the copy is of, if it is the hub's."""
     family, where = FAMILIES[options.kind], f"encoders.{name}"
     checkpoint = open_checkpoint(
         f"{where}.pretrained",
         options.pretrained,
-        options.revision,
+        small.revision,
         options.kind,
         family.models,
         need="convertible",
@@ -150,18 +225,30 @@ def _fetch(
             )
         hashed = _write(name, folder / WEIGHTS, weights, written)
         digest_of_values(checkpoint, family, weights, hashed)  # raises if two names disagree
-        small = [path for pattern in SMALL_FILES for path in source.glob(pattern)]
-        small = [path for path in small if ".index." not in path.name and path.name != ORIGIN]
-        for path in small:
-            shutil.copyfile(path, folder / path.name)
-        copy = _check(name, options, folder, source)
-        sources = _sha256(name, sorted({*checkpoint.files, *small}))
+        copied = {path.name: path for path in _small_files(source)}
+        if small.tokenizer is not None:
+            (folder / TOKENIZER).mkdir()
+            copied |= {f"{TOKENIZER}/{path.name}": path for path in _small_files(small.tokenizer)}
+        for file, path in copied.items():
+            shutil.copyfile(path, folder / file)
+        sources = _sha256(name, sorted({*checkpoint.files, *copied.values()}))
         if state_of(source) != state:
             raise InputError(f"{source} changed while it was read. Run fetch again.")
-        document: dict[str, Any] = {**origin, "commit": commit, "state": state, "sha256": sources}
+        digests = {file: sources[path] for file, path in copied.items()}
+        files = {file: [(folder / file).stat().st_size, digests[file]] for file in copied}
+        document: dict[str, Any] = {
+            **origin,
+            "commit": commit,
+            "tokenizer_commit": small.tokenizer and hub.commit_of(small.tokenizer),
+            "state": state,
+            "sha256": {**digests, **{path.name: sources[path] for path in checkpoint.files}},
+            "files": {**files, WEIGHTS: [(folder / WEIGHTS).stat().st_size, None]},
+            "values": {weight.name: hashed[weight.name] for weight in written},
+        }
         if options.part is not None:
             document["layers"] = family.layers_run(options, checkpoint)
         (folder / ORIGIN).write_bytes(canonical_json(document) + b"\n")
+        copy = _check(name, options, folder, source)
         _publish(folder, target)
     # The ranks of a job need not all hash what was hashed just now.
     copy = replace(copy, folder=target, files=(target / WEIGHTS,))
@@ -169,6 +256,12 @@ def _fetch(
     remember(target / WEIGHTS, kept, hashed)
     yield f"{name}: {len(written)} weights: {target}"
     return commit
+
+
+def _small_files(folder: Path) -> list[Path]:
+    """Config, tokenizer and chat template."""
+    found = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
+    return sorted(path for path in found if ".index." not in path.name and path.name != ORIGIN)
 
 
 def _check(name: str, options: EncoderConfig, folder: Path, source: Path) -> Checkpoint:
@@ -304,15 +397,15 @@ def _write_at(handle: int, block: Array, offset: int) -> None:
         left, offset = left[count:], offset + count
 
 
-def _sha256(encoder: str, paths: Sequence[Path]) -> dict[str, str]:
-    """File name -> sha256. Raises InputError: the hub's cache has a file that was damaged."""
-    digests = {path.name: hashlib.sha256() for path in paths}
+def _sha256(encoder: str, paths: Sequence[Path]) -> dict[Path, str]:
+    """File -> sha256. Raises InputError: the hub's cache has a file that was damaged."""
+    digests = {path: hashlib.sha256() for path in paths}
 
     def blocks() -> Iterator[int]:
         for path in paths:
             with path.open("rb") as file:
                 while block := file.read(READ_MIB * MIB):
-                    digests[path.name].update(block)
+                    digests[path].update(block)
                     yield len(block)
 
     def mib(size: int) -> int:
@@ -322,14 +415,14 @@ def _sha256(encoder: str, paths: Sequence[Path]) -> dict[str, str]:
     for _ in steps(blocks(), total, f"{encoder}: sha256 of the source", " MiB", mib):
         pass
     for path in paths:
-        blob, found = path.resolve(), digests[path.name].hexdigest()
+        blob, found = path.resolve(), digests[path].hexdigest()
         # The hub's cache names a large file by its sha256, and does not look whether it has it.
         if re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != found:
             raise InputError(
                 f"{path} is damaged: its sha256 is {found}, and the hub's {blob.name}. Remove "
                 f"{blob}, and run fetch again."
             )
-    return {name: digest.hexdigest() for name, digest in digests.items()}
+    return {path: digest.hexdigest() for path, digest in digests.items()}
 
 
 # --- publishing -----------------------------------------------------------------------------------
@@ -374,7 +467,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def _publish(folder: Path, target: Path) -> None:
     """Sync the folder's files and give it its name; a copy of an older state gives way."""
-    for path in (*folder.iterdir(), folder):
+    for path in (*folder.rglob("*"), folder):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)

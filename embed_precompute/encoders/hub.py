@@ -2,6 +2,7 @@
 
 Guarantees: `cached` never uses the network. `download` brings the files that are asked for and no
 others. An error says whether the name is wrong, the repository gated, or the hub out of reach.
+A folder whose download began and did not end counts as nothing.
 Costs: huggingface_hub downloads. A connection that breaks is taken up where it broke; whole files
 stay for the next start.
 """
@@ -10,12 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from embed_precompute.errors import InputError, StorageError, one_line
 from embed_precompute.steps import BYTES, Work
@@ -35,7 +36,7 @@ def split_hub_id(hub_id: str) -> tuple[str, str]:
 
 
 def cached(hub_id: str, revision: str | None) -> Path | None:
-    """The folder in the hub's cache, whole or not; None: nothing of it is there."""
+    """The folder in the hub's cache; None: nothing of it is there, or a download has not ended."""
     from huggingface_hub import snapshot_download
 
     repo_id, folder = split_hub_id(hub_id)
@@ -46,8 +47,21 @@ def cached(hub_id: str, revision: str | None) -> Path | None:
             repo_id, revision=revision, allow_patterns=nothing, local_files_only=True
         )
         found = Path(path, folder)
-        return found if found.is_dir() else None
+        begun = _begun(_place(repo_id), Path(path).name, folder)
+        return found if found.is_dir() and not begun.exists() else None
     return None
+
+
+def _place(repo_id: str) -> Path:
+    """The repository's folder in the hub's cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}")
+
+
+def _begun(place: Path, commit: str, folder: str) -> Path:
+    """A file that is there from the beginning of a download to its end."""
+    return place / "begun" / "--".join([commit, *folder.split("/")])
 
 
 def commit_of(folder: Path) -> str | None:
@@ -80,42 +94,54 @@ def download(
     `where`: the configuration's key that names it. Raises InputError: no such repository, revision
     or folder, no access, no network; StorageError: too little space.
     """
-    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download
 
     repo_id, folder = split_hub_id(hub_id)
     prefix = f"{folder}/" if folder else ""
     with _explained(where, repo_id, revision):
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=ASK_S)
         within = {
-            each.rfilename.removeprefix(prefix): each.size or 0
+            each.rfilename.removeprefix(prefix): each
             for each in info.siblings or ()
             if each.rfilename.startswith(prefix)
         }
-        sizes = {name: size for name, size in within.items() if "/" not in name}
-        if not sizes:
+        files = {name: each for name, each in within.items() if "/" not in name}
+        if not files:
             at = f"{repo_id} (revision {revision or 'main'})"
             raise InputError(f"{where}: {at} has no files in {folder or 'its top level'!r}.")
-        names = list(wanted(sizes))
-        if lacking := sorted({*names} - sizes.keys()):
+        names = list(wanted(files))
+        if lacking := sorted({*names} - files.keys()):
             raise InputError(
                 f"{where}: {repo_id} has no {prefix}{lacking[0]}, which its index of weights "
                 "names. Choose another revision, or tell its owner."
             )
-        home = Path(constants.HF_HUB_CACHE)
-        place = home / f"models--{repo_id.replace('/', '--')}"
-        here = place / "snapshots" / str(info.sha) / folder
+        place, commit = _place(repo_id), str(info.sha)
+        here, begun = place / "snapshots" / commit / folder, _begun(place, commit, folder)
         missing = [name for name in names if not (here / name).exists()]
-        size = sum(sizes[name] for name in missing)
-        _require_space(home, size)
-        with _shown(place / "blobs", repo_id, size):
+        blobs = place / "blobs"
+        size = sum(_missing_bytes(blobs, files[name]) for name in missing)
+        _require_space(place.parent, size)
+        if missing:
+            begun.parent.mkdir(parents=True, exist_ok=True)
+            begun.touch()
+        with _shown(blobs, repo_id, size):
             # One by one, in this thread: a Ctrl-C would wait for all threads of snapshot_download.
             for name in missing:
-                hf_hub_download(repo_id, prefix + name, revision=info.sha)
-            if names:  # all is there; this notes which commit the branch has
-                patterns = [glob.escape(prefix + name) for name in names]
-                path = snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
-                here = Path(path, folder)
+                hf_hub_download(repo_id, prefix + name, revision=commit)
+        begun.unlink(missing_ok=True)
+        if names and commit != revision:  # as the client notes which commit a branch has
+            ref = place / "refs" / (revision or "main")
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(commit, encoding="utf-8")
     return here
+
+
+def _missing_bytes(blobs: Path, file: Any) -> int:
+    """How much of a file is still to come: huggingface_hub 0.36 goes on with the part of it."""
+    name, part = file.lfs.sha256 if file.lfs else file.blob_id, 0
+    with contextlib.suppress(OSError):
+        part = (blobs / f"{name}.incomplete").stat().st_size
+    return max(0, (file.size or 0) - part)
 
 
 @contextlib.contextmanager

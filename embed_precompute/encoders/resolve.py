@@ -19,6 +19,7 @@ from embed_precompute.encoders.checkpoint import (
     Need,
     locate,
     open_checkpoint,
+    tokenizer_in,
 )
 from embed_precompute.encoders.families import FAMILIES
 from embed_precompute.encoders.families.base import (
@@ -145,12 +146,18 @@ class ResolvedEncoder:
 
 
 def open_encoder(
-    name: str, options: EncoderConfig, *, with_weights: bool = True
+    name: str,
+    options: EncoderConfig,
+    *,
+    with_weights: bool = True,
+    online: bool = False,
+    copies: bool = True,
 ) -> OpenEncoder[Any]:
     """Find checkpoint and tokenizer, and check that they belong together.
 
-    Without weights the encoder can be asked for everything but its digest, and what is missing of
-    config and tokenizer is downloaded. Raises InputError naming the field of `encoders.<name>`.
+    Without weights the encoder can be asked for everything but its digest. `online`: what is
+    missing of config and tokenizer is downloaded. `copies`: a copy that `fetch` made is taken.
+    Raises InputError naming the field of `encoders.<name>`.
     """
     family, where = FAMILIES[options.kind], f"encoders.{name}"
     require_packages(where, options.text_steps)
@@ -162,10 +169,11 @@ def open_encoder(
             options.revision,
             options.kind,
             family.models,
-            dtype=options.dtype,
+            dtype=options.dtype if copies else None,
             part=options.part,
+            tokenizer=options.tokenizer,
             need="weights" if with_weights else without,
-            online=not with_weights,
+            online=online,
         )
         require_release(checkpoint, family.releases)
         tokenizer_where, folder = f"{where}.pretrained", checkpoint.folder
@@ -173,12 +181,12 @@ def open_encoder(
             tokenizer_where = f"{where}.tokenizer"
             ids = (options.pretrained, options.tokenizer)
             same = len({split_hub_id(each)[0] for each in ids}) == 1
-            folder = locate(
+            folder = tokenizer_in(checkpoint.folder, options.tokenizer) or locate(
                 tokenizer_where,
                 options.tokenizer,
                 options.revision if same else None,
                 "tokenizer",
-                online=not with_weights,
+                online=online,
             )
         # First: the tokenizer reads config.json too, and would not blame a bad one.
         rows = family.sizes(checkpoint).vocabulary
@@ -209,13 +217,20 @@ def open_encoder(
 
 
 def open_encoders(
-    encoders: Mapping[str, EncoderConfig], *, with_weights: bool
+    encoders: Mapping[str, EncoderConfig],
+    *,
+    with_weights: bool,
+    online: bool = False,
+    copies: bool = True,
 ) -> list[OpenEncoder[Any]]:
-    """All of them, sorted by name. The InputError names each that cannot be opened."""
+    """All of them, sorted by name; see `open_encoder`. The InputError names each that cannot be
+    opened."""
     opened, mistakes = list[OpenEncoder[Any]](), dict[str, InputError]()
     for name, options in encoders.items():
         try:
-            opened.append(open_encoder(name, options, with_weights=with_weights))
+            opened.append(
+                open_encoder(name, options, with_weights=with_weights, online=online, copies=copies)
+            )
         except InputError as error:
             mistakes[name] = error
     if mistakes:

@@ -30,7 +30,12 @@ from typing import Any
 import numpy as np
 
 from embed_precompute.documents import canonical_json, digest_of
-from embed_precompute.encoders.checkpoint import Checkpoint, cache_home
+from embed_precompute.encoders.checkpoint import (
+    Checkpoint,
+    cache_home,
+    not_as_written,
+    read_origin,
+)
 from embed_precompute.encoders.families.base import EncoderConfig, Family
 from embed_precompute.errors import InputError, one_line
 from embed_precompute.steps import BYTES, Work
@@ -219,25 +224,32 @@ def _float8_e4m3() -> Array:
 
 
 def weights_digest(checkpoint: Checkpoint, family: Family[Any], options: EncoderConfig) -> str:
-    """The name of what the encoder computes with. Raises InputError: a file cannot be read, or two
-    tensors are the same weight with different values."""
-    stored = stored_weights(checkpoint, family, options, options.dtype)
+    """The name of what the encoder computes with. Raises InputError: a file cannot be read, two
+    tensors are the same weight with different values, or a copy has others than `fetch` wrote."""
+    digest = checkpoint_digest(checkpoint, family, options)
     from_elsewhere = extra_weights(checkpoint, family, options, options.dtype)
-    by_file: dict[Path, list[StoredWeight]] = {}
-    for weight in stored:
-        by_file.setdefault(weight.path, []).append(weight)
-    hashed: dict[str, str] = {}
-    size = sum(weight.num_bytes for weight in (*stored, *from_elsewhere))
-    with Work(f"{checkpoint.where}: digesting weights", size, BYTES) as work:
-        for path, weights in by_file.items():
-            hashed |= _hashes(path, weights, work.add)
+    size = sum(weight.num_bytes for weight in from_elsewhere)
+    with Work(f"{checkpoint.where}: digesting other files", size, BYTES) as work:
         others = [_hashes(each.path, [each], work.add).values() for each in from_elsewhere]
-    digest = digest_of_values(checkpoint, family, stored, hashed)
     extra = {
         weight.canonical: [weight.target, list(weight.shape), *values]
         for weight, values in zip(from_elsewhere, others, strict=True)
     }
     return digest_of({"encoder": digest, "extra": extra}) if extra else digest
+
+
+def checkpoint_digest(checkpoint: Checkpoint, family: Family[Any], options: EncoderConfig) -> str:
+    """The same without what comes from other files than the checkpoint's."""
+    stored = stored_weights(checkpoint, family, options, options.dtype)
+    by_file: dict[Path, list[StoredWeight]] = {}
+    for weight in stored:
+        by_file.setdefault(weight.path, []).append(weight)
+    hashed: dict[str, str] = {}
+    size = sum(weight.num_bytes for weight in stored)
+    with Work(f"{checkpoint.where}: digesting weights", size, BYTES) as work:
+        for path, weights in by_file.items():
+            hashed |= _hashes(path, weights, work.add)
+    return digest_of_values(checkpoint, family, stored, hashed)
 
 
 def digest_of_values(
@@ -248,7 +260,13 @@ def digest_of_values(
 ) -> str:
     """The digest of `stored`; `hashed`: name -> sha256 of the values in the target dtype."""
     tensors: dict[str, list[Any]] = {}
+    # Of what is cast on the way the values that were written are not known.
+    written = (read_origin(checkpoint.folder) or {}).get("values", {})
     for weight in stored:
+        same = weight.code != weight.target or written.get(weight.name) == hashed[weight.name]
+        if written and not same:
+            damage = f"{weight.name} in {weight.path} has other values than fetch wrote"
+            raise not_as_written(checkpoint.where, checkpoint.folder, damage)
         value = [weight.target, list(weight.shape), hashed[weight.name]]
         if tensors.setdefault(weight.canonical, value) != value:
             raise InputError(

@@ -105,7 +105,7 @@ def prepare(
     root = output_folder(config)
     columns = [options.integer_column for options in config.encoders.values()]
     table = CaptionTable.open(config.captions, [name for name in columns if name is not None], root)
-    opened = open_encoders(config.encoders, with_weights=with_weights)
+    opened = open_encoders(config.encoders, with_weights=with_weights, online=not with_weights)
     inputs = _inputs(table, limit)
     stored = stored_plan(root) if with_weights else None
     if not dist.is_main:
@@ -151,12 +151,13 @@ def prepare(
     return Prepared(config, dist, root, table, encoders, plan, sampled, olds)
 
 
-def quick_plan(config: Config) -> tuple[SampledCaptions, Plan] | None:
+def quick_plan(config: Config, *, online: bool = False) -> tuple[SampledCaptions, Plan] | None:
     """A plan for a first answer, by the footers of a large table and the first rows of some of its
     row groups: there in seconds, while `prepare` reads every byte of the files and every id.
 
     Its rows are exact, the samples of lists are estimated, and its names mean nothing. None: the
     table is small, or not parquet, or its padded length depends on a column; or a plan is stored.
+    `online`: what is missing of config and tokenizer is downloaded.
     """
     if stored_plan(output_folder(config)) is not None:
         return None
@@ -164,7 +165,8 @@ def quick_plan(config: Config) -> tuple[SampledCaptions, Plan] | None:
     columns = [options.integer_column for options in config.encoders.values()]
     if table is None or table.num_rows < QUICK_FROM_ROWS or any(columns):
         return None
-    encoders = tuple(resolve(each) for each in open_encoders(config.encoders, with_weights=False))
+    opened = open_encoders(config.encoders, with_weights=False, online=online)
+    encoders = tuple(resolve(each) for each in opened)
     sampled = SampledCaptions(table, encoders, table.num_rows, None, first_of_row_groups(table))
     samples = sampled.figures.samples / sum(rows for _, rows in sampled.runs) * table.num_rows
     plan = Plan.make(

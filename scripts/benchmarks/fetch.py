@@ -194,7 +194,7 @@ def written(path: Path) -> int:
 
 def copy_of(source: Path, home: Path) -> Path:
     os.environ["EMBED_PRECOMPUTE_HOME"] = str(home)
-    return fetched_folder(origin_of(str(source), None, "t5", "bfloat16", None))
+    return fetched_folder(origin_of(str(source), None, "t5", "bfloat16", None, None))
 
 
 def encoded(folder: Path, texts: list[str]) -> list[torch.Tensor]:

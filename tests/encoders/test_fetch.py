@@ -411,8 +411,11 @@ def test_a_copy_that_lost_its_weights_is_made_again(
     expect(0, "fetch", job)
     (folder,) = home.iterdir()
     (folder / "model.safetensors").unlink()
-    expect(0, "plan", job)  # of the checkpoint itself
+    assert f"{folder / 'model.safetensors'} is missing" in expect(2, "plan", job)
     assert "converting" in expect(0, "fetch", job)
+    (folder / "fetched.json").write_bytes(b"{")
+    assert "fetched.json cannot be read. Make it again: embed-prec" in expect(2, "plan", job)
+    assert "clip: making it again: " in expect(0, "fetch", job)
     assert "already there" in expect(0, "fetch", job)
     assert f"{captions} is not a folder" in expect(2, "fetch", job, "--output", captions)
     assert "is not a folder" in expect(2, "fetch", job, "--output", captions / "below")

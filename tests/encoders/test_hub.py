@@ -13,12 +13,15 @@ import huggingface_hub
 import pytest
 import torch
 from family_case import resolved_of
-from hub_server import TOKEN, Hub, serve
+from hub_server import TOKEN, Hub, serve, sha
 from huggingface_hub import constants
 from jobs import call, edit, execute, expect, write_captions, write_job
 from safetensors.torch import load_file, save_file
 
+from embed_precompute.encoders.hub import download
 from embed_precompute.encoders.resolve import ResolvedEncoder
+from embed_precompute.errors import StorageError
+from embed_precompute.job import prepare
 
 SMALL = ["config.json", "tokenizer.json", "tokenizer_config.json"]
 OTHERS = [
@@ -28,7 +31,7 @@ OTHERS = [
     "onnx/model.onnx",
     "vae/model.safetensors",
 ]
-NEWER = "b" * 40
+WEIGHTS, NEWER = "model.safetensors", "b" * 40
 
 
 @pytest.fixture
@@ -183,26 +186,122 @@ def test_a_variant_in_the_cache_does_not_stand_for_full_precision(
     assert encoder().spec() == encoder(tiny_t5).spec()
 
 
-def test_tokenizer_and_projection_of_other_repositories(
-    hub: Hub, tmp_path: Path, tiny_t5: Path
-) -> None:
-    """They come with the copy, and again where the copy alone is there."""
-    repository = published(tiny_t5, tmp_path / "repo", "text_encoder")
-    (repository / "tokenizer").mkdir()
+def pipeline(source: Path, root: Path, *, newer: bool = False) -> Path:
+    """A repository with the tokenizer in a folder of its own; `newer`: both are others."""
+    folder = published(source, root, "text_encoder")
+    (folder / "tokenizer").mkdir()
     for name in SMALL[1:]:
-        (repository / "text_encoder" / name).rename(repository / "tokenizer" / name)
-    hub.add("owner/tiny", repository)
-    job = job_of(tmp_path, "owner/tiny/text_encoder", tokenizer="owner/tiny/tokenizer")
+        (folder / "text_encoder" / name).rename(folder / "tokenizer" / name)
+    if newer:
+        words, weights = folder / "tokenizer/tokenizer.json", folder / "text_encoder" / WEIGHTS
+        words.write_text(
+            json.dumps(json.loads(words.read_bytes()) | {"normalizer": {"type": "Lowercase"}})
+        )
+        tensors = load_file(weights)
+        tensors["encoder.final_layer_norm.weight"] += 1
+        save_file(tensors, weights)
+    return folder
+
+
+def pipeline_job(tmp_path: Path, **fields: Any) -> Path:
+    return job_of(tmp_path, "owner/tiny/text_encoder", tokenizer="owner/tiny/tokenizer", **fields)
+
+
+def fingerprint(job: Path, *words: Any) -> str:
+    return expect(0, "plan", job, *words).split("fingerprint ")[1].split()[0]
+
+
+@pytest.mark.parametrize("tokenizer", ["owner/tiny/tokenizer", "owner/words/tokenizer"])
+def test_a_tokenizer_of_the_hub_is_in_the_copy(
+    tokenizer: str, hub: Hub, tmp_path: Path, tiny_t5: Path
+) -> None:
+    """So the download may go, and the copy stays one encoder when the branches move."""
+    for name in ("owner/tiny", "owner/words"):
+        hub.add(name, pipeline(tiny_t5, tmp_path / name))
+    job = job_of(tmp_path, "owner/tiny/text_encoder", tokenizer=tokenizer)
     expect(0, "fetch", job)
-    assert "fingerprint" in expect(0, "plan", job)
+    first = fingerprint(job)
+    for name in ("owner/tiny", "owner/words"):
+        hub.add(name, pipeline(tiny_t5, tmp_path / "new" / name, newer=True), NEWER)
     shutil.rmtree(tmp_path / "cache")
-    said = expect(2, "plan", job)
-    assert "encoders.t5.tokenizer is 'owner/tiny/tokenizer': there is no such folder, and" in said
-    assert said.endswith(f"a network: embed-precompute fetch {job}\n")
+    assert fingerprint(job) == first
     hub.log.clear()
+    said = expect(0, "fetch", job)
+    assert "already there" in said
+    assert f"this copy is of commit {'a' * 40}, and stays" in said
+    assert hub.files() == []
+    assert fingerprint(job) == first
+    assert not (tmp_path / "cache").exists()
+
+
+def test_one_commit_is_fetched(hub: Hub, tmp_path: Path, tiny_t5: Path) -> None:
+    """Of weights and tokenizer, whatever the branch has, in the cache folder and elsewhere."""
+    old = pipeline(tiny_t5, tmp_path / "old")
+    hub.add("owner/tiny", old)
+    hub.add("owner/tiny", pipeline(tiny_t5, tmp_path / "new", newer=True), NEWER)
+    job, own = pipeline_job(tmp_path, revision="a" * 40), ["--encoders.t5.revision", "null"]
+    expected = fingerprint(
+        job,
+        *own,
+        *("--encoders.t5.pretrained", old / "text_encoder"),
+        *("--encoders.t5.tokenizer", old / "tokenizer"),
+    )
+    expect(0, "fetch", job)  # while nothing of main is here
+    assert fingerprint(job) == expected
+    expect(0, "fetch", job, *own)
+    assert fingerprint(job, *own) != expected
+    words = expect(0, "fetch", job, "--output", tmp_path / "o").split("use them with ")[1].split()
+    assert fingerprint(job, *words) == expected
+    expect(0, "fetch", job, *words)  # a copy of the copy
+    assert fingerprint(job, *words) == expected
+    assert fingerprint(job) == expected
+
+
+def test_a_tokenizer_of_the_same_folder(hub: Hub, tmp_path: Path, tiny_t5: Path) -> None:
+    hub.add("owner/tiny", published(tiny_t5, tmp_path / "repo"))
+    expect(0, "fetch", job_of(tmp_path, tokenizer="owner/tiny"))
+    assert encoder(tokenizer="owner/tiny").spec() == encoder(tiny_t5).spec()
+
+
+def test_a_damaged_copy_is_refused_and_made_again(hub: Hub, tmp_path: Path, tiny_t5: Path) -> None:
+    """Of the commit that it was of."""
+    hub.add("owner/tiny", pipeline(tiny_t5, tmp_path / "old"))
+    job = pipeline_job(tmp_path)
     expect(0, "fetch", job)
-    assert hub.files() == [f"tokenizer/{name}" for name in SMALL[1:]]
-    expect(0, "plan", job)
+    first = fingerprint(job)
+    hub.add("owner/tiny", pipeline(tiny_t5, tmp_path / "new", newer=True), NEWER)
+    (copy,) = (tmp_path / "home" / "checkpoints").iterdir()
+
+    def files() -> dict[Path, bytes]:
+        found = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+        del found[copy / "fetched.json"]  # it has times
+        return found
+
+    whole = files()
+    weights, words = copy / WEIGHTS, copy / "tokenizer" / "tokenizer_config.json"
+    tail = whole[weights][:-40_000] + bytes(40_000)
+    for path, content, what in (
+        (weights, tail, "has other values than fetch wrote"),
+        (weights, whole[weights][:-5000], f"{weights} is not what fetch wrote"),
+        (weights, None, f"{weights} is missing"),
+        (words, b"{}", f"{words} is not what fetch wrote"),
+        (copy / "config.json", None, "config.json is missing"),
+    ):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        for command in ("plan", "run") if content is tail else ("plan",):
+            said = expect(2, command, job)
+            assert f"encoders.t5.pretrained: the copy of owner/tiny/text_encoder in {copy}" in said
+            assert what in said
+            assert said.endswith(f"Make it again: embed-precompute fetch {job}\n")
+        if content is None:
+            shutil.rmtree(tmp_path / "cache")
+        said = expect(0, "fetch", job)
+        assert "t5: making it again: " in said
+        assert files() == whole
+    assert fingerprint(job) == first
+    assert "already there" in expect(0, "fetch", job)
 
 
 # -- what is pinned --------------------------------------------------------------------------------
@@ -256,6 +355,19 @@ def test_nothing_but_fetch_asks_the_hub(hub: Hub, tmp_path: Path, tiny_t5: Path)
     assert hub.log == []
 
 
+def test_the_first_answer_asks_no_hub(
+    hub: Hub, tmp_path: Path, tiny_t5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no weights, but only --no-weights says that they are not wanted."""
+    monkeypatch.setattr(prepare, "QUICK_FROM_ROWS", 1)
+    hub.add("owner/tiny", published(tiny_t5, tmp_path / "repo"))
+    job = job_of(tmp_path)
+    assert expect(2, "plan", job).endswith(f"a network: embed-precompute fetch {job}\n")
+    assert hub.log == []
+    assert "A first answer" in expect(0, "plan", job, "--no-weights")
+    assert hub.files() == SMALL
+
+
 # -- what breaks -----------------------------------------------------------------------------------
 
 
@@ -288,6 +400,75 @@ def test_a_download_that_failed_goes_on_with_what_is_missing(
     expect(0, "fetch", job)
     assert all(name.startswith(damaged) for name in hub.files())
     assert encoder().spec() == encoder(tiny_t5).spec()
+
+
+@pytest.mark.parametrize("revision", [None, "a" * 40])
+@pytest.mark.parametrize("last", SMALL[1:])
+def test_a_download_that_failed_among_the_small_files(
+    last: str,
+    revision: str | None,
+    hub: Hub,
+    tmp_path: Path,
+    tiny_t5: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is there of them could be a tokenizer, but another one."""
+    hub.add("owner/tiny", pipeline(tiny_t5, tmp_path / "repo"))
+    job, get = pipeline_job(tmp_path, revision=revision), huggingface_hub.hf_hub_download
+
+    def broken(repo_id: str, name: str, **fields: Any) -> str:
+        if name.endswith(last):
+            raise ConnectionError("broken off")
+        return get(repo_id, name, **fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "hf_hub_download", broken)
+        assert "broken off" in expect(2, "fetch", job)
+    with monkeypatch.context() as patch:
+        go_online(patch, "http://127.0.0.1:9")
+        assert "could not be downloaded" in expect(2, "fetch", job)
+    new_sessions()
+    expect(0, "fetch", job)
+    names = {"pretrained": "owner/tiny/text_encoder", "tokenizer": "owner/tiny/tokenizer"}
+    assert encoder(**names, revision=revision).spec() == encoder(tiny_t5).spec()
+    (copy,) = (tmp_path / "home" / "checkpoints").iterdir()
+    assert sorted(path.name for path in (copy / "tokenizer").iterdir()) == SMALL[1:]
+
+
+def test_small_files_that_are_not_in_the_cache_are_asked_for(
+    hub: Hub, tmp_path: Path, tiny_t5: Path
+) -> None:
+    """Another program left enough of them there to look whole."""
+    hub.add("owner/tiny", published(tiny_t5, tmp_path / "repo"))
+    huggingface_hub.snapshot_download("owner/tiny", allow_patterns=["tokenizer.json", "config*"])
+    hub.log.clear()
+    expect(0, "fetch", job_of(tmp_path))
+    assert hub.files() == [WEIGHTS, "tokenizer_config.json"]
+    assert encoder().spec() == encoder(tiny_t5).spec()
+
+
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")
+def test_a_part_that_is_there_needs_no_space(
+    hub: Hub, tmp_path: Path, tiny_t5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub 0.36 goes on with it."""
+    name = "pytorch_model.bin"
+    file = published(tiny_t5, tmp_path / "repo", form="pickle") / name
+    hub.add("owner/tiny", tmp_path / "repo")
+    blobs = tmp_path / "cache" / "models--owner--tiny" / "blobs"
+    blobs.mkdir(parents=True)
+    content = file.read_bytes()
+    (blobs / f"{sha(file, 'sha256')}.incomplete").write_bytes(content[:-1000])
+    for free, code in ((999, 74), (1000, 0)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+            if code:
+                with pytest.raises(StorageError, match="the download needs 1,000 bytes, 999 are"):
+                    download("here", "owner/tiny", None, lambda _: [name])
+            else:
+                folder = download("here", "owner/tiny", None, lambda _: [name])
+    assert (folder / name).read_bytes() == content
 
 
 def test_a_file_of_the_cache_that_was_damaged(hub: Hub, tmp_path: Path, tiny_t5: Path) -> None:
