@@ -7,6 +7,7 @@ A README.md that a person wrote is left alone. No caption stands in it.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +17,10 @@ import yaml
 
 from embed_precompute import __version__
 from embed_precompute.audit.info import encoder_words, recipe_words
+from embed_precompute.encoders.hub import HUB_ID
 from embed_precompute.samples import Status
 from embed_precompute.steps import counted
-from embed_precompute.store.commit import replace_bytes
+from embed_precompute.store.commit import remove_file, replace_bytes
 from embed_precompute.store.index import read_manifest
 from embed_precompute.store.manifest import finished_plan
 
@@ -38,16 +40,24 @@ def write_card(root: Path) -> bool:
     Raises FileNotFoundError while the dataset is not finalised.
     """
     path = root / CARD
-    try:
-        with path.open("rb") as file:
-            if MARK.encode() not in file.read(200):
-                return False
-    except FileNotFoundError:
-        pass
-    except OSError:  # a folder, or it may not be read
+    if os.path.lexists(path) and not _is_ours(path):
         return False
     replace_bytes(path, card_text(root).encode(errors="backslashreplace"))
     return True
+
+
+def remove_card(root: Path) -> None:
+    """Removes the card if it is ours: its dataset is no longer finished."""
+    if _is_ours(root / CARD):
+        remove_file(root / CARD)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.readline(200) == b"---\n" and file.readline(200).startswith(MARK.encode())
+    except OSError:  # it is not there, or a folder, or it may not be read
+        return False
 
 
 def configured(root: Path) -> dict[str, Mapping[str, Any]]:
@@ -59,10 +69,28 @@ def configured(root: Path) -> dict[str, Mapping[str, Any]]:
     return {}
 
 
+def model_words(given: Mapping[str, Any]) -> list[str]:
+    """A hub id as config.yaml has it, and its revision; of a folder the name alone, for where it
+    lay says nothing to others. Nothing if it is not named."""
+    if not given.get("pretrained"):
+        return []
+    name = str(given["pretrained"])
+    if HUB_ID.fullmatch(name) is None:
+        return [f"folder {Path(name).name}"]
+    return [name, *([str(given["revision"])] if given.get("revision") else [])]
+
+
+def percent(part: float, whole: float) -> str:
+    """Such as 4.213 %; 100 % is all of it."""
+    words = f"{100 * part / whole:.4g}" if whole else "0"
+    return "over 99.99 %" if words == "100" and part < whole else f"{words} %"
+
+
 def card_text(root: Path) -> str:
     """The card of the finished dataset in `root`."""
     manifest, plan, names = read_manifest(root), finished_plan(root), configured(root)
     counts, encoders = manifest.counts, manifest.spec["encoders"]
+    ok = counts.status[Status.OK.label]
     types = sorted({str(each.get("model_type", "")).lower() for each in encoders.values()})
     front = {
         "pretty_name": f"Text embeddings by {', '.join(sorted(encoders))}",
@@ -86,12 +114,13 @@ def card_text(root: Path) -> str:
     }
     for name, spec in sorted(encoders.items()):
         given = names.get(name, {})
-        model = [_code(given[key]) for key in ("pretrained", "revision") if given.get(key)]
+        model = [_code(each) for each in model_words(given)]
         facts[f"encoder {name}"] = " ".join([*model, _code(encoder_words(name, spec, plan))])
         if given.get("reference"):
-            facts[f"{name} is as in"] = _code(given["reference"])
+            facts[f"{name} settings as in"] = _code(given["reference"])
         sums = counts.encoders[name]
-        facts[f"{name} tokens"] = f"{sums.tokens:,}; {sums.truncated:,} captions truncated"
+        truncated = f"{sums.truncated:,} captions truncated ({percent(sums.truncated, ok)})"
+        facts[f"{name} tokens"] = f"{sums.tokens:,}; {truncated}"
     for what, count in sorted(counts.noted.items()):
         facts[_code(what)] = f"{count:,}"
     for made in manifest.environments:

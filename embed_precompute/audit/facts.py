@@ -3,15 +3,15 @@
 Guarantees: an unfinished dataset is counted as far as it goes; the same dataset gives the same
 facts, for what is sampled follows from the units' numbers. A shard that cannot be read costs its
 norms only, and is named.
-Costs: every record is read; without an index every rows part too, but for its texts. Norms read at
-most NORM_VECTORS vectors of about NORM_ROWS stored rows, in at most NORM_UNITS shards. Memory holds
-one unit's columns.
+Costs: every record is read, and the texts' digests in manifest.parquet; without an index every rows
+part, but for its texts. Norms read at most NORM_VECTORS vectors of about NORM_ROWS stored rows, in
+at most NORM_UNITS shards. Memory holds one unit's columns, and 17 bytes a sample while equal texts
+are counted.
 """
 
 from __future__ import annotations
 
 import contextlib
-import heapq
 import math
 import random
 from collections import Counter
@@ -38,7 +38,13 @@ from embed_precompute.store.records import (
     read_record,
     record_path,
 )
-from embed_precompute.store.rows import StoredSample, encoder_names, iter_batches, read_samples
+from embed_precompute.store.rows import (
+    StoredSample,
+    columns_of,
+    encoder_names,
+    iter_batches,
+    read_samples,
+)
 from embed_precompute.store.shards import TORCH_DTYPES, ShardReader
 
 EXAMPLES = 5
@@ -79,10 +85,16 @@ class Facts:
     """Encoder -> number of tokens -> samples."""
     examples: dict[str, list[StoredSample]] = field(default_factory=dict)
     """Status -> its first samples, with their texts."""
+    num_compared: int = 0
+    """Samples with an embedding whose texts were compared, over all units."""
+    num_repeats: int = 0
+    """Those of them whose text an earlier sample has."""
+    num_sharing: int = 0
+    """Those of them that use the stored row of an earlier sample of their unit."""
+    num_repeated: int = 0
+    """Texts that more than one sample has."""
     repeated: list[tuple[int, StoredSample]] = field(default_factory=list)
-    """The texts that most samples of a unit have: how many, and one of these samples."""
-    sharing: Counter[int] = field(default_factory=Counter)
-    """Number of samples that share a stored row -> stored rows."""
+    """The texts that most samples have: how many, and the first of these samples."""
     norms: dict[str, Norms] = field(default_factory=dict)
     """By tensor."""
     num_norms: int = 0
@@ -105,6 +117,8 @@ class _Unit:
     status: Array
     index: Array
     tokens: dict[str, Array]
+    texts: Array
+    """Of each sample that is ok, the first 64 bits of its text's sha256."""
 
 
 def gather(root: Path, plan: Plan) -> Facts:
@@ -122,7 +136,8 @@ def gather(root: Path, plan: Plan) -> Facts:
     index = DatasetIndex(root) if manifest is not None else None
     sampled = set(units[:: -(-len(units) // NORM_UNITS) or 1])
     wanted: dict[str, list[tuple[int, int]]] = {status.label: [] for status in Status}
-    repeated: list[tuple[int, int, int]] = []
+    texts: list[tuple[int, Array]] = []
+    hashes = [] if index is None else _table_texts(root, plan, index, facts.unread)
     sizes: Counter[str] = Counter()
     for unit in steps(units, len(units), "reading", " units"):
         record = read_record(root, unit)
@@ -134,7 +149,7 @@ def gather(root: Path, plan: Plan) -> Facts:
         sizes["rows"] += record.files.rows.bytes
         sizes["records"] += record_path(root, unit).stat().st_size
         try:
-            columns = _columns(root, plan, record, index)
+            columns = _columns(root, plan, record, index, hashes)
             _check(columns, record, root)
         except VerificationError as error:
             facts.unread.append(str(error))
@@ -148,14 +163,9 @@ def gather(root: Path, plan: Plan) -> Facts:
         for name, values in columns.tokens.items():
             counts = np.bincount(values[ok])
             facts.tokens[name].update({int(n): int(counts[n]) for n in np.flatnonzero(counts)})
-        sharing = np.bincount(columns.index[ok])
-        times = np.bincount(sharing)
-        facts.sharing.update({int(n): int(times[n]) for n in np.flatnonzero(times) if n})
-        for row in np.argsort(-sharing, kind="stable")[:EXAMPLES]:
-            if sharing[row] > 1:
-                first = int(np.argmax(columns.index == row))
-                repeated.append((int(sharing[row]), -unit, -first))
-        repeated = heapq.nlargest(EXAMPLES, repeated)
+        if len(columns.texts) == len(ok):
+            texts.append((unit, columns.texts))
+            facts.num_sharing += len(ok) - len(np.unique(columns.index[ok]))
         if unit in sampled:
             each = min(len(ok), -(-NORM_ROWS // len(sampled)))
             drawn = sorted(random.Random(unit).sample(ok.tolist(), each))
@@ -164,32 +174,98 @@ def gather(root: Path, plan: Plan) -> Facts:
     _measure(root, plan, manifest, facts, sizes)
     for label, places in wanted.items():
         facts.examples[label] = [s for s in _samples(root, plan, places, facts.unread) if s]
-    texts = _samples(root, plan, [(-unit, -at) for _, unit, at in repeated], facts.unread)
-    facts.repeated = [(n, s) for (n, _, _), s in zip(repeated, texts, strict=True) if s]
+    _compare(root, plan, texts, facts)
     return facts
 
 
-def _columns(root: Path, plan: Plan, record: UnitRecord, index: DatasetIndex | None) -> _Unit:
-    """By the index; by the rows part if the unit is not in it."""
+def _compare(root: Path, plan: Plan, texts: Sequence[tuple[int, Array]], facts: Facts) -> None:
+    """Counts equal texts over all units by `texts`: units, and the hashes of their ok samples."""
+    hashes = np.concatenate([np.zeros(0, np.uint64), *(each for _, each in texts)])
+    facts.num_compared = len(hashes)
+    ordered = np.sort(hashes)
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    del ordered
+    values, counts = np.unique(again, return_counts=True)  # a text of n samples is n - 1 times here
+    facts.num_repeats, facts.num_repeated = len(again), len(values)
+    ends = np.cumsum([len(each) for _, each in texts])
+    places, numbers = [], []
+    for at in np.argsort(-counts, kind="stable")[:EXAMPLES]:
+        first = int(np.argmax(hashes == values[at]))
+        part = int(np.searchsorted(ends, first, side="right"))
+        unit, mine = texts[part]
+        places.append((unit, first - int(ends[part]) + len(mine)))
+        numbers.append(int(counts[at]) + 1)
+    found = _samples(root, plan, places, facts.unread, among=Status.OK)
+    facts.repeated = [(n, s) for n, s in zip(numbers, found, strict=True) if s]
+
+
+def _table_texts(root: Path, plan: Plan, index: DatasetIndex, unread: list[str]) -> list[Array]:
+    """`_Unit.texts` of each unit of the index, by manifest.parquet; none if it cannot be read."""
+    path, name = root / TABLE, "text_sha256"
+    found = np.zeros(int(np.count_nonzero(index.status == Status.OK)), np.uint64)
+    done = 0
+    try:
+        for columns in columns_of(root, plan.tensors, [name]):
+            part = _text_hashes(path, columns[name])
+            if done + len(part) <= len(found):
+                found[done : done + len(part)] = part
+            done += len(part)
+    except VerificationError as error:
+        unread.append(str(error))
+        return []
+    if done != len(found):
+        unread.append(f"{path} has {done:,} samples of status ok, the index {len(found):,}")
+        return []
+    counts = [
+        np.count_nonzero(index.status[first : first + count] == Status.OK)
+        for first, count, _ in index.shards.tolist()
+    ]
+    return np.split(found, np.cumsum(counts))
+
+
+def _text_hashes(path: Path, digests: Sequence[str | None]) -> Array:
+    """The first 64 bits of each sha256. Raises VerificationError."""
+    try:
+        return np.frombuffer(b"".join(bytes.fromhex(each[:16]) for each in digests if each), ">u8")
+    except ValueError:
+        raise VerificationError(f"{path} is damaged: a text_sha256 is none.") from None
+
+
+def _columns(
+    root: Path,
+    plan: Plan,
+    record: UnitRecord,
+    index: DatasetIndex | None,
+    hashes: Sequence[Array],
+) -> _Unit:
+    """By the index, and `_table_texts`; by the rows part if the unit is not in it."""
     encoders = encoder_names(plan.tensors)
     if index is not None and record.unit < index.num_units:
         first, count, _ = (int(each) for each in index.shards[record.unit])
         part = slice(first, first + count)
         tokens = {name: index.tokens[name][part] for name in encoders}
-        return _Unit(index.status[part], index.index[part], tokens)
-    statuses, places = [], []
+        texts = hashes[record.unit] if hashes else np.zeros(0, np.uint64)
+        return _Unit(index.status[part], index.index[part], tokens, texts)
+    statuses, places, hashed = [], [], [np.zeros(0, np.uint64)]
     counts: dict[str, list[Array]] = {name: [] for name in encoders}
     path = record.rows_path(root)
     for batch in iter_batches(path, plan.tensors, text=False, num_rows=record.num_samples):
         numbers = pc.index_in(batch.column("status"), _LABELS).fill_null(-1)
         statuses.append(numbers.to_numpy(zero_copy_only=False))
         places.append(batch.column("index").fill_null(-1).to_numpy(zero_copy_only=False))
+        ok = pc.equal(batch.column("status"), Status.OK.label)
+        hashed.append(_text_hashes(path, batch.column("text_sha256").filter(ok).to_pylist()))
         for name, pieces in counts.items():
             column = batch.column(f"{name}_tokens").fill_null(0)
             pieces.append(column.to_numpy(zero_copy_only=False))
     nothing = np.zeros(0, np.int64)
     tokens = {name: np.concatenate([nothing, *pieces]) for name, pieces in counts.items()}
-    return _Unit(np.concatenate([nothing, *statuses]), np.concatenate([nothing, *places]), tokens)
+    return _Unit(
+        np.concatenate([nothing, *statuses]),
+        np.concatenate([nothing, *places]),
+        tokens,
+        np.concatenate(hashed),
+    )
 
 
 def _check(columns: _Unit, record: UnitRecord, root: Path) -> None:
@@ -294,16 +370,22 @@ def _measure(
 
 
 def _samples(
-    root: Path, plan: Plan, places: Sequence[tuple[int, int]], unread: list[str]
+    root: Path,
+    plan: Plan,
+    places: Sequence[tuple[int, int]],
+    unread: list[str],
+    among: Status | None = None,
 ) -> list[StoredSample | None]:
-    """The sample at each (unit, position in it); None where its rows part cannot be read."""
+    """The sample at each (unit, position in it); None where its rows part cannot be read. `among`:
+    positions count samples of this status."""
     found: dict[tuple[int, int], StoredSample] = {}
     for unit in sorted({unit for unit, _ in places}):
         record = read_record(root, unit)
         mine = {position for at, position in places if at == unit}
         try:
             samples = read_samples(record.rows_path(root), plan.tensors, record.num_samples)
-            for position, sample in enumerate(samples):
+            chosen = (each for each in samples if among in (None, each.status))
+            for position, sample in enumerate(chosen):
                 if position in mine:
                     found[unit, position] = sample
                 if position >= max(mine):

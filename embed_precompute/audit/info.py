@@ -105,7 +105,7 @@ class DatasetStatus:
                 f"{'it' if self.units_beyond == 1 else 'them'} away"
             )
         if self.units_left or not self.null_committed:
-            lines.append("  not finalised: run the job again to go on")
+            lines.append("  not finalised: run the job again to go on, unless it is running")
         elif not self.finalised and not self.units_beyond:
             lines.append(f"  not finalised: run `embed-precompute finalize {self.root}`")
         return lines

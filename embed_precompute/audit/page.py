@@ -12,19 +12,26 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from embed_precompute import __version__
 from embed_precompute.audit import plots
+from embed_precompute.audit.card import model_words, percent
 from embed_precompute.audit.facts import BUCKETS, NORM_VECTORS, Facts
 from embed_precompute.audit.info import DatasetStatus, encoder_words, recipe_words
 from embed_precompute.audit.timeline import LEAST_GAP_S, Row, Timeline, Work
 from embed_precompute.encoders.peaks import peak_flops
-from embed_precompute.job.metrics import Effort
+from embed_precompute.job.metrics import MOST, Effort
 from embed_precompute.samples import Status
 from embed_precompute.steps import byte_size, counted, duration
 from embed_precompute.store.rows import StoredSample
 
+BEGIN = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<meta name="generator" content="embed-precompute report">'
+)
+"""How every page begins: a file that does not is somebody else's."""
 LISTED = 10
 """Lines of a table of files, units or gaps."""
 TEXT_CHARACTERS = 160
@@ -59,11 +66,10 @@ class Dataset:
 
 def page_of(data: Dataset) -> bytes:
     """The whole page."""
-    name = _esc(data.name)
+    title = _esc(_title(data))
     sections = "".join(
         f"<section><h2>{heading}</h2>{''.join(parts)}</section>"
         for heading, parts in (
-            ("What was encoded", _what(data)),
             ("Samples by status", _statuses(data)),
             ("Tokens", _tokens(data)),
             ("Norms over input order", _norms(data)),
@@ -71,20 +77,79 @@ def page_of(data: Dataset) -> bytes:
             ("Speed of the ranks", _speed(data)),
             ("Repeated captions", _repeated(data)),
             ("Verification", _verification(data)),
+            ("What was encoded", _what(data)),
             ("Runs", _runs(data)),
         )
     )
     page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"{BEGIN}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}: embeddings</title><style>{STYLE}</style></head><body><main>"
-        f"<h1>{name}</h1>{''.join(_head(data))}{sections}<footer>embed_precompute {__version__}, "
+        f"<title>{title}</title><style>{STYLE}</style></head><body><main>"
+        f"<h1>{title}</h1>{_summary(data)}{''.join(_head(data))}{sections}"
+        f"<footer>{_esc(data.name)}, embed_precompute {__version__}, "
         f"fingerprint {data.status.plan.fingerprint[:16]}</footer></main></body></html>\n"
     )
     return page.encode()
 
 
 # --- sections -------------------------------------------------------------------------------------
+
+
+def _title(data: Dataset) -> str:
+    """The encoders' models, the captions, and the day of the last unit if logs/ has it."""
+    day = "" if data.timeline is None else f", {_clock(data.timeline.end)[:10]}"
+    return f"Embeddings of {_captions(data)} by {_models(data)}{day}"
+
+
+def _captions(data: Dataset) -> str:
+    files = data.status.plan.inputs.files
+    first = Path(files[0].path).name if files else "no file"
+    return first + (f" and {counted(len(files) - 1, 'other file')}" if len(files) > 1 else "")
+
+
+def _models(data: Dataset) -> str:
+    words = []
+    for name, spec in sorted(data.status.plan.spec["encoders"].items()):
+        model = (model_words(data.configured.get(name, {})) or [spec.get("model_type", "")])[0]
+        words.append(f"{name} ({model})" if model else name)
+    return _listed(words)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _summary(data: Dataset) -> str:
+    """Two sentences for who reads no further."""
+    status, facts, effort = data.status, data.facts, data.effort
+    ok, whole = facts.totals.status[Status.OK.label], status.plan.num_samples
+    time_words = ""
+    if effort is not None and effort.wall_seconds:
+        processes = "1 process" if effort.ranks == 1 else f"{effort.ranks:,} processes"
+        time_words = f", encoded in {duration(effort.wall_seconds)} by {processes}"
+    encoders, size = _listed(sorted(facts.tokens)), byte_size(sum(facts.bytes.values()))
+    first = (
+        f"{ok:,} of {whole:,} captions ({percent(ok, whole)}) have embeddings by {encoders}: "
+        f"{size} on disk{time_words}."
+    )
+    found = data.verified
+    day = str(found.get("time"))[:10]
+    if not found:
+        checked = "it was never verified"
+    elif found.get("problems") != 0:
+        checked = "its last verification did not end without problems"
+    elif _is_newer(data):
+        checked = "a unit was written after its last verification, which found no problems"
+    else:
+        checked = f"its last verification ({found.get('level')}, {day}) found no problems"
+    state = "complete" if status.complete else "not complete yet"
+    return f'<p class="lead">{_esc(first)} The dataset is <b>{state}</b>; {_esc(checked)}.</p>'
+
+
+def _is_newer(data: Dataset) -> bool:
+    """Whether a unit was written after the last verification."""
+    when, line = data.verified.get("time"), data.timeline
+    return line is not None and isinstance(when, str) and when < _stamp(line.end)
 
 
 def _head(data: Dataset) -> Iterator[str]:
@@ -101,10 +166,10 @@ def _head(data: Dataset) -> Iterator[str]:
     if (more := len(data.facts.unread) - 3) > 0:
         yield f"<p>and {more:,} more files that cannot be read: run verify</p>"
     yield "</div>"
-    ok = totals.status[Status.OK.label]
+    ok, whole = totals.status[Status.OK.label], status.plan.num_samples
     tiles = {
-        "samples": f"{totals.samples:,}",
-        "with an embedding": _percent(ok, totals.samples),
+        "samples": f"{totals.samples:,}" + f" of {whole:,}" * (totals.samples != whole),
+        "with an embedding": percent(ok, whole),
         "stored embeddings": f"{totals.stored:,}",
         "bytes": byte_size(sum(data.facts.bytes.values())),
     }
@@ -140,14 +205,13 @@ def _what(data: Dataset) -> Iterator[str]:
         facts.append(("limit", f"the first {inputs.limit:,} samples"))
     if plan.extends:
         facts.append(("extended", counted(len(plan.extends), "time")))
-    facts += [(_esc(what), f"{n:,}") for what, n in sorted(data.facts.totals.noted.items())]
     for name, spec in sorted(plan.spec["encoders"].items()):
         given = names.get(name, {})
         words = [given[key] for key in ("pretrained", "revision") if given.get(key)]
         lines = [_esc(" ".join(map(str, words))) or "config.yaml does not name its checkpoint"]
         lines.append(_esc(encoder_words(name, spec, plan)))
         if given.get("reference"):
-            lines.append(f"as in {_esc(given['reference'])}")
+            lines.append(f"settings as in {_esc(given['reference'])}")
         for key in ("weights", "tokenizer"):
             if key in spec:
                 lines.append(f"{key} <code>{_esc(spec[key])}</code>")
@@ -161,10 +225,16 @@ def _what(data: Dataset) -> Iterator[str]:
     keys = ["device", *sorted({key for e in data.facts.environments for key in e} - {"device"})]
     yield "<h3>Environments</h3>"
     if len(counts) > 1:
-        yield _note("More than one: bytes are promised within one, so compare the norms below.")
+        yield _note("More than one: bytes are promised within one, so compare the norms above.")
     yield _table(
         ("", *(counted(number, "unit") for number in counts)),
-        [(_esc(key), *(_esc(e.get(key, "")) for e in data.facts.environments)) for key in keys],
+        [
+            (
+                _esc(key).replace("_", "_<wbr>"),
+                *(_esc(e.get(key, "")) for e in data.facts.environments),
+            )
+            for key in keys
+        ],
         kind="facts",
     )
     yield "<h3>Input files</h3>"
@@ -182,13 +252,18 @@ def _what(data: Dataset) -> Iterator[str]:
 
 def _statuses(data: Dataset) -> Iterator[str]:
     totals = data.facts.totals
-    yield _note("Every input row is here. Only ok has an embedding; look at who has none, and why.")
+    what = "Every input row is" if data.status.complete else "The samples of committed units are"
+    yield _note(f"{what} here. Only ok has an embedding; look at who has none, and why.")
     rows = [
-        (status.label, f"{n:,}", _percent(n, totals.samples), STATUS_WORDS[status])
+        (status.label, f"{n:,}", percent(n, totals.samples), STATUS_WORDS[status])
         for status in Status
         if (n := totals.status[status.label]) or status is Status.OK
     ]
     yield _table(("status", "#samples", "#share", "meaning"), rows)
+    if noted := sorted(totals.noted.items()):
+        yield "<h3>Noted of them</h3>"
+        shares = [(_esc(what), f"{n:,}", percent(n, totals.samples)) for what, n in noted]
+        yield _table(("what", "#samples", "#share"), shares)
     plan = data.status.plan
     for label, samples in data.facts.examples.items():
         if samples:
@@ -229,11 +304,12 @@ def _tokens(data: Dataset) -> Iterator[str]:
         ticks = [t for t in plots.number_axis(0, top, whole=True).ticks if t[0] <= top]
         mark = None
         if limit is not None and limit <= most:
-            mark = (float(top), f"limit {limit}: {cut:,} cut, {_percent(cut, total)}")
+            mark = (float(top), f"limit {limit}: {cut:,} cut, {percent(cut, total)}")
         beside = [f"mean {totals.tokens[name] / total:.1f}"]
         beside += [f"{what} {_percentile(counts, share)}" for what, share in MARKS.items()]
         if mark is None:
-            beside.append(f"{cut:,} cut" + (f" at {limit}" if limit else ""))
+            at = f" at {limit}" if limit else ""
+            beside.append(f"{cut:,} cut{at}, {percent(cut, total)}")
         wide = f", {each} to a bar" if each > 1 else ""
         yield _figure(
             f"<b>{name}</b>, samples by number of tokens{wide}: {', '.join(beside)}",
@@ -302,7 +378,7 @@ def _speed(data: Dataset) -> Iterator[str]:
     line = data.timeline
     yield _note(
         "Even lanes of one height are right. A low lane is a slow GPU or host; grey is a "
-        "rank at rest: before a restart, or at the end, when others still had units."
+        "rank at rest: between runs, or at the end, when others still had units."
     )
     if line is None:
         yield "<p>Left out: logs/ has no metrics-NNNNN.jsonl, which runs write beside the data.</p>"
@@ -323,10 +399,17 @@ def _speed(data: Dataset) -> Iterator[str]:
         yield from _over_time(line, rows, "share of peak", lambda share: f"{100 * share:.3g} %")
     rests = line.rests()
     yield "<h3>Idle gaps</h3>"
-    idle, whole = sum(r.end - r.begin for r in rests), line.seconds * len(line.by_rank)
+    paused = sum(end - begin for begin, end in line.pauses)
+    idle = sum(rest.end - rest.begin for rest in rests)
+    whole = idle + sum(work.seconds for work in line.work)
+    if line.pauses:
+        yield (
+            f"<p>Between runs nothing was at work: {counted(len(line.pauses), 'time')}, "
+            f"{duration(paused)} together. That is no idleness and not counted here.</p>"
+        )
     yield _note(
-        f"Ranks wrote nothing for {_percent(idle, whole)} of the time between the first unit and "
-        f"the last ({duration(line.seconds)}, {counted(len(line.by_rank), 'rank')}). Gaps under "
+        f"While runs had them, ranks wrote nothing for {percent(idle, whole)} of their time "
+        f"({duration(whole)} of {counted(len(line.by_rank), 'rank')} together). Gaps under "
         f"{LEAST_GAP_S:g} s do not count."
     )
     found = [
@@ -353,7 +436,7 @@ def _over_time(
     line: Timeline, rows: dict[int, Row], what: str, words: Callable[[float], str]
 ) -> Iterator[str]:
     """A plot of what each rank did over time; `words` puts a value into words."""
-    found = sorted(v for row in rows.values() for v in row if v is not None)
+    found = sorted(v for row in rows.values() for v in row if v)
     most = found[int(0.98 * (len(found) - 1))] if found else 0.0  # one odd unit must not set it
     above = ", 2 % of the time above it" if found and found[-1] > most else ""
     x = plots.time_axis(line.seconds)
@@ -404,24 +487,25 @@ def _peak_seconds(data: Dataset) -> tuple[dict[Work, float], str]:
 
 
 def _repeated(data: Dataset) -> Iterator[str]:
-    facts = data.facts
-    shared = {n: rows for n, rows in facts.sharing.items() if n > 1}
-    spared = sum((n - 1) * rows for n, rows in shared.items())
-    ok = facts.totals.status[Status.OK.label]
+    facts, ok = data.facts, data.facts.totals.status[Status.OK.label]
     yield _note(
-        "Equal texts of one unit share a stored row. A text that comes in hundreds is often a "
-        "placeholder that should not train a model."
+        "Equal texts of the whole dataset. A text that comes in hundreds is often a placeholder "
+        "that should not train a model. Equal texts of one unit share a stored row."
     )
     yield (
-        f"<p>{spared:,} of {ok:,} samples ({_percent(spared, ok)}) use the stored row of another. "
-        f"Stored rows of more than one sample: {sum(shared.values()):,}.</p>"
+        f"<p>{facts.num_repeats:,} of {facts.num_compared:,} samples "
+        f"({percent(facts.num_repeats, facts.num_compared)}) repeat the text of an earlier one; "
+        f"{counted(facts.num_repeated, 'text')} come{'s' * (facts.num_repeated == 1)} more than "
+        f"once. {facts.num_sharing:,} of these samples use the stored row of another.</p>"
     )
+    if (rest := ok - facts.num_compared) > 0:
+        yield f"<p>{counted(rest, 'sample')} not compared: see the top of this page.</p>"
     if facts.repeated:
         rows = [
             (f"{n:,}", f"<bdi>{_esc(_shown(each.sample_id))}</bdi>", _text(each.text or ""))
             for n, each in facts.repeated
         ]
-        yield _table(("#samples of a unit", "one of them", "text"), rows, kind="texts")
+        yield _table(("#samples", "the first of them", "text"), rows, kind="texts")
 
 
 def _verification(data: Dataset) -> Iterator[str]:
@@ -430,7 +514,7 @@ def _verification(data: Dataset) -> Iterator[str]:
         yield "<p>Never verified: <code>embed-precompute verify DIR</code> reads every byte.</p>"
         return
     problems, when = found.get("problems"), found.get("time")
-    number = counted(problems, "problem") if isinstance(problems, int) else "not noted"
+    number = _noted(problems, lambda number: counted(int(number), "problem"))
     yield _note("What the last verify said. Units that were written later are not in it.")
     yield _table(
         (),
@@ -439,11 +523,11 @@ def _verification(data: Dataset) -> Iterator[str]:
             ("level", _esc(found.get("level"))),
             ("dataset then", "complete" if found.get("complete") is True else "not complete"),
             ("when", _esc(when)),
-            ("read", byte_size(n) if isinstance(n := found.get("bytes"), int) else "not noted"),
-            ("took", duration(s) if isinstance(s := found.get("seconds"), float) else "not noted"),
+            ("read", _noted(found.get("bytes"), byte_size)),
+            ("took", _noted(found.get("seconds"), duration)),
         ],
     )
-    if data.timeline is not None and isinstance(when, str) and when < _stamp(data.timeline.end):
+    if _is_newer(data):
         yield "<p><b>A unit was written after that: verify again.</b></p>"
     first = found.get("first")
     for problem in first[:LISTED] if isinstance(first, list) else ():
@@ -516,9 +600,9 @@ def _text(text: str) -> str:
     return f'<bdi dir="auto">{_esc(_shown(text))}</bdi>' if text else "(empty)"
 
 
-def _percent(part: float, whole: float) -> str:
-    words = f"{100 * part / whole:.4g}" if whole else "0"
-    return "over 99.99 %" if words == "100" and part < whole else f"{words} %"
+def _noted(value: object, words: Callable[[float], str]) -> str:
+    """A figure of a file for people, where anything may stand."""
+    return words(value) if isinstance(value, int | float) and 0 <= value < MOST else "not noted"
 
 
 def _clock(seconds: float) -> str:
@@ -580,6 +664,7 @@ h1{font-size:1.6rem;margin:.5rem 0;overflow-wrap:anywhere}
 h2{font-size:1.25rem;margin:2.2rem 0 .4rem;border-bottom:1px solid var(--rule)}
 h3{font-size:1rem;margin:1.3rem 0 .3rem}
 p{margin:.4rem 0;overflow-wrap:anywhere}
+.lead{font-size:1.05rem;margin:.6rem 0 1rem}
 .note,figcaption,footer,.key{color:var(--dim);font-size:.9rem}
 .key.other::before{content:"";display:inline-block;width:1em;height:1em;margin-right:.5em;
 vertical-align:-.15em;background:var(--c3)}
@@ -626,7 +711,7 @@ svg text{font:12px system-ui,sans-serif;fill:var(--dim)}
 .grid{stroke:var(--rule)}
 .tick{stroke:var(--dim)}
 .mark{stroke:var(--c2);stroke-width:2;stroke-dasharray:5 3}
-footer{margin:2.5rem 0 1rem}
+footer{margin:2.5rem 0 1rem;overflow-wrap:anywhere}
 @media print{main{max-width:none;padding:0}section{break-inside:auto}h2,h3{break-after:avoid}
 tr{break-inside:avoid}*{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 .wide{overflow:visible}}

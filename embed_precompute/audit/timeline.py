@@ -7,16 +7,19 @@ Costs: an object for each line, which is one for each unit; no time of samples i
 
 from __future__ import annotations
 
+import calendar
 import contextlib
-import json
-import math
+import functools
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from embed_precompute.job.metrics import UnitLines, span_of
 
 COLUMNS = 160
 """Pieces that the time of a run is cut into."""
@@ -46,7 +49,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Rest:
-    """A time in which a rank wrote nothing while the job, or another run of it, went on."""
+    """A time in which a rank wrote nothing while another was at work."""
 
     rank: int
     begin: float
@@ -54,10 +57,12 @@ class Rest:
 
 
 class Timeline:
-    """All that the ranks of all runs did. `work` is sorted by rank and time, and not empty."""
+    """All that the ranks of all runs did."""
 
-    def __init__(self, work: Sequence[Work]) -> None:
-        self.work = work
+    def __init__(self, work: Sequence[Work], starts: Sequence[tuple[float, int]] = ()) -> None:
+        """`work` is sorted by rank and time, and not empty. `starts`: when each run began, and with
+        how many ranks, in order."""
+        self.work, self._starts = work, starts
         self.begin, self.end = min(w.begin for w in work), max(w.end for w in work)
         self.by_rank: dict[int, list[Work]] = defaultdict(list)
         for each in work:
@@ -68,8 +73,9 @@ class Timeline:
         return self.end - self.begin
 
     def rates(self, amount: Callable[[Work], float]) -> dict[int, Row]:
-        """For each rank and each of COLUMNS pieces of the time, `amount` a second, which is spread
-        evenly over the seconds of its unit; None where the rank is at rest."""
+        """For each rank and each of COLUMNS pieces of the time, `amount` a second of the piece's
+        part in which the rank was at work; None where it is at rest. A unit's amount is spread
+        evenly over its seconds."""
         edges = np.linspace(self.begin, self.end, COLUMNS + 1)
         width = (self.seconds / COLUMNS) or 1.0
         rows: dict[int, Row] = {}
@@ -77,21 +83,46 @@ class Timeline:
             # Two jobs on one output may share a rank's file: their times overlap.
             times = np.maximum.accumulate([t for w in mine for t in (w.begin, w.end)])
             busy = _spread(edges, times, [w.seconds for w in mine])
-            done = _spread(edges, times, [amount(w) for w in mine]) / width
-            at_work = busy > 0.02 * width
-            rows[rank] = [float(d) if b else None for d, b in zip(done, at_work, strict=True)]
+            done = _spread(edges, times, [amount(w) for w in mine])
+            rows[rank] = [
+                float(d / min(b, width)) if b > 0.02 * width else None
+                for d, b in zip(done, busy, strict=True)
+            ]
         return rows
 
+    @functools.cached_property
+    def pauses(self) -> list[tuple[float, float]]:
+        """(begin, end) of each time of LEAST_GAP_S or more in which no rank was at work: no job
+        ran, for a rank's unit counts from the one before or from the rank's start."""
+        found, until = [], self.begin
+        for begin, end in sorted((w.begin, w.end) for w in self.work):
+            if begin - until >= LEAST_GAP_S:
+                found.append((until, begin))
+            until = max(until, end)
+        return found
+
     def rests(self) -> list[Rest]:
-        """Every gap of LEAST_GAP_S or more of each rank, the longest first; at the end, too."""
+        """Every gap of LEAST_GAP_S or more of each rank, the longest first; at the end, too.
+        Pauses are left out, and runs that did not have the rank."""
         found = []
         for rank, mine in self.by_rank.items():
+            away = [*self.pauses, *self._runs_without(rank), (self.end, self.end)]
+            spans = [*((w.begin, w.end) for w in mine), *away]
             until = self.begin
-            for begin, end in [*((w.begin, w.end) for w in mine), (self.end, self.end)]:
+            for begin, end in sorted(spans):
                 if begin - until >= LEAST_GAP_S:
                     found.append(Rest(rank, until, begin))
                 until = max(until, end)
         return sorted(found, key=lambda rest: (rest.begin - rest.end, rest.rank, rest.begin))
+
+    def _runs_without(self, rank: int) -> list[tuple[float, float]]:
+        """(begin, end) of the runs that had fewer ranks; one ends where the next begins."""
+        ends = [*(begin for begin, _ in self._starts[1:]), self.end]
+        return [
+            (begin, end)
+            for (begin, world_size), end in zip(self._starts, ends, strict=False)
+            if world_size <= rank and begin < end
+        ]
 
 
 def _spread(edges: np.ndarray, times: np.ndarray, amounts: Sequence[float]) -> np.ndarray:
@@ -101,29 +132,27 @@ def _spread(edges: np.ndarray, times: np.ndarray, amounts: Sequence[float]) -> n
     return np.diff(np.interp(edges, times, grown, left=0.0))
 
 
-def read_timeline(root: Path) -> Timeline | None:
-    """By the files in logs/; None if no line says when and what."""
+def read_timeline(root: Path, run: Mapping[str, Any] | None = None) -> Timeline | None:
+    """By the files in logs/, and the starts in `run`, which run.json holds; None if no line says
+    when and what."""
     work = []
-    for rank, line in _lines(root):
+    for rank, line in UnitLines(root).new():
         with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
-            end, seconds, unit = float(line["time"]), float(line["seconds"]), int(line["unit"])
-            flops = line.get("flops")
+            begin, end = span_of(line)
+            unit, flops = int(line["unit"]), line.get("flops")
             if flops is not None:
-                flops = {str(name): float(value) for name, value in flops.items()}
+                flops = {str(name): value + 0.0 for name, value in flops.items()}
             samples = int(line["samples"]) if unit >= 0 else 0
-            if math.isfinite(end) and 0 <= seconds < math.inf:
-                host = str(line.get("host", ""))
-                work.append(Work(rank, unit, end - seconds, end, samples, host, flops))
+            work.append(Work(rank, unit, begin, end, samples, str(line.get("host", "")), flops))
     work.sort(key=lambda each: (each.rank, each.end))
-    return Timeline(work) if work else None
+    return Timeline(work, _starts((run or {}).get("runs"))) if work else None
 
 
-def _lines(root: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (rank, what a line holds) for every line of every rank."""
-    for path in sorted((root / "logs").glob("metrics-*.jsonl")):
-        rank = path.stem.partition("-")[2]
-        if rank.isdecimal():
-            with contextlib.suppress(OSError), path.open("rb") as file:
-                for text in file:
-                    with contextlib.suppress(ValueError):  # a crash cut it off
-                        yield int(rank), json.loads(text)
+def _starts(runs: Any) -> list[tuple[float, int]]:
+    """(when, with how many ranks) of each run of run.json, where anything may stand."""
+    found = []
+    for each in runs if isinstance(runs, list) else ():
+        with contextlib.suppress(LookupError, TypeError, ValueError):
+            began = calendar.timegm(time.strptime(each["started"], "%Y-%m-%dT%H:%M:%SZ"))
+            found.append((float(began), int(each["world_size"])))
+    return sorted(found)

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 MOST_ENVIRONMENTS = 3
 """As many are named in a summary."""
 BEGINNING = 60
-"""Characters of a message that local rank 0 says in full."""
+"""Characters of a message that local rank 0 says in full; a word is said to its end."""
 MOST_WAITING = 1000
 """Lines that are kept for a log file that cannot be made yet."""
 IO_ERRORS = frozenset(
@@ -160,8 +160,9 @@ def _say(message: str, dist: DistContext, *, trace: bool = False, is_shared: boo
     it may be theirs alone after all.
     """
     shown = message
-    if is_shared and dist.local_rank > 0 and len(message) > BEGINNING:
-        shown = f"{message[:BEGINNING]}..."
+    end = message.find(" ", BEGINNING)
+    if is_shared and dist.local_rank > 0 and end > 0:
+        shown = f"{message[:end]} ..."
     whose = "" if dist.is_main else f"{_rank(dist)} "
     print(f"embed-precompute: {whose}{shown}", file=sys.stderr)
     log.error("%s", message, exc_info=trace, extra=FILE_ONLY)

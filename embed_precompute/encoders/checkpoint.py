@@ -288,7 +288,8 @@ def _weight_files(where: str, folder: Path, need: Need) -> list[Path]:
         kind = "pickled weights" if others[0].endswith(".bin") else "a variant of the weights"
         raise InputError(
             f"{where}: {folder} holds only {kind} ({', '.join(others)}): expected {WEIGHTS}. "
-            f"Convert them once: {FETCH}"
+            f"No copy that fetch made of it is in {cache_home() / 'checkpoints'} "
+            f"(EMBED_PRECOMPUTE_HOME names another place). Convert them once: {FETCH}"
         )
     raise InputError(
         f"{where}: {folder} holds no weights: expected {WEIGHTS}, or {WEIGHTS_INDEX} and its "

@@ -51,7 +51,7 @@ from embed_precompute.encoders.checkpoint import (
 )
 from embed_precompute.encoders.families import FAMILIES
 from embed_precompute.encoders.families.base import EncoderConfig, Family
-from embed_precompute.encoders.resolve import open_encoder
+from embed_precompute.encoders.resolve import open_encoder, open_encoders
 from embed_precompute.encoders.weights import (
     CODES,
     Array,
@@ -87,6 +87,12 @@ def fetch(encoders: Mapping[str, EncoderConfig], output: Path | None = None) -> 
     """
     if output is not None:
         refuse_file(output, "--output")
+    # Before gigabytes come: all that is wrong with names, kinds, options, widths and tokenizers.
+    for name, options in sorted(encoders.items()):
+        for key, path in options.other_files.items():
+            if not Path(path).expanduser().exists():
+                locate(f"encoders.{name}.{key}", path, None, "tensors", online=True)
+    open_encoders(encoders, with_weights=False)
     for name, options in sorted(encoders.items()):
         kind, dtype = options.kind, options.dtype
         origin = origin_of(options.pretrained, options.revision, kind, dtype, options.part)
@@ -96,11 +102,6 @@ def fetch(encoders: Mapping[str, EncoderConfig], output: Path | None = None) -> 
             what = f"{options.pretrained} in {options.dtype}"
             what += f", {options.part}" if options.part else ""
             raise InputError(f"{target} exists, and is no copy of {what}. Choose another folder.")
-        for key, path in options.other_files.items():
-            if not Path(path).expanduser().exists():
-                locate(f"encoders.{name}.{key}", path, None, "tensors", online=True)
-        # Before gigabytes come: all that is wrong with names, kinds, options and tokenizer.
-        open_encoder(name, options, with_weights=False)
         if find_fetched(origin, target) is not None:
             yield f"{name}: already there: {target}"
             commit = (found or {}).get("commit")

@@ -190,7 +190,15 @@ def open_encoder(
         )
     opened = OpenEncoder(name, options, checkpoint, tokenizer, folder)
     family.check(opened)
-    for output in family.outputs(options, checkpoint) if options.empty == "nothing" else ():
+    outputs = family.outputs(options, checkpoint)
+    for output in outputs:
+        if options.width not in (None, output.width):
+            raise InputError(
+                f"{where}.width is {options.width}, and {checkpoint.folder} makes vectors of "
+                f"{output.width}: it is another model than the preset's. Choose its checkpoint, or "
+                "set the width to null if another is meant."
+            )
+    for output in outputs if options.empty == "nothing" else ():
         if output.positions in (None, "all"):
             what = "a vector per caption" if output.per == "caption" else "every position"
             raise InputError(
@@ -198,6 +206,23 @@ def open_encoder(
                 "caption has something to store. Use encode or space."
             )
     return opened
+
+
+def open_encoders(
+    encoders: Mapping[str, EncoderConfig], *, with_weights: bool
+) -> list[OpenEncoder[Any]]:
+    """All of them, sorted by name. The InputError names each that cannot be opened."""
+    opened, mistakes = list[OpenEncoder[Any]](), dict[str, InputError]()
+    for name, options in encoders.items():
+        try:
+            opened.append(open_encoder(name, options, with_weights=with_weights))
+        except InputError as error:
+            mistakes[name] = error
+    if mistakes:
+        first, *others = mistakes
+        also = f"{', '.join([first, *others])} cannot be opened. The first: " if others else ""
+        raise InputError(f"{also}{mistakes[first]}") from mistakes[first]
+    return sorted(opened, key=lambda each: each.name)
 
 
 def require_release(checkpoint: Checkpoint, releases: Mapping[str, str]) -> None:
@@ -224,12 +249,4 @@ def resolve(
     family = FAMILIES[opened.options.kind]
     decision = family.decide(opened, Facts(stored, added_tokens))
     outputs = family.outputs(opened.options, opened.checkpoint)
-    stated = opened.options.width
-    for output in outputs:
-        if stated not in (None, output.width):
-            raise InputError(
-                f"{opened.where}.width is {stated}, and {opened.checkpoint.folder} makes vectors "
-                f"of {output.width}: it is another model than the preset's. Choose its checkpoint, "
-                "or correct the width if another is meant."
-            )
     return ResolvedEncoder(opened, family, outputs, decision)

@@ -26,7 +26,7 @@ from embed_precompute.distributed import DistContext
 from embed_precompute.documents import differing_fields
 from embed_precompute.errors import ConflictError
 from embed_precompute.job.reuse import COPIED_FROM
-from embed_precompute.steps import Work
+from embed_precompute.steps import Work, counted
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import (
     NULL_UNIT,
@@ -206,7 +206,8 @@ class Claims:
                     yield unit
             left = left[~is_helper]
             if len(left) and helpers == 1:
-                log.info("%d left, with other ranks: waiting, then helping", len(left))
+                units = counted(len(left), "unit")
+                log.info("%s left, with other ranks: waiting, then helping", units)
             for _ in range(POLLS):
                 while len(left) and self._is_committed(int(left[-1])):
                     left = left[:-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import socket
 import time
 from collections import Counter
@@ -21,6 +22,10 @@ from embed_precompute.steps import duration
 log = logging.getLogger(__name__)
 LEAST_TFLOPS = 0.001
 """Less is not mentioned."""
+MOST = 1e24
+"""No figure of a unit is as large: a line that has such a number, or NaN, is damaged."""
+LAST_TIME = 1e10
+"""No clock shows so many seconds since 1970."""
 
 
 class UnitLog:
@@ -65,8 +70,12 @@ class UnitLog:
         }
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with self._path.open("ab+") as file:
+                begin = b""
+                if file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    begin = b"\n" * (file.read(1) != b"\n")  # a crash cut the last line off
+                file.write(begin + json.dumps(line).encode() + b"\n")
         except OSError as error:
             log.warning("%s: not written: %s", self._path, error.strerror)
 
@@ -79,17 +88,43 @@ class UnitLines:
         self._read: dict[Path, int] = {}
         """File -> how many of its bytes were read."""
 
-    def new(self) -> Iterator[Any]:
-        """Yields what every line holds that was not yielded before."""
+    def new(self) -> Iterator[tuple[int, Any]]:
+        """Yields (rank, what a line holds) for every line that was not yielded before. All numbers
+        in it are finite and below MOST; lines with others are left out."""
         for path in sorted(self._folder.glob("metrics-*.jsonl")):
+            rank = path.stem.partition("-")[2]
+            if not rank.isdecimal():
+                continue
             with contextlib.suppress(OSError), path.open("rb") as file:
                 file.seek(self._read.get(path, 0))
                 for line in file:
                     if not line.endswith(b"\n"):
                         break  # it is being written, or a crash cut it off
                     self._read[path] = file.tell()
-                    with contextlib.suppress(ValueError):
-                        yield json.loads(line)
+                    with contextlib.suppress(ValueError, RecursionError):
+                        found = json.loads(
+                            line, parse_float=_sane, parse_int=_sane, parse_constant=_sane
+                        )
+                        yield int(rank), found
+
+
+def _sane(digits: str) -> float:
+    """A number of a line. Raises ValueError if it cannot be one."""
+    value = float(digits)
+    if not abs(value) < MOST:
+        raise ValueError(f"{digits[:30]} is no figure of a unit")
+    return int(value) if value.is_integer() else value
+
+
+def span_of(line: Any) -> tuple[float, float]:
+    """When a rank began and ended what a line is of, in seconds since 1970.
+
+    Raises LookupError, TypeError or ValueError if the line does not say.
+    """
+    end, seconds = line["time"], line["seconds"]
+    if not (0 <= seconds <= end < LAST_TIME):
+        raise ValueError(f"from {end} - {seconds} to {end}")
+    return end - seconds, end
 
 
 @dataclass
@@ -122,7 +157,7 @@ class Effort:
     """What all ranks of all runs together did, by the lines of their files."""
 
     ranks: int
-    """How many ranks wrote a unit."""
+    """How many ranks wrote a line."""
     seconds: Mapping[str, float]
     """Device -> the ranks' time at work with it, added up."""
     wall_seconds: float
@@ -154,11 +189,13 @@ def read_effort(root: Path) -> Effort | None:
     seconds: Counter[str] = Counter()
     spans: list[tuple[float, float]] = []
     sums = UnitSums()
-    for line in UnitLines(root).new():
-        with contextlib.suppress(LookupError, TypeError):
-            span = (line["time"] - line["seconds"], line["time"])
+    ranks = set()
+    for rank, line in UnitLines(root).new():
+        with contextlib.suppress(LookupError, TypeError, ValueError):
+            span = span_of(line)
             seconds[line["device"]] += line["seconds"]
             spans.append(span)
+            ranks.add(rank)
             sums.add(line)
     if not spans:
         return None
@@ -166,8 +203,7 @@ def read_effort(root: Path) -> Effort | None:
     for begin, end in sorted(spans):
         wall_seconds += max(0.0, end - max(begin, until))
         until = max(until, end)
-    ranks = len(list((root / "logs").glob("metrics-*.jsonl")))
-    return Effort(ranks, dict(seconds), wall_seconds, sums)
+    return Effort(len(ranks), dict(seconds), wall_seconds, sums)
 
 
 def read_copies(root: Path) -> dict[str, int]:
@@ -177,7 +213,7 @@ def read_copies(root: Path) -> dict[str, int]:
     """
     counts: Counter[str] = Counter()
     damaged = 0
-    for line in UnitLines(root).new():
+    for _, line in UnitLines(root).new():
         with contextlib.suppress(LookupError, TypeError, AttributeError):
             for name in line["tokens"] if line["unit"] >= 0 else ():
                 copied = line["copied"].get(name, 0)

@@ -24,7 +24,7 @@ from typing import Any
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.config.schema import Config
 from embed_precompute.distributed import DistContext
-from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, resolve
+from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoders, resolve
 from embed_precompute.errors import InputError, StorageError, found_by_every_rank, refuse_file
 from embed_precompute.job.estimate import (
     SAMPLED_ROWS,
@@ -105,7 +105,7 @@ def prepare(
     root = output_folder(config)
     columns = [options.integer_column for options in config.encoders.values()]
     table = CaptionTable.open(config.captions, [name for name in columns if name is not None], root)
-    opened = _open_encoders(config, with_weights=with_weights)
+    opened = open_encoders(config.encoders, with_weights=with_weights)
     inputs = _inputs(table, limit)
     stored = stored_plan(root) if with_weights else None
     if not dist.is_main:
@@ -164,7 +164,7 @@ def quick_plan(config: Config) -> tuple[SampledCaptions, Plan] | None:
     columns = [options.integer_column for options in config.encoders.values()]
     if table is None or table.num_rows < QUICK_FROM_ROWS or any(columns):
         return None
-    encoders = tuple(resolve(each) for each in _open_encoders(config, with_weights=False))
+    encoders = tuple(resolve(each) for each in open_encoders(config.encoders, with_weights=False))
     sampled = SampledCaptions(table, encoders, table.num_rows, None, first_of_row_groups(table))
     samples = sampled.figures.samples / sum(rows for _, rows in sampled.runs) * table.num_rows
     plan = Plan.make(
@@ -176,21 +176,6 @@ def quick_plan(config: Config) -> tuple[SampledCaptions, Plan] | None:
         last_row_samples=None,
     )
     return sampled, plan
-
-
-def _open_encoders(config: Config, *, with_weights: bool) -> list[Any]:
-    """The encoders, by name. An error names all that cannot be opened."""
-    opened, mistakes = list[Any](), dict[str, InputError]()
-    for name, options in config.encoders.items():
-        try:
-            opened.append(open_encoder(name, options, with_weights=with_weights))
-        except InputError as error:
-            mistakes[name] = error
-    if mistakes:
-        first, *others = mistakes
-        also = f"{', '.join([first, *others])} cannot be opened. The first: " if others else ""
-        raise InputError(f"{also}{mistakes[first]}") from mistakes[first]
-    return sorted(opened, key=lambda each: each.name)
 
 
 def _samples_per_shard(config: Config, sampled: SampledCaptions) -> int:
@@ -229,8 +214,9 @@ def check_sampled_captions(prepared: Prepared, units_left: Collection[int], devi
     if not units_left:
         return
     plan, root, figures = prepared.plan, prepared.root, prepared.sampled.figures
-    for line in example_lines(figures, prepared.encoders):
-        log.info("%s", line)
+    if len(units_left) == plan.num_units:  # a run that goes on said so at its beginning
+        for line in example_lines(figures, prepared.encoders):
+            log.info("%s", line)
     for encoder in prepared.encoders:
         line, suspicious = tokenizer_line(encoder, figures)
         (log.warning if suspicious else log.info)("%s: tokenizer %s", encoder.opened.where, line)

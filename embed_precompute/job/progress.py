@@ -172,13 +172,13 @@ class Progress:
         figures = self._figures(time.monotonic())
         bar.n = int(figures["captions"])
         bar.close()
-        self._tracker.put(figures)
+        self._tracker.put(figures, self._committed)
 
     def _say(self, figures: dict[str, float]) -> None:
         captions = f"{int(figures['captions']):,} of {self._plan.num_samples:,} captions"
         line = ", ".join([f"encoding: {captions}", *self._words(figures)])
         log.info("%s", line, extra=steps.FILE_ONLY if self._terminal else None)
-        self._tracker.put(figures)
+        self._tracker.put(figures, self._committed)
         if self._fitted and figures["bytes_left"] > figures["free_bytes"]:
             self._fitted = False
             log.warning(
@@ -232,7 +232,7 @@ class Progress:
         try:
             found = {unit for unit in committed_units(self._root) if unit < plan.num_units}
             self._free = float(free_space(self._root)[0])
-            for line in self._lines.new():
+            for _, line in self._lines.new():
                 self._of_all_runs.add(line)
                 self._of_this_run.add(line)
         except (OSError, EmbedPrecomputeError) as error:

@@ -454,6 +454,7 @@ class Stages:
                 self._stop.kept = True
         self.units += 1
         self.samples += 0 if unit.is_null else len(unit.samples)
+        encoded = {each.name: unit.to_encode(each.name)[1] for each in self._prepared.encoders}
         self._unit_log.add(
             unit.number,
             samples=len(unit.samples),
@@ -461,11 +462,8 @@ class Stages:
             copied={name: len(rows) for name, rows in unit.copies.rows.items()},
             damaged=unit.copies.num_damaged,
             failed=sum(row in unit.failures for row in unit.stored_row),
-            tokens={name: sum(each.tokens) for name, each in unit.tokens.items()},
-            flops={
-                each.name: each.flops(unit.to_encode(each.name)[1])
-                for each in self._prepared.encoders
-            },
+            tokens={name: sum(captions.tokens) for name, captions in encoded.items()},
+            flops={each.name: each.flops(encoded[each.name]) for each in self._prepared.encoders},
             shard_bytes=record.files.shard.bytes,
         )
 

@@ -1,7 +1,8 @@
 """TensorBoard, or Weights & Biases: the figures of a run as curves.
 
 Guarantees: a tracker that fails stops no job; there is one warning. The step of a point is the
-number of captions that are done, so the curve of a job that was resumed goes on where it stopped.
+number of captions that are committed, which a crash does not take back: the curve of a job that was
+resumed goes on where it stopped.
 
 accelerate's trackers do the same, but ask for its process state, which under torchrun begins a
 process group: a job of ours has none, and its ranks end when they like.
@@ -49,11 +50,11 @@ class Tracker:
             elif kind == "wandb":
                 self._put, self._close = _wandb(root, plan)
 
-    def put(self, figures: Mapping[str, float]) -> None:
-        """Adds a point to each curve."""
+    def put(self, figures: Mapping[str, float], committed: int) -> None:
+        """Adds a point to each curve, at so many committed captions."""
         with self._tolerant():
             if self._put is not None:
-                self._put(figures, int(figures["captions"]))
+                self._put(figures, committed)
 
     def close(self) -> None:
         with self._tolerant(), Work(f"ending {self._kind}"):

@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -42,8 +43,8 @@ from embed_precompute.store.plan import read_plan
 from embed_precompute.store.records import document_bytes
 
 SECTIONS = [
-    *("What was encoded", "Samples by status", "Tokens", "Norms over input order", "Bytes"),
-    *("Speed of the ranks", "Repeated captions", "Verification", "Runs"),
+    *("Samples by status", "Tokens", "Norms over input order", "Bytes", "Speed of the ranks"),
+    *("Repeated captions", "Verification", "What was encoded", "Runs"),
 ]
 NASTY = {
     "script": "<script>alert(1)</script> & \"'",
@@ -71,7 +72,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.attributes.update(name for name, _ in attrs)
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "wbr"):
             self._open.append(tag)
         if tag == "h2":
             self._heading = ""
@@ -114,7 +115,13 @@ def line(end: float, seconds: float, unit: int = 0, **more: Any) -> dict[str, An
 def test_a_finished_dataset(root: Path) -> None:
     page = report(root)
     assert list(page.sections)[1:] == SECTIONS
-    assert "complete, 3 of 3 units committed" in page.sections[""]
+    head = page.sections[""]
+    assert "complete, 3 of 3 units committed" in head
+    day = json.loads((root / "run.json").read_bytes())["started"][:10]
+    assert head.count("Embeddings of captions.parquet by clip (folder ") == 2  # title, heading
+    assert f"), {day} " in head
+    assert "30 of 30 captions (100 %) have embeddings by clip and t5: " in head
+    assert "by 1 process. The dataset is  complete ; it was never verified." in head
     words = page.sections["What was encoded"]
     plan = read_plan(root)
     for fact in (plan.fingerprint, plan.plan_id, "captions.parquet", "the caption as it is"):
@@ -159,6 +166,25 @@ def test_output_leaves_the_dataset_alone(root: Path, tmp_path: Path) -> None:
     assert f"{tmp_path} is a folder. Give a file, such as {tmp_path / 'report.html'}." in said
 
 
+def test_only_its_own_page_is_overwritten(root: Path, tmp_path: Path) -> None:
+    own, empty, link = root / "report.html", tmp_path / "empty.html", tmp_path / "link.html"
+    own.write_text("<!doctype html><p>mine")
+    link.symlink_to(tmp_path / "nothing")
+    before = dataset_bytes(root)
+    for words in ((), ("--output", root / "plan.json"), ("--output", link)):
+        said = expect(2, "report", root, *words)
+        assert f"{words[-1] if words else own} is there, and is no page of a report" in said
+    assert own.read_text() == "<!doctype html><p>mine"
+    assert link.is_symlink()
+    assert dataset_bytes(root) == before
+    empty.touch()
+    expect(0, "report", root, "--output", empty)
+    expect(0, "report", root, "--output", empty)
+    own.unlink()
+    expect(0, "report", root)
+    assert own.read_bytes() == empty.read_bytes()
+
+
 def test_texts_are_shown_and_do_nothing(tmp_path: Path) -> None:
     root = tmp_path / "<b>out"
     texts = [*NASTY.values(), None]
@@ -189,6 +215,8 @@ def test_an_unfinished_dataset_is_reported_as_far_as_it_goes(tmp_path: Path) -> 
     page = report(tmp_path)
     assert "not finished" in page.sections[""]
     assert "0 of 3 units" in page.sections[""]
+    assert "Embeddings of a.parquet by clip and t5 " in page.sections[""]
+    assert "0 of 9 captions (0 %) have embeddings by" in page.sections[""]
     assert "no stored row could be read" in page.sections["Norms over input order"]
     assert list(page.sections)[1:] == SECTIONS
     (tmp_path / "config.yaml").write_text("encoders: [1]")  # of nobody knows which release
@@ -198,6 +226,10 @@ def test_an_unfinished_dataset_is_reported_as_far_as_it_goes(tmp_path: Path) -> 
     assert f"not written: {tmp_path / 'README.md'}" in said
     page = Page((tmp_path / "report.html").read_bytes())
     assert "1 of 3 units" in page.sections[""]
+    assert "1 of 9 captions (11.11 %)" in page.sections[""]
+    assert "3 of 9 samples" in page.sections[""]
+    assert "11.11 % with an embedding" in page.sections[""]
+    assert "not complete yet" in page.sections[""]
     assert "inf or nan" in page.sections["Samples by status"]
     assert "a.parquet, row 4" in page.sections["Samples by status"]
     assert "mean 3.0" in page.sections["Tokens"]
@@ -216,11 +248,12 @@ def test_facts_are_those_of_the_samples(tmp_path: Path) -> None:
     found = gather(tmp_path, plan)
     assert found.tokens == parts.tokens
     assert dict(found.tokens["t5"]) == {2: 9, 3: 6, 4: 3}
-    assert found.sharing == parts.sharing == {1: 3, 2: 3, 3: 3}
-    assert [(n, s.text) for n, s in found.repeated] == [
-        *[(3, "one")] * 3,
-        *[(2, "two words")] * 2,
-    ]
+    for each in (parts, found):  # over all units, by the table as by the rows parts
+        assert (each.num_compared, each.num_repeats, each.num_repeated) == (18, 15, 3)
+        assert each.num_sharing == 9  # within units
+        assert [(n, s.sample_id, s.text) for n, s in each.repeated] == [
+            *[(9, "s0", "one"), (6, "s1", "two words"), (3, "s6", "three of them")],
+        ]
     assert [s.sample_id for s in found.examples["null_text"]] == ["s3", "s10", "s17"]
     assert [s.text for s in found.examples["ok"]][:2] == ["one", "two words"]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -230,6 +263,21 @@ def test_facts_are_those_of_the_samples(tmp_path: Path) -> None:
         assert found.norms[name].total.sum() == pytest.approx(float(sum(norms)))
         assert found.norms[name].low.min() == pytest.approx(float(min(norms)))
         assert found.norms[name].high.max() == pytest.approx(float(max(norms)))
+
+
+def test_equal_captions_of_different_units_are_repeats(tmp_path: Path) -> None:
+    """A placeholder is found however small the shards are; a table that is damaged costs this."""
+    write_dataset(tmp_path, ["first", "no caption", None, "no caption", "last", "no caption"], 1)
+    words = report(tmp_path).sections["Repeated captions"]
+    assert "2 of 5 samples (40 %) repeat the text of an earlier one; 1 text comes more" in words
+    assert "0 of these samples use the stored row of another" in words
+    assert "3 s1 no caption" in " ".join(words.split())
+    payload = (tmp_path / "manifest.parquet").read_bytes()
+    (tmp_path / "manifest.parquet").write_bytes(payload[: len(payload) // 2])
+    page = report(tmp_path)
+    assert f"not readable: {tmp_path / 'manifest.parquet'} is damaged" in page.sections[""]
+    assert "5 samples not compared" in page.sections["Repeated captions"]
+    assert "text_t5" in page.sections["Norms over input order"]
 
 
 def test_norms_of_a_sample_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,6 +378,70 @@ def test_rates_and_rests(tmp_path: Path) -> None:
     ]
 
 
+def test_the_rate_is_that_of_the_time_at_work(tmp_path: Path) -> None:
+    """Three days in a queue between two runs: a piece of the time holds both work and rest."""
+    days = 3 * 86400
+    write_metrics(
+        tmp_path,
+        [line(start + 10 * n, 10, n, samples=100) for start in (0, days) for n in range(1, 61)],
+    )
+    (rates,) = timeline(tmp_path).rates(lambda work: work.samples).values()
+    found = [rate for rate in rates if rate is not None]
+    assert found == pytest.approx([10.0] * len(found))
+    assert 2 <= len(found) < 6
+
+
+def test_a_height_of_lanes_where_most_of_the_time_nothing_is_done(root: Path) -> None:
+    write_metrics(root, [line(300, 300, -1), line(301, 1, 0)])
+    words = report(root).sections["Speed of the ranks"]
+    assert "full height is 0" not in words
+    assert "full height is 5" in words
+
+
+def test_the_time_between_runs_is_not_idle(tmp_path: Path) -> None:
+    """Both ranks are preempted from 30 to 90; rank 1 rests before that, and at the end."""
+    write_metrics(
+        tmp_path,
+        [line(30, 30, 0), line(120, 30, 2)],
+        [line(20, 20, 1), line(110, 20, 3)],
+    )
+    found = timeline(tmp_path)
+    assert [(begin - 1e9, end - 1e9) for begin, end in found.pauses] == [(30, 90)]
+    assert [(r.rank, r.begin - 1e9, r.end - 1e9) for r in found.rests()] == [
+        (1, 20, 30),
+        (1, 110, 120),
+    ]
+    write_units(tmp_path, ["a", "b"], 1)
+    words = report(tmp_path).sections["Speed of the ranks"]
+    assert "Between runs nothing was at work: 1 time, 1 min 0 s together" in words
+    assert "wrote nothing for 16.67 % of their time (2 min 0 s of 2 ranks together)" in words
+
+
+def test_a_rank_is_idle_in_runs_that_had_it(tmp_path: Path) -> None:
+    """Four ranks for a minute, rank 3 for half of it; then one rank for ten hours, then two."""
+    ranks = [[line(60, 60, n)] for n in range(3)] + [[line(30, 30, 3)]]
+    ranks[0] += [line(60 + 3600 * n, 3600, 3 + n) for n in range(1, 11)]
+    ranks[0] += [line(36160, 100, 14)]
+    ranks[1] += [line(36120, 60, 15)]
+    write_metrics(tmp_path, *ranks)
+    write_units(tmp_path, ["a", "b"], 1)
+    starts: list[Any] = [
+        {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(1e9 + at)), "world_size": size}
+        for at, size in ((0, 4), (60, 1), (36060, 2))
+    ]
+    (tmp_path / "run.json").write_text(json.dumps({"runs": [*starts, {"started": "soon"}, 3]}))
+    words = report(tmp_path).sections["Speed of the ranks"]
+    assert "wrote nothing for 0.1921 % of their time (10 h 7 min of 4 ranks together)" in words
+    found = read_timeline(tmp_path, {"runs": starts})
+    assert found is not None
+    assert [(r.rank, r.begin - 1e9, r.end - 1e9) for r in found.rests()] == [
+        (1, 36120, 36160),
+        (3, 30, 60),
+    ]
+    (tmp_path / "run.json").write_text('{"runs": 3}')
+    assert "wrote nothing for 74" in report(tmp_path).sections["Speed of the ranks"]
+
+
 def test_lines_of_other_releases_and_torn_lines(tmp_path: Path) -> None:
     write_metrics(tmp_path, [line(10, 10), {"unit": 3}, line(20, 10, 1, flops={"t5": "many"})])
     path = tmp_path / "logs" / "metrics-00000.jsonl"
@@ -370,7 +482,9 @@ def test_speed_of_few_and_of_many_ranks(ranks: int, tmp_path: Path) -> None:
 
 def test_verify_says_what_it_found(root: Path) -> None:
     expect(0, "verify", root, "--level", "quick")
-    words = report(root).sections["Verification"]
+    page = report(root)
+    assert "its last verification (quick, 20" in page.sections[""]
+    words = page.sections["Verification"]
     assert "no problems" in words
     assert "quick" in words
     path = paths_of(root, 1).shard
@@ -381,6 +495,15 @@ def test_verify_says_what_it_found(root: Path) -> None:
     assert noted["first"][0].startswith(str(path))
     assert set(noted) == {*("time", "level", "complete", "problems", "first", "bytes", "seconds")}
     assert "1 problem " in report(root).sections["Verification"]
+    path = root / "logs" / "verify.json"
+    for odd in ("NaN", "Infinity", "1" + 400 * "0", '"x"'):
+        path.write_text(f'{{"problems": 2, "seconds": {odd}, "bytes": {odd}}}')
+        words = report(root).sections["Verification"]
+        assert words.count("not noted") == 2
+        assert "2 problems" in words
+    path.write_text(json.dumps(noted))
+
+    assert "did not end without problems" in report(root).sections[""]
     late = line(5e9, 1)  # after the check
     write_metrics(root, [late])
     assert "verify again" in report(root).sections["Verification"]
@@ -406,11 +529,32 @@ def test_the_card_is_written_by_run_finalize_and_report(root: Path) -> None:
     (root / "README.md").write_bytes(written.replace(b"n<1K", b"n<2K"))
     expect(0, "finalize", root)
     assert (root / "README.md").read_bytes() == written
-    own = written.replace(b"# made by", b"# by")
-    (root / "README.md").write_bytes(own)
-    assert "left as it is" in expect(0, "report", root)
-    assert (root / "README.md").read_bytes() == own
+    for own in (
+        written.replace(b"# made by", b"# by"),
+        b"# mine\n\n# made by embed-precompute, and then by me",
+    ):
+        (root / "README.md").write_bytes(own)
+        assert "left as it is" in expect(0, "report", root)
+        assert (root / "README.md").read_bytes() == own
     assert "not ours" not in expect(0, "verify", root)
+    (root / "README.md").unlink()
+    (root / "README.md").symlink_to(root / "nothing")
+    assert "left as it is" in expect(0, "report", root)
+    assert (root / "README.md").is_symlink()
+
+
+@pytest.mark.parametrize("owner", ["program", "person"])
+def test_a_repair_that_opens_units_removes_our_card(owner: str, root: Path) -> None:
+    """Its counts are those of the dataset before."""
+    path = root / "README.md"
+    if owner == "person":
+        path.write_text("# mine")
+    written = path.read_bytes()
+    expect(0, "repair", root)
+    assert path.read_bytes() == written
+    paths_of(root, 1).shard.unlink()
+    expect(5, "repair", root)
+    assert path.exists() is (owner == "person")
 
 
 def test_the_hub_understands_the_card(root: Path) -> None:
@@ -418,6 +562,9 @@ def test_the_hub_understands_the_card(root: Path) -> None:
     assert found.data.size_categories == ["n<1K"]
     assert found.data.tags == ["embed-precompute", "text-embeddings", "clip_text_model", "t5"]
     assert "text-to-video" in found.data.task_categories
+    assert "`folder " in found.text
+    assert "/" not in found.text.split("folder ")[1].split("`")[0], "where it lay is no one's"
+    assert re.search(r"captions truncated \([0-9.]+ %\)", found.text)
     for fact in ("ok 30", read_plan(root).fingerprint, "EmbeddingDataset("):
         assert fact in found.text
     code = found.text.split("```python\n")[1].split("```")[0]

@@ -123,7 +123,9 @@ def test_a_snapshot_of_the_hub(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     captions = write_captions(tmp_path / "captions.parquet", corpus[:20])
     job = write_job(tmp_path, captions, Path("owner/tiny"), None)
-    assert "only pickled weights (pytorch_model-0.bin, pytorch" in expect(2, "plan", job)
+    said = expect(2, "plan", job)
+    assert "only pickled weights (pytorch_model-0.bin, pytorch" in said
+    assert f"No copy that fetch made of it is in {home} (EMBED_PRECOMPUTE_HOME names" in said
     assert "without weights" in expect(0, "plan", job, "--no-weights")
     expect(0, "fetch", job)
     (folder,) = home.iterdir()
@@ -314,6 +316,22 @@ def test_a_checkpoint_that_run_would_refuse(tmp_path: Path, tiny_t5: Path, home:
         assert str(folder) in said
         assert ".fetch-" not in said
     assert list(home.iterdir()) == []
+
+
+def test_encoders_of_another_width_are_all_refused_before_any_is_fetched(
+    tmp_path: Path, tiny_t5: Path, tiny_clip: Path, home: Path
+) -> None:
+    job = write_job(tmp_path, tmp_path, tiny_t5, tiny_clip)
+    edit(job, "encoders.t5", width=4096)
+    said = expect(2, "fetch", job)
+    assert f"encoders.t5.width is 4096, and {tiny_t5} makes vectors of 64" in said
+    assert not home.exists(), "clip is right, and not converted either"
+    edit(job, "encoders.clip", width=768)
+    said = expect(2, "fetch", job)
+    assert "error: clip, t5 cannot be opened. The first: encoders.clip.width is 768" in said
+    edit(job, "encoders.clip", width=None)
+    edit(job, "encoders.t5", width=None)
+    expect(0, "fetch", job)
 
 
 def test_too_little_space(
