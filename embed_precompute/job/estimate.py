@@ -36,7 +36,8 @@ SAMPLED_ROWS, QUICK_ROWS = 10_000, 2_000
 MADE_SAMPLES, LEAST_UNITS = 20_000, 2
 """About so many samples are made into units in memory; at least so many units."""
 RUNS = 100
-PIECE_ROWS = 10_000
+PIECE_ROWS, LEAST_ROWS = 10_000, 100
+"""Of a run where all rows are looked at."""
 PERCENTS = (5, 50, 95, 99)
 MAX_BARS, BAR_CHARACTERS = 7, 30
 WIDTHS = [step * 10**power for power in range(9) for step in (1, 2, 5)]
@@ -91,6 +92,19 @@ class TokenFigures:
         return [lengths[at][0] for at in wanted]
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run of rows that was looked at."""
+
+    first: int
+    rows: int
+    samples: int
+    size: int
+    """Bytes of embeddings, in float32."""
+    flops: dict[str, float]
+    """Operations by encoder, without those of captions that are copied."""
+
+
 @dataclass
 class Figures:
     """Sums over the samples that were looked at."""
@@ -107,8 +121,7 @@ class Figures:
     """Captions that another dataset has, by encoder."""
     examples: list[str] = field(default_factory=list)
     """The first texts as they are encoded."""
-    runs: list[tuple[float, float]] = field(default_factory=list)
-    """(bytes of embeddings in float32, samples) of each run of rows."""
+    runs: list[Run] = field(default_factory=list)
 
     @property
     def encoded(self) -> int:
@@ -144,10 +157,12 @@ class UnitSums:
     """Bytes in shards, by tensor, with its offsets and checksums."""
     own: Counter[str] = field(default_factory=Counter)
     """Vectors by tensor, if each sample had its own."""
-    flops: dict[str, float] = field(default_factory=dict)
-    """Operations of what is stored, by encoder."""
     own_flops: dict[str, float] = field(default_factory=dict)
     """Operations if each sample had its own."""
+    sizes: list[float] = field(default_factory=list)
+    """For each unit, the bytes of its shard's tensors and of its rows part."""
+    unit_flops: dict[str, list[float]] = field(default_factory=dict)
+    """For each unit, the operations of what is stored, by encoder."""
     merged: list[tuple[float, float]] = field(default_factory=list)
     """(bytes of its shard's tensors, the same if each sample had its own) of each unit."""
 
@@ -224,15 +239,14 @@ class SampledCaptions:
             sums.merged.append((sum(sizes.values()), sum(own_sizes.values())))
             for encoder in self.encoders:
                 tokens = unit.tokens[encoder.name]
-                for total, captions in (
-                    (sums.flops, tokens),
-                    (sums.own_flops, tokens.select(rows)),
-                ):
-                    total[encoder.name] = total.get(encoder.name, 0.0) + encoder.flops(captions)
+                sums.unit_flops.setdefault(encoder.name, []).append(encoder.flops(tokens))
+                own_flops = sums.own_flops.get(encoder.name, 0.0)
+                sums.own_flops[encoder.name] = own_flops + encoder.flops(tokens.select(rows))
             columns = unit.columns(range(unit.num_stored))
             part = rows_part_bytes(unit.number, plan.tensors, columns)
             parts.append((part, len(unit.samples)))
             sums.rows_parts += len(part)
+            sums.sizes.append(sum(sizes.values()) + len(part))
             sums.ids += sum(len(each.encode()) for each in columns.sample_id)
             sums.units += 1
             sums.samples += len(unit.samples)
@@ -258,14 +272,17 @@ class SampledCaptions:
             figures.status.update(sample.status.label for sample in samples)
             encoded = [text.encode() for text in texts]
             hashes.append(np.array([xxhash.xxh3_64_intdigest(t) for t in encoded], np.uint64))
-            if self._reuse is not None:
-                figures.copied.update(self._reuse.count(texts))
-            before = figures.embedding_bytes(self.encoders, "float32")
+            copied = self._reuse.count(texts) if self._reuse is not None else Counter[str]()
+            figures.copied.update(copied)
+            before, flops = figures.embedding_bytes(self.encoders, "float32"), dict[str, float]()
             for encoder in self.encoders:
-                unknown = _add(figures.encoders[encoder.name], encoder, texts)
-                reader.note_unknown(encoder.name, valid, unknown)
-            added = figures.embedding_bytes(self.encoders, "float32") - before
-            figures.runs.append((added, len(samples)))
+                of_encoder = figures.encoders[encoder.name]
+                flops_before = of_encoder.flops
+                reader.note_unknown(encoder.name, valid, _add(of_encoder, encoder, texts))
+                own = 1 - copied[encoder.name] / max(1, len(texts))
+                flops[encoder.name] = (of_encoder.flops - flops_before) * own
+            size = figures.embedding_bytes(self.encoders, "float32") - before
+            figures.runs.append(Run(first, rows, len(samples), size, flops))
         reader.close()
         figures.distinct = len(np.unique(np.concatenate(hashes)))
         return figures
@@ -280,8 +297,9 @@ def sampled_runs(num_rows: int, max_rows: int | None) -> Iterator[tuple[int, int
     it. Which rows they are depends on `num_rows` and `max_rows` alone.
     """
     if max_rows is None or max_rows >= num_rows:
-        for first in range(0, num_rows, PIECE_ROWS):
-            yield first, min(PIECE_ROWS, num_rows - first)
+        piece = min(PIECE_ROWS, max(LEAST_ROWS, num_rows // RUNS))
+        for first in range(0, num_rows, piece):
+            yield first, min(piece, num_rows - first)
         return
     runs = min(RUNS, max_rows)
     firsts = one_of_each(num_rows, runs)

@@ -225,9 +225,7 @@ def check_sampled_captions(prepared: Prepared, units_left: Collection[int], devi
     price = price_of(prepared.sampled, plan, prepared.config.output.dtype, num_samples=SAMPLED_ROWS)
     dtypes = {encoder.name: encoder.options.dtype for encoder in prepared.encoders}
     log.info("%s", run_line(price, units_left, root, known_speed(dtypes, device)))
-    # If only the last unit is left, it may be smaller than the others.
-    largest = max(plan.unit_rows(unit)[1] for unit in units_left)
-    one = int(sum(price.unit_bytes.values()) * largest / plan.num_rows)
+    one = int(price.bytes_by_unit[list(units_left)].max())
     needed, files = price.needed(units_left)
     total = int(needed)
     free_bytes, free_files = free_space(root)

@@ -4,6 +4,7 @@ Guarantees: no figure without what it assumes beside it. Rows, shards and files 
 those of whole units that are made in memory as a run makes them, all but their vectors, scaled to
 the whole; vectors and operations per caption are those of the sampled captions. If all units were
 made, as they are of a small table, the bytes are exact but for a few hundred per unit.
+What is left of a begun dataset is the sum over its own units, or over sampled rows next to them.
 Costs: no model, no GPU; reading and tokenising some units.
 """
 
@@ -15,11 +16,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from embed_precompute.encoders.families.base import DTYPE_BYTES
 from embed_precompute.encoders.peaks import SHARE_OF_PEAK, is_known, known_gpus, peak_flops
 from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.errors import InputError
-from embed_precompute.job.estimate import MADE_SAMPLES, Figures, SampledCaptions
+from embed_precompute.job.estimate import MADE_SAMPLES, Figures, Run, SampledCaptions
 from embed_precompute.steps import byte_size, counted
 from embed_precompute.store.commit import UNLIMITED, free_space
 from embed_precompute.store.index import index_bytes, index_dtypes, tensor_entries
@@ -56,12 +59,16 @@ class Price:
     """Samples that have an embedding."""
     unit_bytes: dict[str, float]
     """What the units take: of shards by tensor, of rows parts, of records."""
+    bytes_by_unit: np.ndarray
+    """The same, by unit."""
     final_bytes: dict[str, float]
     """What is written once: the null embedding; plan, manifest and index."""
     saved: float
     """Bytes that equal texts of a shard save."""
     flops: dict[str, float]
     """Operations by encoder; equal texts of a shard are encoded once, copied ones not at all."""
+    flops_by_unit: dict[str, np.ndarray]
+    """The same, by unit."""
     own_flops: dict[str, float]
     """If every sample is encoded, as in a training loop."""
     measured_units: int
@@ -84,10 +91,13 @@ class Price:
         """(bytes, files) that are still to be written when these units have no record."""
         if not left:
             return 0.0, 0
-        rows = sum(self.plan.unit_rows(unit)[1] for unit in left)
-        of_units = sum(self.unit_bytes.values()) * rows / self.plan.num_rows
+        of_units = float(self.bytes_by_unit[list(left)].sum())
         files = len(left) * FILES_PER_UNIT + self.final_files
         return of_units + sum(self.final_bytes.values()), files
+
+    def flops_of(self, left: Collection[int]) -> dict[str, float]:
+        """Operations of these units, by encoder."""
+        return {name: float(each[list(left)].sum()) for name, each in self.flops_by_unit.items()}
 
     @property
     def per_caption(self) -> float:
@@ -110,21 +120,23 @@ def price_of(
     is_whole = units.units == plan.num_units
     scale = plan.num_samples / max(1, units.samples)
     per_sample = plan.num_samples / max(1, figures.samples)
-    tensors, flops, saved = {}, {}, 0.0
+    tensors, own_flops, saved = {}, {}, 0.0
     for encoder in sampled.encoders:
         # Lengths vary from place to place, and the figures are of more places than the units.
         sums = figures.encoders[encoder.name]
-        flops[encoder.name] = units.own_flops[encoder.name] if is_whole else sums.flops * per_sample
+        own = units.own_flops[encoder.name]
+        own_flops[encoder.name] = own if is_whole else sums.flops * per_sample
         for name, output in encoder.tensors().items():
             vectors = units.own[name] if is_whole else sums.vectors[name] * per_sample
             unmerged = vectors * output.width * DTYPE_BYTES[dtype]
-            own = units.own[name]
-            size = vectors * units.tensors[name] / own if own else unmerged
+            made = units.own[name]
+            size = vectors * units.tensors[name] / made if made else unmerged
             saved += max(0.0, unmerged - size)
             tensors[f"text_{name}"] = size
     encoded = float(units.encoded) if is_whole else figures.encoded * per_sample
     share = figures.samples / plan.num_samples
-    errors = (_error(figures.runs, share), _error(units.merged, units.units / plan.num_units))
+    places = [(run.size, run.samples) for run in figures.runs]
+    errors = (_error(places, share), _error(units.merged, units.units / plan.num_units))
     per_record = RECORD_BYTES_PER_TENSOR * len(plan.tensors)
     record = RECORD_BYTES + per_record
     index = index_bytes(
@@ -136,6 +148,25 @@ def price_of(
     )
     described = OTHER_BYTES + OTHER_BYTES_PER_FILE * len(plan.inputs.files)
     described += round(units.table * scale) + index
+    rows_parts, records = units.rows_parts * scale, (record + units.headers / units.units)
+    flops = {
+        name: total
+        * (sum(units.unit_flops[name]) / max(1.0, units.own_flops[name]))
+        * (1 - figures.copied[name] / max(1, figures.encoded))
+        for name, total in own_flops.items()
+    }
+    bounds = np.array([plan.unit_rows(unit) for unit in range(plan.num_units)], np.float64)
+    if is_whole:
+        bytes_by_unit = np.array(units.sizes)
+        by_unit = {name: np.array(each) for name, each in units.unit_flops.items()}
+    else:
+        parts = _shared_out(rows_parts, bounds[:, 1])
+        by_row = _over_units(bounds, figures.runs, [run.size for run in figures.runs])
+        bytes_by_unit = parts + _shared_out(sum(tensors.values()), by_row)
+        by_unit = {
+            name: _over_units(bounds, figures.runs, [run.flops[name] for run in figures.runs])
+            for name in flops
+        }
     return Price(
         plan=plan,
         encoders=tuple(sampled.encoders),
@@ -144,25 +175,38 @@ def price_of(
         encoded=encoded,
         unit_bytes={
             **tensors,
-            "rows parts": units.rows_parts * scale,
-            "records, headers": (record + units.headers / units.units) * plan.num_units,
+            "rows parts": rows_parts,
+            "records, headers": records * plan.num_units,
         },
+        bytes_by_unit=bytes_by_unit + records,
         final_bytes={
             "manifest, index": float(described),
             "null embedding": float(units.null + NULL_RECORD_BYTES + per_record),
         },
         saved=saved,
-        flops={
-            name: total
-            * (units.flops[name] / max(1.0, units.own_flops[name]))
-            * (1 - figures.copied[name] / max(1, figures.encoded))
-            for name, total in flops.items()
-        },
-        own_flops=flops,
+        flops=flops,
+        flops_by_unit={name: _shared_out(flops[name], each) for name, each in by_unit.items()},
+        own_flops=own_flops,
         measured_units=units.units,
         # The beginnings of row groups may be all alike, as in files that are sorted.
         error=0.0 if is_whole else math.inf if sampled.runs else math.hypot(*errors),
     )
+
+
+def _over_units(bounds: np.ndarray, runs: Sequence[Run], values: Sequence[float]) -> np.ndarray:
+    """What `values` of the runs make for each unit: those of the runs next to it, by its rows.
+    `bounds`: (first row, rows) of each unit."""
+    per_row = [value / run.rows for value, run in zip(values, runs, strict=True)]
+    middles = bounds[:, 0] + bounds[:, 1] / 2
+    places = np.array([run.first + run.rows / 2 for run in runs])
+    found: np.ndarray = np.interp(middles, places, per_row) * bounds[:, 1]
+    return found
+
+
+def _shared_out(total: float, weights: np.ndarray) -> np.ndarray:
+    """`total` in parts that are to each other as `weights`, or equal where these are 0."""
+    whole = weights.sum()
+    return total * (weights / whole if whole else np.full(len(weights), 1 / len(weights)))
 
 
 def _error(places: Sequence[tuple[float, float]], share: float) -> float:
@@ -318,8 +362,7 @@ def run_line(price: Price, left: Collection[int], root: Path, speed: Speed | Non
     """The price in one line; `speed` None: this device's peak is not known."""
     needed, files = price.needed(left)
     line = f"price: {byte_size(needed)} in {files:,} files to write, {_free(root)} free"
-    share = sum(price.plan.unit_rows(unit)[1] for unit in left) / price.plan.num_rows
-    flops = {name: count * share for name, count in price.flops.items()}
+    flops = price.flops_of(left)
     line += f"; {flop_count(sum(flops.values()))} to compute"
     if speed is not None:
         line += f", {_hours(speed.seconds(price, flops))} {speed.process} hours {speed.basis}"
@@ -396,35 +439,39 @@ def _speed_lines(price: Price, left: Collection[int], speed: Speed, ranks: int) 
         "without what fills up a batch"
     )
     yield f"{'':<10} {speed.basis}"
-    seconds = speed.seconds(price, price.flops) if speed.is_known else 0.0
-    if seconds:
-        yield from _time_lines(price, left, seconds, speed.process, ranks)
+    flops = price.flops_of(left)
+    if speed.is_known and any(flops.values()):
+        seconds, whole = speed.seconds(price, flops), speed.seconds(price, price.flops)
+        yield from _time_lines(price, left, seconds, whole, speed.process, ranks)
     elif speed.is_known:
-        yield f"{'':<10} nothing is encoded: all of it is copied"
+        copied = not any(price.flops.values())
+        why = (
+            "nothing is encoded: all of it is copied" if copied else "no caption is left to encode"
+        )
+        yield f"{'':<10} {why}"
     if len(left) < ranks:
         yield f"{'':<10} {_idle_ranks(price.plan, left, ranks)}"
 
 
 def _time_lines(
-    price: Price, left: Collection[int], seconds: float, process: str, ranks: int
+    price: Price, left: Collection[int], seconds: float, whole: float, process: str, ranks: int
 ) -> Iterator[str]:
-    """What is left, of the `seconds` of one process for all; a unit is made by one rank."""
-    share = sum(price.plan.unit_rows(unit)[1] for unit in left) / price.plan.num_rows
-    whole = f" for the rest ({_hours(seconds)} for all)" if share < 1 else ""
-    per_million = _hours(seconds * MILLION / price.plan.num_samples)
-    most = -(-len(left) // ranks)  # units of one rank
-    wall = seconds * share * most / len(left)
+    """The `seconds` of one process for what is left, and for the `whole`; a unit is made by one
+    rank."""
+    of_all = f" for the rest ({_hours(whole)} for all)" if len(left) < price.plan.num_units else ""
+    per_million = _hours(whole * MILLION / price.plan.num_samples)
+    wall = seconds * -(-len(left) // ranks) / len(left)
     working = min(ranks, len(left))
     at = counted(ranks, "rank") if working == ranks else f"{working:,} of {counted(ranks, 'rank')}"
     lasts = f"{_hours(wall)} hours" if wall >= SHORT else "less than a minute"
     yield (
-        f"{'':<10} {_hours(seconds * share)} {process} hours{whole}, {per_million} per million "
+        f"{'':<10} {_hours(seconds)} {process} hours{of_all}, {per_million} per million "
         f"samples; {lasts} at {at} (--ranks), loading left out"
     )
     if wall < SHORT:
         return
-    rate = sum(price.unit_bytes.values()) / seconds * working
-    files = FILES_PER_UNIT * price.plan.num_units / seconds * working
+    rate = float(price.bytes_by_unit[list(left)].sum()) / seconds * working
+    files = FILES_PER_UNIT * len(left) / seconds * working
     yield (
         f"{'':<10} the output must take {_rate(rate)} and {_figure(files)} files/s at {at}, or "
         "the encoders wait"

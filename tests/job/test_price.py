@@ -217,6 +217,37 @@ def test_what_is_left_of_a_begun_dataset_is_priced(job: Path, tmp_path: Path) ->
     assert "2 shards for 4 ranks: 2 would have no work; 2 ranks will do\n" in said
 
 
+def test_what_is_left_is_not_like_what_is_there(job: Path, tmp_path: Path) -> None:
+    """Captions that are much longer follow in another file."""
+    (tmp_path / "table").mkdir()
+    write_captions(tmp_path / "table" / "a.parquet", ["a", "b c"] * 100)
+    edit(job, "captions", path=str(tmp_path / "table"), id_column=None)
+    edit(job, "encoders.t5", attention_mask="padding", max_length=128)
+    expect(0, "run", job)
+    shards = tmp_path / "out" / "shards"
+    before = sum(path.stat().st_size for path in shards.rglob("*") if path.is_file())
+    texts = [f"{i} {'a sea ' * 60}" for i in range(200)]
+    write_captions(tmp_path / "table" / "b.parquet", texts)
+    said = expect(0, "plan", job, "--extend", "--rate", "0.1")
+    ((rest, whole),) = re.findall(r" ([\d.]+) CPU process hours for the rest \(([\d.]+) for", said)
+    assert float(rest) / float(whole) > 0.8
+    ((size, unit),) = re.findall(r"disk +about ([\d.]+) (\w+) for the rest", said)
+    ready = prepared_of(load_config(str(job), []), extend=True)
+    left = range(5, 10)
+    exact = price.price_of(ready.sampled, ready.plan, "float32")
+    sampled = price.price_of(
+        ready.sampled, ready.plan, "float32", ready.sampled.measure(200), num_samples=80
+    )
+    assert (exact.error, sampled.measured_units) == (0, 2)
+    assert exact.bytes_by_unit.sum() == pytest.approx(sum(exact.unit_bytes.values()))
+    assert sampled.needed(left)[0] == pytest.approx(exact.needed(left)[0], rel=0.1)
+    assert sampled.flops_of(left)["t5"] == pytest.approx(exact.flops_of(left)["t5"], rel=0.1)
+    assert f"price: {size} {unit} in " in expect(0, "run", job, "--extend")
+    added = sum(path.stat().st_size for path in shards.rglob("*") if path.is_file()) - before
+    assert exact.bytes_by_unit[5:].sum() == pytest.approx(added, rel=0.01)
+    assert float(size) * UNITS[unit] == pytest.approx(added, rel=0.1)  # with what is written last
+
+
 def test_advice_is_given_where_it_applies(job: Path) -> None:
     words = ("plan", job, "--encoders.t5.max_length", "512")
     said = expect(0, *words)
