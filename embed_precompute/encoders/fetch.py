@@ -103,7 +103,16 @@ def fetch(encoders: Mapping[str, EncoderConfig], output: Path | None = None) -> 
         origin = origin_of(
             *(options.pretrained, options.revision, kind, dtype, options.part, options.tokenizer)
         )
-        places[name] = origin, fetched_folder(origin) if output is None else output / name
+        target = fetched_folder(origin) if output is None else output / name
+        places[name], found = (origin, target), read_origin(target)
+        damaged = output is None and found is None and target.is_dir()
+        if target.exists() and not damaged and (found is None or not is_copy_of(found, origin)):
+            what = f"{options.pretrained} in {options.dtype}"
+            what += f", {options.part}" if options.part else ""
+            what += f", with {origin['tokenizer']}" if origin["tokenizer"] else ""
+            raise InputError(f"{target} exists, and is no copy of {what}. Choose another folder.")
+        if damaged:
+            yield f"{name}: making it again: {target / ORIGIN} cannot be read"
     # Before gigabytes come: all that is wrong with names, kinds, options, widths and tokenizers.
     smalls = {
         name: _bring_small(name, options, {})
@@ -114,14 +123,6 @@ def fetch(encoders: Mapping[str, EncoderConfig], output: Path | None = None) -> 
     open_encoders(of_small, with_weights=False, copies=False)
     for name, (origin, target) in places.items():
         options, found = encoders[name], read_origin(target)
-        damaged = output is None and found is None and target.is_dir()
-        if target.exists() and not damaged and (found is None or not is_copy_of(found, origin)):
-            what = f"{options.pretrained} in {options.dtype}"
-            what += f", {options.part}" if options.part else ""
-            what += f", with {origin['tokenizer']}" if origin["tokenizer"] else ""
-            raise InputError(f"{target} exists, and is no copy of {what}. Choose another folder.")
-        if damaged:
-            yield f"{name}: making it again: {target / ORIGIN} cannot be read"
         if name in smalls:
             commit = yield from _fetch(name, options, origin, target, smalls[name])
         else:
