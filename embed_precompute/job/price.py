@@ -4,6 +4,7 @@ Guarantees: no figure without what it assumes beside it. Rows, shards and files 
 those of whole units that are made in memory as a run makes them, all but their vectors, scaled to
 the whole; vectors and operations per caption are those of the sampled captions. If all units were
 made, as they are of a small table, the bytes are exact but for a few hundred per unit.
+What is left of a begun dataset is the sum over its own units, or over sampled rows next to them.
 Costs: no model, no GPU; reading and tokenising some units.
 """
 
