@@ -6,7 +6,9 @@ do; the CLI prints it without a traceback. Any other exception that escapes is a
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 EXIT_COMPLETE = 0
@@ -24,6 +26,18 @@ class EmbedPrecomputeError(Exception):
     """Base of every error with a message meant for a person."""
 
     exit_code = EXIT_BUG
+    found_by_every_rank = False
+    """Each rank of a node finds it: it is about the configuration, or files that all see."""
+
+
+@contextlib.contextmanager
+def found_by_every_rank() -> Iterator[None]:
+    """A user's mistake that is raised inside is found by each rank of a node alike."""
+    try:
+        yield
+    except (InputError, ConflictError) as error:
+        error.found_by_every_rank = True
+        raise
 
 
 class InputError(EmbedPrecomputeError):

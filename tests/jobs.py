@@ -150,7 +150,7 @@ def expect(code: int, *words: object) -> str:
 
 def dataset_bytes(root: Path) -> dict[str, bytes]:
     """Every file under the digests, by relative path: what must not depend on how a job ran."""
-    provenance = {"config.yaml", "run.json"}
+    provenance = {"config.yaml", "run.json", "README.md", "report.html"}
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))

@@ -25,12 +25,8 @@ CONFIG_OPTIONS = {"--help-config", "--print_config", "--print-config"}
 COMMANDS = {
     "run": {"--extend", "--limit", "--reuse", *CONFIG_OPTIONS},
     "plan": {
-        "--extend",
-        "--limit",
-        "--no-weights",
-        "--reuse",
-        "--sample",
-        "--write",
+        *("--calibrate", "--epochs", "--extend", "--gpu", "--limit", "--no-weights", "--ranks"),
+        *("--rate", "--reuse", "--sample", "--share", "--training-flops", "--write"),
         *CONFIG_OPTIONS,
     },
     "fetch": {"--output", *CONFIG_OPTIONS},
@@ -43,6 +39,7 @@ COMMANDS = {
     "repair": {"--failed"},
     "finalize": set(),
     "info": {"--all", "--id", "--similar", "--top"},
+    "report": {"--output"},
     "export": {
         *("--captions", "--clip", "--format", "--limit", "--pad-masked", "--t5", "--table-only"),
         *("--trainer-dtype", "--workers"),
@@ -83,7 +80,7 @@ SECTIONS = {
     "spatial_compression_ratio patch_size",
     config.OutputConfig: "path samples_per_shard dtype codec",
     config.RuntimeConfig: "device weights self_check max_failed_samples on_environment_change "
-    "plan_timeout_s prefetch_units write_queue_mb progress_interval_s grace_s",
+    "plan_timeout_s prefetch_units write_queue_mb progress_interval_s tracker grace_s",
     config.Config: " ".join(SECTION_NAMES),
 }
 EXIT_CODES = {
@@ -152,7 +149,9 @@ def test_help_and_listings_bring_no_heavy_library(code: str, heavy: str) -> None
     assert out.splitlines()[-1] == "set()"
 
 
-@pytest.mark.parametrize("name", ["status", "verify", "repair", "finalize", "info", "export"])
+@pytest.mark.parametrize(
+    "name", ["status", "verify", "repair", "finalize", "info", "report", "export"]
+)
 def test_a_file_in_the_place_of_a_dataset_is_a_mistake(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     more = [str(tmp_path / "out"), "--format", "opensora"] if name == "export" else []

@@ -28,6 +28,7 @@ from embed_precompute.store.commit import UNLIMITED, StagedFile, free_space, syn
 Level = Literal["ok", "warn", "fail"]
 DISTRIBUTION = "embed-precompute"
 GB = 10**9
+FAR_OFFSET = 8 << 20
 LEAST_BYTES, LEAST_FILES = 1 << 30, 10
 """One shard of the size that `samples_per_shard: auto` aims at, and the files of a few units."""
 
@@ -216,7 +217,18 @@ def _names(folder: Path) -> str:
     return ""
 
 
+def _writes_anywhere(folder: Path) -> str:
+    """As a shard is written: rows first, its head last. Mounts of buckets often cannot."""
+    with StagedFile(folder / "a") as staged:
+        staged.pwrite(b"rows", FAR_OFFSET)
+        staged.pwrite(b"head", 0)
+        if staged.pread(4, FAR_OFFSET) != b"rows":
+            raise StorageError("bytes behind a gap are lost.")
+    return ""
+
+
 ATTEMPTS: dict[str, Callable[[Path], str]] = {
+    "write anywhere": _writes_anywhere,
     "exclusive create": _makes_once,
     "hard link": _links,
     "rename": _renames,

@@ -17,7 +17,7 @@ from embed_precompute.documents import flatten
 from embed_precompute.job.metrics import read_effort
 from embed_precompute.samples import Status, count_failed
 from embed_precompute.steps import counted
-from embed_precompute.store.index import read_manifest
+from embed_precompute.store.index import EnvironmentCount, read_manifest
 from embed_precompute.store.plan import Plan, read_plan
 from embed_precompute.store.records import (
     NULL_UNIT,
@@ -105,7 +105,7 @@ class DatasetStatus:
                 f"{'it' if self.units_beyond == 1 else 'them'} away"
             )
         if self.units_left or not self.null_committed:
-            lines.append("  not finalised: run the job again to go on")
+            lines.append("  not finalised: run the job again to go on, unless it is running")
         elif not self.finalised and not self.units_beyond:
             lines.append(f"  not finalised: run `embed-precompute finalize {self.root}`")
         return lines
@@ -162,10 +162,10 @@ def dataset_lines(root: Path) -> list[str]:
         *status.lines(),
         f"captions     {files}, {plan.num_rows:,} rows, text column "
         f"{inputs.text_column!r}, id column {inputs.id_column!r}{limit}{extended}",
-        f"recipe       {_recipe_words(plan.spec.get('captions'))}",
+        f"recipe       {recipe_words(plan.spec.get('captions'))}",
     ]
     for name, encoder in sorted(plan.spec["encoders"].items()):
-        lines.append(f"{name:<12} {_encoder_words(name, encoder, plan)}")
+        lines.append(f"{name:<12} {encoder_words(name, encoder, plan)}")
         if manifest is not None and name in manifest.counts.encoders:
             sums = manifest.counts.encoders[name]
             lines.append(f"{'':<12} {_token_words(status.root, name, sums, plan)}")
@@ -187,14 +187,19 @@ def dataset_lines(root: Path) -> list[str]:
     cost = "not known: logs/ has no metrics" if effort is None else effort.line()
     lines.append(f"time         {cost}")
     for made in manifest.environments if manifest is not None else ():
-        found, names = made.environment, ("device", "torch", "transformers")
-        what = ", ".join(f"{name} {found[name]}" for name in names if name in found)
-        lines.append(f"environment  {what} ({counted(made.units, 'unit')})")
+        lines.append(f"environment  {environment_words(made)}")
     lines.append(f"identity     fingerprint {plan.fingerprint[:16]}, plan {plan.plan_id[:16]}")
     return lines
 
 
-def _recipe_words(captions: Any) -> str:
+def environment_words(made: EnvironmentCount) -> str:
+    """Where units were made."""
+    found, names = made.environment, ("device", "torch", "transformers")
+    what = ", ".join(f"{name} {found[name]}" for name in names if name in found)
+    return f"{what} ({counted(made.units, 'unit')})"
+
+
+def recipe_words(captions: Any) -> str:
     """What becomes of a caption before it is tokenised; the specification itself if it is not as
     this version writes it."""
     try:
@@ -211,7 +216,7 @@ def _recipe_words(captions: Any) -> str:
     return f"{line}; normalised by {normalize}" if normalize else line
 
 
-def _encoder_words(name: str, encoder: dict[str, Any], plan: Plan) -> str:
+def encoder_words(name: str, encoder: dict[str, Any], plan: Plan) -> str:
     """One encoder and its tensors."""
     tensors = "; ".join(
         f"text_{tensor.name} [{'' if tensor.per_caption else 'L, '}{tensor.width}] {tensor.dtype}"

@@ -5,7 +5,8 @@ first, so a reader never finds a dataset that is being taken apart. A unit's rec
 its damaged files, so at every moment a unit is committed or open (without a record, to be made
 again). A shard or rows part stays if its bytes match the digest in its name: a job that runs
 meanwhile, or the next one, uses it again. Repairing twice is harmless, and so is a crash in
-between. `run` makes open units again, byte for byte in the same environment.
+between. `run` makes open units again, byte for byte in the same environment. README.md goes with
+manifest.json, if it is ours.
 Costs: a full verification, and `finalize` when no unit had to be opened.
 """
 
@@ -17,6 +18,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from embed_precompute.audit.card import remove_card
 from embed_precompute.audit.verify import verify
 from embed_precompute.errors import EmbedPrecomputeError, VerificationError
 from embed_precompute.steps import counted
@@ -139,6 +141,8 @@ def repair(root: Path, *, failed: bool = False) -> Repaired:
     if is_whole and not done.opened and not done.null_opened and not done.plan_opened:
         finalize(root)
         done.complete = True
+    if not os.path.lexists(root / MANIFEST):
+        remove_card(root)  # its counts are those of the dataset before
     return done
 
 

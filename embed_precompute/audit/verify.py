@@ -2,8 +2,8 @@
 
 Guarantees: if a file has a digest, `full` finds any change, cut, swap or loss of that file. It also
 finds every disagreement between plan, records, shards, rows parts, manifest and index. Damage is a
-problem line that names the file, never a crash. Nothing is written. An unfinished dataset is
-checked as far as it goes.
+problem line that names the file, never a crash. `verify` writes nothing, `note_result` one file for
+people. An unfinished dataset is checked as far as it goes.
 Costs: `quick` reads the small files and the shards' heads; `full` reads every byte once, on all
 cores. Memory grows by 24 bytes per sample. `deep` is
 `full`, then some samples are encoded again.
@@ -14,14 +14,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from embed_precompute.errors import InputError
+from embed_precompute.errors import InputError, StorageError
 from embed_precompute.samples import Status, count_failed
 from embed_precompute.steps import counted, steps
 from embed_precompute.store.check import (
@@ -33,7 +35,7 @@ from embed_precompute.store.check import (
     describe,
     in_order,
 )
-from embed_precompute.store.commit import TEMP_PREFIX
+from embed_precompute.store.commit import TEMP_PREFIX, replace_bytes
 from embed_precompute.store.index import index_dtypes, tensor_entries
 from embed_precompute.store.manifest import MANIFEST, DerivedCheck
 from embed_precompute.store.plan import (
@@ -53,6 +55,7 @@ from embed_precompute.store.records import (
     read_null_record,
     read_record,
     record_path,
+    refuse_linked_folders,
     require_folder,
     unit_of,
     unnamed_files,
@@ -61,6 +64,9 @@ from embed_precompute.store.records import (
 Level = Literal["quick", "full", "deep"]
 """deep: as full, and random samples are encoded again."""
 MAX_NAMED_MISSING = MAX_NOTES = 20
+MAX_NOTED = 10
+RESULT = Path("logs", "verify.json")
+"""What the last check said, for the report: outside the digests."""
 
 
 @dataclass
@@ -192,6 +198,23 @@ def verify(
             problem=report.problems.add,
         )
     return report
+
+
+def note_result(report: Report, seconds: float) -> None:
+    """Writes what was found to RESULT, which took `seconds`. A folder that cannot be written is no
+    error: the result was printed."""
+    found = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "level": report.level,
+        "complete": report.complete,
+        "problems": len(report.problems),
+        "first": report.problems[:MAX_NOTED],
+        "bytes": report.num_bytes,
+        "seconds": round(seconds, 1),
+    }
+    with contextlib.suppress(StorageError, InputError):
+        refuse_linked_folders(report.root)
+        replace_bytes(report.root / RESULT, json.dumps(found, indent=2).encode() + b"\n")
 
 
 def _check_null(report: Report, plan: Plan | None) -> None:

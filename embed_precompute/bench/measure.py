@@ -155,7 +155,7 @@ def bench_encoder(
         dtype=encoder.options.dtype,
         num_captions=len(captions),
         num_tokens=sum(lengths),
-        flops=encoder.family.sizes(encoder.opened.checkpoint).flops(lengths),
+        flops=encoder.sizes.flops(lengths),
         gemm_flops=gemm,
         num_compared=len(exact),
         measured=[measured for _, measured in ready],

@@ -9,6 +9,7 @@ opening a parquet file again reads its footer only. No page of a column is decod
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import itertools
@@ -35,6 +36,7 @@ from embed_precompute.captions.text_tables import (
     index_text,
 )
 from embed_precompute.errors import ConflictError, InputError, one_line
+from embed_precompute.steps import BYTES, Work
 
 log = logging.getLogger(__name__)
 DATA_EXTENSIONS = (".parquet", ".pq", ".parq", *DELIMITERS)
@@ -314,22 +316,38 @@ def _listed(search: _Search, location: str) -> tuple[list[str], list[str]]:
 
 
 def read_footers(
-    sources: Sequence[Source], examine: Callable[[CaptionFile, pa.Schema], T]
+    sources: Sequence[Source],
+    examine: Callable[[CaptionFile, pa.Schema], T],
+    *,
+    digest: bool = True,
 ) -> list[T]:
     """`examine(file, schema)` of every file, in order; of several bad files the first is raised.
 
-    In the schema text is plain `string`, never a dictionary.
+    In the schema text is plain `string`, never a dictionary. Without `digest` nothing but the
+    footer of a parquet file is read, and the file's `content_xxh3` is empty.
     """
 
     def read(source: Source) -> T:
         if source.format != "parquet":
-            file = _read_text(source)
+            file = _read_text(source, work.add)
             return examine(file, file.text.schema)  # type: ignore[union-attr]
-        file, _, schema = _read_footer(source)  # no metadata is kept: a wide file's is large
+        # No metadata is kept: a wide file's is large.
+        file, _, schema = _read_footer(source, None if digest else "", work.add)
         return examine(file, schema)
 
-    with ThreadPoolExecutor(min(FOOTER_THREADS, len(sources)), "footer") as pool:
+    with (
+        Work("reading caption files", _sizes(sources) if digest else 0, BYTES) as work,
+        ThreadPoolExecutor(min(FOOTER_THREADS, len(sources)), "footer") as pool,
+    ):
         return list(pool.map(read, sources))
+
+
+def _sizes(sources: Sequence[Source]) -> int:
+    """The bytes of local files; 0 for others, each of which would have to be asked for."""
+    local = isinstance(sources[0].filesystem, pyarrow.fs.LocalFileSystem)
+    with contextlib.suppress(OSError):  # reading the file says what is wrong with it
+        return sum(os.path.getsize(source.location) for source in sources if local)
+    return 0
 
 
 def columns_of(source: Source) -> dict[str, Any]:
@@ -347,10 +365,10 @@ def columns_of(source: Source) -> dict[str, Any]:
         raise InputError(f"{source} cannot be read: {one_line(error)}.") from error
 
 
-def _read_text(source: Source) -> CaptionFile:
+def _read_text(source: Source, more: Callable[[int], None]) -> CaptionFile:
     try:
         with source.filesystem.open_input_file(source.location) as file:
-            index = index_text(file, str(source), DELIMITERS[source.format])
+            index = index_text(file, str(source), DELIMITERS[source.format], more)
     except InputError:
         raise
     except Exception as error:  # as in `_remote_search`
@@ -400,10 +418,13 @@ def _changed(source: Source, how: str) -> ConflictError:
     )
 
 
-def _read_footer(source: Source, content_xxh3: str | None = None) -> tuple[CaptionFile, Any, Any]:
+def _read_footer(
+    source: Source, content_xxh3: str | None = None, more: Callable[[int], None] = lambda _: None
+) -> tuple[CaptionFile, Any, Any]:
     """(file, metadata, schema); InputError when it is no whole parquet file.
 
-    The whole file is read for its digest, unless `content_xxh3` is given.
+    The whole file is read for its digest, unless `content_xxh3` is given. `more` is told how many
+    bytes were read.
     """
     try:
         with source.filesystem.open_input_file(source.location) as file:
@@ -412,7 +433,8 @@ def _read_footer(source: Source, content_xxh3: str | None = None) -> tuple[Capti
             if content_xxh3 is None:
                 digest = xxhash.xxh3_128()
                 for offset in range(0, size, CONTENT_PIECE):
-                    digest.update(file.read_at(min(CONTENT_PIECE, size - offset), offset))
+                    digest.update(piece := file.read_at(min(CONTENT_PIECE, size - offset), offset))
+                    more(len(piece))
                 content_xxh3 = digest.hexdigest()
     except InputError:
         raise

@@ -64,7 +64,7 @@ class RowMap:
     def place(self, row: int) -> str:
         """How messages name a row."""
         index, local = self.locate(row)
-        return f"{self.files[index].source}, row {local} (the first is row 0)"
+        return f"{self.files[index].source}, row {local} (rows count from 0)"
 
 
 class RowCursor:
@@ -234,8 +234,8 @@ class CaptionReader:
         last_row_samples: int | None,
     ) -> None:
         self.noted: Counter[str] = Counter()
-        """What was read and may surprise: captions that are empty, and rows where a column of the
-        recipe is null."""
+        """What was read and may surprise: captions that are empty, rows where a column of the
+        recipe is null, and what `note_unknown` was told."""
         self.first_noted: dict[str, str] = {}
         """Where the first of each of them is, and of the samples of each status but ok."""
         text = row_map.files[0].text
@@ -364,6 +364,14 @@ class CaptionReader:
                 self._note(f"rows where {name} is null", self._map.place(row), num_nulls)
         columns = [values(batch.column(name), name) for name in self._recipe.columns]
         return list(zip(*columns, strict=True)) if columns else [()] * len(batch)
+
+    def note_unknown(self, encoder: str, samples: Sequence[Sample], unknown: Sequence[int]) -> None:
+        """Count the captions of which an encoder's tokenizer does not know all. `unknown`: for each
+        sample, the number of its unknown tokens."""
+        found = [sample for sample, count in zip(samples, unknown, strict=True) if count]
+        if found:
+            place = self._place(found[0].row, found[0].sample_id)
+            self._note(f"captions with words unknown to {encoder}", place, len(found))
 
     def _place(self, row: int, sample_id: str) -> str:
         return f"{self._map.place(row)}, sample {sample_id!r}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from embed_precompute.captions.files import (
     find_files,
     open_rows,
     read_footers,
+    refuse_output_inside,
 )
 from embed_precompute.captions.reader import (
     READ_ROWS,
@@ -45,7 +47,7 @@ from embed_precompute.captions.recipes import (
 )
 from embed_precompute.captions.text_tables import as_one_table, type_alone
 from embed_precompute.errors import ConflictError, InputError
-from embed_precompute.steps import steps
+from embed_precompute.steps import Work, steps
 
 SCAN_ROWS = 16384
 SUSPECTS = 1 << 16
@@ -90,11 +92,22 @@ class CaptionTable:
         self.num_rows = row_map.num_rows
 
     @classmethod
-    def open(cls, config: CaptionsConfig, integer_columns: Sequence[str] = ()) -> CaptionTable:
+    def open(
+        cls,
+        config: CaptionsConfig,
+        integer_columns: Sequence[str] = (),
+        output: Path | None = None,
+        *,
+        digest: bool = True,
+    ) -> CaptionTable:
         """Find the files and check them; `integer_columns` are the encoders' added_tokens.
 
-        The table's own `config` names the id column that `auto` stands for.
+        The table's own `config` names the id column that `auto` stands for. `output`: the folder of
+        the dataset, which must not lie among the captions. `digest` as in `read_footers`: a plan
+        needs it.
         """
+        if output is not None:
+            refuse_output_inside(config.path, output)
         recipe = as_one(config.recipe)
         integers = tuple(dict.fromkeys(integer_columns))
 
@@ -105,7 +118,7 @@ class CaptionTable:
 
         sources = find_files(config.path)
         if sources[0].format == "parquet":
-            found = read_footers(sources, examine)
+            found = read_footers(sources, examine, digest=digest)
         else:  # the types of a column are known when all files are
             files = read_footers(sources, lambda file, schema: (file, schema.names))
             if not any(names for _, names in files):
@@ -132,10 +145,17 @@ class CaptionTable:
                     )
         if row_map.num_rows == 0:
             raise _no_rows(config, len(found))
-        bound = recipe.bind(RECIPE, types, lambda column: _holds_null(row_map, column))
+        with Work("looking for nulls in a column of the recipe"):
+            bound = recipe.bind(RECIPE, types, lambda column: _holds_null(row_map, column))
         config = replace(config, id_column=first.id_column)
         is_list = types[config.text_columns[0]] == STRINGS
         return cls(config, row_map, bound, is_list, integers)
+
+    @classmethod
+    def glance(cls, config: CaptionsConfig) -> CaptionTable | None:
+        """The table by the footers of its files alone; None where it is not parquet."""
+        is_parquet = find_files(config.path)[0].format == "parquet"
+        return cls.open(config, digest=False) if is_parquet else None
 
     def in_order(self, order: Sequence[int]) -> CaptionTable:
         """This table with its files in another order, or some of them only; `order` holds their
@@ -195,7 +215,8 @@ class CaptionTable:
                 break
         cursor.close()
         if ids is not None:
-            ids.finish()
+            with Work("comparing ids"):
+                ids.finish()
         return Scan(num_rows, num_samples, last_row_samples, counts)
 
     def _count(self, batch: Any, left: int | None) -> tuple[int, int, int | None]:
@@ -333,7 +354,7 @@ def _types(file: CaptionFile, schema: pa.Schema, needs: Sequence[RequiredColumn]
         if odd is not None:
             row, value = odd
             raise InputError(
-                f"{file.source}, row {row} (the first is row 0): column {need.name!r} "
+                f"{file.source}, row {row} (rows count from 0): column {need.name!r} "
                 f"({need.setting}) holds {value!r:.80}: expected {expected} in all rows. Correct "
                 f"the value, or name another column in {need.setting}.{need.advice}"
             )

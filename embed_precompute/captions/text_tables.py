@@ -17,7 +17,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,8 +124,11 @@ class TextRows:
         self._file.close()
 
 
-def index_text(file: Any, name: str, delimiter: str | None) -> TextIndex:
-    """Parse an open file once; `name` is for messages. InputError where it is not of its format."""
+def index_text(
+    file: Any, name: str, delimiter: str | None, more: Callable[[int], None]
+) -> TextIndex:
+    """Parse an open file once; `name` is for messages. `more` is told how many bytes were read.
+    InputError where it is not of its format."""
     sha256, content = hashlib.sha256(), xxhash.xxh3_128()
     starts, offsets, digests = [0], [0], []
     with io.TextIOWrapper(file, "latin-1", newline="") as text:
@@ -142,6 +145,7 @@ def index_text(file: Any, name: str, delimiter: str | None) -> TextIndex:
             raw = lines.take()
             sha256.update(raw)
             content.update(raw)
+            more(len(raw))
             if not group:  # at the end; what is left are empty lines
                 size = offsets[-1] + len(raw)
                 break

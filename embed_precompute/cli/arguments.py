@@ -7,12 +7,14 @@ is not here.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from embed_precompute import __version__
 from embed_precompute.documents import nearest_of
+from embed_precompute.encoders.peaks import SHARE_OF_PEAK
 from embed_precompute.errors import EXIT_USAGE
 
 SECTIONS = ("captions", "encoders", "output", "runtime")
@@ -118,9 +120,11 @@ def command_parser() -> argparse.ArgumentParser:
         type=_count,
         default=10_000,
         metavar="N",
-        help="input rows that are tokenised for the figures, evenly out of the table; 0 = all "
+        help="input rows that are tokenised for the figures, from all over the table; 0 = all "
         "(default: %(default)s)",
     )
+
+    _add_price(plan)
 
     fetch = _config_command(commands, "fetch", "convert the checkpoints to safetensors, once")
     fetch.add_argument(
@@ -156,8 +160,62 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="captions per encoder that --similar lists (default: %(default)s)",
     )
+    report = _folder_command(commands, "report", "a page about a dataset, and its card README.md")
+    report.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write the page there, and nothing in DIR (default: DIR/report.html and "
+        "DIR/README.md)",
+    )
     _add_export(commands)
     return parser
+
+
+def _add_price(plan: Any) -> None:
+    speed = plan.add_mutually_exclusive_group()
+    speed.add_argument(
+        "--rate",
+        type=_amount,
+        metavar="N",
+        help="captions/s of one GPU (runtime.device cpu: of one process), as `bench` or an earlier "
+        "run says",
+    )
+    speed.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="load the encoders, and measure for seconds how fast this device encodes",
+    )
+    speed.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="where neither is given, the GPU whose peak is taken (default: H100; with "
+        "runtime.device cpu none)",
+    )
+    plan.add_argument(
+        "--share",
+        type=_share,
+        default=SHARE_OF_PEAK,
+        metavar="X",
+        help="of that peak which the encoders reach (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--ranks",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="processes, each with a GPU or on CPUs, that write at a time (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--training-flops",
+        type=_amount,
+        metavar="N",
+        help="operations of a training step per sample, forward and backward: storing is compared "
+        "with encoding in the loop",
+    )
+    plan.add_argument(
+        "--epochs", type=_amount, metavar="N", help="of that training; with --training-flops"
+    )
 
 
 def _add_init_and_doctor(commands: Any) -> None:
@@ -340,3 +398,19 @@ def _positive(text: str) -> int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+
+
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, such as 40 or 3e14")
+    return value
+
+
+def _share(text: str) -> float:
+    if (value := _amount(text)) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share: expected above 0, at most 1")
+    return value

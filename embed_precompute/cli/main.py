@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import importlib
 import json
 import logging
 import os
@@ -18,7 +19,9 @@ import shlex
 import signal
 import socket
 import sys
+import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,11 +39,13 @@ from embed_precompute.errors import (
     EXIT_USAGE,
     EXIT_VERIFICATION,
     EmbedPrecomputeError,
+    InputError,
     InterruptedRunError,
     StorageError,
+    found_by_every_rank,
 )
 from embed_precompute.samples import count_failed
-from embed_precompute.steps import counted
+from embed_precompute.steps import FILE_ONLY, Work, byte_size, counted, stderr
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +53,14 @@ if TYPE_CHECKING:
     from embed_precompute.config.schema import Config
     from embed_precompute.job.run import RunResult
     from embed_precompute.store.index import Manifest
+    from embed_precompute.store.manifest import Finalized
 
+MOST_ENVIRONMENTS = 3
+"""As many are named in a summary."""
+BEGINNING = 60
+"""Characters of a message that local rank 0 says in full; a word is said to its end."""
+MOST_WAITING = 1000
+"""Lines that are kept for a log file that cannot be made yet."""
 IO_ERRORS = frozenset(
     getattr(errno, name)
     for name in [
@@ -80,12 +92,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; give its exit code."""
     _log_to_stderr(DistContext(), logging.WARNING)
     arguments, overrides = parse(sys.argv[1:] if argv is None else argv)
+    dist = DistContext()
     try:
         command = COMMANDS[arguments.command]
+        if command in (_run, _verify):  # a launcher may have started it
+            dist = DistContext.detect()
+            _log_to_stderr(dist, logging.WARNING)
         if hasattr(arguments, "config"):
             from embed_precompute.config.files import load_config, to_yaml
 
-            config = load_config(arguments.config, overrides)
+            with found_by_every_rank():
+                config = load_config(arguments.config, overrides)
             if command is _fetch and any(w.startswith("--output.path") for w in overrides):
                 log.warning(
                     "--output.path is where run writes. fetch writes to the cache folder, or with "
@@ -94,51 +111,65 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.print_config:
                 print(to_yaml(config), end="")
                 return EXIT_COMPLETE
+        if command in (_plan, _fetch, _bench, _verify, _repair, _finalize, _export):
+            with Work("importing torch"):  # seconds; from a shared file system, minutes
+                importlib.import_module("torch")
+        if hasattr(arguments, "config"):
             return command(config, arguments)
         return command(arguments)
     except EmbedPrecomputeError as error:
         words = [getattr(arguments, "config", "CONFIG"), *overrides]
         message = str(error).replace("fetch CONFIG", f"fetch {shlex.join(words)}")
         if isinstance(error, InterruptedRunError):  # as the person wanted
-            _say(message)
+            _say(message, dist, is_shared=True)
         else:
-            _say(f"error: {message}", trace=True)
+            _say(f"error: {message}", dist, trace=True, is_shared=error.found_by_every_rank)
         return error.exit_code
     except KeyboardInterrupt:
-        _say("interrupted")
+        _say("interrupted", dist)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `embed-precompute info DIR | head`
         sys.stderr.close()
         return EXIT_COMPLETE
     except OSError as error:
         if error.errno not in IO_ERRORS:
-            return _bug()
+            return _bug(dist)
         where = f"{error.filename}: " if error.filename else ""
         _say(
             f"error: {where}{error.strerror} ({errno.errorcode[error.errno or 0]}). Mend that and "
             "run the same command again.",
+            dist,
             trace=True,
         )
         return EXIT_IO
     except Exception:
-        return _bug()
+        return _bug(dist)
 
 
-def _bug() -> int:
+def _bug(dist: DistContext) -> int:
     """Report the exception at hand."""
     traceback.print_exc()
-    _say(f"{__version__}: this is a bug; please report the lines above.", trace=True)
+    _say(f"{__version__}: this is a bug; please report the lines above.", dist, trace=True)
     return EXIT_BUG
 
 
-def _say(message: str, *, trace: bool = False) -> None:
-    """How a command ended: on stderr, and in the log file; `trace`: there with the traceback."""
-    print(f"embed-precompute: {message}", file=sys.stderr)
+def _say(message: str, dist: DistContext, *, trace: bool = False, is_shared: bool = False) -> None:
+    """How a command ended: on stderr, and in the log file; `trace`: there with the traceback.
+
+    `is_shared`: local rank 0 says it for all ranks of its node, and the others how it begins, for
+    it may be theirs alone after all.
+    """
+    shown = message
+    end = message.find(" ", BEGINNING)
+    if is_shared and dist.local_rank > 0 and end > 0:
+        shown = f"{message[:end]} ..."
+    whose = "" if dist.is_main else f"{_rank(dist)} "
+    print(f"embed-precompute: {whose}{shown}", file=sys.stderr)
     log.error("%s", message, exc_info=trace, extra=FILE_ONLY)
 
 
-FILE_ONLY = {"file_only": True}
-"""Marks what a log file gets and stderr has already."""
+def _rank(dist: DistContext) -> str:
+    return f"[rank {dist.rank}/{dist.world_size} {socket.gethostname()}]"
 
 
 class _Console(logging.StreamHandler[Any]):
@@ -147,6 +178,9 @@ class _Console(logging.StreamHandler[Any]):
     def emit(self, record: logging.LogRecord) -> None:
         if hasattr(record, "file_only"):
             return
+        if record.levelno < logging.WARNING and not stderr.speaks:
+            return
+        stderr.said_at = time.monotonic()
         if "tqdm" not in sys.modules:
             super().emit(record)
             return
@@ -157,18 +191,40 @@ class _Console(logging.StreamHandler[Any]):
 
 
 class _LogFile(logging.FileHandler):
-    """A log file whose folder is made with its first line: a refused run leaves nothing.
+    """A rank's log file, to which every run adds. It is made when there is a plan: a refused run
+    leaves nothing.
 
     A log that cannot be written (no space, no permission) stops no job: stderr has the lines too.
     """
 
+    def __init__(self, dist: DistContext, root: Path) -> None:
+        path = root / "logs" / f"rank-{dist.rank:05d}.log"
+        super().__init__(path, encoding="utf-8", delay=True)
+        self.setFormatter(_job_format(dist))
+        self._plan, self._rank = root / "plan.json", _rank(dist)
+        self._waiting: deque[logging.LogRecord] = deque(maxlen=MOST_WAITING)
+
     def emit(self, record: logging.LogRecord) -> None:
-        folder = Path(self.baseFilename).parent
-        if hasattr(record, "file_only") and not (folder.parent / "plan.json").exists():
-            return
+        self._waiting.append(record)
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            super().emit(record)
+            if self.stream is None:
+                if not self._plan.exists():
+                    return
+                Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            while self._waiting:
+                super().emit(self._waiting[0])
+                self._waiting.popleft()
+
+    def _open(self) -> Any:
+        stream = super()._open()
+        between = "\n" if stream.tell() else ""
+        began = time.strftime("%Y-%m-%d %H:%M:%S")
+        words = shlex.join(sys.argv[1:])
+        stream.write(
+            f"{between}==== {began} {self._rank} embed-precompute {__version__}, process "
+            f"{os.getpid()}: {words}\n"
+        )
+        return stream
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Called by `emit`; the default prints a traceback for each line."""
@@ -176,62 +232,62 @@ class _LogFile(logging.FileHandler):
 
 def _log_to_stderr(dist: DistContext, level: int) -> None:
     """Log lines of this level, and how far a long command is, on stderr; no other rank than 0
-    says more than warnings."""
-    logger = logging.getLogger("embed_precompute")
+    says more than warnings, with its name."""
+    logger, stderr.speaks = logging.getLogger("embed_precompute"), dist.is_main
     logger.setLevel(level)
     logging.getLogger("embed_precompute.steps").setLevel(logging.INFO)
     logger.propagate = False
     console = _Console(sys.stderr)
-    console.setLevel(logging.INFO if dist.is_main else logging.WARNING)
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    if level == logging.INFO and not terminal:  # a job's output, which is read later
+    if not dist.is_main or (level == logging.INFO and not terminal):  # a job's: it is read later
         console.setFormatter(_job_format(dist))
     for earlier in logger.handlers:
         earlier.close()
     logger.handlers = [console]
 
 
-def _log_to_file(dist: DistContext, root: Path) -> None:
-    """logs/rank-NNNNN.log has everything: log lines, errors with tracebacks, the summary."""
-    to_file = _LogFile(root / "logs" / f"rank-{dist.rank:05d}.log", encoding="utf-8", delay=True)
-    to_file.setFormatter(_job_format(dist))
-    logging.getLogger("embed_precompute").addHandler(to_file)
-
-
 def _job_format(dist: DistContext) -> logging.Formatter:
-    where = f"[rank {dist.rank}/{dist.world_size} {socket.gethostname()}]"
-    return logging.Formatter(f"%(asctime)s {where} %(levelname)s %(message)s")
+    return logging.Formatter(f"%(asctime)s {_rank(dist)} %(levelname)s %(message)s")
 
 
 def _run(config: Config, arguments: Any) -> int:
     from embed_precompute.job.signals import stop_on_signals
 
     dist = DistContext.detect()
-    with stop_on_signals(config.runtime.grace_s):  # this import takes seconds
-        from embed_precompute.job.run import run
     _log_to_stderr(dist, logging.INFO)
-    _log_to_file(dist, Path(os.path.expanduser(config.output.path)))
+    # logs/rank-NNNNN.log has everything: log lines, errors with tracebacks, the summary.
+    to_file = _LogFile(dist, Path(os.path.expanduser(config.output.path)))
+    logging.getLogger("embed_precompute").addHandler(to_file)
+    with stop_on_signals(config.runtime.grace_s), Work("importing torch and transformers"):
+        from embed_precompute.job.run import run
+        from embed_precompute.job.tracker import check_tracker
+    with found_by_every_rank():
+        check_tracker(config.runtime.tracker)
     result = run(config, arguments.limit, dist, extend=arguments.extend, reuse=arguments.reuse)
     log.info(
         "this rank encoded %s samples in %.1f s: loading %.1f s, encoders %.1f s",
         *(f"{result.samples:,}", result.seconds, result.load_seconds, result.encode_seconds),
         extra=FILE_ONLY,
     )
-    if result.manifest is None:
+    if result.finalized is None:
         return EXIT_COMPLETE  # a peer finalises, and says so
-    for line in _summary(result.root, result.manifest, result):
+    _write_card(result.root)
+    for line in _summary(result.root, result.finalized, result):
         log.info("%s", line, extra=FILE_ONLY)
         # Without torchrun's store every rank finalises.
         if dist.is_main or dist.store_host is not None:
             print(line)
-    return _exit_code(result.manifest)
+    return _exit_code(result.finalized.manifest)
 
 
-def _summary(root: Path, manifest: Manifest, run: RunResult | None = None) -> list[str]:
-    """What all ranks of all runs made, and last what failed; `run`: the one that ends now."""
-    from embed_precompute.audit.info import failure_line
+def _summary(root: Path, finalized: Finalized, run: RunResult | None = None) -> list[str]:
+    """What all ranks of all runs made, what failed, and how to check it; `run`: the one that ends
+    now."""
+    from embed_precompute.audit.info import environment_words, failure_line
     from embed_precompute.job.metrics import read_effort
+    from embed_precompute.job.progress import runs_so_far
 
+    manifest, effort = finalized.manifest, read_effort(root)
     counts = manifest.counts
     lines = [
         f"{root}: complete, {counted(counts.samples, 'sample')} of "
@@ -239,20 +295,28 @@ def _summary(root: Path, manifest: Manifest, run: RunResult | None = None) -> li
         f"fingerprint {manifest.fingerprint[:16]}"
     ]
     status = ", ".join(f"{name} {n:,}" for name, n in counts.status.items() if n)
-    lines.append(f"  status: {status}; {counts.stored:,} distinct embeddings stored")
+    lines.append(
+        f"  status: {status}; {counts.stored:,} distinct embeddings stored, "
+        f"{byte_size(finalized.num_bytes)} on disk"
+    )
     lines += [f"  {what}: {n:,}" for what, n in sorted(counts.noted.items())]
     for name, sums in counts.encoders.items():
-        lines.append(f"  {name}: {sums.tokens:,} tokens, {sums.truncated:,} captions truncated")
+        speed = "" if effort is None else effort.encoder_words(name)
+        tokens = f"{sums.tokens:,} tokens, {sums.truncated:,} captions truncated"
+        lines.append(f"  {name}: {tokens}{speed}")
     if run is not None and run.was_complete:
         lines.insert(0, f"{root}: nothing to do")
-    elif effort := read_effort(root):
-        lines.append(f"  {effort.line()}")
-    if len(manifest.environments) > 1:
-        lines.append(f"  made in {len(manifest.environments)} environments, see manifest.json")
+    elif effort is not None:
+        runs = f", {counted(number, 'run')}" if (number := runs_so_far(root)) else ""
+        lines.append(f"  {effort.line()}{runs}")
+    made = [environment_words(each) for each in manifest.environments[:MOST_ENVIRONMENTS]]
+    lines += [f"  made with {each}" for each in made]
+    if (more := len(manifest.environments) - MOST_ENVIRONMENTS) > 0:
+        lines.append(f"  and in {counted(more, 'other environment')}, see manifest.json")
     lines += [f"  {what}: {n:,}" for what, n in (run.copies if run is not None else {}).items()]
     if failed := failure_line(root):
         lines.append(f"  {failed}")
-    return lines
+    return [*lines, f"  check it: embed-precompute verify {shlex.quote(str(root))}"]
 
 
 def _exit_code(manifest: Manifest) -> int:
@@ -261,9 +325,39 @@ def _exit_code(manifest: Manifest) -> int:
 
 
 def _plan(config: Config, arguments: Any) -> int:
-    from embed_precompute.job.estimate import estimate_lines
-    from embed_precompute.job.prepare import prepare, publish
+    from embed_precompute.job import price
+    from embed_precompute.job.claims import Committed
+    from embed_precompute.job.estimate import caption_lines
+    from embed_precompute.job.prepare import prepare, publish, quick_plan
 
+    if arguments.epochs is not None and arguments.training_flops is None:
+        raise InputError("--epochs is given without --training-flops, the cost of a step: add it.")
+    if arguments.calibrate and arguments.no_weights:
+        raise InputError("--calibrate and --no-weights exclude each other: it runs the models.")
+    speed, on_cpus = None, config.runtime.device == "cpu"
+    if arguments.rate is not None:
+        speed = price.speed_of_rate(arguments.rate, price.CPU if on_cpus else price.GPU)
+    elif on_cpus and arguments.gpu is None and not arguments.calibrate:
+        speed = price.speed_of_a_cpu()
+    elif not arguments.calibrate:
+        dtypes = {name: options.dtype for name, options in config.encoders.items()}
+        speed = price.speed_of_gpu(dtypes, arguments.gpu or "H100", arguments.share)
+    training, dtype = None, config.output.dtype
+    if arguments.training_flops is not None:
+        training = price.Training(arguments.training_flops, arguments.epochs)
+    show = functools.partial(price.price_lines, ranks=arguments.ranks, training=training)
+    quick = None
+    if arguments.limit is None and not arguments.reuse:
+        quick = quick_plan(config, online=arguments.no_weights)
+    if quick is not None:
+        sampled, plan = quick
+        few = counted(sampled.figures.samples, "caption")
+        print(f"A first answer, from {few} at the beginnings of row groups:")
+        about = price.price_of(sampled, plan, dtype, num_samples=1)
+        root = Path(os.path.expanduser(config.output.path))
+        for line in [*price.head_lines(plan), *show(about, None, root, speed)]:
+            print(line)
+        print("\nThe answer from the whole table, when every file and id is checked:", flush=True)
     prepared = prepare(
         config,
         arguments.limit,
@@ -271,19 +365,25 @@ def _plan(config: Config, arguments: Any) -> int:
         reuse=arguments.reuse,
         with_weights=not arguments.no_weights,
     )
-    report = estimate_lines(
-        prepared.sampled,
-        prepared.plan,
-        prepared.root,
-        config.output.dtype,
-        arguments.sample or None,
-        reuse=prepared.reuse,
-    )
-    for line in report:
+    plan, sampled, root = prepared.plan, prepared.sampled, prepared.root
+    figures = sampled.measured(arguments.sample or None)
+    for line in [
+        price.names_line(plan, has_weights=not arguments.no_weights),
+        *price.head_lines(plan),
+        *caption_lines(sampled, figures, plan, dtype, prepared.reuse),
+    ]:
+        print(line)
+    if arguments.calibrate:
+        from embed_precompute.job.calibrate import calibrate
+
+        speed = calibrate(config, sampled)
+    # Without weights nothing says that the units there are its own.
+    left = None if arguments.no_weights else Committed(root, plan).left()
+    for line in show(price.price_of(sampled, plan, dtype, figures), left, root, speed):
         print(line)
     if arguments.write:
         published = publish(prepared)
-        print(f"written: {prepared.root / published.plan.file_name}")
+        print(f"written: {root / published.plan.file_name}")
     return EXIT_COMPLETE
 
 
@@ -371,7 +471,7 @@ def _status(arguments: Any) -> int:
 
 def _verify(arguments: Any) -> int:
     from embed_precompute.audit.shares import check_shares
-    from embed_precompute.audit.verify import verify
+    from embed_precompute.audit.verify import note_result, verify
     from embed_precompute.store.plan import read_plan
 
     dist = DistContext.detect()
@@ -386,6 +486,7 @@ def _verify(arguments: Any) -> int:
         if arguments.level != "quick":
             share(plan)  # without a plan, too: rank 0 may have one, and then waits for all
         return EXIT_COMPLETE
+    began = time.monotonic()
     report = verify(
         arguments.folder,
         arguments.level,
@@ -394,6 +495,7 @@ def _verify(arguments: Any) -> int:
         device=arguments.device,
         share=share,
     )
+    note_result(report, time.monotonic() - began)
     for problem in report.problems:
         print(problem)
     print(report.summary())
@@ -415,13 +517,14 @@ def _finalize(arguments: Any) -> int:
     from embed_precompute.store.manifest import finalize
 
     done = finalize(arguments.folder)
-    for line in _summary(arguments.folder, done.manifest):
+    for line in _summary(arguments.folder, done):
         print(line)
     if done.removed_files:
         print(
             f"  removed {counted(done.removed_files, 'file')} ({done.removed_bytes:,} bytes) that "
             "no record names"
         )
+    _write_card(arguments.folder)
     return _exit_code(done.manifest)
 
 
@@ -442,6 +545,24 @@ def _info(arguments: Any) -> int:
         if arguments.all:
             lines += all_lines(folder)
     for line in lines:
+        print(line)
+    return EXIT_COMPLETE
+
+
+def _write_card(root: Path) -> None:
+    """README.md of a finished dataset, which is complete without it."""
+    from embed_precompute.audit.card import write_card
+
+    try:
+        write_card(root)
+    except StorageError as error:
+        log.warning("README.md is not written: %s", error)
+
+
+def _report(arguments: Any) -> int:
+    from embed_precompute.audit.report import write_report
+
+    for line in write_report(arguments.folder, arguments.output):
         print(line)
     return EXIT_COMPLETE
 
@@ -477,6 +598,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "repair": _repair,
     "finalize": _finalize,
     "info": _info,
+    "report": _report,
     "export": _export,
 }
 """By name; a command that takes a CONFIG gets it before the arguments."""

@@ -76,7 +76,11 @@ class RuntimeConfig:
     write_queue_mb: float = 1024.0
     """Megabytes of encoded batches that may wait for the writer; one batch always may."""
     progress_interval_s: float = 60.0
-    """Seconds between progress lines when the output is not a terminal."""
+    """Seconds between progress lines when the output is not a terminal, and between the points of a
+    tracker."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where rank 0 also writes the progress: tensorboard to logs/tensorboard in the output, wandb
+    to Weights & Biases. Each needs the package of its name."""
     grace_s: float = 20.0
     """Seconds a rank has after a stop signal to commit its unit; torchrun kills after 30."""
 

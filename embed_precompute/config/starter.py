@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ CAPTIONS = """captions:
   text_column: text               # the caption: string, or list of strings (one sample each)
   id_column: auto                 # a unique id; null: the row number
 """
+FLOAT32_FPS = "It is float32: 23.976 gives 23.97599983215332 FPS, in Open-Sora too"
 OUTPUT = """
 output:
   path: out                       # the dataset, on a file system every rank sees
@@ -48,7 +50,8 @@ def write_starter(preset: str, captions: str, output: Path | None = None) -> lis
     source = preset_path(preset)
     path = output or Path(f"{preset}.yaml")
     files = find_files(captions)
-    types = {name: column_type(kind) for name, kind in columns_of(files[0]).items()}
+    arrow_types = columns_of(files[0])
+    types = {name: column_type(kind) for name, kind in arrow_types.items()}
     text, sample_id = _text_column(str(files[0]), types), _id_column(types)
     values: dict[str, Any] = {"path": captions, "text_column": text, "id_column": sample_id}
     whole = source.read_text(encoding="utf-8")
@@ -81,7 +84,10 @@ def write_starter(preset: str, captions: str, output: Path | None = None) -> lis
     found.append(f"ids: {'row numbers' if sample_id is None else f'column {sample_id}'}")
     for key in recipe.keys() & values.keys():
         missing = f"null, for there is no column {recipe[key]} of numbers"
-        found.append(f"recipe: {key} {values[key] or missing}")
+        line = f"recipe: {key} {values[key] or missing}"
+        if key == "fps_column" and str(arrow_types.get(values[key])) == "float":
+            line += f". {FLOAT32_FPS}"
+        found.append(line)
     return [f"{path}: written", *(f"  {line}" for line in sorted(found)), *_next(path)]
 
 
@@ -122,19 +128,23 @@ def _output_path(captions: str) -> str:
 
 
 def _with_values(whole: str, section: str, values: dict[str, Any]) -> str:
-    """YAML text with other values of keys of a top-level section; comments stay in their place."""
-
-    def changed(line: re.Match[str]) -> str:
-        start, key, old, comment = line.groups()
-        if key not in values:
-            return line[0]
-        value = yaml.safe_dump(values[key], width=10**9, allow_unicode=True)
-        value = value.removesuffix("...\n").strip()
-        room = len(old) + len(comment) - len(comment.lstrip())
-        return f"{start}{key}: {value:<{max(room - 2, 0)}}  {comment.lstrip()}".rstrip()
+    """YAML text with other values of keys of a top-level section; their comments stand
+    where most of the section's do."""
 
     def section_of(block: re.Match[str]) -> str:
-        return re.sub(r"^( +)(\w+): (\S+)( *(?:#.*)?)$", changed, block[0], flags=re.MULTILINE)
+        pattern = re.compile(r"^( +)(\w+): \S+ *(#.*)?$", re.MULTILINE)
+        places = Counter(m.start(3) - m.start() for m in pattern.finditer(block[0]) if m[3])
+        place = max(places, key=places.__getitem__, default=0)
+
+        def changed(line: re.Match[str]) -> str:
+            start, key, comment = line.groups()
+            if key not in values:
+                return line[0]
+            value = yaml.safe_dump(values[key], width=10**9, allow_unicode=True)
+            value = value.removesuffix("...\n").strip()
+            return f"{f'{start}{key}: {value}':<{max(place - 2, 0)}}  {comment or ''}".rstrip()
+
+        return pattern.sub(changed, block[0])
 
     return re.sub(rf"^{section}:\n(?:(?: .*)?\n)*", section_of, whole, flags=re.MULTILINE)
 
@@ -143,7 +153,11 @@ def _next(path: Path) -> list[str]:
     """What to type now: first `fetch`, where a checkpoint is neither a folder nor fetched."""
     is_here = all(
         Path(each.pretrained).expanduser().is_dir()
-        or find_fetched(origin_of(each.pretrained, each.revision, each.kind, each.dtype))
+        or find_fetched(
+            origin_of(
+                *(each.pretrained, each.revision, each.kind, each.dtype, each.part, each.tokenizer)
+            )
+        )
         for each in load_config(path).encoders.values()
     )
     plan, fetch = (

@@ -35,6 +35,7 @@ from embed_precompute.encoders.loading import Source, num_parameters
 from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.encoders.tokenizer import Tokenized, make_batch
 from embed_precompute.errors import InputError
+from embed_precompute.steps import Work, steps
 
 log = logging.getLogger(__name__)
 LARGE = 10**9
@@ -87,7 +88,8 @@ def resolve_device(setting: str, local_rank: int = 0) -> str:
 
     Raises InputError: there is no such GPU.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    with Work("looking for GPUs"):  # a driver that is broken takes its time
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if setting == "cpu" or (setting == "auto" and count == 0):
         return "cpu"
     index = local_rank % max(1, count)
@@ -174,14 +176,17 @@ def start(
     always on a GPU, and never on a CPU. `weights`: runtime.weights. Raises InputError.
     """
     encoder = build(resolved, device, output_dtype, weights)
-    for output in encoder.submit_all(resolved.every_shape()):
+    where, shapes = resolved.opened.where, list(resolved.every_shape())
+    what = f"{where}: {'compiling, ' if resolved.decision.compiled else ''}first forwards"
+    for output in steps(encoder.submit_all(shapes), len(shapes), what, " shapes"):
         output.wait()
     if self_check == "always" or (self_check == "auto" and encoder.device.type == "cuda"):
         began = time.monotonic()
-        check_numbers(encoder)
+        with Work(f"{where}: comparing with transformers"):
+            check_numbers(encoder)
         log.info(
             "%s: self-check on %s passed in %.1f s",
-            *(resolved.opened.where, device, time.monotonic() - began),
+            *(where, device, time.monotonic() - began),
         )
     return encoder
 

@@ -80,6 +80,7 @@ class HFEmbedder(nn.Module):
             kind,
             family.models,
             dtype=str(dtype).removeprefix("torch."),
+            online=True,
         )
         self.tokenizer = load_tokenizer(WHERE, checkpoint.folder, family.special_tokens)
         model = load_model(Source(checkpoint, family, options), dtype, **hf_kwargs)

@@ -37,6 +37,7 @@ from embed_precompute.encoders.resolve import ResolvedEncoder
 from embed_precompute.encoders.streamed import StreamedWeights
 from embed_precompute.encoders.tokenizer import TokenBatch
 from embed_precompute.errors import InputError, InternalError
+from embed_precompute.steps import Work
 
 log = logging.getLogger(__name__)
 WINDOW_TOKENS = 65536
@@ -396,7 +397,8 @@ def build(
     source = Source(opened.checkpoint, resolved.family, resolved.options)
     dtype: torch.dtype = getattr(torch, resolved.options.dtype)
     if is_streamed(resolved, device, weights):
-        streamed = StreamedWeights(source, dtype, torch.device(device))
+        with Work(f"{opened.where}: loading embeddings and norms"):
+            streamed = StreamedWeights(source, dtype, torch.device(device))
         return StreamedEncoder(resolved, device, output_dtype, streamed)
     model = load_on(
         source,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,6 +38,7 @@ from embed_precompute.encoders.weights import (
     stored_weights,
 )
 from embed_precompute.errors import EmbedPrecomputeError, InputError, one_line
+from embed_precompute.steps import BYTES, Work
 
 log = logging.getLogger(__name__)
 GB = 1e9
@@ -95,11 +97,14 @@ def num_bytes(model: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t.device.type != "meta")
 
 
-def read_weights(weights: Sequence[StoredWeight]) -> State:
+def read_weights(
+    weights: Sequence[StoredWeight], more: Callable[[int], None] = lambda _: None
+) -> State:
     """Weights as a model holds them, each at a multiple of 64 bytes.
 
     A weight that lies so in its file, in its dtype, is mapped. Others are copied and cast, block by
-    block. Raises InputError, and what safetensors raises, for a damaged file.
+    block, and `more` is told how many bytes. Raises InputError, and what safetensors raises, for a
+    damaged file.
     """
     state: State = {}
     to_copy = []
@@ -111,11 +116,12 @@ def read_weights(weights: Sequence[StoredWeight]) -> State:
                 if weight.code == weight.target and weight.name in names:
                     found = state[weight.name] = file.get_tensor(weight.name)
                     if found.data_ptr() % ALIGNMENT == 0:
+                        more(weight.target_bytes)
                         continue
                     target = found.dtype
                 state[weight.name] = torch.empty(weight.shape, dtype=target)
                 to_copy.append(weight)
-    fill((state[weight.name], weight) for weight in to_copy)
+    fill(((state[weight.name], weight) for weight in to_copy), more)
     return state
 
 
@@ -129,14 +135,17 @@ def mapped(weight: StoredWeight) -> torch.Tensor | None:
     return torch.from_numpy(found).view(TORCH_DTYPES[weight.target]).view(weight.shape)
 
 
-def fill(pairs: Iterable[tuple[torch.Tensor | None, StoredWeight]]) -> None:
+def fill(
+    pairs: Iterable[tuple[torch.Tensor | None, StoredWeight]],
+    more: Callable[[int], None] = lambda _: None,
+) -> None:
     """Read weights into contiguous tensors in host memory, cast, several at a time. None: they are
-    read into the page cache."""
+    read into the page cache. `more` is told how many bytes were filled."""
     with ThreadPoolExecutor(num_threads()) as pool:
-        list(pool.map(lambda pair: _fill(*pair), pairs))
+        list(pool.map(lambda pair: _fill(pair[0], pair[1], more), pairs))
 
 
-def _fill(tensor: torch.Tensor | None, weight: StoredWeight) -> None:
+def _fill(tensor: torch.Tensor | None, weight: StoredWeight, more: Callable[[int], None]) -> None:
     if tensor is None:
         _into_page_cache(weight)
         return
@@ -144,6 +153,7 @@ def _fill(tensor: torch.Tensor | None, weight: StoredWeight) -> None:
     for block in weight.blocks():
         held[start : start + len(block)] = block
         start += len(block)
+        more(len(block))
 
 
 def _into_page_cache(weight: StoredWeight) -> None:
@@ -255,11 +265,16 @@ def load_on(
         "memory, a smaller dtype, runtime.weights stream with the implementation fused, or the "
         "implementation hf, which keeps what does not fit on a GPU in host memory."
     ):
+        what, size = f"{source.checkpoint.where}: loading weights", loaded_bytes(source, dtype)
         if device.type != "cuda":
-            return load_model(source, dtype).to(device)
-        size, free = loaded_bytes(source, dtype), torch.cuda.mem_get_info(device)[0]
+            with Work(what, size, BYTES) as work:
+                read = functools.partial(read_weights, more=work.add)
+                return load_model(source, dtype, read=read).to(device)
+        free, before = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_allocated(device)
         if size <= (free - forward_bytes if may_split else free):
-            return load_model(source, dtype, device_map={"": str(device)})
+            # transformers moves weight after weight from the file to the GPU.
+            with Work(what, size, BYTES, lambda: torch.cuda.memory_allocated(device) - before):
+                return load_model(source, dtype, device_map={"": str(device)})
         if not may_split:
             raise torch.OutOfMemoryError
         left = max(0, free - forward_bytes)
@@ -270,7 +285,8 @@ def load_on(
             *(source.checkpoint.where, size / GB, left / GB, device),
         )
         memory = {torch.device(device).index or 0: left, "cpu": size}
-        return load_model(source, dtype, device_map="auto", max_memory=memory)
+        with Work(what):
+            return load_model(source, dtype, device_map="auto", max_memory=memory)
 
 
 def _check_loading(source: Source, loading: dict[str, Any]) -> None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 from embed_precompute.documents import to_plain
 from embed_precompute.encoders.checkpoint import (
     Checkpoint,
+    Need,
     locate,
     open_checkpoint,
-    split_hub_id,
+    tokenizer_in,
 )
 from embed_precompute.encoders.families import FAMILIES
 from embed_precompute.encoders.families.base import (
@@ -28,11 +29,14 @@ from embed_precompute.encoders.families.base import (
     Family,
     OpenEncoder,
     Output,
+    Sizes,
 )
+from embed_precompute.encoders.hub import split_hub_id
 from embed_precompute.encoders.text_steps import require_packages
 from embed_precompute.encoders.tokenizer import TokenBatch, Tokenized, make_batches, pack
 from embed_precompute.encoders.weights import weights_digest
 from embed_precompute.errors import InputError
+from embed_precompute.steps import Work
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,19 @@ class ResolvedEncoder:
         assert length is not None, "all positions are stored where there is one padded length"
         return [length - tokenizer.first + tokenizer.keep_first] * len(captions)
 
-    def flops(self, captions: Tokenized) -> float:
+    def flops(self, captions: Tokenized, *, pads: bool = True) -> float:
         """Of the layers over these captions, see `Sizes.flops`. Pads count where every caption is
-        padded to one length, and ids that are computed once for all captions do not."""
-        sizes, length = self.family.sizes(self.opened.checkpoint), self.decision.padded_length
-        return sizes.flops([length or own for own in self.unshared(captions).num_ids])
+        padded to one length, but without `pads` they do not, and ids that are computed once for all
+        captions do not."""
+        length = self.decision.padded_length if pads else None
+        return self.sizes.flops([length or own for own in self.unshared(captions).num_ids])
+
+    @property
+    def sizes(self) -> Sizes:
+        """Those of the model, with the layers that are run."""
+        checkpoint = self.opened.checkpoint
+        layers = self.family.layers_run(self.options, checkpoint)
+        return replace(self.family.sizes(checkpoint), layers=layers)
 
     def batches(self, captions: Tokenized, *, null: bool = False) -> Iterator[TokenBatch]:
         """The token batches that hold `captions`; `null`: those of the null embedding."""
@@ -134,35 +146,51 @@ class ResolvedEncoder:
 
 
 def open_encoder(
-    name: str, options: EncoderConfig, *, with_weights: bool = True
+    name: str,
+    options: EncoderConfig,
+    *,
+    with_weights: bool = True,
+    online: bool = False,
+    copies: bool = True,
 ) -> OpenEncoder[Any]:
     """Find checkpoint and tokenizer, and check that they belong together.
 
-    Without weights the encoder can be asked for everything but its digest. Raises InputError naming
-    the field of `encoders.<name>`.
+    Without weights the encoder can be asked for everything but its digest. `online`: what is
+    missing of config and tokenizer is downloaded. `copies`: a copy that `fetch` made is taken.
+    Raises InputError naming the field of `encoders.<name>`.
     """
     family, where = FAMILIES[options.kind], f"encoders.{name}"
     require_packages(where, options.text_steps)
-    checkpoint = open_checkpoint(
-        f"{where}.pretrained",
-        options.pretrained,
-        options.revision,
-        options.kind,
-        family.models,
-        dtype=options.dtype,
-        need="weights" if with_weights else "config",
-    )
-    require_release(checkpoint, family.releases)
-    tokenizer_where, folder = f"{where}.pretrained", checkpoint.folder
-    if options.tokenizer is not None:
-        tokenizer_where = f"{where}.tokenizer"
-        ids = (options.pretrained, options.tokenizer)
-        same = len({split_hub_id(each)[0] for each in ids}) == 1
-        revision = options.revision if same else None
-        folder = locate(tokenizer_where, options.tokenizer, revision, "tokenizer")
-    # First: the tokenizer reads config.json too, and its error would not blame a bad config.json.
-    rows = family.sizes(checkpoint).vocabulary
-    tokenizer = family.open_tokenizer(tokenizer_where, folder, options)
+    without: Need = "config" if options.tokenizer is None else "config.json"
+    with Work(f"{where}: opening checkpoint and tokenizer"):
+        checkpoint = open_checkpoint(
+            f"{where}.pretrained",
+            options.pretrained,
+            options.revision,
+            options.kind,
+            family.models,
+            dtype=options.dtype if copies else None,
+            part=options.part,
+            tokenizer=options.tokenizer,
+            need="weights" if with_weights else without,
+            online=online,
+        )
+        require_release(checkpoint, family.releases)
+        tokenizer_where, folder = f"{where}.pretrained", checkpoint.folder
+        if options.tokenizer is not None:
+            tokenizer_where = f"{where}.tokenizer"
+            ids = (options.pretrained, options.tokenizer)
+            same = len({split_hub_id(each)[0] for each in ids}) == 1
+            folder = tokenizer_in(checkpoint.folder, options.tokenizer) or locate(
+                tokenizer_where,
+                options.tokenizer,
+                options.revision if same else None,
+                "tokenizer",
+                online=online,
+            )
+        # First: the tokenizer reads config.json too, and would not blame a bad one.
+        rows = family.sizes(checkpoint).vocabulary
+        tokenizer = family.open_tokenizer(tokenizer_where, folder, options)
     if tokenizer.max_id >= rows:
         raise InputError(
             f"{tokenizer_where}: the tokenizer has ids up to {tokenizer.max_id}, but the model in "
@@ -170,7 +198,15 @@ def open_encoder(
         )
     opened = OpenEncoder(name, options, checkpoint, tokenizer, folder)
     family.check(opened)
-    for output in family.outputs(options, checkpoint) if options.empty == "nothing" else ():
+    outputs = family.outputs(options, checkpoint)
+    for output in outputs:
+        if options.width not in (None, output.width):
+            raise InputError(
+                f"{where}.width is {options.width}, and {checkpoint.folder} makes vectors of "
+                f"{output.width}: it is another model than the preset's. Choose its checkpoint, or "
+                "set the width to null if another is meant."
+            )
+    for output in outputs if options.empty == "nothing" else ():
         if output.positions in (None, "all"):
             what = "a vector per caption" if output.per == "caption" else "every position"
             raise InputError(
@@ -178,6 +214,30 @@ def open_encoder(
                 "caption has something to store. Use encode or space."
             )
     return opened
+
+
+def open_encoders(
+    encoders: Mapping[str, EncoderConfig],
+    *,
+    with_weights: bool,
+    online: bool = False,
+    copies: bool = True,
+) -> list[OpenEncoder[Any]]:
+    """All of them, sorted by name; see `open_encoder`. The InputError names each that cannot be
+    opened."""
+    opened, mistakes = list[OpenEncoder[Any]](), dict[str, InputError]()
+    for name, options in encoders.items():
+        try:
+            opened.append(
+                open_encoder(name, options, with_weights=with_weights, online=online, copies=copies)
+            )
+        except InputError as error:
+            mistakes[name] = error
+    if mistakes:
+        first, *others = mistakes
+        also = f"{', '.join([first, *others])} cannot be opened. The first: " if others else ""
+        raise InputError(f"{also}{mistakes[first]}") from mistakes[first]
+    return sorted(opened, key=lambda each: each.name)
 
 
 def require_release(checkpoint: Checkpoint, releases: Mapping[str, str]) -> None:
@@ -204,12 +264,4 @@ def resolve(
     family = FAMILIES[opened.options.kind]
     decision = family.decide(opened, Facts(stored, added_tokens))
     outputs = family.outputs(opened.options, opened.checkpoint)
-    stated = opened.options.width
-    for output in outputs:
-        if stated not in (None, output.width):
-            raise InputError(
-                f"{opened.where}.width is {stated}, and {opened.checkpoint.folder} makes vectors "
-                f"of {output.width}: it is another model than the preset's. Choose its checkpoint, "
-                "or correct the width if another is meant."
-            )
     return ResolvedEncoder(opened, family, outputs, decision)

@@ -30,9 +30,15 @@ from typing import Any
 import numpy as np
 
 from embed_precompute.documents import canonical_json, digest_of
-from embed_precompute.encoders.checkpoint import Checkpoint, cache_home
+from embed_precompute.encoders.checkpoint import (
+    Checkpoint,
+    cache_home,
+    not_as_written,
+    read_origin,
+)
 from embed_precompute.encoders.families.base import EncoderConfig, Family
 from embed_precompute.errors import InputError, one_line
+from embed_precompute.steps import BYTES, Work
 
 CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The dtypes a model may have, by their names in a safetensors header."""
@@ -218,25 +224,32 @@ def _float8_e4m3() -> Array:
 
 
 def weights_digest(checkpoint: Checkpoint, family: Family[Any], options: EncoderConfig) -> str:
-    """The name of what the encoder computes with. Raises InputError: a file cannot be read, or two
-    tensors are the same weight with different values."""
+    """The name of what the encoder computes with. Raises InputError: a file cannot be read, two
+    tensors are the same weight with different values, or a copy has others than `fetch` wrote."""
+    digest = checkpoint_digest(checkpoint, family, options)
+    from_elsewhere = extra_weights(checkpoint, family, options, options.dtype)
+    size = sum(weight.num_bytes for weight in from_elsewhere)
+    with Work(f"{checkpoint.where}: digesting other files", size, BYTES) as work:
+        others = [_hashes(each.path, [each], work.add).values() for each in from_elsewhere]
+    extra = {
+        weight.canonical: [weight.target, list(weight.shape), *values]
+        for weight, values in zip(from_elsewhere, others, strict=True)
+    }
+    return digest_of({"encoder": digest, "extra": extra}) if extra else digest
+
+
+def checkpoint_digest(checkpoint: Checkpoint, family: Family[Any], options: EncoderConfig) -> str:
+    """The same without what comes from other files than the checkpoint's."""
     stored = stored_weights(checkpoint, family, options, options.dtype)
     by_file: dict[Path, list[StoredWeight]] = {}
     for weight in stored:
         by_file.setdefault(weight.path, []).append(weight)
     hashed: dict[str, str] = {}
-    for path, weights in by_file.items():
-        hashed |= _hashes(path, weights)
-    digest = digest_of_values(checkpoint, family, stored, hashed)
-    extra = {
-        weight.canonical: [
-            weight.target,
-            list(weight.shape),
-            *_hashes(weight.path, [weight]).values(),
-        ]
-        for weight in extra_weights(checkpoint, family, options, options.dtype)
-    }
-    return digest_of({"encoder": digest, "extra": extra}) if extra else digest
+    size = sum(weight.num_bytes for weight in stored)
+    with Work(f"{checkpoint.where}: digesting weights", size, BYTES) as work:
+        for path, weights in by_file.items():
+            hashed |= _hashes(path, weights, work.add)
+    return digest_of_values(checkpoint, family, stored, hashed)
 
 
 def digest_of_values(
@@ -247,7 +260,13 @@ def digest_of_values(
 ) -> str:
     """The digest of `stored`; `hashed`: name -> sha256 of the values in the target dtype."""
     tensors: dict[str, list[Any]] = {}
+    # Of what is cast on the way the values that were written are not known.
+    written = (read_origin(checkpoint.folder) or {}).get("values", {})
     for weight in stored:
+        same = weight.code != weight.target or written.get(weight.name) == hashed[weight.name]
+        if written and not same:
+            damage = f"{weight.name} in {weight.path} has other values than fetch wrote"
+            raise not_as_written(checkpoint.where, checkpoint.folder, damage)
         value = [weight.target, list(weight.shape), hashed[weight.name]]
         if tensors.setdefault(weight.canonical, value) != value:
             raise InputError(
@@ -258,8 +277,11 @@ def digest_of_values(
     return digest_of({"config": family.config_values(checkpoint), "tensors": tensors})
 
 
-def _hashes(path: Path, weights: Sequence[StoredWeight]) -> dict[str, str]:
-    """Name -> sha256 of the values, remembered for this file and these dtypes."""
+def _hashes(
+    path: Path, weights: Sequence[StoredWeight], more: Callable[[int], None]
+) -> dict[str, str]:
+    """Name -> sha256 of the values, remembered for this file and these dtypes. `more` is told how
+    many bytes were read."""
     entry = _entry(path, weights)
     # No entry, or a damaged one: the file is read.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -267,7 +289,7 @@ def _hashes(path: Path, weights: Sequence[StoredWeight]) -> dict[str, str]:
         if known["digest"] == digest_of(known["sha256"]):
             return dict(known["sha256"])
     with ThreadPoolExecutor(num_threads()) as pool:
-        sums = list(pool.map(_sha256, weights))
+        sums = list(pool.map(lambda weight: _sha256(weight, more), weights))
     if _entry(path, weights) != entry:
         raise InputError(f"{path} changed while it was read. Run again when it is complete.")
     hashed = {weight.name: each for weight, each in zip(weights, sums, strict=True)}
@@ -292,10 +314,11 @@ def num_threads() -> int:
     return min(MAX_THREADS, len(os.sched_getaffinity(0)))
 
 
-def _sha256(weight: StoredWeight) -> str:
+def _sha256(weight: StoredWeight, more: Callable[[int], None]) -> str:
     digest = hashlib.sha256()
     for block in weight.blocks():
         digest.update(block.data)
+        more(len(block) * CODE_BYTES.get(weight.code, 1) // CODE_BYTES.get(weight.target, 1))
     return digest.hexdigest()
 
 

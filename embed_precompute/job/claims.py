@@ -4,24 +4,29 @@ Guarantees: correctness rests on the unit records alone. A rank ends only when e
 record, whatever torchrun's store answers and even if the store is gone. A unit that two ranks
 compute is published once. A run refuses an output folder whose units belong to another plan.
 Costs: two listings of the shard folders, one at the start and one before the sweep (a rank's last
-pass over all units); per unit a `stat` and a round trip to torchrun's store. There is no collective
-and no lock, and no times are compared.
+pass over all units), which ranks with a store share; per unit a `stat` and a round trip to that
+store. There is no collective and no lock, and no times are compared.
+scripts/benchmarks/claims_simulation.py gives figures.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
+
+import numpy as np
 
 from embed_precompute.distributed import DistContext
 from embed_precompute.documents import differing_fields
 from embed_precompute.errors import ConflictError
 from embed_precompute.job.reuse import COPIED_FROM
+from embed_precompute.steps import Work, counted
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import (
     NULL_UNIT,
@@ -37,6 +42,12 @@ MOST_BLOCK_UNITS = 32
 LEAST_BLOCKS = 64
 """A job with this many units or more has at least this many blocks: two jobs on one output then
 rarely work in the same block."""
+POLLS = 16
+"""How often a rank that waits in the sweep looks at what is left, in the time of a unit."""
+MORE_HELPERS = 4
+RANKS_PER_LIST = 64
+MOST_LOOKS = 4096
+"""More units than this are listed again, and not looked at one by one."""
 
 
 class Committed:
@@ -50,15 +61,21 @@ class Committed:
 
     def refresh(self) -> None:
         """Lists the records again: for many units this is cheaper than a `stat` of each."""
-        units = committed_units(self._root) & self._all
-        if record_path(self._root, NULL_UNIT).exists():
-            units.add(NULL_UNIT)
+        with Work("listing what is committed"):
+            units = committed_units(self._root) & self._all
+            if record_path(self._root, NULL_UNIT).exists():
+                units.add(NULL_UNIT)
         self._units = units  # in one assignment: another thread reads it
 
     @property
     def units(self) -> int:
         """How many units are committed; the null embedding is not counted."""
         return len(self._units - {NULL_UNIT})
+
+    def list_left(self) -> set[int]:
+        """Lists the records again; returns the units without one, the null embedding among them."""
+        self.refresh()
+        return self._all - self._units
 
     def left(self) -> set[int]:
         """The units without a record; the null embedding is not among them."""
@@ -140,11 +157,15 @@ class Claims:
 
     The job shuffles the blocks of units. Its ranks take the units of these blocks in turn: by a
     shared counter if torchrun has a store, otherwise every `world_size`-th unit. Two jobs on one
-    output have different orders, so they rarely compute the same unit. At the end each rank sweeps:
-    it goes over all units and takes those that nobody has committed.
+    output have different orders, so they rarely compute the same unit.
 
-    `is_committed(unit)` looks for the unit's record; `refresh` lists all records again before the
-    sweep.
+    At the end each rank sweeps the units that nobody has committed: their ranks may be slow or
+    dead. It takes those for which it is the helper, waits about the time of a unit, and takes what
+    is left then of four times as many, until its turn has come for every unit. So a job of many
+    ranks does not end with all of them computing the same unit.
+
+    Iterating yields units, and None where the caller should wait for a `POLLS`-th of the time of a
+    unit. `is_committed(unit)` looks for the unit's record; `list_left` lists the units without one.
     """
 
     def __init__(
@@ -154,10 +175,11 @@ class Claims:
         num_units: int,
         is_committed: Callable[[int], bool],
         store: CounterStore | None = None,
-        refresh: Callable[[], None] = lambda: None,
+        list_left: Callable[[], Iterable[int]] | None = None,
     ) -> None:
         self._dist, self._num_units = dist, num_units
-        self._is_committed, self._refresh = is_committed, refresh
+        self._is_committed = is_committed
+        self._list_left = list_left or (lambda: range(NULL_UNIT, num_units))
         self._store = store
         nonce = f"{dist.run_id}/{dist.restart_count}/{dist.world_size}/{plan_id[:16]}"
         self._prefix = f"embed_precompute/{nonce}"
@@ -165,7 +187,7 @@ class Claims:
         self.swept = False
         """Whether the current unit is from the sweep: another rank may be computing it too."""
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int | None]:
         claimed: set[int] = set()  # this rank may still be computing them while it claims more
         try:
             for unit in self._share():
@@ -175,12 +197,62 @@ class Claims:
         except RuntimeError:
             self._store = None  # the store is gone: the sweep does the rest
         self.swept = True
-        self._refresh()
-        every = range(NULL_UNIT, self._num_units)
-        first = len(every) * self._dist.rank // self._dist.world_size
-        for unit in itertools.chain(every[first:], every[:first]):
-            if unit not in claimed and not self._is_committed(unit):
-                yield unit
+        left, helpers = (yield from self._list(claimed)), 1
+        while len(left):
+            is_helper = self._distance(left) < helpers
+            for unit in left[is_helper].tolist():
+                if not self._is_committed(unit):
+                    claimed.add(unit)
+                    yield unit
+            left = left[~is_helper]
+            if len(left) and helpers == 1:
+                units = counted(len(left), "unit")
+                log.info("%s left, with other ranks: waiting, then helping", units)
+            for _ in range(POLLS):
+                while len(left) and self._is_committed(int(left[-1])):
+                    left = left[:-1]
+                if not len(left):
+                    return
+                yield None
+            helpers *= MORE_HELPERS
+            if len(left) > MOST_LOOKS:
+                left = yield from self._list(claimed)
+
+    def _list(self, claimed: set[int]) -> Generator[None, None, np.ndarray]:
+        """The units without a record, as a listing has them, and without those of this rank. Each
+        rank has its own order: ranks that may take the same units then rarely do."""
+        try:
+            units = yield from self._list_together()
+        except RuntimeError:
+            self._store, units = None, self._list_left()
+        left = np.array(list(set(units) - claimed), np.int64)
+        np.random.default_rng().shuffle(left)
+        return left
+
+    def _list_together(self) -> Generator[None, None, Iterable[int]]:
+        """The units without a record. One in `RANKS_PER_LIST` ranks lists them and puts them into
+        the store; the others wait for that, for a unit's time at most. A listing may be old: then
+        it has units that are committed now, and never lacks one that is not."""
+        if self._store is None:
+            return self._list_left()
+        prefix = self._prefix_of_rendezvous(self._store)
+        turn = self._store.add(f"{prefix}/lists", 1) - 1
+        key = f"{prefix}/list/{turn // RANKS_PER_LIST}"
+        if turn % RANKS_PER_LIST == 0:
+            units = [*self._list_left()]
+            self._store.compare_set(key, "", json.dumps(units))
+            return units
+        for _ in range(POLLS):
+            if listed := self._store.compare_set(key, "", "").decode():
+                return [int(unit) for unit in json.loads(listed)]
+            yield None
+        return self._list_left()
+
+    def _distance(self, units: np.ndarray) -> np.ndarray:
+        """How many ranks come before this one to sweep each of `units`. The first is told by middle
+        digits of a product: the units of a rank that died are all alike in their last digits."""
+        first = units * 2654435761 >> 12
+        return np.asarray((self._dist.rank - first) % self._dist.world_size)
 
     def _share(self) -> Iterator[int]:
         """The units dealt to this rank, committed or not; the null embedding is dealt first."""
@@ -190,18 +262,21 @@ class Claims:
             key = f"{self._prefix_of_rendezvous(self._store)}/seed"
             seed = self._store.compare_set(key, "", os.urandom(16).hex()).decode()
         size = max(1, min(MOST_BLOCK_UNITS, self._num_units // LEAST_BLOCKS))
-        blocks = [range(first, first + size) for first in range(0, self._num_units, size)]
+        blocks = [*range(0, self._num_units, size)]
         random.Random(seed).shuffle(blocks)
-        dealt = itertools.chain([NULL_UNIT], *blocks)
-        units = [unit for unit in dealt if unit < self._num_units]
         for turn in itertools.count():
             position = self._dist.rank + turn * self._dist.world_size
             if self._store is not None:
                 key = f"{self._prefix_of_rendezvous(self._store)}/next"
                 position = self._store.add(key, 1) - 1
-            if position >= len(units):
+            if position == 0:
+                yield NULL_UNIT
+                continue
+            block, place = divmod(position - 1, size)
+            if block >= len(blocks):
                 return
-            yield units[position]
+            if blocks[block] + place < self._num_units:  # the file's last block may be shorter
+                yield blocks[block] + place
 
     def _prefix_of_rendezvous(self, store: CounterStore) -> str:
         """The key prefix of this rendezvous. The store outlives a rendezvous and keeps its keys.

@@ -16,24 +16,24 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from embed_precompute.captions.files import refuse_output_inside
 from embed_precompute.captions.table import CaptionTable
 from embed_precompute.config.schema import Config
 from embed_precompute.distributed import DistContext
-from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoder, resolve
-from embed_precompute.errors import InputError, StorageError, refuse_file
+from embed_precompute.encoders.resolve import ResolvedEncoder, open_encoders, resolve
+from embed_precompute.errors import InputError, StorageError, found_by_every_rank, refuse_file
 from embed_precompute.job.estimate import (
-    FILES_PER_UNIT,
+    SAMPLED_ROWS,
     SampledCaptions,
     example_lines,
+    first_of_row_groups,
     tokenizer_line,
 )
+from embed_precompute.job.price import FILES_PER_UNIT, known_speed, price_of, run_line
 from embed_precompute.job.reuse import Reuse
 from embed_precompute.store.commit import free_space, remove_dead
 from embed_precompute.store.plan import (
@@ -41,6 +41,7 @@ from embed_precompute.store.plan import (
     Inputs,
     Plan,
     auto_samples_per_shard,
+    await_plan,
     check_same,
     match_files,
     publish_plan,
@@ -49,7 +50,8 @@ from embed_precompute.store.plan import (
 )
 
 log = logging.getLogger(__name__)
-PLAN_POLL_S = 0.2
+QUICK_FROM_ROWS = 1_000_000
+"""A table with fewer rows is planned in seconds anyway."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Prepared:
     """Finished datasets whose embeddings are copied."""
 
 
+@found_by_every_rank()
 def prepare(
     config: Config,
     limit: int | None = None,
@@ -100,24 +103,13 @@ def prepare(
         )
     dist = dist or DistContext()
     root = output_folder(config)
-    refuse_output_inside(config.captions.path, root)
     columns = [options.integer_column for options in config.encoders.values()]
-    table = CaptionTable.open(config.captions, [name for name in columns if name is not None])
-    opened, mistakes = [], dict[str, InputError]()
-    for name, options in config.encoders.items():
-        try:
-            opened.append(open_encoder(name, options, with_weights=with_weights))
-        except InputError as error:
-            mistakes[name] = error
-    if mistakes:
-        first, *others = mistakes
-        also = f"{', '.join([first, *others])} cannot be opened. The first: " if others else ""
-        raise InputError(f"{also}{mistakes[first]}") from mistakes[first]
-    opened.sort(key=lambda each: each.name)
+    table = CaptionTable.open(config.captions, [name for name in columns if name is not None], root)
+    opened = open_encoders(config.encoders, with_weights=with_weights, online=not with_weights)
     inputs = _inputs(table, limit)
     stored = stored_plan(root) if with_weights else None
     if not dist.is_main:
-        stored = _wait_for_plan(root, inputs, config.runtime.plan_timeout_s, extend=extend)
+        stored = await_plan(root, inputs, config.runtime.plan_timeout_s, extend=extend)
     matched, added = match_files(stored.inputs.files if stored else (), inputs.files)
     table = table.in_order([*(index for index in matched if index is not None), *added])
     is_extended = extend and stored is not None and len(added) > 0 and None not in matched
@@ -133,23 +125,21 @@ def prepare(
         )
         for each in opened
     )
-    spec, samples_per_shard = _spec(config, table, encoders), config.output.samples_per_shard
+    spec = _spec(config, table, encoders)
     olds = Reuse(reuse, root, spec) if reuse else None
     if stored is None:
         assert scan is not None
-        sampled = SampledCaptions(table, encoders, scan.num_rows, scan.last_row_samples)
-        if samples_per_shard == "auto":
-            embeddings = sampled.figures.embedding_bytes(encoders, config.output.dtype)
-            samples_per_shard = auto_samples_per_shard(embeddings / max(1, sampled.figures.encoded))
+        sampled = SampledCaptions(table, encoders, scan.num_rows, scan.last_row_samples, reuse=olds)
         plan = Plan.make(
             spec,
             inputs,
-            samples_per_shard=samples_per_shard,
+            samples_per_shard=_samples_per_shard(config, sampled),
             num_rows=scan.num_rows,
             num_samples=scan.num_samples,
             last_row_samples=scan.last_row_samples,
         )
         return Prepared(config, dist, root, table, encoders, plan, sampled, olds)
+    samples_per_shard = config.output.samples_per_shard
     planned = replace(inputs, files=stored.inputs.files) if is_extended else inputs
     check_same(stored, spec, planned, None if samples_per_shard == "auto" else samples_per_shard)
     plan = stored
@@ -157,8 +147,45 @@ def prepare(
         plan = stored.extended([inputs.files[index] for index in added], scan.num_samples)
     elif extend and dist.is_main:
         log.info("%s: no caption file was added since its plan was made", root)
-    sampled = SampledCaptions(table, encoders, plan.num_rows, plan.last_row_samples)
+    sampled = SampledCaptions(table, encoders, plan.num_rows, plan.last_row_samples, reuse=olds)
     return Prepared(config, dist, root, table, encoders, plan, sampled, olds)
+
+
+def quick_plan(config: Config, *, online: bool = False) -> tuple[SampledCaptions, Plan] | None:
+    """A plan for a first answer, by the footers of a large table and the first rows of some of its
+    row groups: there in seconds, while `prepare` reads every byte of the files and every id.
+
+    Its rows are exact, the samples of lists are estimated, and its names mean nothing. None: the
+    table is small, or not parquet, or its padded length depends on a column; or a plan is stored.
+    `online`: what is missing of config and tokenizer is downloaded.
+    """
+    if stored_plan(output_folder(config)) is not None:
+        return None
+    table = CaptionTable.glance(config.captions)
+    columns = [options.integer_column for options in config.encoders.values()]
+    if table is None or table.num_rows < QUICK_FROM_ROWS or any(columns):
+        return None
+    opened = open_encoders(config.encoders, with_weights=False, online=online)
+    encoders = tuple(resolve(each) for each in opened)
+    sampled = SampledCaptions(table, encoders, table.num_rows, None, first_of_row_groups(table))
+    samples = sampled.figures.samples / sum(rows for _, rows in sampled.runs) * table.num_rows
+    plan = Plan.make(
+        _spec(config, table, encoders),
+        _inputs(table, None),
+        samples_per_shard=_samples_per_shard(config, sampled),
+        num_rows=table.num_rows,
+        num_samples=round(samples),
+        last_row_samples=None,
+    )
+    return sampled, plan
+
+
+def _samples_per_shard(config: Config, sampled: SampledCaptions) -> int:
+    asked, figures = config.output.samples_per_shard, sampled.figures
+    if asked != "auto":
+        return asked
+    embeddings = figures.embedding_bytes(sampled.encoders, config.output.dtype)
+    return auto_samples_per_shard(embeddings / max(1, figures.encoded))
 
 
 def output_folder(config: Config) -> Path:
@@ -180,27 +207,27 @@ def publish(prepared: Prepared) -> Prepared:
     return replace(prepared, plan=publish_plan(prepared.root, prepared.plan))
 
 
-def check_sampled_captions(prepared: Prepared, units_left: Collection[int]) -> None:
-    """Log how the tokenizers fit some captions, and whether the rest of the dataset fits on disk.
+def check_sampled_captions(prepared: Prepared, units_left: Collection[int], device: str) -> None:
+    """Log how the tokenizers fit some captions, what the rest of the dataset takes, and whether it
+    fits on disk. `device`: its product name.
 
     Warns if not all of it fits. Raises StorageError (exit 74) if not even one shard fits.
     """
     if not units_left:
         return
     plan, root, figures = prepared.plan, prepared.root, prepared.sampled.figures
-    for line in example_lines(figures, prepared.encoders):
-        log.info("%s", line)
+    if len(units_left) == plan.num_units:  # a run that goes on said so at its beginning
+        for line in example_lines(figures, prepared.encoders):
+            log.info("%s", line)
     for encoder in prepared.encoders:
         line, suspicious = tokenizer_line(encoder, figures)
         (log.warning if suspicious else log.info)("%s: tokenizer %s", encoder.opened.where, line)
-    embeddings = figures.embedding_bytes(prepared.encoders, prepared.config.output.dtype)
-    # Equal texts of a shard are stored once.
-    per_sample = embeddings * figures.distinct / max(1, figures.encoded * figures.samples)
-    per_row = per_sample * plan.num_samples / plan.num_rows
-    rows = [plan.unit_rows(unit)[1] for unit in units_left]
-    # If only the last unit is left, it may be smaller than the others.
-    one, total = int(per_row * max(rows)), int(per_row * sum(rows))
-    files = len(rows) * FILES_PER_UNIT
+    price = price_of(prepared.sampled, plan, prepared.config.output.dtype, num_samples=SAMPLED_ROWS)
+    dtypes = {encoder.name: encoder.options.dtype for encoder in prepared.encoders}
+    log.info("%s", run_line(price, units_left, root, known_speed(dtypes, device)))
+    one = int(price.bytes_by_unit[list(units_left)].max())
+    needed, files = price.needed(units_left)
+    total = int(needed)
     free_bytes, free_files = free_space(root)
     if free_bytes < one or free_files < FILES_PER_UNIT:
         raise StorageError(
@@ -231,17 +258,6 @@ def _spec(
         "encoders": {encoder.name: encoder.spec() for encoder in encoders},
         "output": {"dtype": config.output.dtype, "codec": config.output.codec},
     }
-
-
-def _wait_for_plan(root: Path, inputs: Inputs, timeout_s: float, *, extend: bool) -> Plan | None:
-    """The stored plan, when there is one and, with `extend`, when it has all files."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        plan = stored_plan(root)
-        is_due = plan is None or (extend and match_files(plan.inputs.files, inputs.files)[1])
-        if not is_due or time.monotonic() >= deadline:
-            return plan
-        time.sleep(PLAN_POLL_S)
 
 
 def _inputs(table: CaptionTable, limit: int | None) -> Inputs:

@@ -34,6 +34,7 @@ from embed_precompute.errors import (
     VerificationError,
     require,
 )
+from embed_precompute.steps import Work
 from embed_precompute.store.index import DatasetIndex
 from embed_precompute.store.records import (
     NULL_UNIT,
@@ -73,7 +74,8 @@ class Reuse:
         Raises InputError for a folder that holds no finished dataset, or none of the encoders.
         """
         self.folders = tuple(folders)
-        self._datasets = [_Dataset(folder, root, spec) for folder in folders]
+        with Work("opening the datasets of --reuse"):
+            self._datasets = [_Dataset(folder, root, spec) for folder in folders]
         self._environment: Mapping[str, str] = {}
         self._warned: set[tuple[Path, int]] = set()
 

@@ -34,19 +34,19 @@ from embed_precompute.job.progress import (
 )
 from embed_precompute.job.signals import StopRequest, stop_on_signals
 from embed_precompute.job.stages import Stages
-from embed_precompute.store.index import Manifest
-from embed_precompute.store.manifest import finalize
+from embed_precompute.steps import stderr
+from embed_precompute.store.manifest import Finalized, finalize
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class RunResult:
-    """What `run` returns: the dataset's folder, its manifest.json, and what this rank did."""
+    """What `run` returns: the dataset's folder, what finalising it gave, and what this rank did."""
 
     root: Path
-    manifest: Manifest | None
-    """The content of manifest.json; None when a peer finalises the dataset."""
+    finalized: Finalized | None
+    """None when a peer finalises the dataset."""
     was_complete: bool = False
     """Every unit was committed before this run."""
     units: int = 0
@@ -98,16 +98,16 @@ def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
         words = " ".join(f"--reuse {folder}" for folder in before)
         log.info("begun with %s; without it the rest is encoded", words)
     if dist.is_main and not committed.everything():
-        check_sampled_captions(prepared, committed.left())
+        check_sampled_captions(prepared, committed.left(), device_name(device))
         write_provenance(prepared, current)
     store = connect_store(dist)
-    claims = Claims(dist, plan.plan_id, plan.num_units, committed, store, committed.refresh)
+    claims = Claims(dist, plan.plan_id, plan.num_units, committed, store, committed.list_left)
     result = RunResult(root, None, was_complete=committed.everything())
     stop.kept = committed.units > 0
     started = time.monotonic()
     if not result.was_complete:
         encoders = {each.name: each for each in prepared.encoders}
-        progress = Progress(prepared, device)
+        progress = Progress(prepared)
         stages = Stages(
             prepared,
             lambda name: start(
@@ -128,7 +128,8 @@ def _run(prepared: Prepared, device: str, stop: StopRequest) -> RunResult:
         result.encode_seconds = stages.encode_seconds
     result.seconds = time.monotonic() - started
     if claims.is_first_to_finalize():
+        stderr.speaks |= store is not None  # rank 0 has nothing more to say
         log.info("finalising")
-        result.manifest = finalize(root).manifest
+        result.finalized = finalize(root)
         result.copies = note_copies(root, asked=prepared.reuse is not None)
     return result

@@ -34,7 +34,7 @@ from embed_precompute.encoders.encoder import (
     TextEncoder,
 )
 from embed_precompute.errors import IncompleteError
-from embed_precompute.job.claims import Claims, Committed
+from embed_precompute.job.claims import POLLS, Claims, Committed
 from embed_precompute.job.metrics import UnitLog
 from embed_precompute.job.prepare import Prepared
 from embed_precompute.job.signals import StopRequest
@@ -262,13 +262,24 @@ class Stages:
         plan = self._plan
         reader = self._prepared.table.reader(plan.num_rows, plan.last_row_samples)
         for number in self._claims:
+            if number is None:
+                self._rest(self._unit_s / POLLS)
             if self._stop.is_set():
                 break
+            if number is None:
+                continue
             unit = read_unit(plan, number, reader, self._prepared.encoders, self._prepared.reuse)
             unit.swept = self._claims.swept
             if not self._units.put(unit):
                 return
         self._units.put(None)
+
+    def _rest(self, seconds: float) -> None:
+        """Waits while peers compute what is left, at least `POLL_S`; a stop ends the wait."""
+        end = time.monotonic() + seconds
+        while not self._halted.wait(POLL_S) and not self._stop.is_set():
+            if time.monotonic() >= end:
+                return
 
     def _encode(self) -> None:
         for forward, pending in overlapped(self._forwards()):
@@ -362,11 +373,9 @@ class Stages:
                     suffix: [copies[row][suffix] for row in some] for suffix in copies[some[0]]
                 }
                 yield name, np.array(some), functools.partial(PendingOutput, outputs)
-            left = np.array([row for row in range(unit.num_stored) if row not in copies])
-            captions = unit.tokens[name]
-            if copies:
-                captions = captions.select(left.tolist())
-            if len(left):
+            rows, captions = unit.to_encode(name)
+            if rows:
+                left = np.array(rows)
                 before = self.load_seconds
                 encoder = self._encoder(name)
                 unit.began += self.load_seconds - before  # no other unit will wait for that
@@ -445,13 +454,16 @@ class Stages:
                 self._stop.kept = True
         self.units += 1
         self.samples += 0 if unit.is_null else len(unit.samples)
+        encoded = {each.name: unit.to_encode(each.name)[1] for each in self._prepared.encoders}
         self._unit_log.add(
             unit.number,
             samples=len(unit.samples),
             stored=unit.num_stored,
             copied={name: len(rows) for name, rows in unit.copies.rows.items()},
             damaged=unit.copies.num_damaged,
-            tokens={name: sum(each.tokens) for name, each in unit.tokens.items()},
+            failed=sum(row in unit.failures for row in unit.stored_row),
+            tokens={name: sum(captions.tokens) for name, captions in encoded.items()},
+            flops={each.name: each.flops(encoded[each.name]) for each in self._prepared.encoders},
             shard_bytes=record.files.shard.bytes,
         )
 

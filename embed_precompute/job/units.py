@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from embed_precompute.captions.reader import CaptionReader
 from embed_precompute.encoders.resolve import ResolvedEncoder
@@ -14,8 +15,10 @@ from embed_precompute.job.reuse import Copies, Reuse
 from embed_precompute.samples import Sample, Status
 from embed_precompute.store.plan import Plan
 from embed_precompute.store.records import NULL_UNIT
+from embed_precompute.store.rows import SampleColumns
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
@@ -55,6 +58,39 @@ class Unit:
     def is_null(self) -> bool:
         return self.number == NULL_UNIT
 
+    def to_encode(self, encoder: str) -> tuple[list[int], Tokenized]:
+        """The stored rows that this encoder has to encode, for nobody has them, and their
+        captions."""
+        copied, captions = self.copies.rows.get(encoder, {}), self.tokens[encoder]
+        rows = [row for row in range(self.num_stored) if row not in copied]
+        return rows, captions.select(rows) if copied else captions
+
+    def columns(self, kept: Sequence[int]) -> SampleColumns:
+        """What became of each sample; only the stored rows `kept` have an embedding."""
+        index = {row: i for i, row in enumerate(kept)}
+        places = [None if row is None else index.get(row) for row in self.stored_row]
+        rows = [None if place is None else kept[place] for place in places]
+
+        def column(of_rows: Sequence[T]) -> list[T | None]:
+            return [None if row is None else of_rows[row] for row in rows]
+
+        status = [sample.status for sample in self.samples]
+        errors = [sample.error for sample in self.samples]
+        for i, row in enumerate(self.stored_row if self.failures else ()):
+            if row in self.failures:
+                status[i], errors[i] = self.failures[row]
+        return SampleColumns(
+            sample_id=[sample.sample_id for sample in self.samples],
+            row=[sample.row for sample in self.samples],
+            status=status,
+            error=errors,
+            index=places,
+            tokens={name: column(each.tokens) for name, each in self.tokens.items()},
+            truncated={name: column(each.truncated) for name, each in self.tokens.items()},
+            lengths={name: column(lengths) for name, lengths in self.lengths.items()},
+            text=[sample.text for sample in self.samples],
+        )
+
 
 def read_unit(
     plan: Plan,
@@ -69,10 +105,41 @@ def read_unit(
     """
     before, named = Counter(reader.noted), set(reader.first_noted)
     if number == NULL_UNIT:
-        first_row, num_rows, samples = 0, 0, [Sample("", 0, "")]
+        unit = null_unit(encoders)
     else:
         first_row, num_rows = plan.unit_rows(number)
         samples = reader.read(first_row, num_rows)
+        unit = make_unit(number, first_row, num_rows, samples, encoders)
+        if unit.samples is not samples:
+            reader.check(unit.samples)
+        rows = [row for row in unit.stored_row if row is not None]
+        encoded = [sample for sample in unit.samples if sample.text is not None]
+        for name, captions in unit.tokens.items():
+            if any(captions.unknown):
+                reader.note_unknown(name, encoded, [captions.unknown[row] for row in rows])
+    unit.noted = dict(reader.noted - before)
+    for what in sorted(reader.first_noted.keys() - named):  # later ones are counted only
+        log.info("%s: the first of the %s that this rank reads", reader.first_noted[what], what)
+    if reuse is not None:
+        texts = dict.fromkeys(sample.text for sample in unit.samples if sample.text is not None)
+        unit.copies = reuse.find(list(texts), unit.lengths, null=unit.is_null)
+    return unit
+
+
+def null_unit(encoders: Sequence[ResolvedEncoder]) -> Unit:
+    """The unit of the null embedding."""
+    return make_unit(NULL_UNIT, 0, 0, [Sample("", 0, "")], encoders)
+
+
+def make_unit(
+    number: int,
+    first_row: int,
+    num_rows: int,
+    samples: list[Sample],
+    encoders: Sequence[ResolvedEncoder],
+) -> Unit:
+    """The unit of these samples, tokenised; a sample of which nothing would be stored is invalid,
+    and the unit then has a list of samples of its own."""
     texts = list(dict.fromkeys(sample.text for sample in samples if sample.text is not None))
     tokens = {each.name: each.opened.tokenizer.encode(texts) for each in encoders}
     if failed := _without_vectors(texts, tokens):
@@ -82,13 +149,9 @@ def read_unit(
             else sample
             for sample in samples
         ]
-        reader.check(samples)
         kept = [row for row, text in enumerate(texts) if text not in failed]
         texts = [texts[row] for row in kept]
         tokens = {name: captions.select(kept) for name, captions in tokens.items()}
-    noted = dict(reader.noted - before)
-    for what in sorted(reader.first_noted.keys() - named):  # later ones are counted only
-        log.info("%s: the first of the %s that this rank reads", reader.first_noted[what], what)
     row_of = {text: row for row, text in enumerate(texts)}
     stored_row = [None if sample.text is None else row_of[sample.text] for sample in samples]
     lengths = {
@@ -96,10 +159,7 @@ def read_unit(
         for encoder in encoders
         for tensor, output in encoder.tensors().items()
     }
-    unit = Unit(number, first_row, num_rows, samples, stored_row, tokens, lengths, noted=noted)
-    if reuse is not None:
-        unit.copies = reuse.find(texts, lengths, null=unit.is_null)
-    return unit
+    return Unit(number, first_row, num_rows, samples, stored_row, tokens, lengths)
 
 
 def _without_vectors(

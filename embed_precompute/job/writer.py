@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +36,8 @@ from embed_precompute.store.records import (
     record_path,
     unit_path,
 )
-from embed_precompute.store.rows import SampleColumns, rows_digest, rows_part_bytes
+from embed_precompute.store.rows import rows_digest, rows_part_bytes
 from embed_precompute.store.shards import ShardWriter
-
-T = TypeVar("T")
 
 INF = {
     torch.float32: (torch.int32, 0x7F800000),
@@ -148,7 +146,7 @@ class UnitWriter:
     def _unit_record(self, shard: StoredShard, kept: Sequence[int]) -> UnitRecord:
         """Publishes the rows part and returns the record that names it."""
         unit = self._unit
-        samples = self._columns(kept)
+        samples = unit.columns(kept)
         payload = rows_part_bytes(unit.number, self._plan.tensors, samples)
         rows = publish_bytes_by_content(unit_path(self._root, unit.number, ROWS), payload)
         status = Counter(samples.status)
@@ -175,32 +173,6 @@ class UnitWriter:
                 name: sum(lengths[row] for row in kept) for name, lengths in self._lengths.items()
             },
             files=UnitFiles(shard, rows),
-        )
-
-    def _columns(self, kept: Sequence[int]) -> SampleColumns:
-        """What became of each sample; only the stored rows `kept` have an embedding."""
-        unit, index = self._unit, {row: i for i, row in enumerate(kept)}
-        places = [None if row is None else index.get(row) for row in unit.stored_row]
-        rows = [None if place is None else kept[place] for place in places]
-
-        def column(of_rows: Sequence[T]) -> list[T | None]:
-            return [None if row is None else of_rows[row] for row in rows]
-
-        status = [sample.status for sample in unit.samples]
-        errors = [sample.error for sample in unit.samples]
-        for i, row in enumerate(unit.stored_row if unit.failures else ()):
-            if row in unit.failures:
-                status[i], errors[i] = unit.failures[row]
-        return SampleColumns(
-            sample_id=[sample.sample_id for sample in unit.samples],
-            row=[sample.row for sample in unit.samples],
-            status=status,
-            error=errors,
-            index=places,
-            tokens={name: column(each.tokens) for name, each in unit.tokens.items()},
-            truncated={name: column(each.truncated) for name, each in unit.tokens.items()},
-            lengths={name: column(lengths) for name, lengths in self._lengths.items()},
-            text=[sample.text for sample in unit.samples],
         )
 
 

@@ -129,6 +129,19 @@ def index_dtypes(tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
     }
 
 
+def index_bytes(
+    tensors: Sequence[StoredTensor], *, samples: int, ok: int, units: int, id_bytes: int
+) -> int:
+    """Bytes of all arrays of a dataset; `ok`: samples of this status; `id_bytes`: of all ids."""
+    dtypes = index_dtypes(tensor_entries(tensors))
+    sizes = {"ids": id_bytes, "id_offsets": samples + 1, "ok": ok}
+    sizes |= {"shards": 3 * units, "shard_digest": units}
+    return sum(
+        NPY_HEADER_BYTES + np.dtype(dtype).itemsize * sizes.get(name, samples)
+        for name, dtype in dtypes.items()
+    )
+
+
 def tensor_entries(tensors: Sequence[StoredTensor]) -> dict[str, TensorEntry]:
     """The tensors as the manifest describes them."""
     return {t.name: TensorEntry(t.encoder, t.per, t.width, t.dtype) for t in tensors}

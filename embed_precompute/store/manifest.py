@@ -28,7 +28,7 @@ import pyarrow as pa
 from embed_precompute.documents import canonical_json, flatten, to_plain
 from embed_precompute.errors import IncompleteError, InputError, StorageError, VerificationError
 from embed_precompute.samples import Status
-from embed_precompute.steps import counted, steps
+from embed_precompute.steps import Work, counted, steps
 from embed_precompute.store.check import (
     CheckedUnit,
     Problems,
@@ -92,6 +92,8 @@ class Finalized:
     """What `finalize` made and removed."""
 
     manifest: Manifest
+    num_bytes: int
+    """Of the whole dataset: shards, rows parts, the null embedding, manifest and index."""
     removed_files: int = 0
     """Shards and rows parts that no record named."""
     removed_bytes: int = 0
@@ -114,7 +116,7 @@ def finalize(root: Path) -> Finalized:
             "it goes on with these."
         )
     try:
-        manifest = _write_derived(root, plan)
+        manifest, size = _write_derived(root, plan)
     except VerificationError as error:
         raise VerificationError(
             f"{error} `embed-precompute repair {root}` takes what is damaged out of the way and "
@@ -123,15 +125,16 @@ def finalize(root: Path) -> Finalized:
     if plan_path(root).name == plan.file_name:  # else a job may be writing an extension
         remove_leftovers(root, root / "index", *unit_folders(root))
     num_files = num_bytes = 0
-    for path in unnamed_files(root):
-        with contextlib.suppress(FileNotFoundError):
-            num_bytes += path.stat().st_size
-            num_files += 1
-        remove_file(path)
+    with Work("finalising: looking for files that no record names"):
+        for path in unnamed_files(root):
+            with contextlib.suppress(FileNotFoundError):
+                num_bytes += path.stat().st_size
+                num_files += 1
+            remove_file(path)
     if num_files:
         files = counted(num_files, "file")
         log.info("%s: removed %s (%d bytes) that no record names", root, files, num_bytes)
-    return Finalized(manifest, num_files, num_bytes)
+    return Finalized(manifest, size, num_files, num_bytes)
 
 
 def finished_plan(root: Path) -> Plan:
@@ -147,7 +150,8 @@ def finished_plan(root: Path) -> Plan:
     return plan
 
 
-def _write_derived(root: Path, plan: Plan) -> Manifest:
+def _write_derived(root: Path, plan: Plan) -> tuple[Manifest, int]:
+    """manifest.json, and the bytes of the dataset without the records."""
     null = check_null(root, plan)
     small = (plan.file_name, "null.json", null.files.shard.name)
     files = {name: digest_file(root / name) for name in small}
@@ -167,9 +171,10 @@ def _write_derived(root: Path, plan: Plan) -> Manifest:
                 f"{root}: the units hold {totals.samples} samples, {plan.file_name} says "
                 f"{plan.num_samples}."
             )
-        derived = {TABLE: table.finish()}
-        derived |= {f"index/{name}.npy": staged for name, staged in index.finish().items()}
-        files |= {name: staged.digest() for name, staged in derived.items()}
+        with Work("finalising: sorting and digesting the index"):
+            derived = {TABLE: table.finish()}
+            derived |= {f"index/{name}.npy": staged for name, staged in index.finish().items()}
+            files |= {name: staged.digest() for name, staged in derived.items()}
         entries = {name: FileEntry(file.bytes, file.sha256) for name, file in files.items()}
         manifest = totals.manifest(plan, entries)
         payload, path = document_bytes(manifest), root / MANIFEST
@@ -187,14 +192,14 @@ def _write_derived(root: Path, plan: Plan) -> Manifest:
         for staged in derived.values():
             staged.replace()
         replace_bytes(path, payload)
-    return manifest
+    return manifest, totals.num_bytes + sum(file.bytes for file in files.values()) + len(payload)
 
 
 class Totals:
     """Sums over the records of units, in order."""
 
     def __init__(self) -> None:
-        self.samples = self.stored = self.units = 0
+        self.samples = self.stored = self.units = self.num_bytes = 0
         self.status: Counter[str] = Counter({status.label: 0 for status in Status})
         self.noted: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
@@ -207,6 +212,7 @@ class Totals:
         self.units += 1
         self.samples += record.num_samples
         self.stored += record.num_stored
+        self.num_bytes += record.files.shard.bytes + record.files.rows.bytes
         self.status.update(record.status)
         self.noted.update(record.noted)
         self.tokens.update({name: sums.tokens for name, sums in record.encoders.items()})

@@ -15,6 +15,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from embed_precompute.errors import (
     StorageError,
     VerificationError,
 )
+from embed_precompute.steps import Work, duration
 from embed_precompute.store.commit import publish_bytes
 from embed_precompute.store.records import (
     FILE_NAME,
@@ -59,6 +61,7 @@ from embed_precompute.store.records import (
 )
 
 PLAN_FILE = "plan.json"
+POLL_S = 0.2
 AUTO_SHARD_BYTES = 1 << 30
 AUTO_MAX_SAMPLES = 4096
 MAX_UNITS = 1 << 31
@@ -319,6 +322,19 @@ def stored_plan(root: Path) -> Plan | None:
     if plan.file_name != path.name:
         raise VerificationError(f"{path} holds the plan of {plan.file_name}: name it so.")
     return plan
+
+
+def await_plan(root: Path, inputs: Inputs, timeout_s: float, *, extend: bool) -> Plan | None:
+    """The plan in force, when rank 0 has written it and, with `extend`, when it has all files of
+    `inputs`; or what there is after `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
+    with Work(f"waiting for rank 0's plan, at most {duration(timeout_s)}"):
+        while True:
+            plan = stored_plan(root)
+            is_due = plan is None or (extend and match_files(plan.inputs.files, inputs.files)[1])
+            if not is_due or time.monotonic() >= deadline:
+                return plan
+            time.sleep(POLL_S)
 
 
 def read_plan(root: Path) -> Plan:

@@ -51,7 +51,7 @@ tensor may have a name that ends in one."""
 PLAN_NAME = re.compile(r"plan(?:-(?P<number>[0-9]{4,9}))?\.json")
 """The name of a plan: plan.json, and for each extension its number, from 1 on."""
 OWN_NAMES = frozenset(("null.json", "manifest.json", "manifest.parquet", "shards", "index")) | {
-    *("config.yaml", "run.json", "logs", QUARANTINE)
+    *("config.yaml", "run.json", "logs", QUARANTINE, "README.md", "report.html")
 }
 """What a dataset's folder holds beside its plans and the null embedding."""
 SHARD, ROWS, RECORD = ".safetensors", ".rows.parquet", ".json"

@@ -149,6 +149,23 @@ def parquet_writer(sink: Any, schema: pa.Schema) -> pq.ParquetWriter:
     )
 
 
+def table_bytes(tensors: Tensors, parts: Iterator[tuple[bytes, int]]) -> int:
+    """Bytes that the samples of these rows parts, each with its number of rows, take together in a
+    table without texts, as manifest.parquet is; it is made in memory."""
+    schema, sink = rows_schema(tensors, text=False), pa.BufferOutputStream()
+    with parquet_writer(sink, schema) as writer:
+        batches = [
+            batch
+            for part, num_rows in parts
+            for batch in iter_batches(
+                Path("rows"), tensors, text=False, num_rows=num_rows, payload=part
+            )
+        ]
+        table = pa.Table.from_batches(batches, schema).combine_chunks()
+        writer.write_table(table, max(1, table.num_rows))
+    return int(sink.getvalue().size)
+
+
 def _row_groups(texts: Sequence[str | None]) -> Iterator[tuple[int, int]]:
     """Yields (first, end) of groups of neighbouring samples, limited in rows and text: an Arrow
     string array holds at most 2 GiB."""

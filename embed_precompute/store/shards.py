@@ -127,6 +127,24 @@ class _Layout:
         return len(self.header) + self.spans[key].begin
 
 
+def shard_bytes(
+    fingerprint: str,
+    unit: int,
+    tensors: Sequence[StoredTensor],
+    num_rows: int,
+    totals: Mapping[str, int],
+) -> dict[str, int]:
+    """Bytes of a shard that was not written, by tensor, with its offsets and checksums; "": those
+    of the header. `totals` as in a layout: for each per-token tensor, its number of vectors."""
+    layout = _Layout(fingerprint, unit, tensors, num_rows, totals)
+    sizes = {"": len(layout.header), **dict.fromkeys((t.name for t in tensors), 0)}
+    for key, span in layout.spans.items():
+        name = key.removeprefix("text_")
+        name = name.rpartition("_")[0] if key in layout.head_keys else name
+        sizes[name] += span.end - span.begin
+    return sizes
+
+
 # --- writing --------------------------------------------------------------------------------------
 
 

@@ -143,7 +143,7 @@ class SimulatedEncoder:
         import torch
 
         self.resolved, self._device = resolved, device
-        self._sizes = resolved.family.sizes(resolved.opened.checkpoint)
+        self._sizes = resolved.sizes
         decision = resolved.decision
         vectors = max(batch * length for batch, length in (*decision.shapes, decision.null_shape))
         dtype = getattr(torch, output_dtype)

@@ -18,6 +18,7 @@ from handmade import words_as_tokens
 from jobs import call, clean_environment, write_captions, write_job
 
 import bench_table
+import claims_simulation
 import decoders
 import peers
 import whole_job
@@ -250,3 +251,16 @@ def test_a_simulated_device(tmp_path: Path, tiny_t5: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
     assert done.returncode == 0, done.stderr
     assert re.search(r"^\| [\d,]+ \| .* \| median$", done.stdout, re.M)
+
+
+def test_slow_and_dead_ranks_hold_nobody_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the simulation's time: with a store, with one that is lost, and without one."""
+    words = ["", "--ranks", "100", "--units", "5000"]
+    monkeypatch.setattr(sys, "argv", words)
+    claims_simulation.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].strip("| ") for row in rows] == list(claims_simulation.VARIANTS)
+    assert all(float(row[2]) < 1.15 for row in rows), rows
+    assert all(int(row[4].replace(",", "")) < 100 for row in rows), "units encoded twice"

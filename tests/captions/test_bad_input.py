@@ -195,7 +195,7 @@ def test_duplicate_ids_within_and_across_files(tmp_path: Path, kind: str) -> Non
     second = write(tmp_path / "b.parquet", {"id": ids([4, 5, 2, 1]), "text": ["x"] * 4})
     refused(
         tmp_path,
-        f"{second}, row 2 (the first is row 0): column 'id' repeats id '2' of {first}, row 1",
+        f"{second}, row 2 (rows count from 0): column 'id' repeats id '2' of {first}, row 1",
         "2 rows in all repeat an id",
         "captions.id_column",
     )
@@ -352,7 +352,7 @@ def test_the_plan_counts_what_may_surprise(tmp_path: Path, tiny_clip: Path) -> N
     assert code == 0
     assert "ok 4; 0 repeat an earlier text\n" in said
     place = f"such as {tmp_path / 'a.parquet'}, row 1 "
-    assert f"empty captions: 2, {place}(the first is row 0), sample '1'" in said
+    assert f"empty captions: 2, {place}(rows count from 0), sample '1'" in said
     assert f"rows where fps is null: 2, {place}" in said
     words = ("--captions.recipe.kind", "opensora", "--output.samples_per_shard", "1")
     code, summary, log = call("run", str(job), *words)
@@ -374,7 +374,7 @@ def test_a_caption_that_is_missing_is_named(
     else:
         write(file, {"id": ["a", "b", "c"], "text": ["x", None, None]})
     job = write_job(tmp_path, file, None, tiny_clip)
-    place = f"{file}, row 1 (the first is row 0), sample 'b': column 'text' is {what}"
+    place = f"{file}, row 1 (rows count from 0), sample 'b': column 'text' is {what}"
     assert f"null_text: 2, such as {place}\n" in expect(0, "plan", job)
     log = expect(0, "run", job)
     assert log.count(f"{place}: the first of the null_text that this rank reads") == 1

@@ -146,7 +146,7 @@ def test_bad_utf8_is_a_status_as_in_parquet(tmp_path: Path) -> None:
         ("id,text\na,x\n".encode("utf-16"), "a.csv is UTF-16: expected UTF-8"),
         ("video1,a dog\nvideo2,a cat\n", "none of the columns id, sample_id, path"),
         ("id,text\n", "has no rows: 1 file(s), all empty"),
-        ("id,text\na,x\n,y\n", "a.csv, row 1 (the first is row 0): column 'id' is null"),
+        ("id,text\na,x\n,y\n", "a.csv, row 1 (rows count from 0): column 'id' is null"),
         ("id,text\na,x\na,y\n", "column 'id' repeats id 'a'"),
     ],
 )
@@ -222,7 +222,7 @@ def test_json_lists_and_integers(tmp_path: Path) -> None:
     [
         ('{"id": 1, "text": "x"}\n{"id": 2,\n', "a.jsonl, line 2 is not JSON"),
         ('{"id": 1, "text": "x"}\n\n[1]\n', "a.jsonl, line 3 holds [1]: expected one JSON object"),
-        (lines_of({"id": 1, "text": "x"}, {"id": "b", "text": "y"}), """row 1 (the first is row 0)\
+        (lines_of({"id": 1, "text": "x"}, {"id": "b", "text": "y"}), """row 1 (rows count from 0)\
 : column 'id' (captions.id_column) holds '"b"': expected string or integer in all rows"""),
         (lines_of({"id": 1, "text": {}}), "column 'text' (captions.text_column) holds '{}'"),
         (lines_of({"id": 1, "text": 5}), "column 'text' (captions.text_column) has type int64"),

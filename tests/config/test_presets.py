@@ -110,10 +110,10 @@ def test_plan_tells_the_bytes_of_a_caption(
     captions = write_captions(tmp_path / "c.parquet", ["a red fox", "a dog"])
     job = write_job(tmp_path, captions, tiny_t5, None, reference="me/mine@v1 a.py:1")
     said = expect(0, "plan", str(job))
-    assert "6.0 KiB a caption; as in me/mine@v1 a.py:1" in said  # 24 x 64 x 4 bytes
+    assert "6.00 KiB a caption; as in me/mine@v1 a.py:1" in said  # 24 x 64 x 4 bytes
     assert "a disk delivers" not in said
     monkeypatch.setattr(estimate, "HEAVY_BYTES", 6000)
     _, said, _ = call("plan", str(job))
-    assert "WARNING    6.0 KiB a caption: more than a disk" in said
+    assert "WARNING    6.00 KiB a caption: more than a disk" in said
     assert "`project`" in said
     assert "`layers`" in said

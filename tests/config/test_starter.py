@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -77,6 +78,24 @@ def test_plan_takes_it_as_it_is(ending: str, tiny_t5: Path, tiny_clip: Path) -> 
     widths = ("--encoders.t5.width", "null", "--encoders.clip.width", "null")  # they are tiny
     said = expect(0, "plan", "opensora_v2.yaml", *widths)
     assert "a red fox 24 FPS." in said
+
+
+def test_comments_stand_below_each_other() -> None:
+    write_starter("opensora_v2", write_table("c.parquet", TABLE))
+    written = Path("opensora_v2.yaml").read_text("utf-8").splitlines()
+    motion = next(line for line in written if line.startswith("    motion_column: null"))
+    kind = next(line for line in written if line.startswith("    kind: opensora"))
+    assert motion.index("#") == kind.index("#")
+
+
+def test_a_float32_frame_rate_is_said() -> None:
+    """Its digits are in the text: those that pandas gives Open-Sora's dataset class, too."""
+    table = pa.table({"text": ["a"], "fps": pa.array([23.976], pa.float32())})
+    pq.write_table(table, "c.parquet")
+    digits = f"{pd.read_parquet('c.parquet').iloc[0].to_dict()['fps']} FPS"
+    assert f"fps_column fps. It is float32: 23.976 gives {digits}" in str(
+        write_starter("opensora_v2", "c.parquet")
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import cache, partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from embed_precompute.encoders import resolve
 from embed_precompute.encoders.device import check_numbers, difference
 from embed_precompute.encoders.encoder import build, is_streamed
 from embed_precompute.encoders.families.decoder import ChatOptions, Message, ProjectOptions
+from embed_precompute.encoders.fetch import fetch
 from embed_precompute.encoders.loading import Source
 from embed_precompute.encoders.readout import Projection
 from embed_precompute.encoders.weights import stored_weights
@@ -515,6 +517,39 @@ def test_layers_after_the_hidden_state_are_not_loaded(qwen2: Path, dtype: str) -
     assert encode(encoder, ["a red fox"])[""][0].isfinite().all()
 
 
+def test_a_copy_has_no_layer_above_the_highest_that_is_run(
+    qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only an encoder that runs no other takes it."""
+    monkeypatch.setenv("EMBED_PRECOMPUTE_HOME", str(tmp_path / "home"))
+    for layers, held in {(-3,): 1, (-2, 0): 2, (2,): 2, (-1,): 3}.items():
+        fields = {"template": CHAT, "layers": layers}
+        case = Case("cut", "decoder", write_decoder, fields)
+        source = resolved_of("decoder", qwen2, **fields)
+        assert source.opened.checkpoint.folder == qwen2
+        expected = encode(built(case, qwen2), ["a red fox"])[""]
+        spec = source.spec()
+        said = list(fetch({"enc": source.options}))
+        assert ("layers up to" in said[0]) == (held < 3)
+        encoder = built(case, qwen2)
+        folder = encoder.resolved.opened.checkpoint.folder
+        assert folder.parent == tmp_path / "home" / "checkpoints"
+        names = load_file(folder / "model.safetensors")
+        assert {name for name in names if "layers." in name} == {
+            name
+            for name in load_file(qwen2 / "model.safetensors")
+            if re.search(rf"layers\.[0-{held - 1}]\.", name)
+        }
+        assert encoder.resolved.spec() == spec
+        assert torch.equal(encode(encoder, ["a red fox"])[""][0], expected[0])
+        reference = reference_of(encoder.resolved)("a red fox", None)[""]
+        assert difference(expected[0], reference, exact=True) is None
+        if held < 3:
+            words = rf"with the first {held} layers of .* 3 are needed"
+            with pytest.raises(InputError, match=words):
+                resolved_of("decoder", folder, template=CHAT, layers=(-1,))
+
+
 # --- checkpoints with more than a text tower ------------------------------------------------------
 
 TEXT_ALONE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -563,6 +598,8 @@ def test_a_tower_is_the_same_by_every_releases_names(
     """Only the text tower is read, and of it only the layers that are run."""
     whole = folder_of("gemma3")
     plain = resolved(whole, layers=(1,))
+    captions = plain.opened.tokenizer.encode(["a red fox"])
+    assert 3 * plain.flops(captions) == resolved(whole).flops(captions)  # one of three layers
     source = Source(plain.opened.checkpoint, plain.family, plain.options)
     tensors = {each.canonical: each for each in source.weights(torch.float32)}
     assert {name.split(".")[0] for name in tensors} == {"layers", "embed_tokens", "norm"}
@@ -717,7 +754,7 @@ def test_captions_that_merge_with_the_template(tmp_path: Path) -> None:
     write_captions(captions, ["x", "\n"])
     code, log = run("fail", captions={"on_bad_text": "fail"}, **cropped)
     assert code == 2
-    assert "row 1 (the first is row 0): " + words in log
+    assert "row 1 (rows count from 0): " + words in log
 
 
 def test_plan_shows_the_prompt_and_what_is_taken(folder_of: Any, tmp_path: Path) -> None:
@@ -736,6 +773,38 @@ def test_plan_shows_the_prompt_and_what_is_taken(folder_of: Any, tmp_path: Path)
     assert "layer -1, no norm; hidden_states[-1] of transformers has the final norm" in said
     code, said, _ = call("plan", str(tmp_path / "job.yaml"), "--encoders.enc.norm", "final")
     assert "layer -1, its final norm\n" in said
+
+
+def test_advice_on_length_counts_what_the_template_takes(folder_of: Any, tmp_path: Path) -> None:
+    """Whoever follows it finds the shares of bytes and operations that were said, and no cut."""
+    encoder = {"kind": "decoder", "pretrained": str(folder_of("qwen2")), "dtype": "float32"}
+    encoder["template"] = f"<|user|>{'Describe the video by its content. ' * 6}\n{{text}}<|end|>\n"
+    encoder |= {"crop_start": "template", "keep": "all", "max_length": 256, "batch_tokens": 4096}
+    captions = str(write_captions(tmp_path / "a.parquet", [f"a fox {i}" for i in range(40)]))
+    config = {"captions": {"path": captions}, "encoders": {"enc": encoder}}
+    config |= {"output": {"path": str(tmp_path / "out")}, "runtime": {"device": "cpu"}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(config))
+
+    def taken(*changes: str) -> tuple[float, float, str]:
+        code, said, _ = call("plan", str(tmp_path / "job.yaml"), *changes)
+        assert code == 0, said
+        ((size, unit),) = re.findall(r"\n +text_enc +([\d.]+) (\w+)", said)
+        (flops,) = re.findall(r"encoding +([\d.]+) MFLOP a caption", said)
+        return float(size) * {"KiB": 1, "MiB": 1024}[unit], float(flops), said
+
+    size, flops, said = taken()
+    (length,) = re.findall(r"enc: max_length (\d+) would cut 0 % of", said)
+    for what, *change in (
+        ("real tokens alone", "--encoders.enc.keep", "real"),
+        ("max_length", "--encoders.enc.max_length", length),
+    ):
+        ((bytes_said, flops_said),) = re.findall(
+            rf"enc: {what} .* take ([\d.]+) % of .* and ([\d.]+) % of the operations", said
+        )
+        smaller, fewer, then = taken(*change)
+        assert 100 * smaller / size == pytest.approx(float(bytes_said), rel=0.05)
+        assert 100 * fewer / flops == pytest.approx(float(flops_said), rel=0.05)
+        assert re.search(r"cut at \d+ +0 ", then)
 
 
 def test_a_mask_where_a_template_closes_up(corpus: list[str], tmp_path: Path) -> None:
@@ -852,7 +921,7 @@ def test_a_projection(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"path": "absent"}, r"project.path is 'absent': there is no such folder, and the hub"),
+        ({"path": "absent"}, r"project.path is 'absent': there is no such folder, and nothing of"),
         ({"weight": "text.wight"}, "has no tensor 'text.wight': did you mean text.weight?"),
         ({"weight": "wide"}, r"has wide of shape \[20, 65\]: expected \[stored width, 64\], for 1"),
         ({"bias": "wide"}, r"project.bias: .* has wide of shape \[20, 65\]: expected \[20\]"),

@@ -14,6 +14,8 @@ from embed_precompute.job import claims
 from embed_precompute.job.claims import Claims, Committed
 from embed_precompute.store.records import NULL_UNIT
 
+END = NULL_UNIT - 1
+
 
 class Counters:
     """torchrun's store, in memory; `broken` after a number of calls."""
@@ -32,7 +34,10 @@ class Counters:
         return self.values[key]
 
     def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
-        return self.texts.setdefault(key, desired).encode()
+        found = self.texts.get(key, "")
+        if found == expected:
+            self.texts[key] = found = desired
+        return found.encode()
 
 
 def ranks_of(
@@ -48,10 +53,10 @@ def drain(ranks: list[Claims], done: set[int]) -> list[list[int]]:
     live = [*zip(map(iter, ranks), taken, strict=True)]
     while live:
         for iterator, units in live.copy():
-            unit = next(iterator, None)
-            if unit is None:
+            unit = next(iterator, END)
+            if unit == END:
                 live.remove((iterator, units))
-            else:
+            elif unit is not None:
                 units.append(unit)
                 done.add(unit)
     return taken
@@ -106,6 +111,64 @@ def test_a_rank_does_not_sweep_what_it_still_has_under_way(with_store: bool) -> 
     claims = Claims(DistContext(), "p", 5, lambda unit: False, store)
     first, *others = claims
     assert (first, sorted(others)) == (NULL_UNIT, [0, 1, 2, 3, 4])
+
+
+def test_not_all_ranks_sweep_the_unit_of_a_dead_rank() -> None:
+    """One of a thousand idle ranks takes it beside the rank to which it was dealt, then three more,
+    in the end all. When it is committed those that wait end."""
+    done = set(range(NULL_UNIT, 8)) - {3}
+    waiting = [iter(rank) for rank in ranks_of(1024, 8, done, None)]
+    takers = []
+    for _ in range(5):
+        takers.append(0)
+        for _ in range(claims.POLLS):
+            taken = [next(rank) for rank in waiting]
+            takers[-1] += sum(unit == 3 for unit in taken)
+            waiting = [rank for rank, unit in zip(waiting, taken, strict=True) if unit is None]
+    assert takers == [1 + 1, 4 - 1, 16 - 4, 64 - 16, 256 - 64]
+    done.add(3)
+    assert {next(rank, END) for rank in waiting} == {END}
+
+
+@pytest.mark.parametrize("lister_dies", [False, True])
+def test_ranks_with_a_store_share_a_listing(lister_dies: bool) -> None:
+    """One of them lists the records; if it dies over that, the others wait a while and list."""
+    done, listings, taken = {NULL_UNIT, *range(9)}, 0, 0
+    store = Counters()
+
+    def list_left() -> list[int]:
+        nonlocal listings
+        listings += 1
+        return [9]
+
+    dists = [DistContext(rank, 50, run_id="j") for rank in range(50)]
+    ranks = [iter(Claims(dist, "p", 10, done.__contains__, store, list_left)) for dist in dists]
+    assert next(ranks.pop(0)) == 9  # and dies
+    if lister_dies:
+        assert store.add(f"{claims_prefix(store)}/lists", 1) == 1
+    for _ in range(3 * claims.POLLS):
+        taken += sum(next(rank, END) == 9 for rank in ranks)
+    assert taken >= 1
+    assert listings == (49 if lister_dies else 1)
+
+
+def claims_prefix(store: Counters) -> str:
+    """The keys of the ranks' rendezvous."""
+    return next(key for key in store.values if key.endswith("/next")).removesuffix("/next")
+
+
+def test_ranks_share_what_a_dead_rank_left() -> None:
+    """Every rank comes to the sweep at the same time, and no unit is taken twice."""
+    done: set[int] = set()
+    ranks = ranks_of(64, 6400, done, None)
+    alive = [iter(claims) for claims in ranks[1:]]
+    dealt = [unit for rank in alive for unit in itertools.islice(rank, 100)]
+    assert len(set(dealt)) == 63 * 100
+    done.update(unit for unit in dealt if unit is not None)
+    swept = [list(itertools.takewhile(lambda unit: unit is not None, rank)) for rank in alive]
+    once = [*itertools.chain(*swept)]
+    assert len(set(once)) == len(once) >= 95, "but for those whose helper is the dead rank itself"
+    assert max(map(len, swept)) <= 6, "a few of them each"
 
 
 def test_what_is_committed_stays_known_while_it_is_listed_again(

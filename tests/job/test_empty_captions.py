@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import edit, expect, write_captions, write_job
+from jobs import call, edit, expect, write_captions, write_job
 
 from embed_precompute import ConditionDropout, EmbeddingDataset, EmbeddingLoader
 from embed_precompute.errors import InputError
@@ -129,3 +129,24 @@ def test_nothing_needs_real_positions(
 ) -> None:
     edit(job, f"encoders.{name}", **fields)
     assert f"encoders.{name}.empty is nothing: {what}" in expect(2, "run", job)
+
+
+def test_captions_of_which_a_tokenizer_knows_nothing(
+    tiny_t5: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    """T5's vocabulary has no Chinese: two captions become one, and no one may find out late."""
+    texts = ["a red fox", "\u7ea2\u8272\u7684\u72d0\u72f8", "\u84dd\u9cb8", "a dog"]
+    captions = write_captions(tmp_path / "captions.parquet", [*texts, texts[1]])
+    job = write_job(tmp_path, captions, tiny_t5, tiny_clip, samples_per_shard=5)
+    known = "; 60.0 % of the captions have words that it does not know"
+    counted = "captions with words unknown to t5: 3"
+    said = expect(0, "plan", job)
+    assert re.search(rf"^WARNING +tokenizer .*{known}", said, re.MULTILINE)
+    assert f"{counted}, such as {captions}, row 1 " in said
+    _, summary, log = call("run", str(job))
+    assert known in log
+    assert counted in summary
+    assert counted in expect(0, "info", tmp_path / "out")
+    dataset = EmbeddingDataset(tmp_path / "out")
+    assert torch.equal(dataset[1]["text_t5"], dataset[2]["text_t5"])
+    assert not torch.equal(dataset[1]["text_clip"], dataset[2]["text_clip"])

@@ -122,7 +122,7 @@ def test_an_extension_that_is_not_finished(job: Path, captions: Path, out: Path)
     write_file(captions, "a.parquet", 12, 20)
     said = expect(0, "plan", job, "--extend", "--write")
     assert "1 file more, with 8 samples" in said
-    assert "5 shards of up to 5 samples; 3 of 5 shards are there already, about 10 files" in said
+    assert "5 shards of up to 5 samples; 3 of 5 shards are there already, 28 files" in said
     assert "for the rest" in said
     assert ids(out) == [f"s{i}" for i in range(12)]
     said = expect(5, "status", out)
@@ -230,7 +230,7 @@ def test_what_cannot_be_an_extension(job: Path, captions: Path, out: Path) -> No
     expect(0, "run", job)
     write_file(captions, "a.parquet", 11, 20)
     said = expect(2, "run", job, "--extend")
-    assert "a.parquet, row 0 (the first is row 0): column 'id' repeats id 's11'" in said
+    assert "a.parquet, row 0 (rows count from 0): column 'id' repeats id 's11'" in said
     write_file(captions, "a.parquet", 12, 20)
     words = ("--encoders.clip.max_length", "60")
     assert "max_length: 77 -> 60" in expect(3, "run", job, "--extend", *words)

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jobs import PACKAGE_ROOT, dataset_bytes, edit, expect, write_captions, write_job
@@ -170,6 +171,7 @@ def test_a_preempted_job_goes_on(place: Workplace, request: pytest.FixtureReques
         place.preempt(job)
     place.assert_completed(job, restarts=times)
     assert "stopping (signal SIGTERM)" in place.said()
+    assert place.said().count(f"Queued again as job {job},") == times
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_a_preempted_torchrun_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "unit_s"), [("tasks", TASKS, 1.0), ("nodes", TORCHRUN, 2.0)]
+    ("name", "options", "unit_s"), [("tasks", TASKS, 1.0), ("nodes", TORCHRUN, 3.0)]
 )
 def test_a_job_goes_on_after_its_time_limit(
     name: str, options: Sequence[str], unit_s: float, place: Workplace, long: None
@@ -236,12 +238,19 @@ def test_a_cancelled_job_stays_cancelled(place: Workplace, long: None) -> None:
     assert place.cluster.about(job, "JobState") == "CANCELLED"
 
 
-def test_a_mistake_is_not_queued_again(place: Workplace, long: None) -> None:
-    edit(place.config, "encoders.clip", pretrained="/nowhere")
+@pytest.mark.parametrize(
+    ("section", "values"), [("encoders.clip", {"pretrained": "/nowhere"}), ("runtime", {"typo": 1})]
+)
+def test_a_mistake_ends_the_job_before_its_ranks_start(
+    section: str, values: dict[str, Any], place: Workplace, long: None
+) -> None:
+    edit(place.config, section, **values)
     job = place.submit("tasks", *TASKS)
     place.wait_for_state(job, "FAILED")
     assert place.cluster.about(job, "Restarts") == "0"
     assert place.cluster.about(job, "ExitCode") == "2:0"
+    assert place.said().count("embed-precompute: error:") == 1
+    assert place.said().endswith("Not started: the message above says what to do.\n")
 
 
 def test_a_job_that_commits_nothing_is_queued_again_twice(place: Workplace, long: None) -> None:

@@ -36,8 +36,8 @@ class EncoderConfig:
     kind: str
     """The family; each family has keys of its own."""
     pretrained: str
-    """Checkpoint folder or hub id (owner/name, or owner/name/folder); weights must be safetensors,
-    or converted by `fetch`."""
+    """Checkpoint folder with safetensors, or a hub id (owner/name, or owner/name/folder). `fetch`
+    downloads it, and converts it from other forms."""
     revision: str | None = None
     """Hub revision; only for a hub id."""
     tokenizer: str | None = None
@@ -124,6 +124,17 @@ class EncoderConfig:
     def taken(self) -> str:
         """What of the model is taken, in words, where options choose it; `plan` shows it."""
         return ""
+
+    @property
+    def part(self) -> str | None:
+        """Which part of the encoder's weights these options run, in words; None: all. A copy that
+        `fetch` makes has no other."""
+        return None
+
+    @property
+    def other_files(self) -> Mapping[str, str]:
+        """Key -> folder or hub id of safetensors that are taken besides the checkpoint's."""
+        return {}
 
     def spec(self) -> dict[str, Any]:
         """The family's own options that change bytes, as JSON; its part of the fingerprint."""
@@ -313,6 +324,10 @@ class Family(abc.ABC, Generic[Options]):
     def is_other_part(self, options: Options, checkpoint: Checkpoint, weight: str) -> bool:
         """Whether a weight of the encoder is never run with these options: it is not read."""
         return False
+
+    def layers_run(self, options: Options, checkpoint: Checkpoint) -> int:
+        """Number of layers that are run, counted from the first."""
+        return self.sizes(checkpoint).layers
 
     def extra_weights(
         self, options: Options, checkpoint: Checkpoint

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from embed_precompute.documents import nearest_of
-from embed_precompute.encoders.checkpoint import HUB_ID, Checkpoint, locate
+from embed_precompute.encoders.checkpoint import Checkpoint, locate, read_origin
 from embed_precompute.encoders.families.base import (
     Decision,
     EncoderConfig,
@@ -33,6 +33,7 @@ from embed_precompute.encoders.families.base import (
     choose_implementation,
     in_buckets,
 )
+from embed_precompute.encoders.hub import HUB_ID
 from embed_precompute.encoders.tokenizer import CaptionTokenizer, Template
 from embed_precompute.errors import InputError, one_line, require
 
@@ -199,6 +200,17 @@ class DecoderOptions(EncoderConfig):
         hint = "; hidden_states[-1] of transformers has the final norm"
         return f"{layers}, {last}{hint * (self.layers[-1] == -1 and self.norm == 'none')}"
 
+    @property
+    def part(self) -> str | None:
+        if -1 in self.layers:
+            return None
+        counted = ([each for each in self.layers if (each < 0) == below] for below in (False, True))
+        return " and ".join(f"layers up to {max(each)}" for each in counted if each)
+
+    @property
+    def other_files(self) -> dict[str, str]:
+        return {} if self.project is None else {"project.path": self.project.path}
+
     def prompt(self) -> Template:
         """The template in its parts. Raises InputError."""
         return Template.parse(self.template, self.crop_start, self.crop_end, self.keep_first)
@@ -272,6 +284,13 @@ class Decoder(Family[DecoderOptions]):
                     f"{where}.layers has {layer}: the model in {folder} has {layers} layers."
                 )
         numbers = layer_numbers(options, opened.checkpoint)
+        origin = read_origin(folder) or {}
+        if origin.get("layers", layers) < (needed := self.layers_run(options, opened.checkpoint)):
+            raise InputError(
+                f"{where}.layers is {list(options.layers)}: {folder} is a copy that fetch made "
+                f"with the first {origin['layers']} layers of {origin['pretrained']}, and {needed} "
+                "are needed. Name the original as pretrained, and run fetch for these layers."
+            )
         if len(set(numbers)) < len(numbers):
             raise InputError(
                 f"{where}.layers is {list(options.layers)}: with the {layers} layers of the model "
@@ -391,7 +410,7 @@ class Decoder(Family[DecoderOptions]):
         return name if hasattr(transformers, name) else name.replace("TextModel", "Model")
 
     def config_changes(self, options: DecoderOptions, checkpoint: Checkpoint) -> dict[str, Any]:
-        config, layers = checkpoint.text_config, _num_layers(options, checkpoint)
+        config, layers = checkpoint.text_config, self.layers_run(options, checkpoint)
         changes: dict[str, Any] = {"num_hidden_layers": layers}
         if getattr(config, "layer_types", None):
             changes["layer_types"] = config.layer_types[:layers]
@@ -409,7 +428,7 @@ class Decoder(Family[DecoderOptions]):
         if layer is None:
             return False
         layers = int(checkpoint.text_config.num_hidden_layers)
-        return _num_layers(options, checkpoint) <= int(layer[1]) < layers
+        return self.layers_run(options, checkpoint) <= int(layer[1]) < layers
 
     def config_values(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Releases of transformers name rotary embeddings and sliding windows differently."""
@@ -425,6 +444,9 @@ class Decoder(Family[DecoderOptions]):
             "sliding_window": window,
             "sliding": window and _sliding_layers(config),
         }
+
+    def layers_run(self, options: DecoderOptions, checkpoint: Checkpoint) -> int:
+        return max(1, *layer_numbers(options, checkpoint))
 
     def extra_weights(
         self, options: DecoderOptions, checkpoint: Checkpoint
@@ -521,11 +543,6 @@ def layer_numbers(options: DecoderOptions, checkpoint: Checkpoint) -> tuple[int,
     """`options.layers` counted from the embeddings, which are 0."""
     layers = int(checkpoint.text_config.num_hidden_layers)
     return tuple(layer if layer >= 0 else layers + 1 + layer for layer in options.layers)
-
-
-def _num_layers(options: DecoderOptions, checkpoint: Checkpoint) -> int:
-    """Number of layers that are run."""
-    return max(1, *layer_numbers(options, checkpoint))
 
 
 def _prompt_of_chat(where: str, options: DecoderOptions, tokenizer: Any) -> Template:
