@@ -188,7 +188,7 @@ def test_a_preempted_torchrun_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "unit_s"), [("tasks", TASKS, 1.0), ("nodes", TORCHRUN, 3.0)]
+    ("name", "options", "unit_s"), [("tasks", TASKS, 1.0), ("nodes", TORCHRUN, 5.0)]
 )
 def test_a_job_goes_on_after_its_time_limit(
     name: str, options: Sequence[str], unit_s: float, place: Workplace, long: None
